@@ -1,0 +1,224 @@
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vesselrl.data.annotations import DataError, Sample, find_samples
+from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+
+
+def make_samples(sizes, num_sequences=1):
+    """Samples without files: sizes[i] frames of patient i + 1, over its sequences in turn."""
+    samples = []
+    for patient, size in enumerate(sizes, start=1):
+        for frame in range(size):
+            sequence = f"P{patient:03d}_S{frame % num_sequences + 1}"
+            key = f"{sequence}_F{frame:04d}"
+            path = Path(f"/data/images/LI_MING_{patient}_{frame}.png")
+            samples.append(Sample(path, None, (), key, key, f"P{patient:03d}", sequence, f"F{frame:04d}"))
+    return samples
+
+
+def sides(split):
+    return split.train, split.val, split.test
+
+
+def uneven_sizes(seed):
+    generator = random.Random(seed)
+    return [generator.randint(1, 60) for _ in range(generator.randint(3, 40))]
+
+
+def test_no_patient_on_two_sides_for_a_hundred_seeds():
+    for seed in range(100):
+        samples = make_samples(uneven_sizes(seed))
+        split = split_by_patient(samples, seed)
+        patients = [{sample.patient for sample in side} for side in sides(split)]
+        assert all(patients)
+        assert sum(map(len, patients)) == len(set.union(*patients))
+        assert Counter(s.key for side in sides(split) for s in side) == Counter(s.key for s in samples)
+
+
+def test_sizes_follow_the_ratios_where_patients_allow_it():
+    assert [len(side) for side in sides(split_by_patient(make_samples([10] * 10)))] == [80, 10, 10]
+    assert [len(side) for side in sides(split_by_patient(make_samples([1] * 1000)))] == [800, 100, 100]
+    half = split_by_patient(make_samples([5] * 20), ratios=(0.5, 0.25, 0.25))
+    assert [len(side) for side in sides(half)] == [50, 25, 25]
+
+
+def test_sizes_are_near_the_ratios_for_uneven_patients():
+    for seed in range(100):
+        sizes = [random.Random(seed).randint(20, 80) for _ in range(24)]
+        split = split_by_patient(make_samples(sizes), seed)
+        # No further patient of the training side would bring a side nearer to its share.
+        for side in (split.val, split.test):
+            assert abs(len(side) - 0.1 * sum(sizes)) <= max(sizes) / 2
+
+
+def test_a_huge_patient_is_for_training():
+    for seed in range(20):
+        split = split_by_patient(make_samples([10, 100, 10]), seed)
+        assert [len(side) for side in sides(split)] == [100, 10, 10]
+
+
+def test_three_patients_are_enough_and_two_are_not():
+    assert [len(side) for side in sides(split_by_patient(make_samples([40, 40, 40])))] == [40, 40, 40]
+    with pytest.raises(DataError, match=r"The data has 2 patients \(9 images\)"):
+        split_by_patient(make_samples([4, 5]))
+
+
+def test_seed_decides_and_order_does_not():
+    samples = make_samples(uneven_sizes(1))
+    shuffled = random.Random(5).sample(samples, len(samples))
+    assert split_by_patient(samples, 42) == split_by_patient(shuffled, 42)
+    tests = {tuple(split_by_patient(samples, seed).patients("test")) for seed in range(10)}
+    assert len(tests) > 5
+
+
+@pytest.mark.parametrize("ratios", [(0.8, 0.2, 0), (0.8, 0.1), (0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
+def test_ratios_must_be_three_shares(ratios):
+    with pytest.raises(ValueError, match="Give three numbers above 0 with the sum 1"):
+        split_by_patient(make_samples([1, 1, 1]), ratios=ratios)
+
+
+def test_written_file(tmp_path):
+    split = split_by_patient(make_samples([10] * 10), seed=7)
+    write_split(tmp_path / "data_split.json", split)
+    content = json.loads((tmp_path / "data_split.json").read_text())
+    assert content["unit"] == "patient"
+    assert content["seed"] == 7
+    assert content["ratios"] == {"train": 0.8, "val": 0.1, "test": 0.1}
+    assert content["total_samples"] == 100
+    assert content["counts"] == {"train": 80, "val": 10, "test": 10}
+    assert content["patient_counts"] == {"train": 8, "val": 1, "test": 1}
+    assert content["shared_patients"] == {"train_val": [], "train_test": [], "val_test": []}
+    listed = [patient for side in content["patients"].values() for patient in side]
+    assert sorted(listed) == [f"P{i:03d}" for i in range(1, 11)]
+    assert content["samples"]["test"] == [sample.key for sample in split.test]
+    lines = sorted(
+        f"{side}\t{sample.key}\t{sample.image_path.name}"
+        for side in ("train", "val", "test")
+        for sample in getattr(split, side)
+    )
+    assert content["sha256"] == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert "MING" not in json.dumps(content)
+    assert [path.name for path in tmp_path.iterdir()] == ["data_split.json"]
+
+
+def test_a_leaking_split_is_not_written(tmp_path):
+    one, two, three = make_samples([2, 1, 1])[0:1], make_samples([2])[1:], make_samples([1, 1, 1])[2:]
+    with pytest.raises(DataError, match="1 patients are on two sides of the split, train and val: P001"):
+        write_split(tmp_path / "split.json", Split(tuple(one), tuple(two), tuple(three), seed=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "split.json"
+    split = split_by_patient(make_samples([3] * 4))
+    write_split(path, split)
+    before = path.read_bytes()
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: "half a f\udcff")  # cannot be encoded
+    with pytest.raises(UnicodeEncodeError):
+        write_split(path, replace(split, seed=9))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["split.json"]
+
+
+def test_read_gives_the_same_samples_back(tmp_path):
+    samples = make_samples(uneven_sizes(3))
+    split = split_by_patient(samples, seed=11, ratios=(0.6, 0.2, 0.2))
+    write_split(tmp_path / "split.json", split)
+    shuffled = random.Random(0).sample(samples, len(samples))
+    assert read_split(tmp_path / "split.json", shuffled) == split
+
+
+def test_read_names_what_is_missing(tmp_path):
+    samples = make_samples([10] * 10)
+    write_split(tmp_path / "split.json", split_by_patient(samples))
+    gone = {sample.key for sample in samples if sample.patient == "P003"}
+    with pytest.raises(DataError, match="lists 10 samples that the data root does not have") as raised:
+        read_split(tmp_path / "split.json", [s for s in samples if s.key not in gone])
+    named = set(re.findall(r"P\d+_S\d+_F\d+", str(raised.value)))
+    assert len(named) == 5
+    assert named < gone
+    assert "and 5 more" in str(raised.value)
+
+
+def test_read_notices_that_keys_mean_other_images(tmp_path):
+    samples = make_samples([3] * 5)
+    write_split(tmp_path / "split.json", split_by_patient(samples))
+    # A new file took the number of another one: the keys are all there, the images are not the same.
+    renamed = [replace(samples[0], image_path=Path("/data/images/other.png")), *samples[1:]]
+    with pytest.raises(DataError, match="its keys now stand for other images"):
+        read_split(tmp_path / "split.json", renamed)
+    # The folder may move, and samples may be added.
+    moved = [replace(s, image_path=Path("/elsewhere") / s.image_path.name) for s in samples]
+    added = replace(samples[0], key="P099_S1_F0001", patient="P099")
+    assert len(read_split(tmp_path / "split.json", [*moved, added]).train) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "There is no split"),
+        ("{", "split.json is damaged"),
+        ("[]", "split.json is not a split"),
+        ('{"samples": {"train": []}}', "split.json is not a split"),
+        ('{"samples": 3}', "split.json is not a split"),
+    ],
+)
+def test_broken_split_files(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "split.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_split(tmp_path / "split.json", make_samples([1, 1, 1]))
+
+
+def test_an_edited_split_is_refused(tmp_path):
+    path = tmp_path / "split.json"
+    samples = make_samples([10] * 10)
+    write_split(path, split_by_patient(samples))
+    content = json.loads(path.read_text())
+    content["samples"]["train"].append(content["samples"]["test"].pop())
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError):
+        read_split(path, samples)
+
+
+def test_take_goes_round_the_patients_and_their_sequences():
+    samples = make_samples([40] * 25, num_sequences=2)
+    chosen = take(samples, 50)
+    assert Counter(sample.patient for sample in chosen) == {f"P{i:03d}": 2 for i in range(1, 26)}
+    assert len({sample.sequence for sample in chosen}) == 50
+    assert len({sample.patient for sample in take(samples, 20)}) == 20
+    assert len({sample.frame for sample in chosen}) > 10  # not only the first frames
+
+
+def test_take_is_deterministic_and_grows():
+    samples = make_samples(uneven_sizes(4), num_sequences=3)
+    shuffled = random.Random(1).sample(samples, len(samples))
+    assert take(samples, 30) == take(shuffled, 30)
+    assert take(samples, 30) == take(samples, 60)[:30]
+    assert take(samples, 30) != take(samples, 30, seed=1)
+
+
+def test_take_all():
+    samples = make_samples([1, 5, 2])
+    for n in (None, 8, 1000):
+        assert sorted(take(samples, n), key=lambda s: s.key) == samples
+    assert take([], None) == []
+    with pytest.raises(ValueError, match="n is 0"):
+        take(samples, 0)
+
+
+def test_both_eyes_stay_together(shared_folder):
+    pattern = r"_(?P<patient>\d+)(?P<frame>[LR])$"
+    samples = find_samples(shared_folder / "data" / "chase_db1", pattern)
+    for seed in range(20):
+        for side in sides(split_by_patient(samples, seed)):
+            children = Counter(re.search(r"\d+", sample.image_path.stem)[0] for sample in side)
+            assert set(children.values()) == {2}

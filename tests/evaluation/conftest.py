@@ -1,0 +1,40 @@
+"""Evaluations made of given numbers, without any mask."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from vesselrl.evaluation.results import Evaluation, summarise
+
+SPEC = {"version": 1, "skeleton": "guo_hall"}
+
+
+@pytest.fixture
+def made() -> Callable[..., Evaluation]:
+    """`made(dice, ...)` -> Evaluation with one image per patient unless `patients` says otherwise."""
+
+    def make(
+        dice: Sequence[float],
+        patients: Sequence[str] | None = None,
+        failed: Sequence[int] = (),
+        truth: str = "label",
+        spec: dict | None = None,
+        reward_spec: dict | None = None,
+        **columns: Sequence[float],
+    ) -> Evaluation:
+        patients = patients or [f"P{number:03d}" for number in range(1, len(dice) + 1)]
+        rows = [
+            {
+                "key": f"{patient}_S1_F{number:04d}",
+                "patient": patient,
+                "sequence": f"{patient}_S1",
+                "failed": number in failed,
+                "truth_hash": f"{truth}{number}",
+                "dice": value,
+                **{name: column[number] for name, column in columns.items()},
+            }
+            for number, (patient, value) in enumerate(zip(patients, dice, strict=True))
+        ]
+        return summarise(rows, spec or SPEC, reward_spec)
+
+    return make

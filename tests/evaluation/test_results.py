@@ -1,0 +1,111 @@
+import csv
+import json
+import math
+
+import pytest
+
+from vesselrl.evaluation.results import (
+    before_after_table,
+    read_evaluation,
+    set_mismatch,
+    write_evaluation,
+)
+
+
+def test_written_json_is_strict_and_reads_back(made, tmp_path):
+    evaluation = made([0.5, 0.6, 0.7], recall=[0.4, math.nan, 0.8], failed=[1], reward_spec={"class": "R"})
+    json_path, csv_path = write_evaluation(
+        tmp_path / "run", "test_after", evaluation, {"threshold": math.nan}
+    )
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["test_after.csv", "test_after.json"]
+
+    def refuse(token):
+        pytest.fail(f"{token} is not JSON")
+
+    document = json.loads(json_path.read_text(), parse_constant=refuse)
+    assert document["rows"][1]["recall"] is None
+    assert document["extra"] == {"threshold": None}
+    assert document["patients"]["P003"] == {"dice": 0.7, "recall": 0.8}
+    assert document["sequences"]["P002_S1"]["recall"] is None
+    again = read_evaluation(json_path)
+    assert str(again) == str(evaluation)
+    with csv_path.open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["recall"] for row in table] == ["0.4", "", "0.8"]
+    assert table[1]["failed"] == "True"
+
+
+def test_a_failing_write_leaves_the_old_file(made, tmp_path):
+    path, _ = write_evaluation(tmp_path, "test_after", made([0.5, 0.6]))
+    old = path.read_bytes()
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_evaluation(tmp_path, "test_after", made([0.7, 0.8]), {"loss": math.inf})
+    assert path.read_bytes() == old
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_damaged_files_are_named(made, tmp_path):
+    path, _ = write_evaluation(tmp_path, "test_after", made([0.5, 0.6]))
+    document = json.loads(path.read_text())
+    for change, message in (
+        ({"format": "other"}, "its format is 'other'"),
+        ({"rows": []}, "rows is missing"),
+        ({"rows": document["rows"][:1]}, "do not match its image_list_hash"),
+        ({"rows": [{**row, "truth_hash": "x"} for row in document["rows"]]}, "do not match its label_hash"),
+    ):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(ValueError, match=message):
+            read_evaluation(path)
+    path.write_text('{"rows": [')
+    with pytest.raises(ValueError, match=r"test_after\.json is not valid JSON"):
+        read_evaluation(path)
+
+
+def test_before_after_table_by_hand(made):
+    before = made([0.70, 0.72, 0.60, 0.80], beta0_error=[5, 9, 4, 7], length_ratio=[0.6, 0.7, 0.8, 0.9])
+    after = made([0.75, 0.78, 0.64, 0.87], beta0_error=[3, 4, 2, 3], length_ratio=[0.9, 0.95, 1.1, 1.3])
+    dice, beta0, length = before_after_table(before, after)
+    assert (dice["metric"], dice["verdict"]) == ("dice", "better")
+    assert (dice["before"], dice["after"]) == pytest.approx((0.705, 0.76))
+    assert dice["difference"] == pytest.approx(0.055)
+    assert 0 < dice["low"] < 0.055 < dice["high"]
+    assert beta0["difference"] == pytest.approx(-3.25)
+    assert beta0["verdict"] == "better"
+    assert length["verdict"] == "changed"
+    assert before_after_table(after, before, ["dice"])[0]["verdict"] == "worse"
+
+
+def test_a_change_that_could_be_chance_gets_no_verdict(made):
+    (line,) = before_after_table(made([0.7, 0.7, 0.7, 0.7]), made([0.9, 0.6, 0.75, 0.65]))
+    assert line["difference"] == pytest.approx(0.025)
+    assert line["low"] < 0 < line["high"]
+    assert line["verdict"] == ""
+
+
+def test_before_after_difference_adds_up_with_undefined_images(made):
+    before = made([0.5, 0.5, 0.5, 0.5], recall=[0.1, math.nan, 0.3, 0.4])
+    after = made([0.5, 0.5, 0.5, 0.5], recall=[0.2, 0.9, 0.5, 0.9])
+    (line,) = before_after_table(before, after, ["recall"])
+    assert line["after"] - line["before"] == pytest.approx(line["difference"])
+    assert line["before"] == pytest.approx(0.8 / 3)
+    assert line["n_undefined"] == 1
+
+
+def test_different_sets_are_refused_with_names(made):
+    one = made([0.5, 0.6, 0.7])
+    assert set_mismatch(one, made([0.1, 0.2, 0.3]), "a", "b") == ""
+    assert "1 only in a (P003_S1_F0002)" in set_mismatch(one, made([0.5, 0.6]), "a", "b")
+    assert "true masks of 3 images differ" in set_mismatch(one, made([0.5, 0.6, 0.7], truth="new"), "a", "b")
+    other_spec = made([0.5, 0.6, 0.7], spec={"version": 1, "skeleton": "zhang"})
+    assert "skeleton is 'guo_hall' in a, 'zhang' in b" in set_mismatch(one, other_spec, "a", "b")
+    with pytest.raises(ValueError, match="cannot be compared"):
+        before_after_table(one, other_spec)
+
+
+def test_rewards_of_different_meaning_are_not_compared(made):
+    one = made([0.5, 0.6, 0.7], reward=[1, 2, 3], reward_spec={"class": "A"})
+    two = made([0.5, 0.6, 0.7], reward=[1, 2, 3], reward_spec={"class": "B"})
+    assert [line["metric"] for line in before_after_table(one, two)] == ["dice"]
+    assert [line["metric"] for line in before_after_table(one, one)] == ["dice", "reward"]
+    with pytest.raises(ValueError, match="rewards cannot be compared"):
+        before_after_table(one, two, ["reward"])

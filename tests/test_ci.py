@@ -1,0 +1,70 @@
+"""The CI gate goes red for each thing it is there to see."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REASONS = """# a comment
+needs a display
+shared: needs ../shared
+"""
+
+
+def judge(
+    tmp_path: Path, repository: Path, cases: str, floor: int = 2, shared: str = "absent"
+) -> tuple[int, str]:
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    (tmp_path / "reasons.txt").write_text(REASONS)
+    command = [
+        sys.executable,
+        repository / ".ci" / "check_report.py",
+        tmp_path / "report.xml",
+        "--floor",
+        str(floor),
+    ]
+    command += ["--reasons", tmp_path / "reasons.txt", "--shared", shared]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def skipped(reason: str) -> str:
+    return f'<testcase name="c"><skipped type="pytest.skip" message="{reason}">x</skipped></testcase>'
+
+
+TWO = '<testcase name="a"/><testcase name="b"/>'
+FAILED = '<testcase name="d"><failure message="no"/></testcase>'
+BROKEN = '<testcase name="e"><error message="no"/></testcase>'
+
+
+def test_a_good_run_passes_and_is_counted(tmp_path: Path, repository: Path) -> None:
+    code, said = judge(
+        tmp_path, repository, TWO + skipped("needs a display, here") + skipped("needs ../shared")
+    )
+    assert code == 0, said
+    assert said.splitlines()[-1] == "tests: 2 passed, 0 failed, 2 skipped"
+
+
+@pytest.mark.parametrize(
+    ("cases", "floor", "shared", "expected"),
+    [
+        (TWO, 3, "absent", "2 tests passed, at least 3 must"),
+        (TWO + FAILED, 2, "absent", "1 tests failed"),
+        (TWO + BROKEN, 2, "absent", "1 tests failed"),
+        (TWO + skipped("flaky today"), 2, "absent", "not agreed: flaky today"),
+        (TWO + skipped("needs ../shared"), 2, "present", "not agreed: needs ../shared"),
+    ],
+)
+def test_a_bad_run_fails(
+    tmp_path: Path, repository: Path, cases: str, floor: int, shared: str, expected: str
+) -> None:
+    code, said = judge(tmp_path, repository, cases, floor, shared)
+    assert code == 1
+    assert expected in said
+
+
+def test_a_missing_report_fails(tmp_path: Path, repository: Path) -> None:
+    code, said = judge(tmp_path, repository, "<testcase")
+    assert code == 1
+    assert "no report" in said

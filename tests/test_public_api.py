@@ -1,0 +1,41 @@
+"""`import vesselrl`: what it offers, and what it costs."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import vesselrl
+
+
+@pytest.mark.parametrize("name", vesselrl.__all__)
+def test_every_public_name_can_be_loaded(name: str) -> None:
+    assert getattr(vesselrl, name) is not None
+    assert name in dir(vesselrl)
+
+
+def test_an_unknown_name_says_what_there_is() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'Predicter'\. It offers: .*Predictor"):
+        vesselrl.Predicter  # noqa: B018
+
+
+def test_the_import_alone_loads_nothing_heavy(repository: Path) -> None:
+    code = "import sys, vesselrl; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_version_is_that_of_pyproject(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
+    assert vesselrl.__version__ == declared
+
+    def not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert vesselrl.__version__ == declared

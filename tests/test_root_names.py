@@ -1,0 +1,260 @@
+"""The names a user types at the root: which there are, and that they pass everything on."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CLI = Path(__file__).resolve().parents[1] / "vesselrl" / "cli.py"
+WRAPPERS = {
+    "train_lora_ppo.py": "train",
+    "evaluate_lora.py": "evaluate",
+    "evaluate_lora_model.py": "evaluate",
+    "inference_with_lora.py": "predict",
+    "merge_lora.py": "merge",
+    "compare_all_experiments.py": "compare",
+}
+SCRIPTS = ("install_dependencies.sh", "run_lora_ppo.sh", "run_tests.sh")
+VARIABLES = (
+    "MODEL_PATH DATA_ROOT OUTPUT_DIR GPU LORA_RANK LORA_ALPHA LORA_DROPOUT MAX_TRAIN_SAMPLES MAX_VAL_SAMPLES"
+    " NUM_EPOCHS LEARNING_RATE VAL_FREQ SAVE_FREQ REWARD_TYPE REWARD_SPEC STAGE SEED DICE_WEIGHT"
+    " RECALL_WEIGHT TOPOLOGY_WEIGHT LENGTH_WEIGHT RECALL_TARGET PROMPT"
+).split()
+
+# Stands in for .venv/bin/python: one line per argument, then the exit code asked for.
+FAKE_PYTHON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nexit "${FAKE_EXIT:-0}"\n'
+
+
+def run(command: list, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run with a clean environment, so that a developer's own LORA_RANK changes nothing."""
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_only_the_known_scripts_stand_at_the_root(repository: Path) -> None:
+    found = {path.name for pattern in ("*.py", "*.sh") for path in repository.glob(pattern)}
+    assert found == {*WRAPPERS, *SCRIPTS}
+
+
+@pytest.mark.parametrize(("name", "verb"), WRAPPERS.items())
+def test_a_wrapper_is_its_verb_and_nothing_else(repository: Path, name: str, verb: str) -> None:
+    assert (repository / name).read_text() == (
+        f'"""Old name for `vesselrl {verb}`; every option is passed on unchanged."""\n\n'
+        "import sys\n\nfrom vesselrl.launch import main\n\n"
+        'if __name__ == "__main__":\n'
+        f'    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_valid_bash_and_stops_at_errors(repository: Path, name: str) -> None:
+    assert subprocess.run(["bash", "-n", repository / name], check=False).returncode == 0
+    assert "set -euo pipefail" in (repository / name).read_text()
+
+
+# ---- run_lora_ppo.sh
+
+
+@pytest.fixture
+def clone(tmp_path: Path, repository: Path) -> Path:
+    """The script in a folder whose name has a space, with a Python that prints its arguments."""
+    folder = tmp_path / "my clone"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(repository / "run_lora_ppo.sh", folder)
+    (folder / "install_dependencies.sh").write_text("exit 0\n")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [[], ["fast"], ["--help"]])
+def test_an_unknown_mode_gives_usage_and_exit_2(clone: Path, tmp_path: Path, arguments: list[str]) -> None:
+    done = run(["bash", clone / "run_lora_ppo.sh", *arguments], tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Usage: bash run_lora_ppo.sh quick|full" in done.stderr
+
+
+def test_options_arrive_whole_from_any_directory(clone: Path, tmp_path: Path) -> None:
+    here = tmp_path / "somewhere else"
+    here.mkdir()
+    typed = ["--prompt", "Please segment  the 'vessel'.", "--data_root", "a b/*"]
+    done = run(["bash", clone / "run_lora_ppo.sh", "full", *typed], here)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1:] == [str(clone / "train_lora_ppo.py"), "--preset", "full", *typed]
+    (log,) = (here / "output").glob("train_full_*.log")
+    assert log.read_text().splitlines() == lines[1:]
+
+
+def test_every_shell_variable_becomes_an_option_before_those_typed(clone: Path, tmp_path: Path) -> None:
+    values = {name: f"value of {name}" for name in VARIABLES}
+    done = run(["bash", clone / "run_lora_ppo.sh", "quick", "--seed", "7"], tmp_path, **values)
+    expected = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
+    assert done.stdout.splitlines()[2:] == ["--preset", "quick", *expected, "--seed", "7"]
+    assert len(list((tmp_path / "value of OUTPUT_DIR").glob("train_quick_*.log"))) == 1
+
+
+def test_an_empty_shell_variable_is_no_option(clone: Path, tmp_path: Path) -> None:
+    done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, LORA_RANK="", SEED="")
+    assert done.stdout.splitlines()[2:] == ["--preset", "quick"]
+
+
+def test_the_exit_code_is_that_of_python_not_of_tee(clone: Path, tmp_path: Path) -> None:
+    assert run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, FAKE_EXIT="7").returncode == 7
+
+
+def test_a_failed_install_stops_the_run(clone: Path, tmp_path: Path) -> None:
+    (clone / "install_dependencies.sh").write_text("exit 3\n")
+    done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path)
+    assert done.returncode == 3
+    assert done.stdout == ""
+
+
+# ---- install_dependencies.sh
+
+
+def test_install_refuses_an_unknown_extra(repository: Path, tmp_path: Path) -> None:
+    shutil.copy(repository / "install_dependencies.sh", tmp_path)
+    done = run(["bash", tmp_path / "install_dependencies.sh", "gpu"], tmp_path)
+    assert done.returncode == 2
+    assert "unknown argument 'gpu'" in done.stderr
+
+
+def test_install_without_a_new_enough_python_says_so(repository: Path, tmp_path: Path) -> None:
+    for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
+        shutil.copy(repository / name, tmp_path)
+    done = run(["bash", tmp_path / "install_dependencies.sh"], tmp_path, PYTHON="no-such-python")
+    assert done.returncode == 1
+    assert "no Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+# Stands in for .venv/bin/python: notes what pip is asked for and pretends that it worked.
+FAKE_PIP = """#!/usr/bin/env bash
+asked="$*"
+case "$asked" in
+  *"pip install"*) echo "${asked#*vesselrl_constraints.txt }" >>pip.log; exit "${FAKE_EXIT:-0}" ;;
+  *importlib*) echo "torch==9.9+cpu" ;;
+esac
+"""
+
+
+@pytest.fixture
+def install(repository: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs the script with these arguments and variables; gives the lines that pip got."""
+    for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
+        shutil.copy(repository / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PIP)
+    python.chmod(0o755)
+
+    def call(*arguments: str, code: int = 0, **variables: str) -> list[str]:
+        (tmp_path / "pip.log").write_text("")
+        done = run(["bash", tmp_path / "install_dependencies.sh", *arguments], Path("/"), **variables)
+        assert done.returncode == code, done.stderr
+        return (tmp_path / "pip.log").read_text().splitlines()
+
+    return call
+
+
+def test_install_asks_for_torch_alone_and_before_the_rest(install: Callable, tmp_path: Path) -> None:
+    asked = install("dev")
+    assert asked == ["setuptools", "torch==2.13.0", "--no-build-isolation --editable .[dev]"]
+    constraints = (tmp_path / ".venv" / "vesselrl_constraints.txt").read_text().splitlines()
+    assert [line for line in constraints if line.startswith("torch==")] == ["torch==9.9+cpu"]
+
+
+def test_install_does_nothing_the_second_time(install: Callable) -> None:
+    assert install() != []
+    assert install() == []
+    assert install("--quiet") == []
+    assert install("dev") != []
+    assert install("dev") == install() == []
+
+
+def test_install_runs_again_when_a_pin_changes(install: Callable, tmp_path: Path) -> None:
+    install()
+    with (tmp_path / "constraints.txt").open("a") as file:
+        file.write("one-more==1.0\n")
+    assert install() != []
+
+
+def test_install_remembers_another_torch(install: Callable) -> None:
+    assert install()[1] == "torch==2.13.0"
+    assert install(VESSELRL_TORCH="torch==2.12.0")[1] == "torch==2.12.0"
+    assert install() == []
+    assert install("dev")[1] == "torch==2.12.0"
+
+
+def test_a_failed_install_is_not_taken_for_a_finished_one(install: Callable) -> None:
+    assert install(code=4, FAKE_EXIT="4") == ["setuptools"]
+    assert install() != []
+
+
+# ---- launch.py: started by a Python without the dependencies (-S hides installed packages)
+
+
+@pytest.fixture
+def bare_clone(clone: Path, repository: Path) -> Path:
+    (clone / "vesselrl").mkdir()
+    for name in ("vesselrl/__init__.py", "vesselrl/__main__.py", "vesselrl/launch.py", "train_lora_ppo.py"):
+        shutil.copy(repository / name, clone / name)
+    return clone
+
+
+def test_a_bare_python_hands_over_to_the_one_of_the_venv(bare_clone: Path, tmp_path: Path) -> None:
+    script = bare_clone / "train_lora_ppo.py"
+    done = run([sys.executable, "-S", script, "--prompt", "two words"], tmp_path, FAKE_EXIT="5")
+    assert done.returncode == 5
+    assert done.stdout.splitlines() == ["-S", str(script), "--prompt", "two words"]
+
+
+def test_a_module_hands_over_as_a_module(bare_clone: Path) -> None:
+    done = run([sys.executable, "-S", "-m", "vesselrl", "doctor"], bare_clone)
+    assert done.stdout.splitlines() == ["-S", "-m", "vesselrl", "doctor"]
+
+
+def test_a_venv_without_the_packages_is_tried_only_once(bare_clone: Path, tmp_path: Path) -> None:
+    python = bare_clone / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to(Path(sys.executable).resolve())
+    done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
+    assert done.returncode == 1
+    assert "lacks" in done.stderr
+
+
+def test_without_a_venv_one_line_says_what_to_run(bare_clone: Path, tmp_path: Path) -> None:
+    shutil.rmtree(bare_clone / ".venv")
+    done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "lacks" in line
+    assert "torch" in line
+    assert f"bash {bare_clone / 'install_dependencies.sh'}" in line
+
+
+def test_comparing_needs_no_torch() -> None:
+    from vesselrl import launch
+
+    assert "torch" in launch.MODEL_PACKAGES
+    assert not set(launch.LIGHT_PACKAGES) & {"torch", "transformers", "peft", "cv2"}
+    assert launch.find_obstacle("train") is None
+
+
+# ---- The commands themselves
+
+
+@pytest.mark.skipif(not CLI.exists(), reason="vesselrl/cli.py is not written yet")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_every_old_name_answers_help(repository: Path, tmp_path: Path, name: str) -> None:
+    done = run([sys.executable, repository / name, "--help"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,331 @@
+"""The command line: `vesselrl VERB [options]`. Parsing and printing only; every verb calls one function below it.
+
+Nothing heavy is imported before a verb needs it, so that `--help` is instant.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
+from vesselrl.experiment.runs import RunError
+
+if TYPE_CHECKING:
+    from vesselrl.training.train import TrainResult
+
+T = TypeVar("T")
+BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
+logger = logging.getLogger("vesselrl")
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score models on held-out patients; JSON and CSV per model."""
+
+    # Checkpoint folder; none: the run's own, or the embedded miniature.
+    base_model: BaseModel = None
+    # Adapter or run folders, each is scored; none: the untouched base.
+    lora_weights: tuple[str, ...] = ()
+    # none: the run's own data.
+    data_root: str | None = None
+    # Side of the patient split.
+    split: Literal["test", "val", "train", "all"] = "test"
+    # none: `evaluation` in the run folder.
+    output_dir: str | None = None
+    # Probability above which a pixel is vessel.
+    threshold: float = 0.5
+    # none: the run's own.
+    prompt: str | None = None
+    patient_pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Segment an image or a folder: mask, probability map and overlay as PNG."""
+
+    # Image file or folder of images.
+    image: str
+    # none: the embedded miniature.
+    base_model: BaseModel = None
+    # Adapter or run folder; none: the untouched base.
+    lora_weights: str | None = None
+    output_dir: str = "output/predictions"
+    threshold: float = 0.5
+    prompt: str = "Please segment the blood vessel."
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Write a merged copy of the model in the official layout, and verify it."""
+
+    # Adapter or run folder.
+    lora_weights: str
+    # New folder for the merged model.
+    output_model: str
+    # none: the embedded miniature.
+    base_model: BaseModel = None
+    # Of the written weights; keep: each tensor's own.
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Rank all runs on their test patients and say which one to deploy."""
+
+    # Folder that is searched for runs.
+    output_dir: str = "output"
+    # Name of the run that the others are compared with; none: each run's own start.
+    baseline: str | None = None
+    # Metric to rank by; none: the reward, or Dice where rewards differ.
+    rank_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Draw a synthetic data set in the layouts that training reads."""
+
+    # New folder.
+    root: str
+    domain: Literal["source", "target"] = "target"
+    num_patients: int = 12
+    num_sequences: int = 2
+    num_frames: int = 5
+    # Side of the images in px.
+    size: int = 256
+    seed: int = 0
+    layout: Literal["annotations", "nested", "masks"] = "annotations"
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at machine, packages, model folder and data before a long run."""
+
+    base_model: BaseModel = None
+    data_root: str | None = None
+    output_dir: str = "output"
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Rebuild the embedded miniature from random weights on the synthetic source domain."""
+
+    # New checkpoint folder.
+    output_model: str
+    num_steps: int = 700
+    seed: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or nothing comparable."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"Unknown verb {verb!r}.\n{usage()}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "matplotlib", "PIL", "numba"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return VERBS[verb](rest)
+    except EXPECTED as error:
+        # One line for the user; the traceback for whoever asks for it.
+        if os.environ.get("VESSELRL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if verb == "compare" else 1
+
+
+def usage() -> str:
+    """The verbs, one line each."""
+    lines = [f"  {name:9} {run.__doc__.splitlines()[0]}" for name, run in VERBS.items()]
+    return "usage: vesselrl VERB [options]   (vesselrl VERB --help lists them)\n\n" + "\n".join(lines)
+
+
+def run_train(rest: list[str]) -> int:
+    """Fine-tune with PPO or supervised; --preset quick, full or debug."""
+    preset, rest = take_preset(rest)
+    config = parse(TrainConfig, rest, "train", get_preset(preset) if preset else None)
+    from vesselrl.training.train import train  # noqa: PLC0415
+
+    result = train(config, ["vesselrl", "train", *rest], console if console.is_terminal else None)
+    print_result(result)
+    return 0
+
+
+def run_evaluate(rest: list[str]) -> int:
+    """Score models on held-out patients."""
+    args = parse(Evaluate, rest, "evaluate")
+    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan  # noqa: PLC0415
+
+    failed = False
+    for weights in args.lora_weights or (None,):
+        plan = EvaluationPlan(args.base_model, weights, args.data_root, args.split, args.output_dir, args.threshold,
+                              args.prompt, args.patient_pattern)  # fmt: skip
+        with bar("evaluating") as progress:
+            result, path = evaluate_plan(plan, progress)
+        table = Table(
+            "metric",
+            "patient mean",
+            "95 % interval",
+            "image mean",
+            title=f"{weights or 'untouched base'}, {args.split}",
+        )
+        for name, value in result.summary["metrics"].items():
+            interval = f"{value['low']:.4f} to {value['high']:.4f}"
+            table.add_row(name, f"{value['patient_mean']:.4f}", interval, f"{value['image_mean']:.4f}")
+        console.print(table)
+        summary = result.summary
+        console.print(
+            f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; {path}"
+        )
+        failed |= result.too_many_failed
+    return int(failed)
+
+
+def run_predict(rest: list[str]) -> int:
+    """Segment images: masks, probability maps and overlays."""
+    args = parse(Predict, rest, "predict")
+    from vesselrl.inference.files import predict_files  # noqa: PLC0415
+    from vesselrl.inference.predictor import Predictor  # noqa: PLC0415
+
+    predictor = Predictor.from_pretrained(
+        args.base_model, args.lora_weights, prompt=args.prompt, threshold=args.threshold
+    )
+    with bar("predicting") as progress:
+        rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))
+    console.print(f"{len(rows)} images written to {args.output_dir}")
+    return 0
+
+
+def run_merge(rest: list[str]) -> int:
+    """Write a merged copy of the model and verify it."""
+    args = parse(Merge, rest, "merge")
+    from vesselrl.inference.merging import merge  # noqa: PLC0415
+
+    done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
+    console.print(
+        f"{done['output']}: predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
+    )
+    return 0
+
+
+def run_compare(rest: list[str]) -> int:
+    """All runs in one table, and which one to deploy."""
+    args = parse(Compare, rest, "compare")
+    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs  # noqa: PLC0415
+    from vesselrl.evaluation.report import markdown, write_comparison  # noqa: PLC0415
+
+    root = Path(args.output_dir)
+    runs, skipped = load_runs(find_runs(root))
+    comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
+    print(markdown(comparison))
+    paths = write_comparison(root / "comparison", comparison)
+    print(f"Written: {', '.join(map(str, paths))}")
+    return 0
+
+
+def run_data(rest: list[str]) -> int:
+    """Draw a synthetic data set."""
+    args = parse(Data, rest, "data")
+    from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset  # noqa: PLC0415
+
+    domain = {"source": SOURCE, "target": TARGET}[args.domain]
+    root = write_dataset(Path(args.root), domain, args.num_patients, args.num_sequences, args.num_frames,
+                         args.size, args.seed, args.layout)  # fmt: skip
+    console.print(f"{args.num_patients * args.num_sequences * args.num_frames} images in {root}")
+    return 0
+
+
+def run_doctor(rest: list[str]) -> int:
+    """Check machine, packages, model folder and data."""
+    args = parse(Doctor, rest, "doctor")
+    from vesselrl.doctor import diagnose, exit_code, format_report  # noqa: PLC0415
+
+    checks = diagnose(args.base_model, args.data_root, args.output_dir)
+    print(format_report(checks))
+    return exit_code(checks)
+
+
+def run_pretrain(rest: list[str]) -> int:
+    """Rebuild the embedded miniature model."""
+    args = parse(Pretrain, rest, "pretrain")
+    from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature  # noqa: PLC0415
+
+    pretrain_miniature(Path(args.output_model), PretrainPlan(num_steps=args.num_steps, seed=args.seed))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "doctor": run_doctor,
+    "data": run_data,
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "predict": run_predict,
+    "merge": run_merge,
+    "compare": run_compare,
+    "pretrain": run_pretrain,
+}
+
+
+def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
+    """Options to one of the dataclasses above; the prototype's underscore names and hyphens both work."""
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=arguments, prog=f"vesselrl {verb}", use_underscores=True, **given)
+
+
+def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --preset and the other arguments.
+
+    Raises:
+        ValueError: --preset without a value, or an unknown one.
+    """
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name != "--preset":
+            continue
+        used = 1 if equals else 2
+        value = value if equals else next(iter(arguments[index + 1 : index + 2]), "")
+        if value not in PRESETS:
+            raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
+        return value, arguments[:index] + arguments[index + used :]
+    return None, arguments
+
+
+def print_result(result: "TrainResult") -> None:
+    """Before and after on validation and test patients."""
+    for title, rows in (("validation", result.validation), ("test", result.test)):
+        if not rows:
+            continue
+        table = Table(
+            "metric", "before", "after", "difference", "95 % interval", "", title=f"{title}: patient means"
+        )
+        for row in rows:
+            interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if not row["reason"] else row["reason"]
+            values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
+            table.add_row(row["metric"], *values, interval, row["verdict"])
+        console.print(table)
+    console.print(f"Run folder: {result.folder}")
+
+
+@contextmanager
+def bar(label: str):
+    """A progress bar as a callback (done, total); silent where the output is no terminal."""
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

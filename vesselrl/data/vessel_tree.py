@@ -1,0 +1,276 @@
+"""Geometry of a synthetic coronary tree: grow it, turn it towards a view, let it beat.
+
+Everything here is numbers, no pixels: lengths are in pixels of a 256-pixel image, angles in radians, x runs to the right,
+y runs down and z towards the viewer. A tree is grown flat after one of two templates (a left artery that divides into two
+main vessels, a right one that runs like the letter C), laid on the dome of the heart and turned, so that another view of
+one patient foreshortens some vessels and lets others cross.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+CANVAS_PX = 256.0
+STEP_PX = 2.0  # distance between two points of a centreline
+
+
+@dataclass(frozen=True)
+class Vessel:
+    """One unbranched vessel.
+
+    Attributes:
+        points: centreline, float (N, 3), columns x, y, z.
+        radius: half the width at each point, float (N,).
+        path: distance from the ostium along the vessels, float (N,).
+        parent_radius: radius of the parent where this vessel leaves it; 0 for the first one.
+    """
+
+    points: np.ndarray
+    radius: np.ndarray
+    path: np.ndarray
+    parent_radius: float = 0.0
+
+    @property
+    def length_px(self) -> float:
+        """Length along the centreline."""
+        return float(self.path[-1] - self.path[0])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one vessel should look like; see `_draw_vessel`."""
+
+    heading: float
+    length: float
+    turn: float
+    radius: tuple[float, float]
+    tortuosity: float
+
+
+def grow_tree(
+    rng: np.random.Generator,
+    width_px: tuple[float, float],
+    branching: float = 1.0,
+    tortuosity: float = 1.0,
+    loops: float = 0.5,
+) -> list[Vessel]:
+    """Grow one patient's tree, flat, before any view.
+
+    Args:
+        rng: source of all randomness; the same state gives the same tree.
+        width_px: width of the thinnest twig and of the root, in pixels of a 256-pixel image.
+        branching: side branches per length, 1 is usual.
+        tortuosity: how much the vessels wind, 1 is usual.
+        loops: expected number of collaterals, vessels that join two others and so close a loop.
+
+    Returns:
+        The vessels, parents before children, root first.
+    """
+    thin, root = width_px[0] / 2, width_px[1] / 2 * rng.uniform(0.85, 1.0)
+    tortuosity = tortuosity * rng.uniform(0.5, 1.7)
+    template = _left_artery if rng.random() < 0.6 else _right_artery
+    mains = template(rng, root, tortuosity)
+    tree = list(mains)
+    for main in mains:
+        sides = _side_branches(rng, main, thin, 52 / branching, tortuosity)
+        tree += sides
+        for side in sides:
+            tree += _side_branches(rng, side, thin, 62 / branching, tortuosity)
+    for _ in range(rng.poisson(loops)):
+        tree += _collateral(rng, tree, thin)
+    return tree
+
+
+def _left_artery(rng: np.random.Generator, root: float, tortuosity: float) -> list[Vessel]:
+    """Left main stem, anterior descending, circumflex and now and then a ramus between them."""
+    stem_end = root * 0.92
+    stem = _draw_vessel(
+        rng, np.array([10.0, 60.0]), Shape(rng.uniform(-0.35, 0.2), rng.uniform(30, 60), 0.0, (root, stem_end), 0.3)
+    )
+    shapes = [
+        Shape(rng.uniform(-0.35, 0.1), rng.uniform(190, 260), rng.uniform(0.9, 1.6), (stem_end * 0.85, 1.3), 0.6),
+        Shape(rng.uniform(0.9, 1.4), rng.uniform(150, 220), rng.uniform(-0.4, 0.7), (stem_end * 0.8, 1.3), 0.8),
+    ]
+    if rng.random() < 0.35:
+        shapes.append(Shape(rng.uniform(0.3, 0.6), rng.uniform(90, 160), rng.uniform(0, 0.6), (stem_end * 0.55, 1.1), 0.8))
+    shapes = [replace(shape, tortuosity=shape.tortuosity * tortuosity) for shape in shapes]
+    return [stem, *(_draw_vessel(rng, stem.points[-1, :2], shape, stem, -1) for shape in shapes)]
+
+
+def _right_artery(rng: np.random.Generator, root: float, tortuosity: float) -> list[Vessel]:
+    """Right coronary artery: to the left, down, and back to the right, with two terminal branches."""
+    turn = -rng.uniform(2.7, 3.7)
+    shape = Shape(
+        np.pi + rng.uniform(-0.1, 0.6), rng.uniform(270, 340), turn, (root, root * 0.55), 0.5 * tortuosity
+    )
+    trunk = _draw_vessel(rng, np.array([130.0, 40.0]), shape)
+    end, heading = trunk.points[-1, :2], _heading(trunk, -1)
+    ends = [
+        Shape(heading - rng.uniform(0.1, 0.6), rng.uniform(50, 110), rng.uniform(-0.3, 0.8), (root * 0.45, 1.1), 0.9),
+        Shape(heading + rng.uniform(0.2, 0.8), rng.uniform(50, 100), rng.uniform(-0.8, 0.2), (root * 0.45, 1.1), 0.9),
+    ]
+    return [trunk, *(_draw_vessel(rng, end, shape, trunk, -1) for shape in ends)]
+
+
+def _draw_vessel(
+    rng: np.random.Generator, start: np.ndarray, shape: Shape, parent: Vessel | None = None, at: int = 0
+) -> Vessel:
+    """Walk a centreline from `start`: a steady turn plus windings that grow towards the end.
+
+    The radius falls from `shape.radius[0]` to `shape.radius[1]` with an uneven wall and, in one vessel of six, a stenosis.
+    """
+    num = max(4, int(shape.length / STEP_PX))
+    part = np.linspace(0, 1, num)
+    along = part * shape.length
+    windings = sum(
+        rng.normal(0, amount) * np.sin(2 * np.pi * along / rng.uniform(*wavelength) + rng.uniform(0, 2 * np.pi))
+        for amount, wavelength in ((0.35, (60, 110)), (0.40, (28, 55)), (0.32, (15, 28)))
+    )
+    heading = shape.heading + shape.turn * part**1.1 + shape.tortuosity * (0.25 + 0.95 * part) * windings
+    steps = STEP_PX * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    flat = start + np.cumsum(steps, axis=0) - steps[0]
+    first, last = shape.radius
+    radius = last + (first - last) * (1 - part) ** 0.9
+    radius = radius * (1 + 0.05 * np.sin(along / rng.uniform(5, 12) + rng.uniform(0, 6)))
+    if rng.random() < 1 / 6:
+        radius = radius * (1 - rng.uniform(0.2, 0.45) * np.exp(-(((along - rng.uniform(0.1, 0.8) * along[-1]) / 5) ** 2)))
+    depth = 0.35 * shape.length * rng.normal() * part**2
+    if parent is not None:
+        depth = depth + parent.points[at, 2]
+    return Vessel(
+        points=np.column_stack([flat, depth]),
+        radius=np.maximum(radius, min(first, last)),
+        path=along + (parent.path[at] if parent is not None else 0.0),
+        parent_radius=float(parent.radius[at]) if parent is not None else 0.0,
+    )
+
+
+def _heading(vessel: Vessel, at: int) -> float:
+    """Direction of the vessel at point number `at`."""
+    at = at % len(vessel.points)
+    low, high = max(at - 2, 0), min(at + 2, len(vessel.points) - 1)
+    delta = vessel.points[high, :2] - vessel.points[low, :2]
+    return float(np.arctan2(delta[1], delta[0]))
+
+
+def _side_branches(
+    rng: np.random.Generator, parent: Vessel, thin: float, spacing: float, tortuosity: float
+) -> list[Vessel]:
+    """Branches that leave `parent` on changing sides about every `spacing` pixels and bend back to its direction.
+
+    A vessel whose own width has come down to the thinnest twig has no branches.
+    """
+    branches: list[Vessel] = []
+    side = rng.choice([-1, 1])
+    position = spacing * rng.uniform(0.35, 0.9)
+    while position < parent.length_px - 6:
+        at = int(position / STEP_PX)
+        radius = parent.radius[at] * rng.uniform(0.45, 0.75)
+        if parent.radius[at] > thin * 1.15:
+            radius = max(radius, thin)
+            angle = side * rng.uniform(0.5, 1.15)
+            length = np.clip(rng.uniform(12, 45) * radius + rng.uniform(10, 40), 22, 150)
+            shape = Shape(
+                _heading(parent, at) + angle, length, -0.75 * angle * rng.uniform(0, 1.2), (radius, thin), tortuosity
+            )
+            branches.append(_draw_vessel(rng, parent.points[at, :2], shape, parent, at))
+        side = -side if rng.random() < 0.7 else side
+        position += spacing * rng.uniform(0.6, 1.5)
+    return branches
+
+
+def _collateral(rng: np.random.Generator, tree: list[Vessel], thin: float) -> list[Vessel]:
+    """A thin winding vessel from the last third of one vessel to another one near by; none if nothing is near."""
+    if len(tree) < 4:
+        return []
+    source = tree[int(rng.integers(1, len(tree)))]
+    at = int(rng.uniform(0.6, 0.95) * (len(source.points) - 1))
+    start = source.points[at]
+    others = np.concatenate([vessel.points for vessel in tree if vessel is not source])
+    distance = np.linalg.norm(others[:, :2] - start[:2], axis=1)
+    near = np.flatnonzero((distance > 25) & (distance < 70))
+    if near.size == 0:
+        return []
+    end = others[rng.choice(near)]
+    num = max(8, int(1.2 * np.linalg.norm(end[:2] - start[:2]) / STEP_PX))
+    part = np.linspace(0, 1, num)[:, None]
+    normal = np.array([start[1] - end[1], end[0] - start[0], 0.0])
+    bow = np.sin(np.pi * part) * rng.uniform(-0.35, 0.35) + np.sin(4 * np.pi * part) * rng.uniform(-0.06, 0.06)
+    points = start + (end - start) * part + normal * bow
+    steps = np.linalg.norm(np.diff(points[:, :2], axis=0), axis=1)
+    path = source.path[at] + np.concatenate([[0.0], np.cumsum(steps)])
+    return [Vessel(points, np.full(num, thin), path, float(source.radius[at]))]
+
+
+@dataclass(frozen=True)
+class View:
+    """How one sequence looks at the heart: three rotations, a mirror, and the share of the image that the tree fills."""
+
+    yaw: float
+    pitch: float
+    roll: float
+    mirror: bool
+    fill: float
+    offset: tuple[float, float]
+
+
+def choose_view(rng: np.random.Generator, mirror: bool) -> View:
+    """Draw the view of one sequence."""
+    return View(
+        yaw=rng.uniform(-0.6, 0.6),
+        pitch=rng.uniform(-0.4, 0.4),
+        roll=rng.uniform(-0.3, 0.3),
+        mirror=mirror,
+        fill=rng.uniform(0.85, 1.12),
+        offset=(rng.uniform(-16, 16), rng.uniform(-14, 14)),
+    )
+
+
+def project(tree: list[Vessel], view: View) -> list[Vessel]:
+    """Lay the tree on the dome of the heart, turn it and fit it into the 256-pixel frame."""
+    flat = np.concatenate([vessel.points for vessel in tree])
+    centre = (flat.min(axis=0) + flat.max(axis=0)) / 2
+    rotation = _rotation(view.yaw, view.pitch, view.roll)
+    turned = []
+    for vessel in tree:
+        local = vessel.points - centre
+        local[:, 2] += 70 * (1 - (local[:, 0] ** 2 + local[:, 1] ** 2) / 130**2)
+        local = local @ rotation.T
+        if view.mirror:
+            local[:, 0] = -local[:, 0]
+        turned.append(local)
+    everything = np.concatenate(turned)
+    low, high = np.percentile(everything[:, :2], [1, 99], axis=0)
+    scale = float(np.clip(view.fill * CANVAS_PX / (high - low).max(), 0.75, 1.3))
+    shift = CANVAS_PX / 2 - scale * (low + high) / 2 + np.asarray(view.offset)
+    shift = np.append(shift, 0.0)
+    return [replace(vessel, points=points * scale + shift) for vessel, points in zip(tree, turned, strict=True)]
+
+
+def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
+    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
+    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
+    return about_z @ about_x @ about_y
+
+
+def beat(tree: list[Vessel], phase: float, amount_px: float) -> list[Vessel]:
+    """Move the tree as the heart does: contract towards its centre, twist a little and ripple smoothly.
+
+    Args:
+        tree: projected vessels.
+        phase: position in the heart cycle, radians; 0 moves nothing.
+        amount_px: largest displacement at the border of the image, about.
+    """
+    pull, twist = amount_px / 128 * np.sin(phase), 0.5 * amount_px / 128 * np.sin(2 * phase)
+    moved = []
+    for vessel in tree:
+        x, y = vessel.points[:, 0] - 128, vessel.points[:, 1] - 128
+        ripple = 0.35 * amount_px * np.sin(phase)
+        new_x = x - pull * x - twist * y + ripple * np.sin(y / 37 + phase)
+        new_y = y - 0.8 * pull * y + twist * x + ripple * np.cos(x / 43 + phase)
+        moved.append(replace(vessel, points=np.column_stack([new_x + 128, new_y + 128, vessel.points[:, 2]])))
+    return moved

@@ -1,0 +1,365 @@
+"""Looks at machine, packages, model folder and data before a long run, and says what to do about problems.
+
+Nothing here changes anything. torch, transformers and the data reader are imported only inside the check that
+needs them, so that a broken installation is reported instead of crashing the report.
+"""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = tuple(
+    "accelerate matplotlib numba numpy opencv-python-headless peft pillow rich safetensors scikit-image scipy"
+    " tensorboard tokenizers torch transformers tyro".split()
+)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
+INDEX = "model.safetensors.index.json"
+GB = 1e9
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at, one word.
+        status: "ok", "warning" (works, with a limit) or "problem" (will fail).
+        detail: what was found.
+        todo: what to do about it; empty when there is nothing to do.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "problem"]
+    detail: str
+    todo: str = ""
+
+
+def diagnose(
+    model_path: str | Path | None = None,
+    data_root: str | Path | None = None,
+    output_dir: str | Path = "output",
+) -> list[Check]:
+    """Run every check that applies.
+
+    Args:
+        model_path: checkpoint folder; None leaves the model checks out (the built-in miniature is used then).
+        data_root: folder with images and annotations; None leaves the data check out.
+        output_dir: where runs will be written; need not exist yet.
+    """
+    checks = [check_python(), check_packages(), check_processor(), check_gpu(), check_disk(Path(output_dir))]
+    if model_path is not None:
+        checks += check_model(Path(model_path))
+    if data_root is not None:
+        checks.append(check_data(Path(data_root)))
+    return checks
+
+
+def format_report(checks: list[Check]) -> str:
+    """One line per check, status first.
+
+    >>> print(format_report([Check("disk", "problem", "0.2 GB free in output", "Free some space.")]))
+    problem  disk       0.2 GB free in output -> Free some space.
+    """
+    return "\n".join(
+        f"{check.status:8} {check.name:10} {check.detail}" + (f" -> {check.todo}" if check.todo else "")
+        for check in checks
+    )
+
+
+def exit_code(checks: list[Check]) -> int:
+    """1 when any check found a problem, else 0; warnings do not count."""
+    return int(any(check.status == "problem" for check in checks))
+
+
+# ---- The machine
+
+
+def check_python() -> Check:
+    """Python's version and the platform."""
+    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def check_packages(pins: dict[str, str] | None = None) -> Check:
+    """Compare the installed packages with their pins.
+
+    Args:
+        pins: version by package name; None reads constraints.txt of the clone, if there is one.
+    """
+    pins = read_pins(ROOT / "constraints.txt") if pins is None else pins
+    missing, other = [], []
+    for name in PACKAGES:
+        try:
+            # A local label such as +cpu names the build, not another version.
+            installed = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if installed != pins.get(name, installed):
+            other.append(f"{name} {installed} (pinned {pins[name]})")
+    install = "Run: bash install_dependencies.sh"
+    if missing:
+        return Check("packages", "problem", f"missing: {', '.join(missing)}", install)
+    if other:
+        return Check("packages", "warning", f"not the tested versions: {', '.join(other)}", install)
+    return Check("packages", "ok", f"{len(PACKAGES)} packages" + (", all as pinned" if pins else ""))
+
+
+def read_pins(path: Path) -> dict[str, str]:
+    """Versions by package name from a file of `name==version` lines; empty when there is no file."""
+    if not path.is_file():
+        return {}
+    lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return {
+        name.lower(): version for name, equals, version in (line.partition("==") for line in lines) if equals
+    }
+
+
+def check_processor() -> Check:
+    """CPU cores and the threads torch will use."""
+    try:
+        import torch
+    except ImportError as error:
+        return Check(
+            "processor", "problem", f"torch cannot be imported: {error}", "Run: bash install_dependencies.sh"
+        )
+    return Check("processor", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+
+
+def check_gpu() -> Check:
+    """Name and memory of every CUDA device."""
+    try:
+        import torch
+    except ImportError:
+        return Check("gpu", "warning", "unknown, torch cannot be imported")
+    if not torch.cuda.is_available():
+        todo = (
+            "The miniature runs on the CPU; an 8B model needs a GPU and a CUDA build (see CONTRIBUTING.md)."
+        )
+        return Check("gpu", "warning", f"none that torch {torch.__version__} can use", todo)
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    found = ", ".join(f"{device.name} with {device.total_memory / GB:.0f} GB" for device in devices)
+    return Check(
+        "gpu", "ok", f"{found}; bf16 {'works' if torch.cuda.is_bf16_supported() else 'is not supported'}"
+    )
+
+
+def check_disk(output_dir: Path) -> Check:
+    """Whether the output folder can be written and has room."""
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Check("disk", "problem", f"{folder} cannot be written", "Choose another --output_dir.")
+    free = shutil.disk_usage(folder).free / GB
+    detail = f"{free:.1f} GB free for {output_dir}"
+    if free < 1:
+        return Check("disk", "problem", detail, "Free some space or choose another --output_dir.")
+    if free < 20:
+        return Check(
+            "disk", "warning", detail, "Enough for adapters; a merged 8B model in bf16 takes 16.4 GB."
+        )
+    return Check("disk", "ok", detail)
+
+
+# ---- The model folder
+
+
+def check_model(folder: Path) -> list[Check]:
+    """Whether a checkpoint folder is complete: weights, config.json and tokenizer. No tensor is loaded."""
+    if not folder.is_dir():
+        return [
+            Check(
+                "model", "problem", f"{folder} does not exist", "Give --model_path a Sa2VA checkpoint folder."
+            )
+        ]
+    weights, shapes = check_weights(folder)
+    return [weights, check_config(folder, shapes), check_tokenizer(folder)]
+
+
+def check_weights(folder: Path) -> tuple[Check, Shapes]:
+    """Open the header of every safetensors file and compare it with the index.
+
+    Returns:
+        The check, and the shapes of all tensors that could be read, by official name.
+    """
+    copy = "Copy the missing or broken files from the source again."
+    try:
+        listed = _read_index(folder)
+    except (ValueError, OSError) as error:
+        return Check("weights", "problem", f"{INDEX} cannot be read: {error}", copy), {}
+    files = sorted(set(listed.values()) or {path.name for path in folder.glob("model*.safetensors")})
+    if not files:
+        todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
+        return Check("weights", "problem", f"{folder} holds no model*.safetensors", todo), {}
+
+    shapes: Shapes = {}
+    faults = []
+    for name in files:
+        try:
+            found = _read_shapes(folder / name)
+        except (ValueError, OSError) as error:
+            faults.append(str(error))
+            continue
+        lost = [tensor for tensor, file in listed.items() if file == name and tensor not in found]
+        if lost:
+            faults.append(f"{name} lacks {len(lost)} tensors of the index, first {lost[0]}")
+        shapes |= found
+    if faults:
+        return Check(
+            "weights", "problem", f"{len(faults)} of {len(files)} files: {'; '.join(faults)}", copy
+        ), shapes
+    size = sum((folder / name).stat().st_size for name in files) / GB
+    return Check("weights", "ok", f"{len(files)} files, {len(shapes)} tensors, {size:.2f} GB"), shapes
+
+
+def check_config(folder: Path, shapes: Shapes) -> Check:
+    """Whether config.json describes a model that vesselrl can build; if not, what the tensors tell.
+
+    Args:
+        folder: the checkpoint folder.
+        shapes: shape by official tensor name, from `check_weights`.
+    """
+    if not (folder / "config.json").is_file():
+        fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
+        known = f" The tensor shapes say: {fields}." if fields else ""
+        todo = (
+            "Take config.json from the model this one was trained from, or write it from these values; "
+            "heads, rope_theta and epsilon leave no trace in shapes."
+        )
+        return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
+    try:
+        from vesselrl.models.config import CheckpointError, read_config
+    except ImportError as error:
+        return Check("config", "problem", f"cannot be checked: {error}", "Run: bash install_dependencies.sh")
+    try:
+        config = read_config(folder)
+    except CheckpointError as error:
+        return Check("config", "problem", str(error), "Copy config.json from the source again.")
+    values = {
+        f"{prefix}.{name}": part[name]
+        for prefix, part in (("vision_config", config.vision), ("llm_config", config.llm))
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+        if name in part
+    }
+    wrong = [
+        f"{name} is {values[name]}, the tensors say {seen}"
+        for name, seen in infer_config(shapes).items()
+        if values.get(name, seen) != seen
+    ]
+    if wrong:
+        return Check(
+            "config", "problem", "; ".join(wrong), "This config.json belongs to another model; replace it."
+        )
+    return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
+
+
+def infer_config(shapes: Shapes) -> dict[str, int]:
+    """The fields of config.json that tensor shapes determine.
+
+    Args:
+        shapes: shape by official tensor name.
+
+    >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
+    {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
+    """
+    fields = {
+        "vision_config.hidden_size": ("vision_model.embeddings.patch_embedding.weight", 0),
+        "vision_config.patch_size": ("vision_model.embeddings.patch_embedding.weight", 2),
+        "vision_config.intermediate_size": ("vision_model.encoder.layers.0.mlp.fc1.weight", 0),
+        "llm_config.vocab_size": ("language_model.model.embed_tokens.weight", 0),
+        "llm_config.hidden_size": ("language_model.model.embed_tokens.weight", 1),
+        "llm_config.intermediate_size": ("language_model.model.layers.0.mlp.gate_proj.weight", 0),
+    }
+    found = {field: shapes[name][axis] for field, (name, axis) in fields.items() if name in shapes}
+    for field, prefix in (
+        ("vision_config.num_hidden_layers", "vision_model.encoder.layers."),
+        ("llm_config.num_hidden_layers", "language_model.model.layers."),
+    ):
+        layers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
+        if layers:
+            found[field] = len(layers)
+    return found
+
+
+def check_tokenizer(folder: Path) -> Check:
+    """Whether the tokenizer's files are there and know Sa2VA's own tokens."""
+    copy = "Copy the tokenizer files from the source of the model."
+    missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
+    if missing:
+        return Check("tokenizer", "problem", f"{folder} lacks {', '.join(missing)}", copy)
+    known = set()
+    try:
+        if (folder / "added_tokens.json").is_file():
+            known |= set(_read_object(folder / "added_tokens.json"))
+        decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        known |= {token["content"] for token in decoder.values()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
+    absent = [token for token in SPECIAL_TOKENS if token not in known]
+    if absent:
+        return Check(
+            "tokenizer", "problem", f"does not know {', '.join(absent)}", f"This is no Sa2VA's. {copy}"
+        )
+    return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")
+
+
+def _read_object(path: Path) -> dict:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} holds a {type(values).__name__}, an object was expected")
+    return values
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """File name by tensor name; empty when the checkpoint has no index."""
+    if not (folder / INDEX).is_file():
+        return {}
+    return _read_object(folder / INDEX).get("weight_map", {})
+
+
+def _read_shapes(path: Path) -> Shapes:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is broken or cut short ({error})") from None
+
+
+# ---- The data
+
+
+def check_data(data_root: Path) -> Check:
+    """Whether annotations can be read, and how many images, patients and sequences there are."""
+    from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+
+    try:
+        samples = find_samples(data_root)
+        for sample in samples[:1]:
+            load_image(sample)
+            load_mask(sample)
+    except DataError as error:
+        return Check(
+            "data",
+            "problem",
+            str(error),
+            "See docs/data.md for the layouts; `vesselrl data` lists every fault.",
+        )
+    num_patients = len({sample.patient for sample in samples})
+    num_sequences = len({sample.sequence for sample in samples})
+    detail = f"{len(samples)} images, {num_sequences} sequences, {num_patients} patients"
+    if num_patients < 3:
+        todo = "Training, validation and test need a patient each; add patients or see --patient_pattern."
+        return Check("data", "problem", detail, todo)
+    return Check("data", "ok", detail)

@@ -1,0 +1,187 @@
+"""Every setting of a training, flat and frozen, and the named presets.
+
+Field names are the command line's options; a comment over each says what it does and in which unit.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+DEFAULT_LEARNING_RATE = 5e-5
+# The miniature is a thousand times smaller than a real Sa2VA and needs larger steps; see docs/results.md.
+EMBEDDED_LEARNING_RATE = 2e-3
+# In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
+RANDOM_MODEL = "random"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `vesselrl train`.
+
+    Raises:
+        ValueError: a value out of range; the message names the option.
+    """
+
+    # ---- What is trained, on what ----
+    # Sa2VA checkpoint folder; none: the miniature shipped with the package; random: a tiny one for tests.
+    model_path: str | None = None
+    # Folder with images/ and annotations.json or masks/; none: the built-in synthetic angiograms.
+    data_root: str | None = None
+    # Folder that gets the run folder.
+    output_dir: str = "output"
+    # The question put to the model; <image> is added.
+    prompt: str = "Please segment the blood vessel."
+    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
+    patient_pattern: str | None = None
+    # Run or adapter folder to start from; its data split is used again.
+    init_lora: str | None = None
+    # Largest numbers of images; none: all. The choice goes round the patients.
+    max_train_samples: int | None = None
+    max_val_samples: int | None = None
+
+    # ---- Adapter ----
+    # small: r16 a32 on q,v; medium: r32 a64 on q,k,v,o; large: r64 a128 on those and gate,up,down (language model).
+    lora_preset: Literal["small", "medium", "large"] = "medium"
+    # Override the preset; none: the preset's own.
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float | None = None
+    # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
+    lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
+
+    # ---- Schedule ----
+    # sft: supervised (BCE + Dice). rl: PPO. sft+rl: the first half of the epochs supervised, then PPO.
+    stage: Literal["sft", "rl", "sft+rl"] = "rl"
+    num_epochs: int = 3
+    # Images per step.
+    batch_size: int = 2
+    # Peak learning rate; none: 5e-5, or the embedded miniature's own.
+    learning_rate: float | None = None
+    weight_decay: float = 0.01
+    # Share of the steps that warm up, then a half cosine down to a tenth.
+    warmup_share: float = 0.05
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    # ---- Reward ----
+    reward_type: Literal["multi_objective", "simple_dice", "recall_focused"] = "multi_objective"
+    # default: bounded, with a precision guard. seed: the prototype's formula.
+    reward_spec: Literal["default", "seed"] = "default"
+    dice_weight: float = 0.5
+    recall_weight: float = 0.2
+    topology_weight: float = 0.2
+    length_weight: float = 0.1
+    recall_target: float = 0.85
+    # Your own term, package.module:function with function(pred, gt) -> float on bool masks; added to the reward.
+    reward_fn: str | None = None
+    reward_fn_weight: float = 1.0
+
+    # ---- PPO ----
+    # Masks drawn per image.
+    num_samples: int = 4
+    # Passes over a batch of drawn masks.
+    num_passes: int = 2
+    clip: float = 0.2
+    # Weight of the divergence from the starting policy.
+    kl_coef: float = 0.01
+    entropy_coef: float = 0.0
+    # Divides the logits when masks are drawn; larger explores more.
+    temperature: float = 1.0
+    # Smoothness of the random field that masks are drawn with, in px; 0: independent pixels.
+    correlation_px: float = 2.0
+    # Regions per drawn mask that are rescored for topology, length and your own reward.
+    num_regions: int = 4
+    # Weight of region credit against overlap credit, after each was scaled to 1.
+    structure_weight: float = 1.0
+
+    # ---- Run ----
+    # In steps; validation also runs at every epoch's end.
+    log_freq: int = 10
+    val_freq: int = 100
+    # In epochs.
+    save_freq: int = 1
+    # Index of the GPU; the CPU is used when there is none.
+    gpu: int = 0
+    # Threads that score masks.
+    num_workers: int = 4
+    # Vision tower and language model in bfloat16; SAM2 stays in float32.
+    use_bf16: bool = False
+    use_wandb: bool = False
+    # Train and validate on this many images to see whether the model can learn at all; 0: off.
+    sanity_overfit: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            "num_epochs",
+            "batch_size",
+            "num_passes",
+            "log_freq",
+            "val_freq",
+            "save_freq",
+            "num_workers",
+        )
+        minimums = dict.fromkeys(at_least_1, 1) | {
+            "num_samples": 2,
+            "num_regions": 0,
+            "sanity_overfit": 0,
+            "gpu": 0,
+        }
+        for name in ("max_train_samples", "max_val_samples", "lora_rank", "lora_alpha"):
+            if getattr(self, name) is not None:
+                minimums[name] = 1
+        for name, minimum in minimums.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give at least {minimum}.")
+        for name in ("clip", "temperature", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give a value above 0.")
+        for name in ("kl_coef", "entropy_coef", "correlation_px", "structure_weight", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ValueError(f"--learning_rate is {self.learning_rate}; give 0 or more.")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
+        if self.stage == "sft+rl" and self.num_epochs < 2:
+            raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate that is used."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        is_miniature = self.model_path in (None, RANDOM_MODEL)
+        return EMBEDDED_LEARNING_RATE if is_miniature else DEFAULT_LEARNING_RATE
+
+    def stage_of_epoch(self, epoch: int) -> str:
+        """`sft` or `rl` for an epoch counted from 1."""
+        if self.stage != "sft+rl":
+            return self.stage
+        return "sft" if epoch <= self.num_epochs // 2 else "rl"
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # Minutes on two CPU cores with the embedded model: see whether everything works.
+    "quick": TrainConfig(num_epochs=1, max_train_samples=50, max_val_samples=20, val_freq=50),
+    # The real thing; with the embedded model under an hour on two CPU cores.
+    "full": TrainConfig(num_epochs=3, max_train_samples=1000, max_val_samples=100),
+    # Seconds: a random miniature on a few small drawn images, two updates; for tests and newcomers.
+    "debug": TrainConfig(
+        model_path=RANDOM_MODEL, num_epochs=1, max_train_samples=4, max_val_samples=3, lora_rank=4, lora_alpha=8, num_samples=2, num_regions=1,
+        val_freq=2, log_freq=1,
+    ),
+}  # fmt: skip
+
+
+def get_preset(name: str, **changes: object) -> TrainConfig:
+    """A preset with some settings changed.
+
+    Raises:
+        ValueError: unknown name; the message lists those that exist.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
+    return replace(PRESETS[name], **changes)

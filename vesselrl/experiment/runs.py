@@ -1,0 +1,133 @@
+"""A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+PREFIX = "sa2va_lora_ppo_"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "numba",
+    "opencv-python-headless",
+    "scikit-image",
+)
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be made or written; the message names it and what to do."""
+
+
+class RunFolder:
+    """`OUTPUT_DIR/sa2va_lora_ppo_<YYYYmmdd_HHMMSS>` and the files in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, output_dir: str | Path) -> "RunFolder":
+        """A new, empty run folder named by the time of day.
+
+        Raises:
+            RunError: the folder cannot be written to.
+        """
+        base = Path(output_dir)
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        for suffix in ("", *(f"_{k}" for k in range(2, 100))):
+            path = base / f"{PREFIX}{stamp}{suffix}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if base.is_dir():
+                    continue
+                raise RunError(f"Output folder {base} is a file; give another --output_dir.") from None
+            except OSError as error:
+                raise RunError(
+                    f"Cannot write to the output folder {base} ({error.strerror or error}); give another --output_dir."
+                ) from None
+            return cls(path)
+        raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    def write_json(self, name: str, values: dict) -> Path:
+        """Writes a JSON file that appears only when complete; nan and infinity become null."""
+        path = self.path / name
+        partial = path.with_name(f".{name}.partial")
+        partial.write_text(json.dumps(strict(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def append_metrics(self, values: dict) -> None:
+        """Adds one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(strict(values), allow_nan=False) + "\n")
+
+
+def strict(value: object) -> object:
+    """The value with every nan and infinity replaced by None, so that any JSON reader takes it."""
+    if isinstance(value, dict):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def provenance(argv: list[str], device: str) -> dict:
+    """Where a result comes from: command, commit, versions, machine."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "command": argv,
+        "git_commit": git_commit(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "device": device,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this package runs from, with `+` when files were changed; None outside git."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder, capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")

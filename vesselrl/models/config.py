@@ -1,0 +1,203 @@
+"""What a Sa2VA checkpoint folder says about its own shape: `config.json` plus the SAM2 side-car.
+
+The official `config.json` describes the vision tower and the language model but is silent about SAM2, whose
+dimensions cannot be inferred from tensor shapes (heads, windows and global blocks leave no trace). They are read
+from `sam2_config.json` in the same folder; without that file SAM2-Hiera-Large is assumed, as in every published Sa2VA.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
+
+SAM2_SIDECAR = "sam2_config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Sam2Dimensions:
+    """Shape of the SAM2 part; the defaults are Hiera-Large at 1024 px, as in every published Sa2VA."""
+
+    image_size: int = 1024
+    embed_dim_per_stage: tuple[int, ...] = (144, 288, 576, 1152)
+    blocks_per_stage: tuple[int, ...] = (2, 6, 36, 4)
+    num_attention_heads_per_stage: tuple[int, ...] = (2, 4, 8, 16)
+    window_size_per_stage: tuple[int, ...] = (8, 4, 16, 8)
+    global_attention_blocks: tuple[int, ...] = (23, 33, 43)
+    background_size: tuple[int, int] = (7, 7)
+    hidden_size: int = 256
+    decoder_mlp_dim: int = 2048
+    iou_head_hidden_dim: int = 256
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Sam2Dimensions":
+        """Reads the side-car's JSON object; unknown or missing fields are errors."""
+        names = set(cls.__dataclass_fields__)
+        if set(values) != names:
+            raise CheckpointError(
+                f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; "
+                f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}."
+            )
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict:
+        """The JSON object that `from_dict` reads back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def native(self) -> Sam2Config:
+        """The transformers configuration of the same shape."""
+        size, dims = self.image_size, list(self.embed_dim_per_stage)
+        backbone = {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": dims[0],
+            "num_attention_heads": self.num_attention_heads_per_stage[0],
+            "image_size": [size, size],
+            "blocks_per_stage": list(self.blocks_per_stage),
+            "embed_dim_per_stage": dims,
+            "num_attention_heads_per_stage": list(self.num_attention_heads_per_stage),
+            "window_size_per_stage": list(self.window_size_per_stage),
+            "global_attention_blocks": list(self.global_attention_blocks),
+            "window_positional_embedding_background_size": list(self.background_size),
+        }
+        vision = {
+            "model_type": "sam2_vision_model",
+            "backbone_config": backbone,
+            "backbone_channel_list": dims[::-1],
+            "backbone_feature_sizes": [[size // s, size // s] for s in (4, 8, 16)],
+            "fpn_hidden_size": self.hidden_size,
+        }
+        decoder = {
+            "hidden_size": self.hidden_size,
+            "mlp_dim": self.decoder_mlp_dim,
+            "iou_head_hidden_dim": self.iou_head_hidden_dim,
+        }
+        prompt = {"hidden_size": self.hidden_size, "image_size": size}
+        return Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+
+
+@dataclass(frozen=True)
+class Sa2VAConfig:
+    """The shape of one Sa2VA of the InternVL + Qwen2 family.
+
+    Attributes:
+        vision: `vision_config` of config.json (InternViT).
+        llm: `llm_config` of config.json (Qwen2).
+        sam2: SAM2's dimensions.
+        tile_px: side of a tile of the language model's image input.
+        downsample_ratio: side ratio of the pixel shuffle; 0.5 means four patches make one image token.
+        template: name of the chat template; only `qwen_chat` is known for Qwen2.
+    """
+
+    vision: dict
+    llm: dict
+    sam2: Sam2Dimensions
+    tile_px: int = 448
+    downsample_ratio: float = 0.5
+    template: str = "qwen_chat"
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Image tokens that one tile becomes, (tile / patch)^2 * ratio^2."""
+        return int((self.tile_px // self.vision["patch_size"]) ** 2 * self.downsample_ratio**2)
+
+    def native_vision(self) -> InternVLVisionConfig:
+        """The transformers configuration of the vision tower."""
+        v = self.vision
+        return InternVLVisionConfig(
+            hidden_size=v["hidden_size"],
+            num_hidden_layers=v["num_hidden_layers"],
+            num_attention_heads=v["num_attention_heads"],
+            intermediate_size=v["intermediate_size"],
+            attention_bias=v.get("qkv_bias", True),
+            use_qk_norm=v.get("qk_normalization", False),
+            norm_type=v.get("norm_type", "layer_norm"),
+            layer_norm_eps=v.get("layer_norm_eps", 1e-6),
+            hidden_act=v.get("hidden_act", "gelu"),
+            layer_scale_init_value=v.get("initializer_factor", 1.0),
+            hidden_dropout_prob=v.get("dropout", 0.0),
+            attention_dropout=v.get("attention_dropout", 0.0),
+            image_size=[v["image_size"]] * 2,
+            patch_size=[v["patch_size"]] * 2,
+            num_channels=v.get("num_channels", 3),
+            use_mean_pooling=True,  # then the tower has no final norm, as InternViT
+        )
+
+    def native_llm(self) -> Qwen2Config:
+        """The transformers configuration of the language model."""
+        ignored = ("architectures", "model_type", "auto_map", "transformers_version")
+        values = {k: v for k, v in self.llm.items() if k not in ignored}
+        return Qwen2Config(**{**values, "tie_word_embeddings": False})
+
+
+def parse_config(values: dict, sam2: Sam2Dimensions, source: str = "config.json") -> Sa2VAConfig:
+    """Reads the official config.json object.
+
+    Raises:
+        CheckpointError: a field is missing or asks for something the native model does not do.
+    """
+    for section in ("vision_config", "llm_config"):
+        if not isinstance(values.get(section), dict):
+            raise CheckpointError(
+                f"{source} has no `{section}` object; is this a Sa2VA of the InternVL family?"
+            )
+    vision, llm = values["vision_config"], values["llm_config"]
+    architecture = (llm.get("architectures") or ["?"])[0]
+    if architecture != "Qwen2ForCausalLM":
+        raise CheckpointError(
+            f"{source} names the language model {architecture!r}; only Qwen2ForCausalLM (Sa2VA-InternVL3 2B/8B/14B and "
+            "Sa2VA 1B/4B) is supported. Choose one of those checkpoints."
+        )
+    template = str(values.get("template", "qwen_chat")).replace("-", "_")
+    wanted = {"select_layer": (values.get("select_layer", -1), -1), "ps_version": (values.get("ps_version", "v2"), "v2"),
+              "template": (template, "qwen_chat")}  # fmt: skip
+    for name, (got, expected) in wanted.items():
+        if got != expected:
+            raise CheckpointError(f"{source} has {name} = {got!r}; only {expected!r} is supported.")
+    tile_px = int(values.get("force_image_size") or vision["image_size"])
+    return Sa2VAConfig(vision, llm, sam2, tile_px, float(values.get("downsample_ratio", 0.5)), template)
+
+
+def read_json(path: Path) -> dict:
+    """One JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing or no JSON object; the message names it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Copy it again from the source.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}, an object was expected.")
+    return values
+
+
+def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig:
+    """The configuration of a checkpoint folder.
+
+    Args:
+        folder: holds `config.json` and, for another SAM2 than Hiera-Large, `sam2_config.json`.
+        sam2: overrides the side-car.
+
+    Raises:
+        CheckpointError: the folder or config.json is missing or unusable.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"Model folder {folder} does not exist. Give --model_path a Sa2VA checkpoint folder."
+        )
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} has no config.json. It is not among the tensors but can be rebuilt from their shapes: run "
+            f"`vesselrl doctor --model_path {folder}`, which lists what can be inferred."
+        )
+    if sam2 is None:
+        sidecar = folder / SAM2_SIDECAR
+        sam2 = Sam2Dimensions.from_dict(read_json(sidecar)) if sidecar.exists() else Sam2Dimensions()
+    return parse_config(read_json(folder / "config.json"), sam2, str(folder / "config.json"))

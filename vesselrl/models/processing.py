@@ -1,0 +1,167 @@
+"""Images and a prompt to model inputs, bit for bit as the official Sa2VA does it.
+
+The language model sees the image as tiles (the grid whose aspect ratio fits best, plus a thumbnail); SAM2 sees the
+whole image resized to its square, aspect ratio not kept. Both are normalised with the ImageNet mean and deviation.
+The answer is teacher-forced, so that one forward pass gives the hidden state at every [SEG].
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from vesselrl.models.config import CheckpointError, Sa2VAConfig
+
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+STD = np.array((0.229, 0.224, 0.225), np.float32)
+
+DEFAULT_PROMPT = "Please segment the blood vessel."
+ANSWER = "Sure, [SEG]."
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+SEG_TOKEN = "[SEG]"
+MAX_TILES = 12
+
+
+@dataclass
+class Sa2VAInputs:
+    """One batch of B images with the same prompt; T tiles in all, L tokens after right padding.
+
+    Attributes:
+        tiles: (T, 3, t, t) float, the tiles of all images one after the other.
+        input_ids: (B, L) long, prompt and answer with the image tokens expanded.
+        attention_mask: (B, L) long, 0 where padded.
+        sam_pixels: (B, 3, S, S) float.
+        sizes: (height, width) of every original image, in pixels.
+    """
+
+    tiles: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    sam_pixels: torch.Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device | str) -> "Sa2VAInputs":
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Sa2VAInputs(
+            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        )
+
+
+def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = MAX_TILES) -> tuple[int, int]:
+    """Columns and rows of the tile grid for an image.
+
+    The grid of at most `max_tiles` tiles whose ratio columns / rows is closest to width / height; on an exact tie the
+    larger grid wins only where the image has more than half of the pixels that the grid offers.
+
+    >>> tile_grid(512, 512, 448), tile_grid(640, 480, 448)
+    ((1, 1), (4, 3))
+    """
+    grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
+    best, best_gap = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        gap = abs(width / height - columns / rows)
+        larger_fits = width * height > 0.5 * tile_px**2 * columns * rows
+        if gap < best_gap or (gap == best_gap and larger_fits):
+            best, best_gap = (columns, rows), gap
+    return best
+
+
+def cut_tiles(image: Image.Image, tile_px: int, max_tiles: int = MAX_TILES) -> list[Image.Image]:
+    """Tiles row by row, then a thumbnail when there is more than one tile."""
+    columns, rows = tile_grid(image.width, image.height, tile_px, max_tiles)
+    resized = image.resize((columns * tile_px, rows * tile_px), Image.Resampling.BICUBIC)
+    corners = [(c * tile_px, r * tile_px) for r in range(rows) for c in range(columns)]
+    tiles = [resized.crop((x, y, x + tile_px, y + tile_px)) for x, y in corners]
+    if len(tiles) > 1:
+        tiles.append(image.resize((tile_px, tile_px), Image.Resampling.BICUBIC))
+    return tiles
+
+
+def normalise(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32, (value / 255 - mean) / deviation per channel."""
+    pixels = (np.asarray(image, np.float32) / np.float32(255) - MEAN) / STD
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def clean_prompt(prompt: str) -> str:
+    r"""The user's turn as trained on: one `<image>` and a line break before the question.
+
+    A literal backslash-n, as shells pass it, counts as a line break; a prompt that places `<image>` itself is kept.
+
+    >>> clean_prompt("Please segment the blood vessel.")
+    '<image>\nPlease segment the blood vessel.'
+    """
+    prompt = prompt.replace("\\n", "\n")
+    return prompt if "<image>" in prompt else f"<image>\n{prompt}"
+
+
+class Sa2VAProcessor:
+    """Turns images and one prompt into `Sa2VAInputs`."""
+
+    def __init__(
+        self, config: Sa2VAConfig, tokenizer: PreTrainedTokenizerBase, max_tiles: int = MAX_TILES
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_tiles = max_tiles
+        self.image_token_id = self._special_id(IMAGE_TOKEN)
+        self.seg_token_id = self._special_id(SEG_TOKEN)
+
+    def __call__(
+        self, images: list[np.ndarray], prompt: str = DEFAULT_PROMPT, answer: str = ANSWER
+    ) -> Sa2VAInputs:
+        """Prepares a batch.
+
+        Args:
+            images: uint8 RGB arrays (H, W, 3); sizes may differ.
+            prompt: the question; `<image>` is put before it when absent.
+            answer: the teacher-forced answer, with at least one [SEG].
+
+        Raises:
+            ValueError: an image of another shape or type, or an answer without [SEG].
+        """
+        if SEG_TOKEN not in answer:
+            raise ValueError(f"The answer {answer!r} has no {SEG_TOKEN}; without it there is no mask.")
+        for index, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(
+                    f"Image {index} is {image.dtype} {image.shape}; uint8 RGB (H, W, 3) is needed."
+                )
+        pictures = [Image.fromarray(image) for image in images]
+        tiles = [cut_tiles(picture, self.config.tile_px, self.max_tiles) for picture in pictures]
+        rows = [self.token_ids(prompt, answer, len(tiles_of_image)) for tiles_of_image in tiles]
+        length = max(len(row) for row in rows)
+        side = (self.config.sam2.image_size,) * 2
+        return Sa2VAInputs(
+            tiles=torch.stack([normalise(tile) for tiles_of_image in tiles for tile in tiles_of_image]),
+            input_ids=torch.tensor([row + [self._pad_id] * (length - len(row)) for row in rows]),
+            attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+            sam_pixels=torch.stack([normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
+            sizes=tuple((picture.height, picture.width) for picture in pictures),
+        )
+
+    def token_ids(self, prompt: str, answer: str, num_tiles: int) -> list[int]:
+        """Prompt and answer as ids; tokenised separately, as in the official training."""
+        image = f"<img>{IMAGE_TOKEN * (self.config.tokens_per_tile * num_tiles)}</img>"
+        question = clean_prompt(prompt).replace("<image>", image)
+        turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        return self._encode(turn) + self._encode(f"{answer}<|im_end|>")
+
+    @property
+    def _pad_id(self) -> int:
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _special_id(self, token: str) -> int:
+        ids = self._encode(token)
+        if len(ids) != 1:
+            raise CheckpointError(
+                f"The tokenizer splits {token!r} into {len(ids)} pieces; its added_tokens.json does not belong to a "
+                "Sa2VA. Copy the tokenizer files of the checkpoint again."
+            )
+        return ids[0]

@@ -1,0 +1,111 @@
+"""Where a training's figures go: metrics.jsonl, TensorBoard, wandb on request, the log and a progress bar."""
+
+import logging
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from vesselrl.experiment.runs import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Collects the figures of one run; a context manager that closes its writers.
+
+    Args:
+        run: gets metrics.jsonl and the TensorBoard files.
+        total_steps: of the training, for the bar.
+        console: shows progress bars; None shows none.
+        log_freq: steps between log lines; every step is stored.
+        wandb_settings: resolved settings to start a wandb run with; None starts none.
+
+    Raises:
+        ModuleNotFoundError: wandb was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        total_steps: int,
+        console: Console | None = None,
+        log_freq: int = 10,
+        wandb_settings: dict | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (slow to import)
+
+        self.run = run
+        self.log_freq = log_freq
+        self.grad_norm_max = 0.0
+        self._board = SummaryWriter(str(run.path / "tensorboard"))
+        self._wandb = start_wandb(run.name, wandb_settings) if wandb_settings is not None else None
+        self._progress = new_progress(console)
+        self._training = self._progress.add_task("training", total=total_steps)
+
+    def __enter__(self) -> "Monitor":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def log_step(self, step: int, figures: dict[str, float]) -> None:
+        """Stores the figures of one training step and moves the bar."""
+        self.grad_norm_max = max(self.grad_norm_max, figures.get("train/grad_norm", 0.0))
+        self.log(step, figures)
+        self._progress.update(self._training, completed=step)
+        if step % self.log_freq == 0:
+            shown = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
+            logger.info(
+                "step %d: %s", step, ", ".join(f"{k} {figures[k]:.4g}" for k in shown if k in figures)
+            )
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Stores any figures."""
+        self.run.append_metrics({"step": step, **figures})
+        for name, value in figures.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(figures, step=step)
+
+    def bar(self, label: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows a second bar for the length of an evaluation."""
+        task = self._progress.add_task(label, total=None)
+
+        def show(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+            if done == total:
+                self._progress.remove_task(task)
+
+        return show
+
+
+def new_progress(console: Console | None) -> Progress:
+    """Bars with counts, elapsed and remaining time; invisible without a console."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=console or Console(quiet=True), disable=console is None)
+
+
+def start_wandb(name: str, settings: dict) -> object:
+    """A wandb run.
+
+    Raises:
+        ModuleNotFoundError: wandb is not installed; the message says how to get it.
+    """
+    try:
+        import wandb  # noqa: PLC0415 (optional)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.") from None
+    return wandb.init(project="vesselrl", name=name, config=settings)

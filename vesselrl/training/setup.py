@@ -1,0 +1,163 @@
+"""From settings to the parts of a run: data, reward, device, model with adapters."""
+
+import importlib
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vesselrl.data.annotations import Sample, check_masks, find_samples
+from vesselrl.data.builtin import FULL, SMALL, builtin_data
+from vesselrl.data.splits import read_split, split_by_patient, take, write_split
+from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.runs import RunFolder
+from vesselrl.inference.predictor import adapter_folder
+from vesselrl.models.loading import describe_config, load_sa2va
+from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
+from vesselrl.scoring.rewards import Reward, get_reward_function
+from vesselrl.training.policy import MaskPolicy
+
+logger = logging.getLogger(__name__)
+
+SPLIT_FILE = "data_split.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Samples of one run and how many were asked for and found."""
+
+    train: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    counts: dict
+
+
+def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
+    """Finds, splits and chooses the samples; writes data_split.json.
+
+    Raises:
+        DataError: unusable data; the message names file and record.
+    """
+    size = SMALL if config.model_path == RANDOM_MODEL else FULL
+    root = Path(config.data_root) if config.data_root else builtin_data(config.output_dir, size)
+    samples = find_samples(root, config.patient_pattern)
+    empty = check_masks(samples)
+    if empty:
+        logger.warning("%d of %d masks are empty, such as %s", len(empty), len(samples), empty[0])
+    previous = earlier_split(config)
+    split = read_split(previous, samples) if previous else split_by_patient(samples, config.seed)
+    write_split(run.path / SPLIT_FILE, split)
+    train = take(list(split.train), config.sanity_overfit or config.max_train_samples, config.seed)
+    val = train if config.sanity_overfit else take(list(split.val), config.max_val_samples, config.seed)
+    test = [] if config.sanity_overfit else list(split.test)
+    counts = {
+        "found": len(samples),
+        "patients": len({sample.patient for sample in samples}),
+        "empty_masks": len(empty),
+        "train": {"requested": config.max_train_samples, "available": len(split.train), "used": len(train)},
+        "val": {"requested": config.max_val_samples, "available": len(split.val), "used": len(val)},
+        "test": {"requested": None, "available": len(split.test), "used": len(test)},
+    }
+    for side in ("train", "val"):
+        asked, there = counts[side]["requested"], counts[side]["available"]
+        if asked and asked > there:
+            logger.warning("%s: %d images requested, %d available", side, asked, there)
+    logger.info("data: %d train, %d validation, %d test images", len(train), len(val), len(test))
+    return RunData(train, val, test, counts)
+
+
+def earlier_split(config: TrainConfig) -> Path | None:
+    """data_split.json of the run that `init_lora` belongs to, if any."""
+    if config.init_lora is None:
+        return None
+    folder = Path(config.init_lora)
+    return next((f / SPLIT_FILE for f in (folder, folder.parent) if (f / SPLIT_FILE).exists()), None)
+
+
+def make_reward(config: TrainConfig) -> Reward:
+    """The reward of the run, with the user's own term.
+
+    Raises:
+        ValueError: weights or the function's name are unusable.
+    """
+    return get_reward_function(
+        config.reward_type,
+        spec=config.reward_spec,
+        dice_weight=config.dice_weight,
+        recall_weight=config.recall_weight,
+        topology_weight=config.topology_weight,
+        length_weight=config.length_weight,
+        recall_target=config.recall_target,
+        custom=import_function(config.reward_fn) if config.reward_fn else None,
+        custom_weight=config.reward_fn_weight,
+    )
+
+
+def import_function(name: str) -> object:
+    """The function called `package.module:function`.
+
+    Raises:
+        ValueError: the name has another form, or the module or function does not exist.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"--reward_fn is {name!r}; give it as package.module:function.")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"--reward_fn {name}: the module cannot be imported ({error}).") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name!r}.")
+    return function
+
+
+def select_device(gpu: int) -> str:
+    """`cuda:N` when there is such a GPU, else `cpu`; sets the CPU threads of the image library.
+
+    Raises:
+        ValueError: there are GPUs, but not this one.
+    """
+    import cv2  # noqa: PLC0415
+
+    cv2.setNumThreads(1)  # masks are scored in threads of our own
+    if not torch.cuda.is_available():
+        logger.info("no GPU: running on the CPU with %d threads", torch.get_num_threads())
+        return "cpu"
+    if gpu >= torch.cuda.device_count():
+        raise ValueError(f"--gpu is {gpu}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    return f"cuda:{gpu}"
+
+
+def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
+    """The model with new adapters, or with those of `init_lora`.
+
+    Raises:
+        CheckpointError: unusable model or adapter folder.
+    """
+    dtype = torch.bfloat16 if config.use_bf16 else torch.float32
+    torch.manual_seed(config.seed)  # LoRA's first matrices are random
+    if config.model_path == RANDOM_MODEL:
+        with tempfile.TemporaryDirectory() as folder:
+            shape = miniature_config(DEBUG_SAM2)
+            write_miniature(Path(folder), shape, random_sa2va(shape, config.seed))
+            model, processor = load_sa2va(folder, device, dtype)
+    else:
+        model, processor = load_sa2va(config.model_path, device, dtype)
+    logger.info("model %s", describe_config(model.config, processor))
+    if config.init_lora is not None:
+        peft_model = load_adapter(model, adapter_folder(Path(config.init_lora)), is_trainable=True)
+    else:
+        preset = LORA_PRESETS[config.lora_preset]
+        peft_model = attach_lora(
+            model,
+            config.lora_scope,
+            preset.projections,
+            rank=config.lora_rank or preset.rank,
+            alpha=config.lora_alpha or preset.alpha,
+            dropout=preset.dropout if config.lora_dropout is None else config.lora_dropout,
+        )
+    return MaskPolicy(peft_model, processor, config.prompt)

@@ -1,0 +1,252 @@
+"""One training from data to verdict, in numbered steps.
+
+1. Data: find the samples, split them by patient, choose how many.
+2. Model: load it, put adapters on the chosen parts.
+3. Validate before the first update; the untouched adapter is the first `best_lora`.
+4. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
+5. Test once: the untouched model and the best adapter, on patients that nothing was chosen on.
+6. Write results, curves and pictures.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from vesselrl.data.annotations import Sample
+from vesselrl.data.dataset import VesselDataset
+from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
+from vesselrl.evaluation.figures import plot_curves, plot_panels
+from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.runs import RunFolder, provenance
+from vesselrl.inference.predictor import Predictor
+from vesselrl.models.lora import adapter_delta_norm, save_adapter, trainable_counts
+from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.topology import METRIC_SPEC
+from vesselrl.training.batches import BatchSource
+from vesselrl.training.checks import LearningError
+from vesselrl.training.monitor import Monitor
+from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.ppo import PPOSettings, PPOUpdate
+from vesselrl.training.setup import RunData, load_policy, make_reward, prepare_data, select_device
+from vesselrl.training.supervised import SupervisedUpdate
+
+logger = logging.getLogger(__name__)
+
+HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
+SANITY_STEPS = 300
+NUM_PANELS = 6
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run hands to the command line.
+
+    Attributes:
+        folder: the run folder.
+        validation: rows of `before_after_table` on the validation images.
+        test: the same on the test images; empty for a sanity run.
+        info: the content of training_info.json.
+    """
+
+    folder: Path
+    validation: list[dict]
+    test: list[dict]
+    info: dict
+
+
+def train(config: TrainConfig, argv: list[str], console: Console | None = None) -> TrainResult:
+    """Runs one training; see the module's docstring for the steps.
+
+    Args:
+        config: all settings.
+        argv: the command line, stored as provenance.
+        console: for progress bars; None shows none.
+
+    Raises:
+        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained.
+        LearningError: the run does not learn.
+    """
+    reward = make_reward(config)
+    run = RunFolder.create(config.output_dir)
+    logger.info("run folder %s", run.path)
+    data = prepare_data(config, run)
+    device = select_device(config.gpu)
+    policy = load_policy(config, device)
+    counts = data.counts | {"trainable": trainable_counts(policy.peft_model)}
+    for component, count in counts["trainable"].items():
+        logger.info("trainable in %s: %s values", component, f"{count:,}")
+    origin = provenance(argv, device)
+    run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
+    return _Training(config, run, data, policy, reward, origin, counts).run(console)
+
+
+class _Training:
+    """State of a running training; the steps are its methods, in order."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        data: RunData,
+        policy: MaskPolicy,
+        reward: Reward,
+        origin: dict,
+        counts: dict,
+    ) -> None:
+        self.config = config
+        self.folder = run
+        self.data = data
+        self.policy = policy
+        self.reward = reward
+        self.origin = origin
+        self.counts = counts
+        self.batches = BatchSource(VesselDataset(data.train), config.batch_size, config.seed)
+        self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
+                       for k, s in enumerate(dataset.samples)}  # fmt: skip
+        self.predictor = Predictor(policy.model, policy.processor, config.prompt)
+        self.num_epochs = config.num_epochs
+        if config.sanity_overfit:
+            self.num_epochs = max(config.num_epochs, math.ceil(SANITY_STEPS / self.batches.num_batches))
+        self.total_steps = self.num_epochs * self.batches.num_batches
+        self.best: Evaluation | None = None
+        self.best_values: dict[str, torch.Tensor] = policy.start
+
+    def run(self, console: Console | None) -> TrainResult:
+        settings = self.config.to_dict() if self.config.use_wandb else None
+        with Monitor(self.folder, self.total_steps, console, self.config.log_freq, settings) as monitor:
+            before = self._validate(0, monitor)
+            after = self._epochs(monitor) or before
+            self._save("final_lora")
+            delta_norm = adapter_delta_norm(self.policy.peft_model, self.policy.start)
+            if delta_norm == 0:
+                raise LearningError(
+                    f"After {self.total_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
+                    "more than another. Check the reward (a constant one teaches nothing) and --learning_rate."
+                )
+            tested = self._test(monitor)
+        info = {
+            "args": self.config.to_dict(),
+            "counts": self.counts,
+            "initial_metrics": headline(before),
+            "final_metrics": headline(after),
+            "best_metrics": headline(self.best),
+            "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
+            "best_val_dice": headline(self.best)["dice"],
+            "total_steps": self.total_steps,
+            "adapter_delta_norm": delta_norm,
+            "grad_norm_max": monitor.grad_norm_max,
+            "metric_spec": METRIC_SPEC,
+            "provenance": self.origin,
+        }
+        self._draw(before)
+        self.folder.write_json("training_info.json", info)
+        validation = before_after_table(before, self.best, HEADLINE)
+        test = before_after_table(tested["before"], tested["after"], HEADLINE) if tested else []
+        return TrainResult(self.folder.path, validation, test, info)
+
+    def _epochs(self, monitor: Monitor) -> Evaluation | None:
+        optimizer = torch.optim.AdamW(
+            self.policy.trainable.values(),
+            lr=self.config.peak_learning_rate,
+            weight_decay=self.config.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        updates = {"rl": self._ppo(optimizer), "sft": self._supervised(optimizer)}
+        step, latest = 0, None
+        for epoch in range(1, self.num_epochs + 1):
+            update = updates[self.config.stage_of_epoch(epoch)]
+            for batch in self.batches.epoch(epoch):
+                step += 1
+                rate = schedule.get_last_lr()[0]
+                figures = update.step(batch)
+                schedule.step()
+                monitor.log_step(step, figures | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+                last_of_epoch = step == epoch * self.batches.num_batches
+                last_of_run = step == self.total_steps
+                due = last_of_run or (last_of_epoch and not self.config.sanity_overfit)
+                if due or step % self.config.val_freq == 0:
+                    latest = self._validate(step, monitor)
+            if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
+                self._save(f"checkpoint_epoch_{epoch}")
+        return latest
+
+    def _ppo(self, optimizer: torch.optim.Optimizer) -> PPOUpdate:
+        names = PPOSettings.__dataclass_fields__
+        settings = PPOSettings(**{name: getattr(self.config, name) for name in names})
+        return PPOUpdate(
+            self.policy, optimizer, self.reward, settings, self.config.seed, self.config.num_workers
+        )
+
+    def _supervised(self, optimizer: torch.optim.Optimizer) -> SupervisedUpdate:
+        return SupervisedUpdate(self.policy, optimizer, self.config.num_passes, self.config.max_grad_norm)
+
+    def _rate(self, step: int) -> float:
+        """Learning-rate factor: linear warm-up, then a half cosine down to a tenth."""
+        warmup = max(1, round(self.total_steps * self.config.warmup_share))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    def _evaluate(self, samples: list[Sample], monitor: Monitor, label: str) -> Evaluation:
+        self.policy.peft_model.eval()
+
+        def load(sample: Sample) -> tuple:
+            dataset, index = self.pixels[sample.key]
+            return dataset[index][:2]
+
+        return evaluate(self.predictor.predict, samples, load, self.reward, monitor.bar(label))
+
+    def _validate(self, step: int, monitor: Monitor) -> Evaluation:
+        result = self._evaluate(self.data.val, monitor, "validation")
+        means = headline(result)
+        monitor.log(step, {f"val/{name}": value for name, value in means.items()})
+        logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        if self.best is None or means["reward"] > headline(self.best)["reward"]:
+            self.best = result
+            self.best_values = {n: p.detach().clone() for n, p in self.policy.trainable.items()}
+            self._save("best_lora")
+        write_evaluation(
+            self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}
+        )
+        return result
+
+    def _test(self, monitor: Monitor) -> dict[str, Evaluation]:
+        """Scores the untouched model and the best adapter on the test images, once."""
+        if not self.data.test:
+            return {}
+        with self.policy.at_start():
+            before = self._evaluate(self.data.test, monitor, "test before")
+        with self.policy.at(self.best_values):
+            after = self._evaluate(self.data.test, monitor, "test after")
+        for name, evaluation in (("test_before", before), ("test_after", after)):
+            write_evaluation(self.folder.path, name, evaluation, {"threshold": 0.5, "run": self.folder.name})
+        return {"before": before, "after": after}
+
+    def _draw(self, before: Evaluation) -> None:
+        """Curves, and image | truth | before | after for validation images from worst to best."""
+        plot_curves(self.folder.path / "metrics.jsonl", self.folder.path / "curves.png")
+        ranked = sorted(before.rows, key=lambda row: row["dice"])
+        step = max(1, len(ranked) // NUM_PANELS)
+        cases = []
+        for key in [row["key"] for row in ranked[::step]][:NUM_PANELS]:
+            dataset, index = self.pixels[key]
+            image, truth, _ = dataset[index]
+            with self.policy.at_start():
+                first = self.predictor.predict(image).mask
+            with self.policy.at(self.best_values):
+                last = self.predictor.predict(image).mask
+            cases.append((key, image, truth, first, last))
+        plot_panels(cases, self.folder.path / "panel.png")
+
+    def _save(self, name: str) -> None:
+        save_adapter(self.policy.peft_model, self.folder.path / name)
+
+
+def headline(evaluation: Evaluation) -> dict[str, float]:
+    """Patient-macro means of the headline metrics."""
+    return {name: evaluation.summary["metrics"][name]["patient_mean"] for name in HEADLINE}
