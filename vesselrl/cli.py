@@ -3,6 +3,7 @@
 Nothing heavy is imported before a verb needs it, so that `--help` is instant.
 """
 
+import inspect
 import logging
 import os
 import sys
@@ -141,11 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return VERBS[verb](rest)
+    except SystemExit as stop:  # the parser's: 0 after --help, 2 after wrong usage, which it has explained
+        return int(stop.code or 0)
     except EXPECTED as error:
         # One line for the user; the traceback for whoever asks for it.
         if os.environ.get("VESSELRL_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if verb == "compare" else 1
 
 
@@ -156,9 +159,12 @@ def usage() -> str:
 
 
 def run_train(rest: list[str]) -> int:
-    """Fine-tune with PPO or supervised; --preset quick, full or debug."""
-    preset, rest = take_preset(rest)
-    config = parse(TrainConfig, rest, "train", get_preset(preset) if preset else None)
+    """Fine-tune with PPO or supervised; --preset quick, full or debug.
+
+    A preset is a set of defaults that the options change; `--preset quick --help` shows them.
+    """
+    preset, options = take_preset(rest)
+    config = parse(TrainConfig, options, "train", get_preset(preset) if preset else None)
     from vesselrl.training.train import train  # noqa: PLC0415
 
     result = train(config, ["vesselrl", "train", *rest], console if console.is_terminal else None)
@@ -284,7 +290,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
     """Options to one of the dataclasses above; the prototype's underscore names and hyphens both work."""
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=arguments, prog=f"vesselrl {verb}", use_underscores=True, **given)
+    about = inspect.getdoc(run_train if verb == "train" else kind)
+    return tyro.cli(
+        kind, args=arguments, prog=f"vesselrl {verb}", description=about, use_underscores=True, **given
+    )
 
 
 def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:

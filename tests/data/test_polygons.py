@@ -102,6 +102,11 @@ def test_one_polygon_for_each_component_and_none_for_an_empty_mask():
     assert mask_to_polygons(np.zeros((5, 5), bool)) == []
 
 
+def test_pixels_that_touch_at_a_corner_need_no_cut():
+    (polygon,) = mask_to_polygons(np.eye(3, dtype=bool))
+    assert len(np.unique(polygon, axis=0)) == len(polygon)
+
+
 def test_outline_has_no_needless_points():
     mask = np.zeros((20, 20), bool)
     mask[5:15, 3:17] = True

@@ -174,7 +174,8 @@ def test_broken_line_and_closed_gap_are_counted():
     assert scores["length_ratio"] == pytest.approx(34 / 36)
     looped = truth.copy()
     looped[5, 10:20] = looped[5:11, 10] = looped[5:11, 19] = True
-    assert score_mask(looped, truth)["beta1_error"] == 1
+    assert score_mask(looped, truth)["beta1_error"] == score_mask(truth, looped)["beta1_error"] == 1
+    assert score_mask(looped, looped)["beta1_error"] == 0
 
 
 def test_a_given_truth_topology_is_used_not_recomputed(monkeypatch):

@@ -243,6 +243,9 @@ def test_prototype_counts_every_branching_pixel_and_mirrors_the_border():
     shape = prototype_topology(plus)
     # the centre has four neighbours, each pixel beside it has four as well: centre, outer, two diagonals
     assert (shape.length_px, shape.num_components, shape.num_ends, shape.num_junctions) == (9, 1, 4, 5)
+    tee = line((2, 4), (6, 4), width=1, canvas=line((4, 4), (4, 7), width=1, canvas=blank(9, 9)))
+    # three neighbours each at the centre and both sides, four below
+    assert prototype_topology(tee).num_junctions == 4
     reaching_the_border = line((0, 4), (5, 4), width=1, canvas=blank(9, 9))
     assert prototype_topology(reaching_the_border).num_ends == 1
     assert topology(reaching_the_border).num_ends == 2

@@ -112,7 +112,6 @@ def _read(path: Path, record: str) -> Image.Image:
     """The decoded file, turned upright."""
     with _opened(path, record) as image:
         orientation = _orientation(image)
-        image.load()
         return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
 
 

@@ -41,9 +41,10 @@ def split_by_patient(
 ) -> Split:
     """Divides samples into training, validation and test by patient.
 
-    The patients are shuffled and test, then validation, take each patient that brings the number of samples
-    nearer to its share; the others are for training. A side that stays empty gets the smallest patient of the
-    side with most patients. The result depends on the samples and the seed, not on the order of the samples.
+    The patients are shuffled; test, then validation, take or give back one patient after the other as long as
+    that brings their number of samples nearer to their share. The others are for training. A side that stays
+    empty gets the smallest patient of the side with most patients. The result depends on the samples and the
+    seed, not on the order of the samples.
 
     Args:
         samples: samples of at least three patients.
@@ -64,30 +65,39 @@ def split_by_patient(
             f"The data has {len(groups)} patients ({len(samples)} images). Training, validation and test "
             "need one each and share none: add patients, or give a patient_pattern that tells them apart."
         )
-    patients = sorted(groups)
+    patients = list(groups)
     random.Random(seed).shuffle(patients)
-    chosen: dict[str, list[str]] = {side: [] for side in SIDES}
-    sizes = dict.fromkeys(SIDES, 0)
-    targets = {side: ratio * len(samples) for side, ratio in zip(SIDES, ratios, strict=True)}
-    for patient in patients:
-        size = len(groups[patient])
-        nearer = (
-            s for s in ("test", "val") if abs(sizes[s] + size - targets[s]) < abs(sizes[s] - targets[s])
-        )
-        side = next(nearer, "train")
-        chosen[side].append(patient)
-        sizes[side] += size
-    _fill_empty_sides(chosen, groups)
+    sizes = {patient: len(groups[patient]) for patient in patients}
+    chosen: dict[str, list[str]] = {}
+    for side, ratio in (("test", ratios[2]), ("val", ratios[1])):
+        chosen[side] = _choose(patients, sizes, ratio * len(samples))
+        patients = [patient for patient in patients if patient not in chosen[side]]
+    chosen["train"] = patients
+    _fill_empty_sides(chosen, sizes)
     parts = (tuple(s for patient in sorted(chosen[side]) for s in groups[patient]) for side in SIDES)
     return Split(*parts, seed=seed, ratios=tuple(ratios))
 
 
-def _fill_empty_sides(chosen: dict[str, list[str]], groups: dict[str, list[Sample]]) -> None:
+def _choose(patients: Sequence[str], sizes: dict[str, int], target: float) -> list[str]:
+    """Patients with about `target` samples, so that no one more and no one less would come nearer."""
+    chosen: list[str] = []
+    total, improved = 0, True
+    while improved:
+        improved = False
+        for patient in patients:
+            new_total = total - sizes[patient] if patient in chosen else total + sizes[patient]
+            if abs(new_total - target) < abs(total - target):
+                chosen.remove(patient) if patient in chosen else chosen.append(patient)
+                total, improved = new_total, True
+    return chosen
+
+
+def _fill_empty_sides(chosen: dict[str, list[str]], sizes: dict[str, int]) -> None:
     """Moves the smallest patient of the side with most patients to each side without any."""
     for side in SIDES:
         if not chosen[side]:
             giver = max(chosen.values(), key=len)
-            smallest = min(giver, key=lambda patient: len(groups[patient]))
+            smallest = min(giver, key=sizes.__getitem__)
             giver.remove(smallest)
             chosen[side].append(smallest)
 

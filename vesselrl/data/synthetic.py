@@ -1,63 +1,57 @@
 """Synthetic coronary angiograms with exact masks, for tests, the demo and a first run without data.
-
-One patient is one anatomy and one way of exposing it, a sequence is one view of that patient, and the frames of a sequence
-differ by the heart beat, the filling with contrast agent and noise. Any frame can be drawn alone: its random numbers depend
-on (seed, domain, patient, sequence, frame) and on nothing else.
+One patient is one anatomy and one way of exposing it, a sequence is one view of that patient, and the
+frames of a sequence differ by the heart beat, the filling with contrast agent and noise. Any frame can be
+drawn alone: its random numbers depend on (seed, name of the domain, patient, sequence, frame) and on
+nothing else.
 """
-
-from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
-from vesselrl.data.angiogram import Domain, Style, choose_style, compose, render_attenuation, render_mask
+from vesselrl.data.angiogram import Domain, Style, choose_style, compose
+from vesselrl.data.polygons import mask_to_polygons
+from vesselrl.data.vessel_drawing import render_attenuation, render_mask
 from vesselrl.data.vessel_tree import CANVAS_PX, Vessel, beat, choose_view, grow_tree, project
-
-__all__ = ["LAYOUTS", "SOURCE", "TARGET", "DatasetPlan", "Domain", "draw_sequence", "write_dataset", "write_plan"]
 
 logger = logging.getLogger(__name__)
 
-LAYOUTS = ("annotations", "nested", "masks")
-PROMPT = "Please segment the blood vessel."
-VERSION = 1  # raise it whenever the same seed gives other pictures
-
+# The domain the miniature model is trained on: wide, clear vessels and nothing that looks like one.
 SOURCE = Domain(
     name="source",
-    width_px=(2.6, 10.0),
-    branching=0.8,
-    tortuosity=0.8,
+    width_px=(2.5, 9.5),
+    branching=0.85,
+    tortuosity=0.9,
     loops=0.2,
-    contrast=(0.65, 0.95),
+    contrast=(0.5, 0.9),
     thickness_power=0.75,
     distal_fade=0.15,
     filling_floor=1.0,
-    background_contrast=(0.15, 0.4),
+    background_contrast=(0.15, 0.45),
     brightness=(0.5, 0.75),
     gamma=(0.9, 1.1),
     blur_px=(0.5, 0.8),
     motion_blur_px=(0.0, 1.0),
-    noise=(0.008, 0.015),
-    catheter=0.3,
-    ribs=(0, 1),
+    noise=(0.009, 0.018),
+    catheter=0.0,
+    ribs=(0, 0),
     wires=(0, 0),
     aperture=0.2,
     beat_px=4.0,
     label_shrink_px=0.2,
 )
 
+# The domain to adapt to: thinner, fainter, fading towards the ends, with catheter, ribs and wires.
 TARGET = Domain(
     name="target",
     width_px=(2.2, 8.5),
@@ -66,25 +60,29 @@ TARGET = Domain(
     loops=0.6,
     contrast=(0.45, 0.75),
     thickness_power=0.7,
-    distal_fade=0.3,
+    distal_fade=0.35,
     filling_floor=0.75,
     background_contrast=(0.3, 0.9),
     brightness=(0.38, 0.72),
     gamma=(0.8, 1.2),
     blur_px=(0.6, 1.0),
     motion_blur_px=(0.0, 2.0),
-    noise=(0.009, 0.020),
+    noise=(0.010, 0.022),
     catheter=0.85,
     ribs=(0, 4),
     wires=(0, 2),
     aperture=0.45,
-    beat_px=5.0,
+    beat_px=6.0,
 )
+
+LAYOUTS = ("annotations", "nested", "masks")
+PROMPT = "Please segment the blood vessel."
+VERSION = 1  # raise it whenever the same plan gives other files
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """Everything that decides the content of a written data set; stored beside it as `synthetic.json`."""
+    """Everything that decides the content of a written data set; stored in it as `synthetic.json`."""
 
     domain: Domain
     num_patients: int
@@ -93,18 +91,23 @@ class DatasetPlan:
     size: int = 256
     seed: int = 0
     layout: str = "annotations"
-    # True: file names follow five different patterns, one patient each; False: the first pattern for everybody.
+    # True: the file names of the patients follow six patterns in turn; False: the first pattern for all.
     vary_names: bool = False
     # Number of the first patient, so that two data sets of one seed need not share patients.
     first_patient: int = 1
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise ValueError(f"Unknown layout {self.layout!r}. Choose one of {', '.join(LAYOUTS)}.")
-        for field in ("num_patients", "num_sequences", "num_frames"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}. Ask for at least 1.")
+            raise ValueError(f"layout is {self.layout!r}. Choose one of {', '.join(LAYOUTS)}.")
+        for name in ("num_patients", "num_sequences", "num_frames", "first_patient"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}. Give a number from 1.")
         _check_size(self.size)
+
+    @property
+    def num_images(self) -> int:
+        """Frames of all sequences of all patients."""
+        return self.num_patients * self.num_sequences * self.num_frames
 
 
 def draw_sequence(
@@ -113,18 +116,18 @@ def draw_sequence(
     """Draw the first frames of one sequence.
 
     Args:
-        domain: preset `SOURCE` or `TARGET`, or a variation by `dataclasses.replace`.
-        patient: patient number, from 1.
-        sequence: sequence number, from 1.
-        num_frames: how many frames; frame k is the same however many are asked for.
-        size: side of the square image in pixels, at least 64.
+        domain: `SOURCE`, `TARGET`, or a variation of them by `dataclasses.replace`.
+        patient: number of the patient, from 1.
+        sequence: number of the sequence, from 1.
+        num_frames: how many frames; a frame is the same however many are drawn.
+        size: side of the square image in px, a multiple of 4 from 64.
         seed: seed of the whole data set.
 
     Returns:
         (image, mask) pairs: image uint8 (size, size, 3) with equal channels, mask bool (size, size).
 
     Raises:
-        ValueError: "size is 32. Angiograms are drawn at 64 pixels or more; ..."
+        ValueError: "size is 32. Choose a multiple of 4 from 64."
 
     >>> image, mask = draw_sequence(TARGET, patient=1, sequence=1, num_frames=1, size=64)[0]
     >>> image.shape, image.dtype.name, mask.shape, mask.dtype.name
@@ -139,7 +142,7 @@ def draw_sequence(
 
 
 def write_dataset(
-    root: Path | str,
+    root: str | Path,
     domain: Domain,
     num_patients: int,
     num_sequences: int,
@@ -148,56 +151,60 @@ def write_dataset(
     seed: int = 0,
     layout: str = "annotations",
 ) -> Path:
-    """Write a data set, or reuse the complete one that is there; see `write_plan` for more choices.
-
-    Example: `write_dataset("demo_data", TARGET, num_patients=12, num_sequences=2, num_frames=5)`.
+    """Write a data set, or reuse the same one if it is there; `write_plan` offers more choices.
 
     Returns:
-        The folder, with `images/`, `synthetic.json` and, depending on the layout, `annotations.json` and `masks/`.
+        The folder, such as `write_dataset("demo", TARGET, num_patients=12, num_sequences=2, num_frames=5)`.
     """
-    return write_plan(root, DatasetPlan(domain, num_patients, num_sequences, num_frames, size, seed, layout))
+    plan = DatasetPlan(domain, num_patients, num_sequences, num_frames, size, seed, layout)
+    return write_plan(root, plan)
 
 
 def write_plan(
-    root: Path | str,
+    root: str | Path,
     plan: DatasetPlan,
     num_processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write the data set of a plan; the files do not depend on the number of processes.
+    """Write the data set of a plan; its files do not depend on the number of processes.
 
-    Everything is written into a temporary folder beside `root` and renamed at the end, so `root` is complete or absent.
+    All is written into a temporary folder beside `root` and renamed at the end: `root` is complete or absent.
 
-    Layouts:
-        annotations: `images/*.jpg`, `annotations.json` with flat polygons, `masks/<stem>_mask.png`.
-        nested: the same with polygons one level deeper (object, then polygons) and text as one string; no `masks/`.
-        masks: `images/*.jpg` and `masks/<stem>.png`.
+    Layouts, each with `images/*.jpg`, quality 95, and `synthetic.json`:
+        annotations: `annotations.json` with flat polygons, and `masks/<stem>_mask.png` (0/255).
+        nested: `annotations.json` with polygons one level deeper and the text as one string; no `masks/`.
+        masks: `masks/<stem>.png` (0/255).
 
     Args:
-        root: folder to create.
+        root: folder to create; it may exist if it is empty or holds the same data set.
         plan: what to draw.
-        num_processes: above 1, sequences are drawn by that many fresh processes; call it from a file that is guarded by
-            `if __name__ == "__main__"`.
+        num_processes: above 1, that many new processes draw one sequence each; the calling script then needs
+            the guard `if __name__ == "__main__"`.
         progress: called as progress(sequences done, sequences in all).
 
+    Returns:
+        The folder.
+
     Raises:
-        FileExistsError: `root` holds something else; the message says which setting differs.
+        FileExistsError: `root` holds something else; the message names the settings that differ.
     """
     root = Path(root)
     settings = {"version": VERSION, **json.loads(json.dumps(asdict(plan)))}
-    if root.exists():
-        _check_same(root, settings)
-        logger.info("Reusing the synthetic data in %s", root)
+    if root.exists() and any(root.iterdir()):
+        _check_same(root, settings, plan.num_images)
+        logger.info("reusing the synthetic angiograms in %s", root)
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     try:
-        records = _write_all(partial, plan, num_processes, progress)
+        records = _write_files(partial, plan, num_processes, progress)
         if plan.layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
         partial.chmod(0o755)
-        os.rename(partial, root)
+        if root.exists():
+            root.rmdir()
+        partial.rename(root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
@@ -205,37 +212,41 @@ def write_plan(
 
 def _check_size(size: int) -> None:
     if size < 64 or size % 4:
-        raise ValueError(f"size is {size}. Angiograms are drawn at 64 pixels or more; choose a multiple of 4.")
+        raise ValueError(f"size is {size}. Choose a multiple of 4 from 64.")
 
 
-def _check_same(root: Path, settings: dict) -> None:
-    """Refuse a folder whose `synthetic.json` is missing or tells of other settings."""
+def _check_same(root: Path, settings: dict, num_images: int) -> None:
+    """Refuse a folder that is not the complete data set of these settings."""
+    advice = "Choose another folder, or remove this one."
     try:
         found = json.loads((root / "synthetic.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileExistsError(
-            f"{root} exists and is not a synthetic data set (no synthetic.json). Choose another folder, or remove it."
+            f"{root} exists and has no synthetic.json, so it is no synthetic data set. {advice}"
         ) from None
     different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
     if different:
-        shown = "; ".join(f"{key}: there {found.get(key)!r}, asked for {settings.get(key)!r}" for key in different)
-        raise FileExistsError(f"{root} holds other synthetic data ({shown}). Choose another folder, or remove it.")
+        there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)
+        raise FileExistsError(f"{root} holds other synthetic angiograms: {there}. {advice}")
+    num_found = len(list((root / "images").glob("*.jpg")))
+    if num_found != num_images:
+        raise FileExistsError(f"{root} holds {num_found} images where {num_images} were written. {advice}")
 
 
 def _generator(seed: int, domain: Domain, *numbers: int) -> np.random.Generator:
-    """Random numbers that depend on these values only; fewer numbers mean a wider scope (patient, sequence, frame)."""
+    """Random numbers of a patient, a sequence (patient, sequence) or a frame (patient, sequence, frame)."""
     salt = zlib.crc32(domain.name.encode())
     return np.random.default_rng([seed, salt, len(numbers), *numbers])
 
 
 def _prepare(domain: Domain, patient: int, sequence: int, size: int, seed: int) -> tuple[list[Vessel], Style]:
-    """What all frames of a sequence share: the patient's tree in this view, and its appearance."""
+    """What all frames of a sequence share: the tree of the patient in this view, and its appearance."""
     patient_rng = _generator(seed, domain, patient)
     anatomy = grow_tree(patient_rng, domain.width_px, domain.branching, domain.tortuosity, domain.loops)
     mirror = patient_rng.random() < 0.3
     rng = _generator(seed, domain, patient, sequence)
-    tree = project(anatomy, choose_view(rng, mirror))
-    return tree, choose_style(domain, tree, patient_rng, rng, size)
+    tree = project(anatomy, choose_view(rng, mirror=mirror))
+    return tree, choose_style(domain, tree[0], patient_rng, rng, size)
 
 
 def _draw_frame(
@@ -250,33 +261,38 @@ def _draw_frame(
         filled = 1 / (1 + np.exp((vessel.path - front) / 35))
         filled = domain.filling_floor + (1 - domain.filling_floor) * filled
         faded = np.exp(-domain.distal_fade * vessel.path / CANVAS_PX)
-        outside_parent = np.clip((vessel.path - vessel.path[0]) / max(vessel.parent_radius, 1e-6) - 0.3, 0, 1)
-        agent.append(filled * faded * (outside_parent if vessel.parent_radius else 1.0))
+        # Inside its parent a branch adds nothing, or every junction would be a dark spot.
+        from_start = vessel.path - vessel.path[0]
+        own = np.clip(from_start / vessel.parent_radius - 0.3, 0, 1) if vessel.parent_radius else 1.0
+        agent.append(filled * faded * own)
     image = compose(style, render_attenuation(moved, agent, size, domain.thickness_power), rng)
     return image, render_mask(moved, size, domain.label_shrink_px) & style.aperture
 
 
-def _write_all(
+def _write_files(
     root: Path, plan: DatasetPlan, num_processes: int, progress: Callable[[int, int], None] | None
 ) -> list[dict]:
-    """Write every sequence and return the annotation records in order."""
+    """Write images and masks of all sequences and return the annotation records in order."""
     (root / "images").mkdir()
     if plan.layout != "nested":
         (root / "masks").mkdir()
     patients = range(plan.first_patient, plan.first_patient + plan.num_patients)
     jobs = [(root, plan, p, s) for p in patients for s in range(1, plan.num_sequences + 1)]
+    if num_processes == 1:
+        return _collect(map(_write_sequence, jobs), len(jobs), progress)
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        return _collect(pool.map(_write_sequence, jobs), len(jobs), progress)
+
+
+def _collect(
+    parts: Iterable[list[dict]], num_parts: int, progress: Callable[[int, int], None] | None
+) -> list[dict]:
+    """Join the records of the sequences as they come, and report."""
     records: list[dict] = []
-    if num_processes > 1:
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-            for done, part in enumerate(pool.map(_write_sequence, jobs), start=1):
-                records += part
-                if progress:
-                    progress(done, len(jobs))
-        return records
-    for done, job in enumerate(jobs, start=1):
-        records += _write_sequence(job)
+    for done, part in enumerate(parts, start=1):
+        records += part
         if progress:
-            progress(done, len(jobs))
+            progress(done, num_parts)
     return records
 
 
@@ -287,61 +303,34 @@ def _write_sequence(job: tuple[Path, DatasetPlan, int, int]) -> list[dict]:
     code, number = f"{int(rng.integers(2**32)):08X}", int(rng.integers(3, 14))
     records = []
     for image, mask in draw_sequence(plan.domain, patient, sequence, plan.num_frames, plan.size, plan.seed):
-        stem = _stem(patient if plan.vary_names else 0, patient, sequence, code, number)
+        stem = _stem(patient if plan.vary_names else 1, patient, sequence, code, number)
         number += int(rng.integers(1, 4))
         Image.fromarray(image[:, :, 0]).save(root / "images" / f"{stem}.jpg", quality=95)
         if plan.layout != "nested":
-            name = f"{stem}.png" if plan.layout == "masks" else f"{stem}_mask.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / name)
-        polygons = outline(mask) if plan.layout != "masks" else []
+            ending = ".png" if plan.layout == "masks" else "_mask.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"{stem}{ending}")
+        if plan.layout == "masks":
+            continue
+        polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
         nested = plan.layout == "nested"
-        records.append(
-            {
-                "image": f"{stem}.jpg",
-                "mask": [polygons] if nested else polygons,
-                "text": PROMPT if nested else [PROMPT],
-            }
-        )
+        records.append({
+            "image": f"{stem}.jpg",
+            "mask": [polygons] if nested else polygons,
+            "text": PROMPT if nested else [PROMPT],
+        })  # fmt: skip
     return records
 
 
-def _stem(style: int, patient: int, sequence: int, code: str, frame: int) -> str:
-    """File name without ending, after one of the five patterns in use; the person and the number are made up."""
+def _stem(pattern: int, patient: int, sequence: int, code: str, frame: int) -> str:
+    """File name without ending, after one of six patterns in use; the person and the number are made up."""
     tail = f"S-{sequence}_1_{code}_frame_{frame:06d}"
+    person = "".join(chr(ord("A") + int(digit)) for digit in str(patient))
     patterns = (
         f"SYNTH({patient:010d})_{tail}",
         f"SYNTH^({patient:010d})_{tail}",
         f"SYNTH_{patient:010d}__{tail}",
         f"SYNTH__{patient:010d}__{tail}",
-        f"SYNTH ({patient:010d}) {tail}",
+        f"SYNTH ({patient:010d}) {tail.replace('_', ' ')}",
+        f"SYNTH_{person}_frame_{1000 * sequence + frame:06d}",
     )
-    return patterns[style % len(patterns)]
-
-
-def outline(mask: np.ndarray) -> list[list[int]]:
-    """Flat outline polygons [x1, y1, x2, y2, ...] of a bool mask, through pixel centres, one per connected piece.
-
-    A piece with a hole is cut through the hole, so that filling all polygons, borders included (as `cv2.fillPoly` does),
-    gives the mask back exactly. An empty mask has no polygons.
-    """
-    polygons: list[list[int]] = []
-    pieces = [mask.astype(np.uint8)]
-    while pieces:
-        piece = pieces.pop()
-        contours, hierarchy = cv2.findContours(piece, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        for number, contour in enumerate(contours):
-            _, _, child, parent = hierarchy[0][number]
-            if parent >= 0:
-                continue
-            if child < 0:
-                polygons.append(contour.ravel().tolist() * (3 if len(contour) < 3 else 1))
-                continue
-            alone = np.zeros_like(piece)
-            cv2.drawContours(alone, contours, number, 1, cv2.FILLED)
-            alone &= piece
-            column = int(contours[child][:, 0, 0].mean())
-            left = alone.copy()
-            left[:, column + 1 :] = 0
-            alone[:, : column + 1] = 0
-            pieces += [left, alone]
-    return polygons
+    return patterns[(pattern - 1) % len(patterns)]

@@ -1,12 +1,9 @@
 """Geometry of a synthetic coronary tree: grow it, turn it towards a view, let it beat.
-
-Everything here is numbers, no pixels: lengths are in pixels of a 256-pixel image, angles in radians, x runs to the right,
-y runs down and z towards the viewer. A tree is grown flat after one of two templates (a left artery that divides into two
-main vessels, a right one that runs like the letter C), laid on the dome of the heart and turned, so that another view of
-one patient foreshortens some vessels and lets others cross.
+Nothing is drawn here: lengths are in px of a 256-px image, angles in radians, x runs to the right, y down
+and z towards the viewer. A tree is grown flat after one of two templates (a left artery that divides into
+two main vessels, a right one that runs like the letter C), laid on the dome of the heart and turned, so
+that another view of one patient foreshortens some vessels and lets others cross.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
@@ -14,6 +11,8 @@ import numpy as np
 
 CANVAS_PX = 256.0
 STEP_PX = 2.0  # distance between two points of a centreline
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def grow_tree(
 
     Args:
         rng: source of all randomness; the same state gives the same tree.
-        width_px: width of the thinnest twig and of the root, in pixels of a 256-pixel image.
+        width_px: width of the thinnest twig and of the root, in px of a 256-px image.
         branching: side branches per length, 1 is usual.
         tortuosity: how much the vessels wind, 1 is usual.
         loops: expected number of collaterals, vessels that join two others and so close a loop.
@@ -71,7 +70,7 @@ def grow_tree(
     thin, root = width_px[0] / 2, width_px[1] / 2 * rng.uniform(0.85, 1.0)
     tortuosity = tortuosity * rng.uniform(0.5, 1.7)
     template = _left_artery if rng.random() < 0.6 else _right_artery
-    mains = template(rng, root, tortuosity)
+    mains = template(rng, root, thin, tortuosity)
     tree = list(mains)
     for main in mains:
         sides = _side_branches(rng, main, thin, 52 / branching, tortuosity)
@@ -83,35 +82,35 @@ def grow_tree(
     return tree
 
 
-def _left_artery(rng: np.random.Generator, root: float, tortuosity: float) -> list[Vessel]:
+def _left_artery(rng: np.random.Generator, root: float, thin: float, tortuosity: float) -> list[Vessel]:
     """Left main stem, anterior descending, circumflex and now and then a ramus between them."""
-    stem_end = root * 0.92
-    stem = _draw_vessel(
-        rng, np.array([10.0, 60.0]), Shape(rng.uniform(-0.35, 0.2), rng.uniform(30, 60), 0.0, (root, stem_end), 0.3)
-    )
+    wide = root * 0.92
+    trunk = Shape(rng.uniform(-0.35, 0.2), rng.uniform(30, 60), 0.0, (root, wide), 0.3)
+    stem = _draw_vessel(rng, np.array([10.0, 60.0]), trunk)
+
+    def shape(heading: Range, length: Range, turn: Range, share: float, winding: float) -> Shape:
+        drawn = rng.uniform(*heading), rng.uniform(*length), rng.uniform(*turn)
+        return Shape(*drawn, (wide * share, thin * 1.15), winding * tortuosity)
+
     shapes = [
-        Shape(rng.uniform(-0.35, 0.1), rng.uniform(190, 260), rng.uniform(0.9, 1.6), (stem_end * 0.85, 1.3), 0.6),
-        Shape(rng.uniform(0.9, 1.4), rng.uniform(150, 220), rng.uniform(-0.4, 0.7), (stem_end * 0.8, 1.3), 0.8),
+        shape((-0.35, 0.1), (190, 260), (0.9, 1.6), 0.85, 0.6),
+        shape((0.9, 1.4), (150, 220), (-0.4, 0.7), 0.8, 0.8),
     ]
     if rng.random() < 0.35:
-        shapes.append(Shape(rng.uniform(0.3, 0.6), rng.uniform(90, 160), rng.uniform(0, 0.6), (stem_end * 0.55, 1.1), 0.8))
-    shapes = [replace(shape, tortuosity=shape.tortuosity * tortuosity) for shape in shapes]
-    return [stem, *(_draw_vessel(rng, stem.points[-1, :2], shape, stem, -1) for shape in shapes)]
+        shapes.append(shape((0.3, 0.6), (90, 160), (0.0, 0.6), 0.55, 0.8))
+    return [stem, *(_draw_vessel(rng, stem.points[-1, :2], one, stem, -1) for one in shapes)]
 
 
-def _right_artery(rng: np.random.Generator, root: float, tortuosity: float) -> list[Vessel]:
+def _right_artery(rng: np.random.Generator, root: float, thin: float, tortuosity: float) -> list[Vessel]:
     """Right coronary artery: to the left, down, and back to the right, with two terminal branches."""
-    turn = -rng.uniform(2.7, 3.7)
-    shape = Shape(
-        np.pi + rng.uniform(-0.1, 0.6), rng.uniform(270, 340), turn, (root, root * 0.55), 0.5 * tortuosity
-    )
-    trunk = _draw_vessel(rng, np.array([130.0, 40.0]), shape)
+    heading, turn = np.pi + rng.uniform(-0.1, 0.6), -rng.uniform(2.7, 3.7)
+    whole = Shape(heading, rng.uniform(270, 340), turn, (root, root * 0.55), 0.5 * tortuosity)
+    trunk = _draw_vessel(rng, np.array([130.0, 40.0]), whole)
     end, heading = trunk.points[-1, :2], _heading(trunk, -1)
-    ends = [
-        Shape(heading - rng.uniform(0.1, 0.6), rng.uniform(50, 110), rng.uniform(-0.3, 0.8), (root * 0.45, 1.1), 0.9),
-        Shape(heading + rng.uniform(0.2, 0.8), rng.uniform(50, 100), rng.uniform(-0.8, 0.2), (root * 0.45, 1.1), 0.9),
-    ]
-    return [trunk, *(_draw_vessel(rng, end, shape, trunk, -1) for shape in ends)]
+    radius = (root * 0.45, thin)
+    upper = Shape(heading - rng.uniform(0.1, 0.6), rng.uniform(50, 110), rng.uniform(-0.3, 0.8), radius, 0.9)
+    lower = Shape(heading + rng.uniform(0.2, 0.8), rng.uniform(50, 100), rng.uniform(-0.8, 0.2), radius, 0.9)
+    return [trunk, *(_draw_vessel(rng, end, one, trunk, -1) for one in (upper, lower))]
 
 
 def _draw_vessel(
@@ -119,13 +118,15 @@ def _draw_vessel(
 ) -> Vessel:
     """Walk a centreline from `start`: a steady turn plus windings that grow towards the end.
 
-    The radius falls from `shape.radius[0]` to `shape.radius[1]` with an uneven wall and, in one vessel of six, a stenosis.
+    The radius falls from the first to the last of `shape.radius`, with an uneven wall and, in one vessel of
+    six, a stenosis.
     """
     num = max(4, int(shape.length / STEP_PX))
     part = np.linspace(0, 1, num)
     along = part * shape.length
     windings = sum(
-        rng.normal(0, amount) * np.sin(2 * np.pi * along / rng.uniform(*wavelength) + rng.uniform(0, 2 * np.pi))
+        rng.normal(0, amount)
+        * np.sin(2 * np.pi * along / rng.uniform(*wavelength) + rng.uniform(0, 2 * np.pi))
         for amount, wavelength in ((0.35, (60, 110)), (0.40, (28, 55)), (0.32, (15, 28)))
     )
     heading = shape.heading + shape.turn * part**1.1 + shape.tortuosity * (0.25 + 0.95 * part) * windings
@@ -135,7 +136,8 @@ def _draw_vessel(
     radius = last + (first - last) * (1 - part) ** 0.9
     radius = radius * (1 + 0.05 * np.sin(along / rng.uniform(5, 12) + rng.uniform(0, 6)))
     if rng.random() < 1 / 6:
-        radius = radius * (1 - rng.uniform(0.2, 0.45) * np.exp(-(((along - rng.uniform(0.1, 0.8) * along[-1]) / 5) ** 2)))
+        from_stenosis = along - rng.uniform(0.1, 0.8) * along[-1]
+        radius = radius * (1 - rng.uniform(0.2, 0.45) * np.exp(-((from_stenosis / 5) ** 2)))
     depth = 0.35 * shape.length * rng.normal() * part**2
     if parent is not None:
         depth = depth + parent.points[at, 2]
@@ -158,7 +160,7 @@ def _heading(vessel: Vessel, at: int) -> float:
 def _side_branches(
     rng: np.random.Generator, parent: Vessel, thin: float, spacing: float, tortuosity: float
 ) -> list[Vessel]:
-    """Branches that leave `parent` on changing sides about every `spacing` pixels and bend back to its direction.
+    """Branches that leave `parent` about every `spacing` px, on changing sides, and bend back to its course.
 
     A vessel whose own width has come down to the thinnest twig has no branches.
     """
@@ -173,7 +175,11 @@ def _side_branches(
             angle = side * rng.uniform(0.5, 1.15)
             length = np.clip(rng.uniform(12, 45) * radius + rng.uniform(10, 40), 22, 150)
             shape = Shape(
-                _heading(parent, at) + angle, length, -0.75 * angle * rng.uniform(0, 1.2), (radius, thin), tortuosity
+                _heading(parent, at) + angle,
+                length,
+                -0.75 * angle * rng.uniform(0, 1.2),
+                (radius, thin),
+                tortuosity,
             )
             branches.append(_draw_vessel(rng, parent.points[at, :2], shape, parent, at))
         side = -side if rng.random() < 0.7 else side
@@ -182,7 +188,7 @@ def _side_branches(
 
 
 def _collateral(rng: np.random.Generator, tree: list[Vessel], thin: float) -> list[Vessel]:
-    """A thin winding vessel from the last third of one vessel to another one near by; none if nothing is near."""
+    """A thin winding vessel from the far part of one vessel to another near by; none if nothing is near."""
     if len(tree) < 4:
         return []
     source = tree[int(rng.integers(1, len(tree)))]
@@ -197,7 +203,8 @@ def _collateral(rng: np.random.Generator, tree: list[Vessel], thin: float) -> li
     num = max(8, int(1.2 * np.linalg.norm(end[:2] - start[:2]) / STEP_PX))
     part = np.linspace(0, 1, num)[:, None]
     normal = np.array([start[1] - end[1], end[0] - start[0], 0.0])
-    bow = np.sin(np.pi * part) * rng.uniform(-0.35, 0.35) + np.sin(4 * np.pi * part) * rng.uniform(-0.06, 0.06)
+    bow = rng.uniform(-0.35, 0.35) * np.sin(np.pi * part)
+    bow = bow + rng.uniform(-0.06, 0.06) * np.sin(4 * np.pi * part)
     points = start + (end - start) * part + normal * bow
     steps = np.linalg.norm(np.diff(points[:, :2], axis=0), axis=1)
     path = source.path[at] + np.concatenate([[0.0], np.cumsum(steps)])
@@ -206,7 +213,7 @@ def _collateral(rng: np.random.Generator, tree: list[Vessel], thin: float) -> li
 
 @dataclass(frozen=True)
 class View:
-    """How one sequence looks at the heart: three rotations, a mirror, and the share of the image that the tree fills."""
+    """How one sequence looks at the heart: three rotations, a mirror, the share of the image filled."""
 
     yaw: float
     pitch: float
@@ -216,8 +223,8 @@ class View:
     offset: tuple[float, float]
 
 
-def choose_view(rng: np.random.Generator, mirror: bool) -> View:
-    """Draw the view of one sequence."""
+def choose_view(rng: np.random.Generator, *, mirror: bool) -> View:
+    """Draw the view of one sequence; `mirror` swaps left and right."""
     return View(
         yaw=rng.uniform(-0.6, 0.6),
         pitch=rng.uniform(-0.4, 0.4),
@@ -246,11 +253,20 @@ def project(tree: list[Vessel], view: View) -> list[Vessel]:
     scale = float(np.clip(view.fill * CANVAS_PX / (high - low).max(), 0.75, 1.3))
     shift = CANVAS_PX / 2 - scale * (low + high) / 2 + np.asarray(view.offset)
     shift = np.append(shift, 0.0)
-    return [replace(vessel, points=points * scale + shift) for vessel, points in zip(tree, turned, strict=True)]
+    return [
+        replace(vessel, points=points * scale + shift) for vessel, points in zip(tree, turned, strict=True)
+    ]
 
 
 def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
+    cy, sy, cp, sp, cr, sr = (
+        np.cos(yaw),
+        np.sin(yaw),
+        np.cos(pitch),
+        np.sin(pitch),
+        np.cos(roll),
+        np.sin(roll),
+    )
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
     about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
@@ -258,19 +274,22 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
 
 
 def beat(tree: list[Vessel], phase: float, amount_px: float) -> list[Vessel]:
-    """Move the tree as the heart does: contract towards its centre, twist a little and ripple smoothly.
+    """Move the tree as the heart does: it contracts, twists and ripples a little; the ostium stays.
 
     Args:
         tree: projected vessels.
         phase: position in the heart cycle, radians; 0 moves nothing.
-        amount_px: largest displacement at the border of the image, about.
+        amount_px: displacement 128 pixels away from the ostium, about.
     """
     pull, twist = amount_px / 128 * np.sin(phase), 0.5 * amount_px / 128 * np.sin(2 * phase)
-    moved = []
-    for vessel in tree:
-        x, y = vessel.points[:, 0] - 128, vessel.points[:, 1] - 128
-        ripple = 0.35 * amount_px * np.sin(phase)
-        new_x = x - pull * x - twist * y + ripple * np.sin(y / 37 + phase)
-        new_y = y - 0.8 * pull * y + twist * x + ripple * np.cos(x / 43 + phase)
-        moved.append(replace(vessel, points=np.column_stack([new_x + 128, new_y + 128, vessel.points[:, 2]])))
-    return moved
+    ripple = 0.35 * amount_px * np.sin(phase)
+    ostium = tree[0].points[0, :2]
+
+    def shift(flat: np.ndarray) -> np.ndarray:
+        x, y = (flat - ostium).T
+        right = -pull * x - twist * y + ripple * np.sin(flat[:, 1] / 37 + phase)
+        down = -0.8 * pull * y + twist * x + ripple * np.cos(flat[:, 0] / 43 + phase)
+        return np.column_stack([right, down, np.zeros(len(flat))])
+
+    held = shift(ostium[None])
+    return [replace(vessel, points=vessel.points + shift(vessel.points[:, :2]) - held) for vessel in tree]

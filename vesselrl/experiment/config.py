@@ -22,6 +22,7 @@ class TrainConfig:
     """
 
     # ---- What is trained, on what ----
+
     # Sa2VA checkpoint folder; none: the miniature shipped with the package; random: a tiny one for tests.
     model_path: str | None = None
     # Folder with images/ and annotations.json or masks/; none: the built-in synthetic angiograms.
@@ -39,6 +40,7 @@ class TrainConfig:
     max_val_samples: int | None = None
 
     # ---- Adapter ----
+
     # small: r16 a32 on q,v; medium: r32 a64 on q,k,v,o; large: r64 a128 on those and gate,up,down (language model).
     lora_preset: Literal["small", "medium", "large"] = "medium"
     # Override the preset; none: the preset's own.
@@ -49,6 +51,7 @@ class TrainConfig:
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
 
     # ---- Schedule ----
+
     # sft: supervised (BCE + Dice). rl: PPO. sft+rl: the first half of the epochs supervised, then PPO.
     stage: Literal["sft", "rl", "sft+rl"] = "rl"
     num_epochs: int = 3
@@ -63,6 +66,7 @@ class TrainConfig:
     seed: int = 42
 
     # ---- Reward ----
+
     reward_type: Literal["multi_objective", "simple_dice", "recall_focused"] = "multi_objective"
     # default: bounded, with a precision guard. seed: the prototype's formula.
     reward_spec: Literal["default", "seed"] = "default"
@@ -76,6 +80,7 @@ class TrainConfig:
     reward_fn_weight: float = 1.0
 
     # ---- PPO ----
+
     # Masks drawn per image.
     num_samples: int = 4
     # Passes over a batch of drawn masks.
@@ -94,6 +99,7 @@ class TrainConfig:
     structure_weight: float = 1.0
 
     # ---- Run ----
+
     # In steps; validation also runs at every epoch's end.
     log_freq: int = 10
     val_freq: int = 100

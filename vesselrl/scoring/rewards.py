@@ -38,7 +38,8 @@ SPECS = ("default", "seed")
 
 # Weight of the precision guard, by measurement: the smallest multiple of 0.05 at which
 #   perfect > dilated 3x3 > eroded 3x3 > dilated 7x7 > empty > all-foreground
-# holds by at least 0.2 at every step, on drawn trees and real angiogram masks of up to 13 % foreground.
+# holds by at least 0.2 at every step, on drawn trees that narrow from 9 to 3 px and on real angiogram masks,
+# 3 to 13 % foreground. The last step decides: it needs 0.57 at 5 % foreground, 0.68 at 11 %, 0.81 at 17 %.
 PRECISION_WEIGHT = 0.75
 
 # custom(pred, gt) -> number, both masks bool (H, W)
