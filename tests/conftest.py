@@ -70,3 +70,39 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = miniature_config(DEBUG_SAM2)
     write_miniature(folder, config, random_sa2va(config, seed=3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def angiograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root of 10 patients with two 64-px frames each, under names as exports carry them; read only."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("angiograms")
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    for patient in range(10):
+        for frame in range(2):
+            mask = np.zeros((64, 64), bool)
+            row = 8 + 4 * patient + 2 * frame
+            mask[row : row + 4, 4:60] = mask[row : row + 20, 28:32] = True
+            image = np.where(mask, 70, 160) + rng.integers(-20, 20, mask.shape)
+            stem = f"ZHANG_SAN{'ABCDEFGHIJ'[patient]}(123456789{patient})_1-2_3_0A1B2C3D_frame_{frame:06d}"
+            Image.fromarray(image.astype(np.uint8)).convert("RGB").save(root / "images" / f"{stem}.png")
+            Image.fromarray(mask).save(root / "masks" / f"{stem}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a short supervised training whose best adapter is not the first one; read only."""
+    from vesselrl.experiment.config import get_preset
+    from vesselrl.training.train import train
+
+    output = tmp_path_factory.mktemp("output")
+    config = get_preset(
+        "debug", model_path=str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(output),
+        stage="sft", num_epochs=2, learning_rate=0.02, max_train_samples=None, val_freq=100,
+    )  # fmt: skip
+    return train(config, ["vesselrl", "train"]).folder

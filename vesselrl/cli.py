@@ -165,7 +165,7 @@ def run_train(rest: list[str]) -> int:
     """
     preset, options = take_preset(rest)
     config = parse(TrainConfig, options, "train", get_preset(preset) if preset else None)
-    from vesselrl.training.train import train  # noqa: PLC0415
+    from vesselrl.training.train import train
 
     result = train(config, ["vesselrl", "train", *rest], console if console.is_terminal else None)
     print_result(result)
@@ -175,7 +175,7 @@ def run_train(rest: list[str]) -> int:
 def run_evaluate(rest: list[str]) -> int:
     """Score models on held-out patients."""
     args = parse(Evaluate, rest, "evaluate")
-    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan  # noqa: PLC0415
+    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan
 
     failed = False
     for weights in args.lora_weights or (None,):
@@ -205,8 +205,8 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(Predict, rest, "predict")
-    from vesselrl.inference.files import predict_files  # noqa: PLC0415
-    from vesselrl.inference.predictor import Predictor  # noqa: PLC0415
+    from vesselrl.inference.files import predict_files
+    from vesselrl.inference.predictor import Predictor
 
     predictor = Predictor.from_pretrained(
         args.base_model, args.lora_weights, prompt=args.prompt, threshold=args.threshold
@@ -220,7 +220,7 @@ def run_predict(rest: list[str]) -> int:
 def run_merge(rest: list[str]) -> int:
     """Write a merged copy of the model and verify it."""
     args = parse(Merge, rest, "merge")
-    from vesselrl.inference.merging import merge  # noqa: PLC0415
+    from vesselrl.inference.merging import merge
 
     done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
     console.print(
@@ -232,8 +232,8 @@ def run_merge(rest: list[str]) -> int:
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs  # noqa: PLC0415
-    from vesselrl.evaluation.report import markdown, write_comparison  # noqa: PLC0415
+    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
+    from vesselrl.evaluation.report import markdown, write_comparison
 
     root = Path(args.output_dir)
     runs, skipped = load_runs(find_runs(root))
@@ -247,7 +247,7 @@ def run_compare(rest: list[str]) -> int:
 def run_data(rest: list[str]) -> int:
     """Draw a synthetic data set."""
     args = parse(Data, rest, "data")
-    from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset  # noqa: PLC0415
+    from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset
 
     domain = {"source": SOURCE, "target": TARGET}[args.domain]
     root = write_dataset(Path(args.root), domain, args.num_patients, args.num_sequences, args.num_frames,
@@ -259,7 +259,7 @@ def run_data(rest: list[str]) -> int:
 def run_doctor(rest: list[str]) -> int:
     """Check machine, packages, model folder and data."""
     args = parse(Doctor, rest, "doctor")
-    from vesselrl.doctor import diagnose, exit_code, format_report  # noqa: PLC0415
+    from vesselrl.doctor import diagnose, exit_code, format_report
 
     checks = diagnose(args.base_model, args.data_root, args.output_dir)
     print(format_report(checks))
@@ -269,7 +269,7 @@ def run_doctor(rest: list[str]) -> int:
 def run_pretrain(rest: list[str]) -> int:
     """Rebuild the embedded miniature model."""
     args = parse(Pretrain, rest, "pretrain")
-    from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature  # noqa: PLC0415
+    from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature
 
     pretrain_miniature(Path(args.output_model), PretrainPlan(num_steps=args.num_steps, seed=args.seed))
     return 0
@@ -333,7 +333,7 @@ def print_result(result: "TrainResult") -> None:
 @contextmanager
 def bar(label: str):
     """A progress bar as a callback (done, total); silent where the output is no terminal."""
-    from rich.progress import Progress  # noqa: PLC0415
+    from rich.progress import Progress
 
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(label, total=None)

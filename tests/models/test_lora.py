@@ -63,7 +63,7 @@ def test_base_weights_stay_frozen(tiny_checkpoint: Path) -> None:
 
 
 def test_a_suffix_match_is_refused(tiny_checkpoint: Path, monkeypatch) -> None:
-    """The prototype's mistake: `q_proj` also names SAM2's attention. If PEFT matched by suffix, we would stop."""
+    """The mistake of the prototype: `q_proj` also names the attention of SAM2."""
     model, _ = load_sa2va(tiny_checkpoint)
     suffixes = {"target_modules": list(QKVO)}
     monkeypatch.setattr("vesselrl.models.lora.LoraConfig", lambda **given: LoraConfig(**(given | suffixes)))

@@ -5,7 +5,7 @@ import pytest
 
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
-from vesselrl.training.credit import assign_credit, choose_regions, overlap_credit, overlap_counts
+from vesselrl.training.credit import assign_credit, choose_regions, overlap_counts, overlap_credit
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """One synthetic angiogram frame: from vessels and their surroundings to a grey X-ray picture.
+
 X-rays are weakened exponentially, so everything is added up as attenuation (anatomy, vessels, catheter,
 ribs) and turned into brightness once: brightness = exposure · exp(−attenuation). A vessel weakens the
 beam by the length of the path inside it, so it is dark in the middle, soft at the edge, and crossings are
@@ -22,9 +23,6 @@ from vesselrl.data.surroundings import (
     subtract,
 )
 from vesselrl.data.vessel_tree import CANVAS_PX, Vessel
-
-SUBTRACTED_SHARE = 0.35  # patients whose pictures look digitally subtracted: flat and grey
-REFLUX_SHARE = 0.5  # sequences with contrast agent that flows back beside the ostium
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ class Domain:
     filling_floor: float
     # Strength of anatomy behind the vessels (lungs, diaphragm, spine, clutter); 0 is plain grey.
     background_contrast: tuple[float, float]
+    # Share of patients whose pictures are digitally subtracted: flat and grey.
+    subtracted: float
     # Mean brightness without vessels, 0 to 1 (automatic exposure holds it), and the display curve.
     brightness: tuple[float, float]
     gamma: tuple[float, float]
@@ -60,10 +60,12 @@ class Domain:
     motion_blur_px: tuple[float, float]
     # Standard deviation of quantum noise at half brightness, 0 to 1.
     noise: tuple[float, float]
-    # Probability of a catheter; how many ribs and wires; probability of a round aperture.
+    # Probability of a catheter, of contrast agent that flows back at the ostium; how many ribs and wires.
     catheter: float
+    reflux: float
     ribs: tuple[int, int]
     wires: tuple[int, int]
+    # Probability of a round aperture.
     aperture: float
     # Displacement by the heart beat at the border of the image.
     beat_px: float
@@ -101,7 +103,7 @@ def choose_style(
         size: side of the image in px.
     """
     strength = patient_rng.uniform(*domain.background_contrast)
-    subtracted = patient_rng.random() < SUBTRACTED_SHARE
+    subtracted = patient_rng.random() < domain.subtracted
     anatomy = draw_anatomy(rng, size)
     anatomy = np.float32(strength) * (subtract(rng, anatomy) if subtracted else anatomy)
     aperture = draw_aperture(rng, domain.aperture, size)
@@ -127,7 +129,7 @@ def _draw_distractors(
     total = np.zeros((size, size), np.float32)
     if rng.random() < domain.catheter:
         total += draw_catheter(rng, root, size)
-    if rng.random() < REFLUX_SHARE:
+    if rng.random() < domain.reflux:
         total += draw_reflux(rng, root, size)
     for _ in range(int(rng.integers(domain.ribs[0], domain.ribs[1] + 1))):
         total += bones * draw_rib(rng, size)

@@ -1,4 +1,5 @@
 """What surrounds the vessels in a synthetic angiogram: anatomy, look-alikes of vessels, the round aperture.
+
 Everything but the aperture is an attenuation, float32 (size, size), to be added to that of the vessels.
 Lengths inside are in px of a 256-px image.
 """

@@ -1,4 +1,5 @@
 """Synthetic coronary angiograms with exact masks, for tests, the demo and a first run without data.
+
 One patient is one anatomy and one way of exposing it, a sequence is one view of that patient, and the
 frames of a sequence differ by the heart beat, the filling with contrast agent and noise. Any frame can be
 drawn alone: its random numbers depend on (seed, name of the domain, patient, sequence, frame) and on
@@ -38,12 +39,14 @@ SOURCE = Domain(
     distal_fade=0.15,
     filling_floor=1.0,
     background_contrast=(0.15, 0.45),
+    subtracted=0.35,
     brightness=(0.5, 0.75),
     gamma=(0.9, 1.1),
     blur_px=(0.5, 0.8),
     motion_blur_px=(0.0, 1.0),
     noise=(0.009, 0.018),
     catheter=0.0,
+    reflux=0.5,
     ribs=(0, 0),
     wires=(0, 0),
     aperture=0.2,
@@ -62,13 +65,15 @@ TARGET = Domain(
     thickness_power=0.7,
     distal_fade=0.35,
     filling_floor=0.75,
-    background_contrast=(0.3, 0.9),
-    brightness=(0.38, 0.72),
+    background_contrast=(0.25, 0.8),
+    subtracted=0.35,
+    brightness=(0.36, 0.66),
     gamma=(0.8, 1.2),
     blur_px=(0.6, 1.0),
     motion_blur_px=(0.0, 2.0),
     noise=(0.010, 0.022),
     catheter=0.85,
+    reflux=0.5,
     ribs=(0, 4),
     wires=(0, 2),
     aperture=0.45,

@@ -1,4 +1,5 @@
 """Vessels as pixels: the exact lumen, and the attenuation of X-rays by the contrast agent inside it.
+
 Both are drawn from the same centrelines and radii, which are real numbers: a width of 2.3 px is not
 rounded. Vessels may cross the border of the image.
 """
@@ -103,7 +104,7 @@ def _stamps(
 
 
 def _mean_chord(distance: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Chord of a circle at distance d, averaged over a pixel: the integral of 2·√(r² − t²), d − ½ to d + ½."""
+    """Chord of a circle at distance d, averaged over a pixel: integral of 2·√(r² − t²), d − ½ to d + ½."""
 
     def area(t: np.ndarray) -> np.ndarray:
         t = np.clip(t / radius, -1, 1)

@@ -1,4 +1,5 @@
 """Geometry of a synthetic coronary tree: grow it, turn it towards a view, let it beat.
+
 Nothing is drawn here: lengths are in px of a 256-px image, angles in radians, x runs to the right, y down
 and z towards the viewer. A tree is grown flat after one of two templates (a left artery that divides into
 two main vessels, a right one that runs like the letter C), laid on the dome of the heart and turned, so
@@ -124,15 +125,15 @@ def _draw_vessel(
     num = max(4, int(shape.length / STEP_PX))
     part = np.linspace(0, 1, num)
     along = part * shape.length
-    windings = sum(
-        rng.normal(0, amount)
-        * np.sin(2 * np.pi * along / rng.uniform(*wavelength) + rng.uniform(0, 2 * np.pi))
-        for amount, wavelength in ((0.35, (60, 110)), (0.40, (28, 55)), (0.32, (15, 28)))
-    )
+    first, last = shape.radius
+    windings = np.zeros(num)
+    for amount, wavelengths in ((0.35, (60, 110)), (0.40, (28, 55)), (0.32, (15, 28))):
+        wavelength = rng.uniform(*wavelengths)
+        amount = rng.normal(0, amount) * min(1.0, wavelength / (10 * first))  # wide vessels wind less
+        windings += amount * np.sin(2 * np.pi * along / wavelength + rng.uniform(0, 2 * np.pi))
     heading = shape.heading + shape.turn * part**1.1 + shape.tortuosity * (0.25 + 0.95 * part) * windings
     steps = STEP_PX * np.stack([np.cos(heading), np.sin(heading)], axis=1)
     flat = start + np.cumsum(steps, axis=0) - steps[0]
-    first, last = shape.radius
     radius = last + (first - last) * (1 - part) ** 0.9
     radius = radius * (1 + 0.05 * np.sin(along / rng.uniform(5, 12) + rng.uniform(0, 6)))
     if rng.random() < 1 / 6:

@@ -3,14 +3,19 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
-from vesselrl.data.builtin import builtin_data
+from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient
 from vesselrl.evaluation.evaluate import Evaluation, evaluate, write_evaluation
-from vesselrl.inference.predictor import Predictor
+from vesselrl.experiment.config import RANDOM_MODEL
+from vesselrl.experiment.runs import check_writable
+from vesselrl.inference.predictor import Predictor, adapter_folder
+from vesselrl.models.lora import check_adapter
+from vesselrl.models.miniature import random_checkpoint
 from vesselrl.scoring.rewards import MultiObjectiveReward
 
 logger = logging.getLogger(__name__)
@@ -52,30 +57,44 @@ def evaluate_plan(
         The evaluation and its JSON file.
 
     Raises:
-        DataError: unusable data or split.
+        DataError: unusable data, split or settings of the run.
+        RunError: the folder for the results cannot be written to.
         CheckpointError: unusable model or adapter.
     """
     if plan.side not in SIDES:
         raise DataError(f"--split {plan.side} is unknown; choose one of {', '.join(SIDES)}.")
+    if plan.lora_weights:
+        check_adapter(adapter_folder(Path(plan.lora_weights)))
     run = run_folder(plan.lora_weights)
     settings = run_settings(run)
+    folder, name = result_place(plan, run)
+    check_writable(folder)
     samples = choose_samples(plan, run, settings)
-    predictor = Predictor.from_pretrained(
-        plan.base_model or settings.get("model_path"),
-        plan.lora_weights,
-        **({"prompt": prompt} if (prompt := plan.prompt or settings.get("prompt")) else {}),
-        threshold=plan.threshold,
-    )
+    prompt = plan.prompt or settings.get("prompt")
+    options = {"threshold": plan.threshold} | ({"prompt": prompt} if prompt else {})
+    with base_folder(plan, settings) as base:
+        predictor = Predictor.from_pretrained(base, plan.lora_weights, **options)
     result = evaluate(predictor.predict, samples, load_pixels, MultiObjectiveReward(), progress)
-    folder = (
-        Path(plan.output_dir)
-        if plan.output_dir
-        else (run / "evaluation" if run else Path("output/evaluation"))
-    )
-    label = Path(plan.lora_weights).name if plan.lora_weights else "base"
-    extra = {"plan": vars(plan), "threshold": plan.threshold}
-    path, _ = write_evaluation(folder, f"{plan.side}_{label}", result, extra)
+    path, _ = write_evaluation(folder, name, result, {"plan": vars(plan), "threshold": plan.threshold})
     return result, path
+
+
+def base_folder(plan: EvaluationPlan, settings: dict) -> AbstractContextManager[str | Path | None]:
+    """The base model's folder; that of a debug run is random and made again from the run's seed."""
+    base = plan.base_model or settings.get("model_path")
+    return random_checkpoint(settings["seed"]) if base == RANDOM_MODEL and settings else nullcontext(base)
+
+
+def result_place(plan: EvaluationPlan, run: Path | None) -> tuple[Path, str]:
+    """Folder and name of the result; in a folder for several runs the name begins with the run's."""
+    if plan.lora_weights is None:
+        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_base"
+    weights = Path(plan.lora_weights).resolve()
+    if run is None:
+        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_{weights.name}"
+    if plan.output_dir is None:
+        return run / "evaluation", f"{plan.side}_{adapter_folder(weights).name}"
+    return Path(plan.output_dir), f"{run.resolve().name}_{plan.side}_{adapter_folder(weights).name}"
 
 
 def load_pixels(sample: Sample) -> tuple:
@@ -87,7 +106,8 @@ def choose_samples(plan: EvaluationPlan, run: Path | None, settings: dict) -> li
     """The samples of the wanted side; the run's own split where there is one."""
     root = plan.data_root or settings.get("data_root")
     if root is None:
-        root = builtin_data(settings.get("output_dir", "output"))
+        size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
+        root = builtin_data(run.resolve().parent if run else "output", size)
     samples = find_samples(root, plan.patient_pattern or settings.get("patient_pattern"))
     if plan.side == "all":
         return samples
@@ -111,4 +131,7 @@ def run_settings(run: Path | None) -> dict:
     """The settings that a run was trained with; empty without a run."""
     if run is None or not (run / "config.json").exists():
         return {}
-    return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise DataError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -63,6 +64,10 @@ class RunFolder:
         """The folder's own name."""
         return self.path.name
 
+    def remove(self) -> None:
+        """Deletes the folder, for a run that failed before its first result."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def write_json(self, name: str, values: dict) -> Path:
         """Writes a JSON file that appears only when complete; nan and infinity become null."""
         path = self.path / name
@@ -75,6 +80,19 @@ class RunFolder:
         """Adds one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Finds out whether a folder can be made or written to, and changes nothing.
+
+    Raises:
+        RunError: a file stands in its place, or the permission is missing.
+    """
+    place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
+    if not place.is_dir():
+        raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
+    if not os.access(place, os.W_OK):
+        raise RunError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
 
 
 def strict(value: object) -> object:

@@ -1,6 +1,7 @@
 """Predictions of image files, written as PNG: mask, probability map and overlay."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from vesselrl.data.errors import DataError
 from vesselrl.data.images import read_rgb
+from vesselrl.data.patients import is_impersonal
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.overlay import overlay
 
@@ -27,7 +29,9 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = sorted(
+        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    )
     if not files:
         raise DataError(f"{path} holds no image; known endings are {', '.join(SUFFIXES)}.")
     return files
@@ -53,10 +57,11 @@ def predict_files(
     """
     files = find_images(path)
     stems = [file.stem for file in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1})
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise DataError(
-            f"{len(twice)} file names differ only by their ending, such as {twice[0]}; rename one of each."
+            f"{len(twice)} file names differ only by their ending: {shown_name(files, stems.index(twice[0]))} "
+            "and the next; rename one of each."
         )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -65,11 +70,18 @@ def predict_files(
             f"Cannot write to {output_dir} ({error.strerror}); give another --output_dir."
         ) from None
     for done, file in enumerate(files, start=1):
-        image = read_rgb(file, file.name)
+        image = read_rgb(file, shown_name(files, done - 1))
         prediction = predictor.predict(image)
         yield write_prediction(image, prediction, output_dir, file.stem) | {"image": file.name}
         if progress is not None:
             progress(done, len(files))
+
+
+def shown_name(files: list[Path], index: int) -> str:
+    """How messages call a file: by its name where that says nothing about a person, else by its place."""
+    if is_impersonal(files[index].stem):
+        return files[index].name
+    return f"image {index + 1} of {len(files)} in name order"
 
 
 def write_prediction(image: np.ndarray, prediction: Prediction, output_dir: Path, stem: str) -> dict:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -44,22 +45,25 @@ def merge(
         raise CheckpointError(f"--dtype {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
     source = EMBEDDED if base_model is None else Path(base_model)
     target = Path(output_model)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another --output_model or remove it.")
     model, processor = load_sa2va(source)
     adapted = load_adapter(model, adapter_folder(Path(lora_weights)))
     images = test_pictures(2 * model.config.tile_px)
     expected = Predictor(adapted.get_base_model(), processor).predict_batch(images)
     copy_with_weights(source, target, merge_adapter(adapted), _DTYPES[dtype])
-    got = Predictor(*load_sa2va(target)).predict_batch(images)
-    worst = min(dice(a.mask, b.mask) for a, b in zip(expected, got, strict=True))
-    gap = max(
-        float(np.abs(a.probabilities - b.probabilities).max()) for a, b in zip(expected, got, strict=True)
-    )
-    if worst < MIN_DICE:
-        shutil.rmtree(target)
-        raise CheckpointError(
-            f"The merged copy predicts other masks than base plus adapter (Dice {worst:.4f}, {MIN_DICE} needed) and was "
-            "removed. Merge with --dtype float32."
-        )
+    with ExitStack() as disagreement:
+        disagreement.callback(shutil.rmtree, target)
+        got = Predictor(*load_sa2va(target)).predict_batch(images)
+        pairs = list(zip(expected, got, strict=True))
+        worst = min(dice(a.mask, b.mask) for a, b in pairs)
+        gap = max(float(np.abs(a.probabilities - b.probabilities).max()) for a, b in pairs)
+        if worst < MIN_DICE:
+            raise CheckpointError(
+                f"The merged copy predicts other masks than base plus adapter (Dice {worst:.4f}, {MIN_DICE} "
+                "needed) and was removed. Merge with --dtype float32."
+            )
+        disagreement.pop_all()  # verified: the copy stays
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 

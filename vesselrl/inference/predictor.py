@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import load_adapter, merge_adapter
@@ -86,10 +87,9 @@ class Predictor:
         results = []
         for logits in self.model(inputs):
             values = logits.float().cpu().numpy()
-            probabilities = 1 / (1 + np.exp(-values))
             # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
             cut = np.float32(np.log(self.threshold / (1 - self.threshold)))
-            results.append(Prediction(values > cut, probabilities.astype(np.float32), values))
+            results.append(Prediction(values > cut, expit(values), values))
         return results
 
 

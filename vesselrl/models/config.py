@@ -12,6 +12,11 @@ from pathlib import Path
 from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
 
 SAM2_SIDECAR = "sam2_config.json"
+_TRANSFORMER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_NEEDED = {
+    "vision_config": (*_TRANSFORMER, "image_size", "patch_size"),
+    "llm_config": (*_TRANSFORMER, "num_key_value_heads", "vocab_size"),
+}
 
 
 class CheckpointError(ValueError):
@@ -42,6 +47,12 @@ class Sam2Dimensions:
                 f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; "
                 f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}."
             )
+        for name, value in values.items():
+            is_list = isinstance(getattr(cls, name), tuple)
+            numbers = value if isinstance(value, list) else [value]
+            if isinstance(value, list) != is_list or any(type(number) is not int for number in numbers):
+                kind = "a list of whole numbers" if is_list else "a whole number"
+                raise CheckpointError(f"{SAM2_SIDECAR} has {name} = {value!r}; {kind} is needed.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict:
@@ -143,6 +154,11 @@ def parse_config(values: dict, sam2: Sam2Dimensions, source: str = "config.json"
         if not isinstance(values.get(section), dict):
             raise CheckpointError(
                 f"{source} has no `{section}` object; is this a Sa2VA of the InternVL family?"
+            )
+        wrong = [name for name in _NEEDED[section] if type(values[section].get(name)) is not int]
+        if wrong:
+            raise CheckpointError(
+                f"{source}: `{section}` needs whole numbers for {', '.join(wrong)}. Copy it from the source."
             )
     vision, llm = values["vision_config"], values["llm_config"]
     architecture = (llm.get("architectures") or ["?"])[0]

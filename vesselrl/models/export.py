@@ -94,16 +94,19 @@ def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dty
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     skip = {file.name for file in shards}
-    shutil.copytree(source, partial, ignore=lambda _folder, names: [name for name in names if name in skip])
-    for file in shards:
-        tensors = {}
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
-                original = shard.get_tensor(name)
-                new = original if is_unused(name) else official_tensor(name, state)
-                tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
-        save_tensors(tensors, partial / file.name)
-    os.replace(partial, target)
+    try:
+        shutil.copytree(source, partial, ignore=lambda _, names: [name for name in names if name in skip])
+        for file in shards:
+            tensors = {}
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
+                    original = shard.get_tensor(name)
+                    new = original if is_unused(name) else official_tensor(name, state)
+                    tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
+            save_tensors(tensors, partial / file.name)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -42,13 +42,13 @@ def load_sa2va(
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
+    processor = Sa2VAProcessor(config, load_tokenizer(folder))
     with torch.device("meta"):
         model = Sa2VA(config)
-    state = native_state(model, read_tensors(folder), dtype)
+    state = native_state(model, read_tensors(folder), dtype, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
     # The rotary table is computed, not stored; on the meta device it is still empty.
     model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
-    processor = Sa2VAProcessor(config, load_tokenizer(folder))
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
     rows = model.lm.get_input_embeddings().num_embeddings
     if max(processor.image_token_id, processor.seg_token_id) >= rows:
@@ -62,7 +62,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, without running its code.
 
     Raises:
-        CheckpointError: vocab.json or merges.txt is missing.
+        CheckpointError: a file is missing or damaged.
     """
     missing = [
         name for name in ("vocab.json", "merges.txt", "tokenizer_config.json") if not (folder / name).exists()
@@ -71,7 +71,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder} lacks the tokenizer files {', '.join(missing)}. Copy them from the source."
         )
-    return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(
+            f"{folder}: the tokenizer files cannot be used ({error}). Copy them from the source again."
+        ) from None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -82,7 +87,10 @@ def shard_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(
@@ -111,7 +119,10 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def native_state(
-    model: Sa2VA, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+    model: Sa2VA,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    source: str = "The checkpoint",
 ) -> dict[str, torch.Tensor]:
     """The model's state dict built from official tensors.
 
@@ -147,7 +158,7 @@ def native_state(
             wrong.append(f"point embeddings {tuple(table.shape)} (model {tuple(expected[name].shape)})")
         else:
             state[name] = _cast(name, table, dtype)
-    _refuse_mismatch(sorted(set(expected) - set(state)), unknown, wrong)
+    _refuse_mismatch(sorted(set(expected) - set(state)), unknown, wrong, source)
     return state
 
 
@@ -156,7 +167,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(wanted).contiguous()
 
 
-def _refuse_mismatch(missing: list[str], unknown: list[str], wrong: list[str]) -> None:
+def _refuse_mismatch(missing: list[str], unknown: list[str], wrong: list[str], source: str) -> None:
     problems = []
     for label, names in (("wrong shape", wrong), ("unknown", unknown), ("missing", missing)):
         # A tensor of another shape is missing too; naming it once is enough.
@@ -165,7 +176,7 @@ def _refuse_mismatch(missing: list[str], unknown: list[str], wrong: list[str]) -
             problems.append(f"{len(names)} {label}: {shown}")
     if problems:
         raise CheckpointError(
-            f"The checkpoint does not fit its config.json. {' | '.join(problems)}. "
+            f"{source} does not fit its config.json. {' | '.join(problems)}. "
             "Check that config.json, sam2_config.json and the shards come from one model."
         )
 

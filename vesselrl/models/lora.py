@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vesselrl.models.config import CheckpointError, read_json
@@ -47,6 +48,19 @@ LORA_PRESETS = {
 }
 
 
+def check_scope(scope: Iterable[str]) -> None:
+    """Whether a scope can be used.
+
+    Raises:
+        ValueError: it is empty, or a name is unknown.
+    """
+    scope = tuple(scope)
+    if not scope or set(scope) - set(SCOPES):
+        raise ValueError(
+            f"LoRA scope {list(scope)} is not usable; choose one or more of {', '.join(SCOPES)}."
+        )
+
+
 def target_modules(model: nn.Module, scope: Iterable[str], projections: Iterable[str]) -> list[str]:
     """Full paths of the modules that LoRA is put on.
 
@@ -59,11 +73,7 @@ def target_modules(model: nn.Module, scope: Iterable[str], projections: Iterable
         ValueError: an unknown or empty scope.
     """
     scope = tuple(scope)
-    unknown = sorted(set(scope) - set(SCOPES))
-    if unknown or not scope:
-        raise ValueError(
-            f"LoRA scope {list(scope)} is not usable; choose one or more of {', '.join(SCOPES)}."
-        )
+    check_scope(scope)
     language = rf"lm\.model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(projections)})"
     patterns = [language if name == "language_model" else _MODULES[name] for name in scope]
     wanted = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
@@ -103,12 +113,14 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
     Raises:
         CheckpointError: the folder is not an adapter or does not fit the model.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).exists():
-            raise CheckpointError(
-                f"{folder} has no {name}; give a run's best_lora, final_lora or checkpoint_epoch_N folder."
-            )
-    targets = list(read_json(folder / "adapter_config.json").get("target_modules") or [])
+    check_adapter(folder)
+    config = read_json(folder / "adapter_config.json")
+    targets = config.get("target_modules")
+    if config.get("peft_type") != "LORA" or not isinstance(targets, list) or not targets:
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'} describes no LoRA of vesselrl (peft_type "
+            f"{config.get('peft_type')!r}); give an adapter that vesselrl has trained."
+        )
     modules = dict(model.named_modules())
     absent = sorted(name for name in targets if name not in modules)
     if absent:
@@ -116,15 +128,47 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
             f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}; "
             "it was trained on another base model."
         )
+    _check_adapter_tensors(folder / "adapter_model.safetensors", targets)
     model.requires_grad_(False)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}"
         ) from None
     _refuse_unintended(peft_model, targets)
     return peft_model
+
+
+def check_adapter(folder: Path) -> None:
+    """Whether a folder holds the files of an adapter.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{folder} has no {name}; give a run's best_lora, final_lora or checkpoint_epoch_N folder."
+            )
+
+
+def _check_adapter_tensors(file: Path, targets: list[str]) -> None:
+    """PEFT fills missing tensors at random and ignores unknown ones; here both are errors."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}). It may be truncated: copy it again."
+        ) from None
+    expected = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    if found != expected:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        raise CheckpointError(
+            f"{file} does not fit its adapter_config.json: {len(missing)} tensors missing, {len(unknown)} "
+            f"unknown, such as {(missing + unknown)[0]}. Copy the folder again."
+        )
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:

@@ -4,6 +4,9 @@ The user's model sees a 512-px image as one 448-px tile and, for SAM2, at twice 
 it. The miniature keeps these ratios for 256-px images: one 224-px tile, SAM2 input 512, mask grid 128.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,6 +104,15 @@ def write_miniature(folder: Path, config: Sa2VAConfig, model: Sa2VA) -> None:
     """Writes model and tokenizer as a folder in the official layout."""
     save_sa2va(model, folder)
     write_tokenizer(folder)
+
+
+@contextmanager
+def random_checkpoint(seed: int) -> Iterator[Path]:
+    """A folder with the random debug miniature of this seed, for the length of a `with` block."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = miniature_config(DEBUG_SAM2)
+        write_miniature(Path(folder), config, random_sa2va(config, seed))
+        yield Path(folder)
 
 
 def write_tokenizer(folder: Path) -> None:

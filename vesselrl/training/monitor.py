@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.progress import (
@@ -40,7 +41,7 @@ class Monitor:
         log_freq: int = 10,
         wandb_settings: dict | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (slow to import)
+        from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
         self.log_freq = log_freq
@@ -98,14 +99,23 @@ def new_progress(console: Console | None) -> Progress:
     return Progress(*columns, console=console or Console(quiet=True), disable=console is None)
 
 
-def start_wandb(name: str, settings: dict) -> object:
-    """A wandb run.
+def check_wandb() -> None:
+    """Whether wandb can be used.
 
     Raises:
         ModuleNotFoundError: wandb is not installed; the message says how to get it.
     """
-    try:
-        import wandb  # noqa: PLC0415 (optional)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.") from None
+    if find_spec("wandb") is None:
+        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
+
+
+def start_wandb(name: str, settings: dict) -> object:
+    """A wandb run.
+
+    Raises:
+        ModuleNotFoundError: wandb is not installed.
+    """
+    check_wandb()
+    import wandb
+
     return wandb.init(project="vesselrl", name=name, config=settings)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vesselrl.data.synthetic import SOURCE, draw_sequence
+from vesselrl.models.loading import load_tokenizer
 from vesselrl.models.miniature import (
     EMBEDDED_SAM2,
     miniature_config,
@@ -24,7 +25,6 @@ from vesselrl.models.miniature import (
     write_miniature,
     write_tokenizer,
 )
-from vesselrl.models.loading import load_tokenizer
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, Sa2VA
 from vesselrl.training.supervised import mask_loss

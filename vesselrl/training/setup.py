@@ -2,13 +2,13 @@
 
 import importlib
 import logging
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from vesselrl.data.annotations import Sample, check_masks, find_samples
+from vesselrl.data.annotations import Sample, check_masks, find_samples, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient, take, write_split
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
@@ -16,7 +16,7 @@ from vesselrl.experiment.runs import RunFolder
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.loading import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
-from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
+from vesselrl.models.miniature import random_checkpoint
 from vesselrl.scoring.rewards import Reward, get_reward_function
 from vesselrl.training.policy import MaskPolicy
 
@@ -45,8 +45,6 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     root = Path(config.data_root) if config.data_root else builtin_data(config.output_dir, size)
     samples = find_samples(root, config.patient_pattern)
     empty = check_masks(samples)
-    if empty:
-        logger.warning("%d of %d masks are empty, such as %s", len(empty), len(samples), empty[0])
     previous = earlier_split(config)
     split = read_split(previous, samples) if previous else split_by_patient(samples, config.seed)
     write_split(run.path / SPLIT_FILE, split)
@@ -107,12 +105,26 @@ def import_function(name: str) -> object:
         raise ValueError(f"--reward_fn is {name!r}; give it as package.module:function.")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"--reward_fn {name}: the module cannot be imported ({error}).") from None
+    except Exception as error:  # the user's module can raise anything
+        raise ValueError(
+            f"--reward_fn {name}: the module cannot be imported ({type(error).__name__}: {error}). "
+            "It is looked for in the folders of PYTHONPATH."
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name!r}.")
     return function
+
+
+def check_reward(reward: Reward, data: RunData) -> None:
+    """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once.
+
+    Raises:
+        RewardError: it failed or returned no number.
+    """
+    truth = load_mask(data.train[0])
+    for pred in (truth, np.zeros_like(truth)):
+        reward(pred, truth)
 
 
 def select_device(gpu: int) -> str:
@@ -121,7 +133,7 @@ def select_device(gpu: int) -> str:
     Raises:
         ValueError: there are GPUs, but not this one.
     """
-    import cv2  # noqa: PLC0415
+    import cv2
 
     cv2.setNumThreads(1)  # masks are scored in threads of our own
     if not torch.cuda.is_available():
@@ -141,9 +153,7 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
     dtype = torch.bfloat16 if config.use_bf16 else torch.float32
     torch.manual_seed(config.seed)  # LoRA's first matrices are random
     if config.model_path == RANDOM_MODEL:
-        with tempfile.TemporaryDirectory() as folder:
-            shape = miniature_config(DEBUG_SAM2)
-            write_miniature(Path(folder), shape, random_sa2va(shape, config.seed))
+        with random_checkpoint(config.seed) as folder:
             model, processor = load_sa2va(folder, device, dtype)
     else:
         model, processor = load_sa2va(config.model_path, device, dtype)

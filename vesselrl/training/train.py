@@ -10,6 +10,7 @@
 
 import logging
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +24,22 @@ from vesselrl.evaluation.figures import plot_curves, plot_panels
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
 from vesselrl.inference.predictor import Predictor
-from vesselrl.models.lora import adapter_delta_norm, save_adapter, trainable_counts
+from vesselrl.models.lora import adapter_delta_norm, check_scope, save_adapter, trainable_counts
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
-from vesselrl.training.monitor import Monitor
+from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOSettings, PPOUpdate
-from vesselrl.training.setup import RunData, load_policy, make_reward, prepare_data, select_device
+from vesselrl.training.setup import (
+    RunData,
+    check_reward,
+    load_policy,
+    make_reward,
+    prepare_data,
+    select_device,
+)
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
@@ -67,20 +75,28 @@ def train(config: TrainConfig, argv: list[str], console: Console | None = None) 
         console: for progress bars; None shows none.
 
     Raises:
-        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained.
+        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; the run
+            folder is removed again.
         LearningError: the run does not learn.
     """
     reward = make_reward(config)
+    check_scope(config.lora_scope)
+    if config.use_wandb:
+        check_wandb()
     run = RunFolder.create(config.output_dir)
-    logger.info("run folder %s", run.path)
-    data = prepare_data(config, run)
-    device = select_device(config.gpu)
-    policy = load_policy(config, device)
-    counts = data.counts | {"trainable": trainable_counts(policy.peft_model)}
-    for component, count in counts["trainable"].items():
-        logger.info("trainable in %s: %s values", component, f"{count:,}")
-    origin = provenance(argv, device)
-    run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
+    with ExitStack() as bad_input:
+        bad_input.callback(run.remove)
+        logger.info("run folder %s", run.path)
+        data = prepare_data(config, run)
+        check_reward(reward, data)
+        device = select_device(config.gpu)
+        policy = load_policy(config, device)
+        counts = data.counts | {"trainable": trainable_counts(policy.peft_model)}
+        for component, count in counts["trainable"].items():
+            logger.info("trainable in %s: %s values", component, f"{count:,}")
+        origin = provenance(argv, device)
+        run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
+        bad_input.pop_all()  # from here on the folder stays
     return _Training(config, run, data, policy, reward, origin, counts).run(console)
 
 

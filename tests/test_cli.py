@@ -1,0 +1,229 @@
+"""The command line: verbs, presets, spellings, exit codes, and what it imports."""
+
+import logging
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vesselrl import cli
+from vesselrl.cli import VERBS, main, take_preset
+from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
+
+# Runs the command line as `python -m vesselrl` does, then says whether torch was imported.
+SPY = """
+import sys
+from vesselrl.launch import main
+code = main(sys.argv[1:])
+heavy = {"torch", "transformers", "peft", "matplotlib", "cv2", "numba"} & set(sys.modules)
+sys.exit(f"imported {sorted(heavy)}" if heavy else code)
+"""
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Stands in for the training: what it was called with, as [config, argv] pairs."""
+    calls = []
+
+    def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
+        calls.append((config, argv))
+        return SimpleNamespace(folder="the run folder", validation=[], test=[])
+
+    monkeypatch.setattr("vesselrl.training.train.train", train)
+    return calls
+
+
+# ---- Help and usage
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_answers_help(verb: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([verb, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert f"usage: vesselrl {verb}" in out
+    settings = TrainConfig if verb == "train" else getattr(cli, verb.capitalize())
+    assert [field.name for field in fields(settings) if f"--{field.name}" not in out] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(repository: Path, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, *arguments], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: vesselrl" in done.stdout
+
+
+def test_python_dash_m_and_the_list_of_verbs(repository: Path) -> None:
+    command = [sys.executable, "-m", "vesselrl", "--help"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    listed = re.findall(r"^  (\w+) +[A-Z]", done.stdout, re.MULTILINE)
+    assert listed == list(VERBS)
+
+
+def test_train_help_tells_of_presets_and_shows_their_values(capsys: pytest.CaptureFixture) -> None:
+    main(["train", "--help"])
+    plain = capsys.readouterr().out
+    assert "--preset quick, full or debug" in plain
+    assert "---- " not in plain.replace("-\n", "")  # headings of config.py are not part of an option's text
+    assert "(default: 50)" not in plain
+    main(["train", "--preset", "quick", "--help"])
+    assert "(default: 50)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["tarin"], ["--version-of-what"]])
+def test_no_verb_or_an_unknown_one_gives_usage_and_2(
+    arguments: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "usage: vesselrl VERB" in out + err
+    for word in arguments:
+        assert f"Unknown verb '{word}'" in err
+
+
+def test_an_unknown_option_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--learnin_rate", "1"]) == 2
+    err = capsys.readouterr().err
+    assert "--learnin_rate" in err
+    assert "--learning_rate" in err
+
+
+def test_a_missing_option_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert main(["merge", "--output_model", "x"]) == 2
+    assert "--lora_weights" in capsys.readouterr().err
+
+
+# ---- train
+
+
+def test_without_a_preset_the_settings_are_those_of_the_class(trained: list) -> None:
+    assert main(["train"]) == 0
+    assert trained == [(TrainConfig(), ["vesselrl", "train"])]
+
+
+@pytest.mark.parametrize("words", [["--preset", "quick"], ["--preset=quick"]])
+def test_a_preset_is_a_start_that_options_change(trained: list, words: list[str]) -> None:
+    assert main(["train", "--seed", "7", *words, "--lora_rank", "16"]) == 0
+    ((config, argv),) = trained
+    assert config == get_preset("quick", seed=7, lora_rank=16)
+    assert argv == ["vesselrl", "train", "--seed", "7", *words, "--lora_rank", "16"]
+
+
+@pytest.mark.parametrize("words", [["--preset"], ["--preset", "fast"], ["--preset="], ["--preset", "--seed"]])
+def test_an_unknown_or_missing_preset_names_the_choices(
+    trained: list, words: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --preset is '")
+    assert line.endswith(f"choose one of {', '.join(PRESETS)}.")
+    assert trained == []
+
+
+def test_take_preset_leaves_the_rest_in_order() -> None:
+    assert take_preset(["--a", "1", "--preset", "full", "--b"]) == ("full", ["--a", "1", "--b"])
+    assert take_preset(["--a", "--presets"]) == (None, ["--a", "--presets"])
+
+
+def test_hyphens_and_underscores_are_the_same(trained: list) -> None:
+    main(["train", "--num_epochs", "5", "--lora_scope", "projector", "mask_decoder", "--use_bf16"])
+    main(["train", "--num-epochs", "5", "--lora-scope", "projector", "mask_decoder", "--use-bf16"])
+    expected = TrainConfig(num_epochs=5, lora_scope=("projector", "mask_decoder"), use_bf16=True)
+    assert [config for config, _ in trained] == [expected, expected]
+
+
+def test_the_options_of_the_prototype_are_known(trained: list) -> None:
+    typed = (
+        "--model_path m --data_root d --output_dir o --lora_rank 32 --lora_alpha 64 --lora_dropout 0.1 --num_epochs 3 "
+        "--learning_rate 5e-5 --weight_decay .01 --max_train_samples 20 --max_val_samples 10 "
+        "--reward_type recall_focused --dice_weight .5 --recall_weight .2 --topology_weight .2 --length_weight .1 "
+        "--recall_target .85 --gpu 1 --num_workers 2 --use_bf16 --use_wandb --log_freq 10 --val_freq 100 --save_freq 1"
+    ).split()
+    assert main(["train", *typed, "--prompt", "Please segment the blood vessel."]) == 0
+    config = trained[0][0]
+    assert (config.model_path, config.lora_dropout, config.recall_weight, config.gpu) == ("m", 0.1, 0.2, 1)
+
+
+# ---- The other verbs
+
+
+@pytest.mark.parametrize("option", ["--base_model", "--model_path", "--base-model", "--model-path"])
+def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def evaluate_plan(plan: object, progress: object) -> tuple:
+        plans.append(plan)
+        result = SimpleNamespace(
+            summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1}, too_many_failed=plan.side == "val"
+        )
+        return result, Path("x.json")
+
+    monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_plan", evaluate_plan)
+    assert main(["evaluate", option, "m", "--lora_weights", "a", "b", "--threshold", "0.3"]) == 0
+    assert [(p.base_model, p.lora_weights, p.threshold, p.side) for p in plans] == [
+        ("m", "a", 0.3, "test"),
+        ("m", "b", 0.3, "test"),
+    ]
+    assert main(["evaluate", "--split", "val"]) == 1  # too many failed predictions are no success
+    assert plans[-1].lora_weights is None
+
+
+def test_compare_without_runs_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert main(["compare", "--output_dir", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert str(folder) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_lists_a_finished_run(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("training_info.json", "test_before.json", "test_after.json"):
+        (tmp_path / finished_run.name).mkdir(exist_ok=True)
+        (tmp_path / finished_run.name / name).write_bytes((finished_run / name).read_bytes())
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 0
+    assert finished_run.name in capsys.readouterr().out
+    (table,) = tmp_path.rglob("*.csv")
+    assert finished_run.name in table.read_text()
+
+
+def test_data_draws_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = "--num_patients 1 --num_sequences 1 --num_frames 1 --size 64 --layout masks".split()
+    root = tmp_path / "drawn"
+    assert main(["data", "--root", str(root), *words]) == 0
+    assert len(list((root / "images").iterdir())) == len(list((root / "masks").iterdir())) == 1
+    assert main(["data", "--root", str(root), *words, "--seed", "5"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(root) in line
+
+
+def test_a_message_of_several_lines_becomes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(rest: list[str]) -> int:
+        raise OSError("first\n  second")
+
+    monkeypatch.setitem(cli.VERBS, "doctor", fail)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_errors_of_the_program_itself_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(rest: list[str]) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.VERBS, "doctor", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+def test_chatty_libraries_are_quiet() -> None:
+    main(["doctor", "--help"])
+    assert logging.getLogger("matplotlib").level == logging.WARNING
