@@ -123,7 +123,7 @@ class Pretrain:
 
     # New checkpoint folder.
     output_model: str
-    num_steps: int = 700
+    num_steps: int = 600
     seed: int = 0
 
 
@@ -269,9 +269,12 @@ def run_doctor(rest: list[str]) -> int:
 def run_pretrain(rest: list[str]) -> int:
     """Rebuild the embedded miniature model."""
     args = parse(Pretrain, rest, "pretrain")
+    from vesselrl.training.model_card import write_model_card
     from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature
 
-    pretrain_miniature(Path(args.output_model), PretrainPlan(num_steps=args.num_steps, seed=args.seed))
+    plan = PretrainPlan(num_steps=args.num_steps, seed=args.seed)
+    pretrain_miniature(Path(args.output_model), plan)
+    console.print(f"Model card: {write_model_card(Path(args.output_model), plan)}")
     return 0
 
 

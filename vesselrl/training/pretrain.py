@@ -26,7 +26,7 @@ from vesselrl.models.miniature import (
     write_tokenizer,
 )
 from vesselrl.models.processing import Sa2VAProcessor
-from vesselrl.models.sa2va import DecodedMasks, Sa2VA
+from vesselrl.models.sa2va import DecodedMasks, Sa2VA, upsample
 from vesselrl.training.supervised import mask_loss
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ IMAGE_PX = 256
 class PretrainPlan:
     """Everything that decides the miniature's weights; stored in its model card."""
 
-    num_steps: int = 1500
+    num_steps: int = 600
     batch_size: int = 4
-    num_patients: int = 300
+    num_patients: int = 400
     num_frames: int = 2
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.05
     seed: int = 0
@@ -52,11 +52,14 @@ class PretrainPlan:
 def pretrain_miniature(folder: Path, plan: PretrainPlan, log_every: int = 25) -> Sa2VA:
     """Trains a random miniature and writes it as a checkpoint folder in the official layout.
 
+    One CPU thread is used, so that the same plan gives the same weights whatever the number of cores.
+
     Args:
         folder: where the checkpoint goes.
         plan: data, length and seeds.
         log_every: steps between log lines.
     """
+    torch.set_num_threads(1)
     config = miniature_config(EMBEDDED_SAM2)
     model = random_sa2va(config, plan.seed).train()
     model.lm.lm_head.requires_grad_(False)  # no text is generated here
@@ -87,13 +90,10 @@ def pretrain_miniature(folder: Path, plan: PretrainPlan, log_every: int = 25) ->
 
 def candidate_loss(decoded: DecodedMasks, truth: Tensor, sam_px: int) -> Tensor:
     """Mean mask loss of the three candidates plus the squared error of their estimated IoU."""
-    batch, _, candidates = decoded.iou.shape
-    full = functional.interpolate(
-        decoded.logits[:, 0], size=(sam_px, sam_px), mode="bilinear", align_corners=False
-    )
-    logits = functional.interpolate(full, size=truth.shape[1:], mode="bilinear", align_corners=False).flatten(
-        0, 1
-    )
+    candidates = decoded.iou.shape[-1]
+    low_res = decoded.logits[:, 0].flatten(0, 1)[:, None]
+    sizes = (tuple(truth.shape[1:]),) * len(low_res)
+    logits = torch.stack(upsample(low_res, sizes, sam_px))
     repeated = truth.repeat_interleave(candidates, dim=0)
     with torch.no_grad():
         hit, positive = (logits > 0) & (repeated > 0.5), (logits > 0) | (repeated > 0.5)

@@ -1,0 +1,63 @@
+"""A small model whose answer depends on picture and prompt, and an adapter that changes it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vesselrl.inference.predictor import Predictor
+from vesselrl.models.loading import load_sa2va
+from vesselrl.models.lora import SCOPES, attach_lora, save_adapter
+from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
+
+
+@pytest.fixture(scope="session")
+def lively_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `tiny_checkpoint`, but with weights so large that logits are of size 1 instead of 0.001; read only."""
+    folder = tmp_path_factory.mktemp("lively") / "model"
+    config = miniature_config(DEBUG_SAM2)
+    model = random_sa2va(config)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            inputs_first = isinstance(module, nn.ConvTranspose2d)
+            num_inputs = len(module.weight) if inputs_first else module.weight[0].numel()
+            module.weight.data.normal_(0, num_inputs**-0.5, generator=generator)
+    write_miniature(folder, config, model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predictor(lively_checkpoint: Path) -> Predictor:
+    return Predictor.from_pretrained(lively_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on all four components, as large as after a long training; read only."""
+    folder = tmp_path_factory.mktemp("run") / "best_lora"
+    model, _ = load_sa2va(lively_checkpoint)
+    peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in peft_model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    save_adapter(peft_model, folder)
+    return folder
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def image() -> np.ndarray:
+    return picture(64, 64)
+
+
+@pytest.fixture(scope="session")
+def images() -> list[np.ndarray]:
+    """Of different sizes: one needs a single tile, the others several."""
+    return [picture(64, 64, 1), picture(40, 90, 2), picture(100, 64, 3)]

@@ -1,0 +1,141 @@
+"""The whole training on a random miniature: what it writes, that it repeats, and its stages."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vesselrl.experiment.config import get_preset
+from vesselrl.training.checks import LearningError
+from vesselrl.training.train import TrainResult, train
+
+ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+INFO_KEYS = {
+    "args", "counts", "initial_metrics", "final_metrics", "best_metrics", "test_metrics", "best_val_dice",
+    "total_steps", "adapter_delta_norm", "grad_norm_max", "metric_spec", "provenance",
+}  # fmt: skip
+
+
+def short_run(tiny_checkpoint: Path, angiograms: Path, output: Path, **changes: object) -> TrainResult:
+    settings = {"model_path": str(tiny_checkpoint), "data_root": str(angiograms), "output_dir": str(output)}
+    return train(get_preset("debug", **(settings | {"learning_rate": 1e-2} | changes)), ["vesselrl", "train"])
+
+
+def metrics_of(result: TrainResult) -> list[dict]:
+    lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def result(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return short_run(tiny_checkpoint, angiograms, tmp_path_factory.mktemp("runs"))
+
+
+def test_run_folder_is_complete(result: TrainResult) -> None:
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"config.json", "data_split.json", "metrics.jsonl", "curves.png", "panel.png", "tensorboard",
+            "val_before.json", "val_latest.json", "test_before.json", "test_after.json"} <= names  # fmt: skip
+    for folder in ("best_lora", "final_lora", "checkpoint_epoch_1"):
+        assert {path.name for path in (result.folder / folder).iterdir()} == ADAPTER_FILES
+    assert not [name for name in names if "partial" in name]
+    assert list((result.folder / "tensorboard").iterdir())
+
+
+def test_training_info_has_the_promised_keys(result: TrainResult) -> None:
+    info = json.loads((result.folder / "training_info.json").read_text())
+    assert set(info) == INFO_KEYS
+    assert info["adapter_delta_norm"] > 0
+    assert info["grad_norm_max"] > 0
+    assert info["total_steps"] == 2
+    assert set(info["test_metrics"]) == {"before", "after"}
+    assert {"git_commit", "command", "packages", "device", "date"} <= set(info["provenance"])
+    train_counts = info["counts"]["train"]
+    assert train_counts["requested"] == train_counts["used"] == 4
+
+
+def test_metrics_start_before_the_first_update(result: TrainResult) -> None:
+    lines = metrics_of(result)
+    assert lines[0]["step"] == 0
+    assert "val/dice" in lines[0]
+    assert "train/reward" not in lines[0]
+    assert [line["step"] for line in lines if "train/reward" in line] == [1, 2]
+    assert all(line["train/first_ratio_gap"] <= 1e-4 for line in lines if "train/first_ratio_gap" in line)
+    assert lines[1]["train/reward_std"] > 0
+
+
+def test_splits_do_not_share_patients(result: TrainResult) -> None:
+    split = json.loads((result.folder / "data_split.json").read_text())
+    patients = [{key.split("_")[0] for key in split["samples"][side]} for side in ("train", "val", "test")]
+    assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
+
+
+def test_no_name_or_id_is_written(result: TrainResult) -> None:
+    for path in result.folder.rglob("*"):
+        if path.is_file():
+            assert b"ZHANG" not in path.read_bytes(), path
+            assert b"123456789" not in path.read_bytes(), path
+
+
+def test_the_same_seed_repeats_exactly(
+    result: TrainResult, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    again = short_run(tiny_checkpoint, angiograms, tmp_path)
+    assert metrics_of(again) == metrics_of(result)
+    first, second = (
+        load_file(run.folder / "final_lora" / "adapter_model.safetensors") for run in (result, again)
+    )
+    assert all(bool((first[name] == second[name]).all()) for name in first)
+    other = short_run(tiny_checkpoint, angiograms, tmp_path, seed=1)
+    assert metrics_of(other) != metrics_of(result)
+
+
+def test_best_lora_exists_without_any_improvement(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """A hopeless learning rate: the best adapter is the untouched one from before the first update."""
+    done = short_run(tiny_checkpoint, angiograms, tmp_path, val_freq=999, learning_rate=1e-9)
+    weights = load_file(done.folder / "best_lora" / "adapter_model.safetensors")
+    assert weights
+    assert done.info["best_metrics"]["reward"] >= done.info["initial_metrics"]["reward"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "sft+rl"])
+def test_other_stages(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, stage: str) -> None:
+    done = short_run(tiny_checkpoint, angiograms, tmp_path, stage=stage, num_epochs=2)
+    steps = [line for line in metrics_of(done) if "train/grad_norm" in line]
+    kinds = ["sft" if "train/reward" not in line else "rl" for line in steps]
+    assert kinds == (["sft"] * 4 if stage == "sft" else ["sft", "sft", "rl", "rl"])
+    assert done.info["adapter_delta_norm"] > 0
+
+
+def test_starting_from_an_adapter_keeps_its_split(
+    result: TrainResult, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    done = short_run(tiny_checkpoint, angiograms, tmp_path, init_lora=str(result.folder / "final_lora"), seed=9)
+    first, second = (
+        json.loads((folder / "data_split.json").read_text())["samples"] for folder in (result.folder, done.folder)
+    )
+    assert first == second
+    # KL is measured to the adapter that the run started from, not to the bare base model.
+    steps = [line for line in metrics_of(done) if "train/first_ratio_gap" in line]
+    assert steps[0]["train/first_ratio_gap"] <= 1e-4
+
+
+def test_sanity_overfit_trains_and_validates_on_the_same_images(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vesselrl.training.train.SANITY_STEPS", 4)
+    done = short_run(tiny_checkpoint, angiograms, tmp_path, sanity_overfit=2, stage="sft")
+    assert done.info["total_steps"] == 4
+    assert done.test == []
+    assert done.info["counts"]["train"]["used"] == done.info["counts"]["val"]["used"] == 2
+    assert math.isfinite(done.info["best_val_dice"])
+
+
+def test_a_run_that_never_moves_is_an_error(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path) -> None:
+    with pytest.raises(LearningError):
+        short_run(tiny_checkpoint, angiograms, tmp_path, learning_rate=0.0)
+    folder = next(tmp_path.glob("sa2va_lora_ppo_*"))
+    assert not (folder / "training_info.json").exists()
