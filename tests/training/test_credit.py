@@ -5,7 +5,8 @@ import pytest
 
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
-from vesselrl.training.credit import assign_credit, choose_regions, overlap_counts, overlap_credit
+from vesselrl.training.credit import Credit, assign_credit, choose_regions, overlap_counts, overlap_credit
+from vesselrl.training.ppo import scaled_credit
 
 
 @pytest.fixture
@@ -93,6 +94,25 @@ def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
     result = assign_credit(sample[None], truth, truth, topology(truth), reward, 4, np.random.default_rng(0))
     assert result.structure[0][1, 1] == pytest.approx(2.0)
     assert result.terms["custom"].tolist() == [2.0]
+
+
+def test_weights_balance_overlap_against_structure() -> None:
+    """By hand: shares are the normalised weights; a custom weight of 1 counts as much as the rest together."""
+
+    def custom(pred: np.ndarray, gt: np.ndarray) -> float:
+        return 0.0
+
+    assert MultiObjectiveReward().structure_share == pytest.approx(0.3)
+    assert MultiObjectiveReward(topology_weight=0, length_weight=0).structure_share == 0
+    assert MultiObjectiveReward(dice_weight=0, recall_weight=0).structure_share == pytest.approx(1)
+    assert MultiObjectiveReward(custom=custom).structure_share == pytest.approx(1.3 / 2)
+    assert SimpleDiceReward().structure_share == 0
+    assert SimpleDiceReward(custom=custom, custom_weight=-3).structure_share == pytest.approx(0.75)
+    overlap, structure = np.full((1, 1, 2), 4.0, np.float32), np.array([[[6.0, 0.0]]], np.float32)
+    credit = Credit(overlap, structure, np.ones(1), {}, 0.0, 1)
+    total = scaled_credit(credit, (2.0, 3.0), structure_share=0.25, structure_weight=2.0)
+    assert total.tolist() == [[[0.75 * 2 + 2 * 0.25 * 2, 0.75 * 2]]]
+    assert scaled_credit(credit, (0.0, 0.0), 0.25, 2.0).tolist() == [[[0.0, 0.0]]]
 
 
 def test_regions_are_connected_disjoint_and_prefer_large_ones() -> None:

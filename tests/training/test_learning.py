@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vesselrl.experiment.config import get_preset
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.models.sa2va import DecodedMasks
@@ -22,10 +23,10 @@ from vesselrl.training.checks import (
     check_seg_embedding,
 )
 from vesselrl.training.policy import MaskPolicy
-from vesselrl.training.ppo import PPOSettings, PPOUpdate
+from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate, mask_loss
 
-SETTINGS = PPOSettings(num_samples=3, num_regions=2)
+SETTINGS = get_preset("debug", num_samples=3, num_regions=2)
 
 
 def drawn_batch(side: int, count: int = 2) -> TrainBatch:
@@ -48,7 +49,7 @@ def make_update(tiny_checkpoint, scope=SCOPES, reward=None, settings=SETTINGS, r
     peft_model = attach_lora(model, scope, LORA_PRESETS["medium"].projections, 4, 8)
     policy = MaskPolicy(peft_model, processor, "Please segment the blood vessel.")
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=rate, weight_decay=0.01)
-    return PPOUpdate(policy, optimizer, reward or MultiObjectiveReward(), settings, seed=0)
+    return PPOUpdate(policy, optimizer, reward or MultiObjectiveReward(), settings)
 
 
 def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -80,7 +81,7 @@ def test_supervised_changes_lora_weights_and_nothing_else(tiny_checkpoint) -> No
     policy = make_update(tiny_checkpoint).policy
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=1e-3)
     before = snapshot(policy.peft_model)
-    SupervisedUpdate(policy, optimizer, num_passes=1, max_grad_norm=1.0).step(drawn_batch(64))
+    SupervisedUpdate(policy, optimizer, SETTINGS).step(drawn_batch(64))
     names = changed(before, policy.peft_model)
     assert names
     assert all(".lora_" in name for name in names)
@@ -230,7 +231,13 @@ class ToyPolicy(torch.nn.Module):
     def logits(self, decoded, choice, inputs):
         return [decoded.logits[0, 0, 0]]
 
-    def reference_logits(self, inputs, keys):
+    def freeze_reference(self):
+        self.start = self.values()
+
+    def values(self):
+        return {"table": self.table.detach().clone()}
+
+    def reference_logits(self, inputs, keys, choice):
         return [self.start["table"]]
 
 
@@ -238,7 +245,9 @@ def toy_rewards(seed: int, updates: int = 50) -> list[float]:
     """Reward of the greedy mask before each update."""
     policy = ToyPolicy()
     optimizer = torch.optim.Adam([policy.table], lr=0.1)
-    update = PPOUpdate(policy, optimizer, SimpleDiceReward(), replace(SETTINGS, correlation_px=1.0), seed)
+    update = PPOUpdate(
+        policy, optimizer, SimpleDiceReward(), replace(SETTINGS, correlation_px=1.0, seed=seed)
+    )
     update.checked = True  # a table has no adapters to look at
     batch = drawn_batch(16, 1)
     return [update.step(batch)["train/greedy_reward"] for _ in range(updates)]
@@ -281,7 +290,7 @@ def test_structure_credit_alone_connects_a_broken_vessel() -> None:
         dice_weight=0, recall_weight=0, precision_weight=0, topology_weight=1, length_weight=1
     )
     optimizer = torch.optim.Adam([policy.table], lr=0.05)
-    update = PPOUpdate(policy, optimizer, reward, replace(SETTINGS, num_samples=6, num_regions=4), seed=0)
+    update = PPOUpdate(policy, optimizer, reward, replace(SETTINGS, num_samples=6, num_regions=4))
     update.checked = True
     batch = TrainBatch(["a"], [np.zeros((24, 24, 3), np.uint8)], [truth], [topology(truth)])
     pieces = [topology((policy.table > 0).numpy()).num_components]

@@ -83,7 +83,7 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
     decoded = policy.decode(inputs, ["a", "b"])
     start = policy.logits(decoded, decoded.best(), inputs)
     move(policy)
-    reference = policy.reference_logits(inputs, ["a", "b"])
+    reference = policy.reference_logits(inputs, ["a", "b"], decoded.best())
     now = policy.logits(policy.decode(inputs, ["a", "b"]), decoded.best(), inputs)
     for first, ref, moved in zip(start, reference, now, strict=True):
         assert torch.equal(first, ref)

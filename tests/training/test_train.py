@@ -110,12 +110,26 @@ def test_other_stages(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, s
     assert done.info["adapter_delta_norm"] > 0
 
 
+def test_ppo_after_supervised_steps_measures_kl_to_where_it_began(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """Supervised steps move the adapter far; PPO must still begin with ratio 1 and KL 0."""
+    done = short_run(
+        tiny_checkpoint, angiograms, tmp_path, stage="sft+rl", num_epochs=8, learning_rate=0.02, num_passes=1
+    )
+    first = next(line for line in metrics_of(done) if "train/first_ratio_gap" in line)
+    assert abs(first["train/kl_ref"]) <= 1e-6
+
+
 def test_starting_from_an_adapter_keeps_its_split(
     result: TrainResult, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
 ) -> None:
-    done = short_run(tiny_checkpoint, angiograms, tmp_path, init_lora=str(result.folder / "final_lora"), seed=9)
+    done = short_run(
+        tiny_checkpoint, angiograms, tmp_path, init_lora=str(result.folder / "final_lora"), seed=9
+    )
     first, second = (
-        json.loads((folder / "data_split.json").read_text())["samples"] for folder in (result.folder, done.folder)
+        json.loads((folder / "data_split.json").read_text())["samples"]
+        for folder in (result.folder, done.folder)
     )
     assert first == second
     # KL is measured to the adapter that the run started from, not to the bare base model.

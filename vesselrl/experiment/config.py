@@ -75,6 +75,9 @@ class TrainConfig:
     topology_weight: float = 0.2
     length_weight: float = 0.1
     recall_target: float = 0.85
+    # Below this precision the reward falls by precision_weight * 10 per unit (spec default only).
+    precision_target: float = 0.85
+    precision_weight: float = 0.75
     # Your own term, package.module:function with function(pred, gt) -> float on bool masks; added to the reward.
     reward_fn: str | None = None
     reward_fn_weight: float = 1.0
@@ -95,8 +98,8 @@ class TrainConfig:
     correlation_px: float = 2.0
     # Regions per drawn mask that are rescored for topology, length and your own reward.
     num_regions: int = 4
-    # Weight of region credit against overlap credit, after each was scaled to 1.
-    structure_weight: float = 1.0
+    # Factor on region credit; 1: overlap and structure count as the reward's weights say.
+    structure_weight: float = 2.0
 
     # ---- Run ----
 

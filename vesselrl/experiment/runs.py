@@ -72,8 +72,12 @@ class RunFolder:
         """Writes a JSON file that appears only when complete; nan and infinity become null."""
         path = self.path / name
         partial = path.with_name(f".{name}.partial")
-        partial.write_text(json.dumps(strict(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps(strict(values), indent=2, allow_nan=False) + "\n"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     def append_metrics(self, values: dict) -> None:

@@ -56,6 +56,7 @@ class Predictor:
         base_model: str | Path | None = None,
         lora_weights: str | Path | None = None,
         device: str | None = None,
+        use_bf16: bool = False,
         **kwargs: str | float,
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
@@ -64,10 +65,11 @@ class Predictor:
             base_model: checkpoint folder; None is the embedded miniature.
             lora_weights: adapter folder such as RUN/best_lora; a run folder means its best_lora.
             device: `cpu`, `cuda` or `cuda:1`; None takes a GPU when there is one.
+            use_bf16: vision tower and language model in bfloat16; SAM2 stays in float32.
             **kwargs: prompt, threshold.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load_sa2va(base_model, where)
+        model, processor = load_sa2va(base_model, where, torch.bfloat16 if use_bf16 else torch.float32)
         if lora_weights is not None:
             model = merge_adapter(load_adapter(model, adapter_folder(Path(lora_weights))))
         return cls(model.eval(), processor, **kwargs)

@@ -116,6 +116,15 @@ class Reward:
             terms["custom"] = self.custom_weight * _call_custom(self.custom, pred, gt)
         return terms
 
+    @property
+    def structure_share(self) -> float:
+        """Share of all weights on structure, in [0, 1]; a custom weight of 1 equals the rest together."""
+        custom = 0.0 if self.custom is None else abs(self.custom_weight)
+        return (self._shape_weight() + custom) / (1 + custom)
+
+    def _shape_weight(self) -> float:
+        return 0.0
+
     def _shape_terms(
         self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None
     ) -> dict[str, float]:
@@ -194,6 +203,9 @@ class MultiObjectiveReward(Reward):
         if self.spec == "default":
             terms["precision"] = _precision_guard(tp, fp, self.precision_target, self.precision_weight)
         return terms
+
+    def _shape_weight(self) -> float:
+        return self.weights["topology"] + self.weights["length"]
 
     def _shape_terms(
         self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None

@@ -41,7 +41,9 @@ def write_model_card(folder: Path, plan: PretrainPlan) -> Path:
     ]
     for domain, seed in ((SOURCE, plan.data_seed), (TARGET, plan.data_seed)):
         scores = score_domain(predictor, domain, seed).summary["metrics"]
-        cells = [f"{m['patient_mean']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in map(scores.get, METRICS)]
+        cells = [
+            f"{m['patient_mean']:.3f} ({m['low']:.3f} to {m['high']:.3f})" for m in map(scores.get, METRICS)
+        ]
         lines.append(f"| {domain.name} | " + " | ".join(cells) + " |")
     path = folder / "README.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

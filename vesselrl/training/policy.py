@@ -34,13 +34,18 @@ class MaskPolicy:
         self.trainable = adapter_parameters(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self._states: dict[str, Tensor] = {}
-        self._start = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        self.start = self.values()
+        self._reference_values = self.start
         self._reference: dict[str, Tensor] = {}
 
-    @property
-    def start(self) -> dict[str, Tensor]:
-        """Trainable values at construction: the frozen reference policy."""
-        return self._start
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the trainable values."""
+        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    def freeze_reference(self) -> None:
+        """Makes the policy of this moment the reference; PPO does so when it begins."""
+        self._reference_values = self.values()
+        self._reference.clear()
 
     def prepare(self, images: list[np.ndarray]) -> Sa2VAInputs:
         """Model inputs for a batch, on the model's device."""
@@ -66,20 +71,22 @@ class MaskPolicy:
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
         return upsample(decoded.select(choice), inputs.sizes, self.model.config.sam2.image_size)
 
-    def reference_logits(self, inputs: Sa2VAInputs, keys: list[str]) -> list[Tensor]:
-        """Native-size logits of the starting policy; its low-resolution masks are computed once per image."""
+    def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
+        """Native-size logits of the reference policy; its low-resolution masks are computed once per image.
+
+        The candidates are those that the current policy chose, so that a changed choice is no divergence.
+        """
         if any(key not in self._reference for key in keys):
-            with torch.no_grad(), self.at_start():
+            with torch.no_grad(), self.at(self._reference_values):
                 decoded = self.decode(inputs, keys)
-                low_res = decoded.select(decoded.best())
-            self._reference.update(zip(keys, low_res.cpu().unbind(0), strict=True))
+            self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
-        return upsample(stored, inputs.sizes, self.model.config.sam2.image_size)
+        return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 
     @contextmanager
     def at(self, values: dict[str, Tensor]) -> Iterator[None]:
         """The model with other adapter values, for the length of a `with` block."""
-        now = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        now = self.values()
         self._write(values)
         try:
             yield
@@ -88,7 +95,7 @@ class MaskPolicy:
 
     def at_start(self) -> AbstractContextManager[None]:
         """The model with its starting adapter, for the length of a `with` block."""
-        return self.at(self._start)
+        return self.at(self.start)
 
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.trainable.items():

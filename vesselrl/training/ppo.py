@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.lora import adapter_delta_norm
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.scoring.rewards import Reward
@@ -26,22 +27,6 @@ from vesselrl.training.batches import TrainBatch
 from vesselrl.training.credit import Credit, assign_credit
 from vesselrl.training.policy import MaskPolicy, log_probs, sample_masks
 from vesselrl.training.ppo_math import bernoulli_entropy, bernoulli_kl, clipped_policy_loss, undecided_weight
-
-
-@dataclass(frozen=True)
-class PPOSettings:
-    """Settings of the update; the meaning of each is told in `experiment/config.py`."""
-
-    num_samples: int = 4
-    num_passes: int = 2
-    clip: float = 0.2
-    kl_coef: float = 0.01
-    entropy_coef: float = 0.0
-    temperature: float = 1.0
-    correlation_px: float = 2.0
-    num_regions: int = 4
-    structure_weight: float = 1.0
-    max_grad_norm: float = 1.0
 
 
 @dataclass
@@ -68,21 +53,15 @@ class PPOUpdate:
     """Holds what outlives a step: policy, optimizer, reward, random generators and the scoring threads."""
 
     def __init__(
-        self,
-        policy: MaskPolicy,
-        optimizer: torch.optim.Optimizer,
-        reward: Reward,
-        settings: PPOSettings,
-        seed: int,
-        num_threads: int = 1,
+        self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, reward: Reward, config: TrainConfig
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
         self.reward = reward
-        self.settings = settings
-        self.generator = torch.Generator().manual_seed(seed)
-        self.rng = np.random.default_rng([seed, 2])
-        self.pool = ThreadPoolExecutor(max_workers=num_threads)
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.rng = np.random.default_rng([config.seed, 2])
+        self.pool = ThreadPoolExecutor(max_workers=config.num_workers)
         self.checked = False
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
@@ -91,36 +70,42 @@ class PPOUpdate:
         Raises:
             LearningError: at the first step, when a self-check fails; later, when a loss is not finite.
         """
-        self.policy.peft_model.eval()  # no dropout: the ratio must be exactly 1 before the first update
-        inputs = self.policy.prepare(batch.images)
         started = time.perf_counter()
+        self.policy.peft_model.eval()  # no dropout: the ratio must be exactly 1 before the first update
+        start = None if self.checked else self._begin()
+        inputs = self.policy.prepare(batch.images)
         decoded = self.policy.decode(inputs, batch.keys)
         choice = decoded.best()
         logits = self.policy.logits(decoded, choice, inputs)
         rollout = self.collect(batch, logits, choice)
-        reference = self.policy.reference_logits(inputs, batch.keys)
-        metrics = rollout.metrics
-        if not rollout.reward_varies:
+        if rollout.reward_varies:
+            reference = self.policy.reference_logits(inputs, batch.keys, choice)
+            if start is not None:
+                self._check_before(batch, inputs, rollout, reference)
+            for number in range(self.config.num_passes):
+                if number > 0:
+                    logits = self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
+                figures = self._update(logits, rollout, reference)
+                if number == 0:
+                    rollout.metrics["train/first_ratio_gap"] = figures["ratio_gap"]
+                if start is not None and not self.checked:
+                    checks.check_changed(adapter_delta_norm(self.policy.peft_model, start))
+                    self.checked = True
+            rollout.metrics.update({f"train/{name}": value for name, value in figures.items()})
+        else:
             # Nothing to learn from: an update would only add weight decay and noise.
-            return metrics | {"train/grad_norm": 0.0, "time/step": time.perf_counter() - started}
-        if not self.checked:
-            self._check_before(batch, inputs, rollout, reference)
-        for number in range(self.settings.num_passes):
-            if number > 0:
-                logits = self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
-            figures = self._update(logits, rollout, reference)
-            metrics.update({f"train/{name}": value for name, value in figures.items()})
-            if number == 0:
-                metrics["train/first_ratio_gap"] = figures["ratio_gap"]
-            if not self.checked:
-                checks.check_changed(adapter_delta_norm(self.policy.peft_model, self.policy.start))
-                self.checked = True
-        metrics["time/step"] = time.perf_counter() - started
-        return metrics
+            rollout.metrics["train/grad_norm"] = 0.0
+        rollout.metrics["time/step"] = time.perf_counter() - started
+        return rollout.metrics
+
+    def _begin(self) -> dict[str, Tensor]:
+        """The policy of this moment becomes the reference; returns its trainable values."""
+        self.policy.freeze_reference()
+        return self.policy.values()
 
     def collect(self, batch: TrainBatch, logits: list[Tensor], choice: Tensor) -> Rollout:
         """Samples, scores and credits K masks per image; no gradient flows here."""
-        s, rollout = self.settings, Rollout(choice)
+        s, rollout = self.config, Rollout(choice)
         with torch.no_grad():
             for image_logits in logits:
                 masks = sample_masks(
@@ -145,7 +130,7 @@ class PPOUpdate:
             scales = credit_scales(credits, [w.cpu().numpy() for w in rollout.weight])
             rollout.reward_varies = any(scale > 0 for scale in scales)
             for credit, masks, image_logits in zip(credits, rollout.masks, logits, strict=True):
-                total = scaled_credit(credit, scales, s.structure_weight)
+                total = scaled_credit(credit, scales, self.reward.structure_share, s.structure_weight)
                 probability = torch.sigmoid(image_logits.float() / s.temperature)
                 surprise = (
                     masks.float() - probability
@@ -160,14 +145,14 @@ class PPOUpdate:
         loss.backward()
         if not self.checked:
             checks.check_gradients(self.policy.peft_model)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.config.max_grad_norm)
         self.optimizer.step()
         return figures | {"loss": float(loss.detach()), "grad_norm": float(norm)}
 
     def _loss(
         self, logits: list[Tensor], rollout: Rollout, reference: list[Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        s, total, rows = self.settings, 0.0, []
+        s, total, rows = self.config, 0.0, []
         for k, image_logits in enumerate(logits):
             weight = rollout.weight[k]
             logprob = log_probs(image_logits, rollout.masks[k], s.temperature)
@@ -221,11 +206,20 @@ def credit_scales(credits: list[Credit], weights: list[np.ndarray]) -> tuple[flo
     return overlap, structure
 
 
-def scaled_credit(credit: Credit, scales: tuple[float, float], structure_weight: float) -> np.ndarray:
-    """(K, H, W) overlap and structure credit, each divided by its own scale, then added."""
+def scaled_credit(
+    credit: Credit, scales: tuple[float, float], structure_share: float, structure_weight: float
+) -> np.ndarray:
+    """(K, H, W) overlap and structure credit, each divided by its own scale, weighted and added.
+
+    (1 - share) * overlap + structure_weight * share * structure, so that the reward's weights act on the gradient.
+    """
+    total = np.zeros_like(credit.overlap)
     overlap, structure = scales
-    total = credit.overlap / overlap if overlap > 0 else np.zeros_like(credit.overlap)
-    return total + structure_weight * credit.structure / structure if structure > 0 else total
+    if overlap > 0:
+        total += (1 - structure_share) / overlap * credit.overlap
+    if structure > 0:
+        total += structure_weight * structure_share / structure * credit.structure
+    return total
 
 
 def reward_figures(credits: list[Credit]) -> dict[str, float]:

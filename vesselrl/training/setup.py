@@ -89,6 +89,8 @@ def make_reward(config: TrainConfig) -> Reward:
         topology_weight=config.topology_weight,
         length_weight=config.length_weight,
         recall_target=config.recall_target,
+        precision_target=config.precision_target,
+        precision_weight=config.precision_weight,
         custom=import_function(config.reward_fn) if config.reward_fn else None,
         custom_weight=config.reward_fn_weight,
     )

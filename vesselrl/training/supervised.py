@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.lora import adapter_delta_norm
 from vesselrl.training import checks
 from vesselrl.training.batches import TrainBatch
@@ -35,13 +36,10 @@ def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
 class SupervisedUpdate:
     """One supervised step on a batch; the same adapters, data order and number of passes as `PPOUpdate`."""
 
-    def __init__(
-        self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, num_passes: int, max_grad_norm: float
-    ) -> None:
+    def __init__(self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         self.policy = policy
         self.optimizer = optimizer
-        self.num_passes = num_passes
-        self.max_grad_norm = max_grad_norm
+        self.config = config
         self.checked = False
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
@@ -56,7 +54,7 @@ class SupervisedUpdate:
         truths = [
             torch.from_numpy(truth.astype(np.float32)).to(self.policy.model.device) for truth in batch.truths
         ]
-        for _ in range(self.num_passes):
+        for _ in range(self.config.num_passes):
             decoded = self.policy.decode(inputs, batch.keys)
             logits = self.policy.logits(decoded, decoded.best(), inputs)
             loss = torch.cat(
@@ -68,7 +66,7 @@ class SupervisedUpdate:
             loss.backward()
             if not self.checked:
                 checks.check_gradients(self.policy.peft_model)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.config.max_grad_norm)
             self.optimizer.step()
             if not self.checked:
                 checks.check_changed(adapter_delta_norm(self.policy.peft_model, self.policy.start))

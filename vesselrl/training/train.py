@@ -31,7 +31,7 @@ from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
 from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.policy import MaskPolicy
-from vesselrl.training.ppo import PPOSettings, PPOUpdate
+from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.setup import (
     RunData,
     check_reward,
@@ -171,7 +171,10 @@ class _Training:
             weight_decay=self.config.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        updates = {"rl": self._ppo(optimizer), "sft": self._supervised(optimizer)}
+        updates = {
+            "rl": PPOUpdate(self.policy, optimizer, self.reward, self.config),
+            "sft": SupervisedUpdate(self.policy, optimizer, self.config),
+        }
         step, latest = 0, None
         for epoch in range(1, self.num_epochs + 1):
             update = updates[self.config.stage_of_epoch(epoch)]
@@ -189,16 +192,6 @@ class _Training:
             if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
                 self._save(f"checkpoint_epoch_{epoch}")
         return latest
-
-    def _ppo(self, optimizer: torch.optim.Optimizer) -> PPOUpdate:
-        names = PPOSettings.__dataclass_fields__
-        settings = PPOSettings(**{name: getattr(self.config, name) for name in names})
-        return PPOUpdate(
-            self.policy, optimizer, self.reward, settings, self.config.seed, self.config.num_workers
-        )
-
-    def _supervised(self, optimizer: torch.optim.Optimizer) -> SupervisedUpdate:
-        return SupervisedUpdate(self.policy, optimizer, self.config.num_passes, self.config.max_grad_norm)
 
     def _rate(self, step: int) -> float:
         """Learning-rate factor: linear warm-up, then a half cosine down to a tenth."""
@@ -224,7 +217,7 @@ class _Training:
         logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         if self.best is None or means["reward"] > headline(self.best)["reward"]:
             self.best = result
-            self.best_values = {n: p.detach().clone() for n, p in self.policy.trainable.items()}
+            self.best_values = self.policy.values()
             self._save("best_lora")
         write_evaluation(
             self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}

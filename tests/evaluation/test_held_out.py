@@ -1,0 +1,191 @@
+"""Evaluating adapters on the held-out side of their own split, with the run's own settings."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vesselrl.cli import main
+from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.splits import split_by_patient
+from vesselrl.evaluation.evaluate import Evaluation, read_evaluation
+from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan
+from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.runs import RunError
+from vesselrl.models.config import CheckpointError
+from vesselrl.training.train import train
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that results may be written into."""
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+
+
+def keys(evaluation: Evaluation) -> set[str]:
+    return {row["key"] for row in evaluation.rows}
+
+
+def split_keys(run: Path, side: str) -> set[str]:
+    return set(json.loads((run / "data_split.json").read_text())["samples"][side])
+
+
+def change_settings(run: Path, change: Callable[[dict], object]) -> None:
+    values = json.loads((run / "config.json").read_text())
+    change(values["args"])
+    (run / "config.json").write_text(json.dumps(values))
+
+
+def test_the_test_side_gives_the_numbers_of_the_training(run: Path) -> None:
+    before = read_evaluation(run / "test_before.json")
+    after = read_evaluation(run / "test_after.json")
+    assert after.rows != before.rows  # else an adapter that is not loaded would pass
+    result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+    assert path == run / "evaluation" / "test_best_lora.json"
+    assert result.rows == after.rows
+    assert read_evaluation(path).rows == after.rows
+    assert path.with_suffix(".csv").exists()
+    from_adapter, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run / "best_lora")))
+    assert from_adapter.rows == after.rows
+
+
+def test_the_validation_side_gives_the_numbers_of_the_last_validation(run: Path) -> None:
+    result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run / "final_lora"), side="val"))
+    assert path.name == "val_final_lora.json"
+    expected = {row["key"]: row for row in read_evaluation(run / "val_latest.json").rows}
+    assert {row["key"]: row for row in result.rows} == expected
+
+
+@pytest.mark.parametrize("side", ["train", "val", "test"])
+def test_each_side_is_the_one_of_the_run_even_for_another_seed(run: Path, angiograms: Path, side: str) -> None:
+    other = split_by_patient(find_samples(angiograms), seed=7)
+    content = {"seed": 7, "samples": {s: [x.key for x in getattr(other, s)] for s in ("train", "val", "test")}}
+    assert set(content["samples"]["test"]) != split_keys(run, "test")  # seed 42
+    from vesselrl.data.splits import write_split
+
+    write_split(run / "data_split.json", other)
+    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), side=side))
+    assert keys(result) == set(content["samples"][side])
+
+
+def test_all_sides_together(run: Path) -> None:
+    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), side="all"))
+    assert len(result.rows) == 20
+    assert keys(result) == split_keys(run, "train") | split_keys(run, "val") | split_keys(run, "test")
+
+
+def test_the_base_alone_gives_the_numbers_before_training(
+    run: Path, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = EvaluationPlan(str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(tmp_path / "base"))
+    result, path = evaluate_plan(plan)
+    assert path == tmp_path / "base" / "test_base.json"
+    assert result.rows == read_evaluation(run / "test_before.json").rows  # the same seed, 42
+    assert "splitting by patient anew (seed 42)" in caplog.text
+
+
+def test_the_threshold_moves_the_masks(run: Path) -> None:
+    foreground = {}
+    for threshold in (0.02, 0.5, 0.98):
+        result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run), threshold=threshold))
+        foreground[threshold] = sum(row["foreground"] for row in result.rows)
+        assert json.loads(path.read_text())["extra"]["threshold"] == threshold
+    assert foreground[0.02] > foreground[0.5] > foreground[0.98]
+
+
+def test_other_data_is_split_anew(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(angiograms, tmp_path / "other")
+    for folder in ("images", "masks"):
+        for file in sorted((tmp_path / "other" / folder).iterdir())[:8]:
+            file.unlink()
+    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), data_root=str(other), side="all"))
+    assert len(result.rows) == 12
+
+
+def test_results_of_several_runs_in_one_folder_do_not_replace_each_other(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    paths = []
+    for name in ("first", "second"):
+        shutil.copytree(finished_run, tmp_path / name)
+        for weights in ("best_lora", "final_lora"):
+            plan = EvaluationPlan(lora_weights=str(tmp_path / name / weights), output_dir=str(tmp_path / "both"))
+            paths.append(evaluate_plan(plan)[1])
+    assert len(set(paths)) == 4
+    assert len(list((tmp_path / "both").glob("*.json"))) == 4
+
+
+def test_a_debug_run_can_be_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its random model and its drawn data are nowhere named; both follow from the settings."""
+    monkeypatch.setattr("vesselrl.training.train.plot_panels", lambda cases, path: None)
+    folder = train(get_preset("debug", output_dir=str(tmp_path / "output"), seed=5), ["vesselrl"]).folder
+    files = sorted((tmp_path / "output").iterdir())
+    monkeypatch.chdir(tmp_path)
+    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(folder)))
+    assert result.rows == read_evaluation(folder / "test_after.json").rows
+    assert sorted((tmp_path / "output").iterdir()) == files
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+
+
+# ---- What cannot be evaluated
+
+
+def test_an_unknown_side_names_the_choices(run: Path) -> None:
+    with pytest.raises(DataError, match="--split held-out is unknown; choose one of test, val, train, all"):
+        evaluate_plan(EvaluationPlan(lora_weights=str(run), side="held-out"))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 50])
+def test_a_threshold_that_is_no_probability(run: Path, threshold: float) -> None:
+    with pytest.raises(ValueError, match="give a probability between 0 and 1"):
+        evaluate_plan(EvaluationPlan(lora_weights=str(run), threshold=threshold))
+    assert not (run / "evaluation").exists()
+
+
+def test_a_missing_adapter_is_found_before_data_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "nowhere"))):
+        evaluate_plan(EvaluationPlan(lora_weights=str(tmp_path / "nowhere")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_found_before_scoring(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "evaluation").write_text("a file")
+    monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate", None)
+    with pytest.raises(RunError, match="evaluation is a file"):
+        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_settings_of_the_run(run: Path, content: str) -> None:
+    (run / "config.json").write_text(content)
+    with pytest.raises(DataError, match=r"config\.json is damaged"):
+        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+
+
+def test_the_split_belongs_to_other_data(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    other = tmp_path / "renamed"
+    shutil.copytree(angiograms, other)
+    for folder in ("images", "masks"):
+        file = min((other / folder).iterdir())
+        file.rename(file.with_name(file.name.replace("0A1B2C3D", "0A1B2C3E")))
+    change_settings(run, lambda args: args.update(data_root=str(other)))
+    with pytest.raises(DataError, match=r"data_split\.json"):
+        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+
+
+def test_the_verb_prints_no_person(
+    run: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "vesselrl")
+    assert main(["evaluate", "--lora_weights", str(run), "--split", "all"]) == 0
+    out, err = capsys.readouterr()
+    assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
+    written = "".join(file.read_text() for file in (run / "evaluation").iterdir())
+    assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)

@@ -1,0 +1,196 @@
+"""Run folders: unique, complete or absent, readable by any JSON reader, and where a result comes from."""
+
+import hashlib
+import json
+import math
+import re
+import subprocess
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from vesselrl.experiment import runs
+from vesselrl.experiment.runs import RunError, RunFolder, check_writable, file_sha256, git_commit, provenance, strict
+
+
+class FixedTime(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: object = None) -> "FixedTime":
+        return cls(2026, 3, 4, 5, 6, 7)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path)
+
+
+# ---- The folder
+
+
+def test_the_folder_is_named_by_the_time_and_made_with_its_parents(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "deep" / "output")
+    assert run.path.parent == tmp_path / "deep" / "output"
+    assert re.fullmatch(r"sa2va_lora_ppo_\d{8}_\d{6}", run.name)
+    assert list(run.path.iterdir()) == []
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "datetime", FixedTime)
+    names = [RunFolder.create(tmp_path).name for _ in range(3)]
+    start = "sa2va_lora_ppo_20260304_050607"
+    assert names == [start, f"{start}_2", f"{start}_3"]
+
+
+def test_the_hundredth_run_of_a_second_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "datetime", FixedTime)
+    for _ in range(99):
+        RunFolder.create(tmp_path)
+    with pytest.raises(RunError, match="wait a moment"):
+        RunFolder.create(tmp_path)
+
+
+@pytest.mark.parametrize("below", [".", "a/b"])
+def test_a_file_in_place_of_the_output_folder(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "output"
+    file.write_text("kept")
+    with pytest.raises(RunError, match=r"give another --output_dir"):
+        RunFolder.create(file / below)
+    with pytest.raises(RunError, match=r"output is a file\. Give another --output_dir"):
+        check_writable(file / below)
+    assert file.read_text() == "kept"
+
+
+def test_looking_at_a_place_makes_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "deeper")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
+    with pytest.raises(RunError, match=f"no permission in {tmp_path}"):
+        check_writable(tmp_path / "new")
+
+
+def test_remove_takes_the_run_and_nothing_beside_it(run: RunFolder) -> None:
+    other = RunFolder.create(run.path.parent)
+    run.write_json("config.json", {})
+    run.remove()
+    assert list(run.path.parent.iterdir()) == [other.path]
+
+
+# ---- JSON
+
+
+def test_json_is_written_whole(run: RunFolder) -> None:
+    path = run.write_json("info.json", {"b": 1.5, "a": [1, None, "ü"], 3: (True,)})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1.5, "a": [1, None, "ü"], "3": [True]}
+    assert list(run.path.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_json("info.json", {"old": 1})
+    with pytest.raises(TypeError):
+        run.write_json("info.json", {"new": object()})
+
+    def interrupted(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "replace", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        run.write_json("info.json", {"new": 2})
+    assert json.loads((run.path / "info.json").read_text()) == {"old": 1}
+    assert [path.name for path in run.path.iterdir()] == ["info.json"]
+
+
+def test_numbers_that_json_does_not_know_become_null(run: RunFolder) -> None:
+    path = run.write_json("info.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan)})
+    text = path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, {"c": None}], "d": [1.0, None]}
+    assert strict([True, 0, "nan", None]) == [True, 0, "nan", None]
+
+
+def test_metrics_are_one_line_each(run: RunFolder) -> None:
+    run.append_metrics({"step": 1, "train/loss": 0.5})
+    run.append_metrics({"step": 2, "train/loss": math.nan})
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "train/loss": 0.5},
+        {"step": 2, "train/loss": None},
+    ]
+
+
+# ---- Where a result comes from
+
+
+def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8193  # a little over 2 MiB
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_provenance_names_command_code_packages_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(runs, "git_commit", lambda: "abc+")
+    origin = provenance(["vesselrl", "train"], "cpu")
+    assert set(origin) == {
+        "command", "git_commit", "date", "python", "packages", "platform", "cpu_count", "device",
+    }  # fmt: skip
+    assert origin["command"] == ["vesselrl", "train"]
+    assert origin["git_commit"] == "abc+"
+    assert origin["device"] == "cpu"
+    assert set(origin["packages"]) == {"numpy", "no-such-package"}
+    assert origin["packages"]["no-such-package"] is None
+    assert re.match(r"\d+\.\d+", origin["packages"]["numpy"])
+    assert datetime.fromisoformat(origin["date"]).tzinfo is not None
+    json.dumps(origin)
+
+
+def test_every_package_of_the_provenance_is_installed() -> None:
+    assert None not in provenance([], "cpu")["packages"].values()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository that holds the package, with one commit."""
+    package = tmp_path / "clone" / "package"
+    package.mkdir(parents=True)
+    (package / "runs.py").write_text("x = 1\n")
+    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    git(package, "init", "--quiet")
+    git(package, "add", "runs.py")
+    git(package, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
+    return package
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_commit_says_whether_files_were_changed(checkout: Path) -> None:
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert len(commit) == 40
+    assert git_commit() == commit
+    (checkout / "results.txt").write_text("a file that git does not know")
+    assert git_commit() == commit
+    (checkout / "runs.py").write_text("x = 2\n")
+    assert git_commit() == f"{commit}+"
+    git(checkout, "add", "runs.py")
+    assert git_commit() == f"{commit}+"
+
+
+def test_git_commit_outside_git_or_without_git(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+        patch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert git_commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
