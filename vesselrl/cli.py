@@ -49,6 +49,8 @@ class Evaluate:
     # none: the run's own.
     prompt: str | None = None
     patient_pattern: str | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Predict:
     output_dir: str = "output/predictions"
     threshold: float = 0.5
     prompt: str = "Please segment the blood vessel."
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,8 @@ def run_evaluate(rest: list[str]) -> int:
 
     failed = False
     for weights in args.lora_weights or (None,):
-        plan = EvaluationPlan(args.base_model, weights, args.data_root, args.split, args.output_dir, args.threshold,
-                              args.prompt, args.patient_pattern)  # fmt: skip
+        shared = {k: v for k, v in vars(args).items() if k not in ("lora_weights", "split")}
+        plan = EvaluationPlan(lora_weights=weights, side=args.split, **shared)
         with bar("evaluating") as progress:
             result, path = evaluate_plan(plan, progress)
         table = Table(
@@ -209,7 +213,11 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.inference.predictor import Predictor
 
     predictor = Predictor.from_pretrained(
-        args.base_model, args.lora_weights, prompt=args.prompt, threshold=args.threshold
+        args.base_model,
+        args.lora_weights,
+        use_bf16=args.use_bf16,
+        prompt=args.prompt,
+        threshold=args.threshold,
     )
     with bar("predicting") as progress:
         rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))

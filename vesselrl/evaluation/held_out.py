@@ -11,12 +11,12 @@ from vesselrl.data.annotations import DataError, Sample, find_samples, load_imag
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient
 from vesselrl.evaluation.evaluate import Evaluation, evaluate, write_evaluation
-from vesselrl.experiment.config import RANDOM_MODEL
+from vesselrl.evaluation.run_reward import make_reward
+from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
-from vesselrl.scoring.rewards import MultiObjectiveReward
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class EvaluationPlan:
         threshold: probability above which a pixel is vessel.
         prompt: the question; None: the run's own.
         patient_pattern: for file names, see `find_samples`; None: the run's own.
+        use_bf16: vision tower and language model in bfloat16.
     """
 
     base_model: str | None = None
@@ -46,6 +47,7 @@ class EvaluationPlan:
     threshold: float = 0.5
     prompt: str | None = None
     patient_pattern: str | None = None
+    use_bf16: bool = False
 
 
 def evaluate_plan(
@@ -70,11 +72,14 @@ def evaluate_plan(
     folder, name = result_place(plan, run)
     check_writable(folder)
     samples = choose_samples(plan, run, settings)
+    reward = make_reward(TrainConfig.from_dict(settings))
     prompt = plan.prompt or settings.get("prompt")
-    options = {"threshold": plan.threshold} | ({"prompt": prompt} if prompt else {})
+    options = {"threshold": plan.threshold, "use_bf16": plan.use_bf16} | (
+        {"prompt": prompt} if prompt else {}
+    )
     with base_folder(plan, settings) as base:
         predictor = Predictor.from_pretrained(base, plan.lora_weights, **options)
-    result = evaluate(predictor.predict, samples, load_pixels, MultiObjectiveReward(), progress)
+    result = evaluate(predictor.predict, samples, load_pixels, reward, progress)
     path, _ = write_evaluation(folder, name, result, {"plan": vars(plan), "threshold": plan.threshold})
     return result, path
 

@@ -171,6 +171,12 @@ class TrainConfig:
         """Plain values for JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainConfig":
+        """Settings read back from a run's config.json; what this version does not know is left out."""
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**{k: v for k, v in known.items() if k in cls.__dataclass_fields__})
+
 
 PRESETS: dict[str, TrainConfig] = {
     # Minutes on two CPU cores with the embedded model: see whether everything works.

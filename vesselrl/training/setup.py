@@ -1,6 +1,5 @@
 """From settings to the parts of a run: data, reward, device, model with adapters."""
 
-import importlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vesselrl.data.annotations import Sample, check_masks, find_samples, load_mask
+from vesselrl.data.annotations import Sample, check_masks, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient, take, write_split
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
@@ -17,7 +16,7 @@ from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.loading import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
 from vesselrl.models.miniature import random_checkpoint
-from vesselrl.scoring.rewards import Reward, get_reward_function
+from vesselrl.scoring.rewards import Reward
 from vesselrl.training.policy import MaskPolicy
 
 logger = logging.getLogger(__name__)
@@ -51,20 +50,25 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     train = take(list(split.train), config.sanity_overfit or config.max_train_samples, config.seed)
     val = train if config.sanity_overfit else take(list(split.val), config.max_val_samples, config.seed)
     test = [] if config.sanity_overfit else list(split.test)
+    for sample in (*train, *val, *test):
+        load_image(sample)  # a broken picture ends the run now, not at its end
+    logger.info("data: %d train, %d validation, %d test images", len(train), len(val), len(test))
     counts = {
         "found": len(samples),
         "patients": len({sample.patient for sample in samples}),
         "empty_masks": len(empty),
-        "train": {"requested": config.max_train_samples, "available": len(split.train), "used": len(train)},
-        "val": {"requested": config.max_val_samples, "available": len(split.val), "used": len(val)},
-        "test": {"requested": None, "available": len(split.test), "used": len(test)},
+        "train": count_side("train", config.max_train_samples, len(split.train), len(train)),
+        "val": count_side("val", config.max_val_samples, len(split.val), len(val)),
+        "test": count_side("test", None, len(split.test), len(test)),
     }
-    for side in ("train", "val"):
-        asked, there = counts[side]["requested"], counts[side]["available"]
-        if asked and asked > there:
-            logger.warning("%s: %d images requested, %d available", side, asked, there)
-    logger.info("data: %d train, %d validation, %d test images", len(train), len(val), len(test))
     return RunData(train, val, test, counts)
+
+
+def count_side(side: str, requested: int | None, available: int, used: int) -> dict:
+    """Requested, available and used images of one side; asking for more than there are is a warning."""
+    if requested and requested > available:
+        logger.warning("%s: %d images requested, %d available", side, requested, available)
+    return {"requested": requested, "available": available, "used": used}
 
 
 def earlier_split(config: TrainConfig) -> Path | None:
@@ -73,49 +77,6 @@ def earlier_split(config: TrainConfig) -> Path | None:
         return None
     folder = Path(config.init_lora)
     return next((f / SPLIT_FILE for f in (folder, folder.parent) if (f / SPLIT_FILE).exists()), None)
-
-
-def make_reward(config: TrainConfig) -> Reward:
-    """The reward of the run, with the user's own term.
-
-    Raises:
-        ValueError: weights or the function's name are unusable.
-    """
-    return get_reward_function(
-        config.reward_type,
-        spec=config.reward_spec,
-        dice_weight=config.dice_weight,
-        recall_weight=config.recall_weight,
-        topology_weight=config.topology_weight,
-        length_weight=config.length_weight,
-        recall_target=config.recall_target,
-        precision_target=config.precision_target,
-        precision_weight=config.precision_weight,
-        custom=import_function(config.reward_fn) if config.reward_fn else None,
-        custom_weight=config.reward_fn_weight,
-    )
-
-
-def import_function(name: str) -> object:
-    """The function called `package.module:function`.
-
-    Raises:
-        ValueError: the name has another form, or the module or function does not exist.
-    """
-    module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"--reward_fn is {name!r}; give it as package.module:function.")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module can raise anything
-        raise ValueError(
-            f"--reward_fn {name}: the module cannot be imported ({type(error).__name__}: {error}). "
-            "It is looked for in the folders of PYTHONPATH."
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name!r}.")
-    return function
 
 
 def check_reward(reward: Reward, data: RunData) -> None:

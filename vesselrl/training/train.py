@@ -21,6 +21,7 @@ from vesselrl.data.annotations import Sample
 from vesselrl.data.dataset import VesselDataset
 from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
 from vesselrl.evaluation.figures import plot_curves, plot_panels
+from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
 from vesselrl.inference.predictor import Predictor
@@ -36,7 +37,6 @@ from vesselrl.training.setup import (
     RunData,
     check_reward,
     load_policy,
-    make_reward,
     prepare_data,
     select_device,
 )
