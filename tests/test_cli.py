@@ -141,10 +141,11 @@ def test_hyphens_and_underscores_are_the_same(trained: list) -> None:
 
 def test_the_options_of_the_prototype_are_known(trained: list) -> None:
     typed = (
-        "--model_path m --data_root d --output_dir o --lora_rank 32 --lora_alpha 64 --lora_dropout 0.1 --num_epochs 3 "
-        "--learning_rate 5e-5 --weight_decay .01 --max_train_samples 20 --max_val_samples 10 "
-        "--reward_type recall_focused --dice_weight .5 --recall_weight .2 --topology_weight .2 --length_weight .1 "
-        "--recall_target .85 --gpu 1 --num_workers 2 --use_bf16 --use_wandb --log_freq 10 --val_freq 100 --save_freq 1"
+        "--model_path m --data_root d --output_dir o --lora_rank 32 --lora_alpha 64 --lora_dropout 0.1 "
+        "--num_epochs 3 --learning_rate 5e-5 --weight_decay .01 --max_train_samples 20 --max_val_samples 10 "
+        "--reward_type recall_focused --dice_weight .5 --recall_weight .2 --topology_weight .2 "
+        "--length_weight .1 --recall_target .85 --gpu 1 --num_workers 2 --use_bf16 --use_wandb "
+        "--log_freq 10 --val_freq 100 --save_freq 1"
     ).split()
     assert main(["train", *typed, "--prompt", "Please segment the blood vessel."]) == 0
     config = trained[0][0]
@@ -161,7 +162,8 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: p
     def evaluate_plan(plan: object, progress: object) -> tuple:
         plans.append(plan)
         result = SimpleNamespace(
-            summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1}, too_many_failed=plan.side == "val"
+            summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1},
+            too_many_failed=plan.side == "val",
         )
         return result, Path("x.json")
 
@@ -184,7 +186,9 @@ def test_compare_without_runs_exits_2(tmp_path: Path, capsys: pytest.CaptureFixt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_lists_a_finished_run(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_compare_lists_a_finished_run(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for name in ("training_info.json", "test_before.json", "test_after.json"):
         (tmp_path / finished_run.name).mkdir(exist_ok=True)
         (tmp_path / finished_run.name / name).write_bytes((finished_run / name).read_bytes())

@@ -1,6 +1,7 @@
-"""The command line: `vesselrl VERB [options]`. Parsing and printing only; every verb calls one function below it.
+"""The command line: `vesselrl VERB [options]`.
 
-Nothing heavy is imported before a verb needs it, so that `--help` is instant.
+Parsing and printing only; every verb calls one function below it. Nothing heavy is imported before a verb
+needs it, so that `--help` is instant.
 """
 
 import inspect
@@ -200,7 +201,8 @@ def run_evaluate(rest: list[str]) -> int:
         console.print(table)
         summary = result.summary
         console.print(
-            f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; {path}"
+            f"{summary['n_images']} images of {summary['n_patients']} patients, "
+            f"{summary['n_failed']} failed; {path}"
         )
         failed |= result.too_many_failed
     return int(failed)

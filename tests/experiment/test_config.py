@@ -10,7 +10,8 @@ from vesselrl.experiment.config import PRESETS, RANDOM_MODEL, TrainConfig, get_p
 # As the prototype's documentation lists them.
 PROTOTYPE = {
     "lora_preset": "medium", "num_epochs": 3, "weight_decay": 0.01, "reward_type": "multi_objective",
-    "dice_weight": 0.5, "recall_weight": 0.2, "topology_weight": 0.2, "length_weight": 0.1, "recall_target": 0.85,
+    "dice_weight": 0.5, "recall_weight": 0.2, "topology_weight": 0.2, "length_weight": 0.1,
+    "recall_target": 0.85,
     "prompt": "Please segment the blood vessel.", "log_freq": 10, "val_freq": 100, "save_freq": 1, "gpu": 0,
 }  # fmt: skip
 
@@ -36,15 +37,19 @@ def test_learning_rate_that_is_used(model_path: str | None, given: float | None,
 
 def test_the_miniature_learns_faster_than_a_real_model() -> None:
     real = TrainConfig(model_path="/models/sa2va").peak_learning_rate
-    assert TrainConfig().peak_learning_rate == TrainConfig(model_path=RANDOM_MODEL).peak_learning_rate > 10 * real
+    assert (
+        TrainConfig().peak_learning_rate
+        == TrainConfig(model_path=RANDOM_MODEL).peak_learning_rate
+        > 10 * real
+    )
 
 
 # ---- Refusals
 
 
 TOO_SMALL = {
-    "num_epochs": 0, "batch_size": 0, "num_passes": 0, "log_freq": 0, "val_freq": 0, "save_freq": 0, "num_workers": 0,
-    "num_samples": 1, "num_regions": -1, "sanity_overfit": -1, "gpu": -1,
+    "num_epochs": 0, "batch_size": 0, "num_passes": 0, "log_freq": 0, "val_freq": 0, "save_freq": 0,
+    "num_workers": 0, "num_samples": 1, "num_regions": -1, "sanity_overfit": -1, "gpu": -1,
     "max_train_samples": 0, "max_val_samples": 0, "lora_rank": 0, "lora_alpha": 0,
 }  # fmt: skip
 NOT_POSITIVE = ("clip", "temperature", "max_grad_norm")
@@ -54,7 +59,9 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("name", TOO_SMALL)
 def test_a_number_that_is_too_small_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"^--{name} is {TOO_SMALL[name]}; give at least {TOO_SMALL[name] + 1}\\.$"):
+    with pytest.raises(
+        ValueError, match=f"^--{name} is {TOO_SMALL[name]}; give at least {TOO_SMALL[name] + 1}\\.$"
+    ):
         TrainConfig(**{name: TOO_SMALL[name]})
     assert getattr(TrainConfig(**{name: TOO_SMALL[name] + 1}), name) == TOO_SMALL[name] + 1
 
@@ -127,7 +134,7 @@ def test_a_preset_is_changed_by_a_copy() -> None:
 
 
 def test_an_unknown_preset_lists_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="Unknown preset 'fast'. Choose one of quick, full, debug"):
+    with pytest.raises(ValueError, match=r"Unknown preset 'fast'\. Choose one of quick, full, debug"):
         get_preset("fast")
 
 

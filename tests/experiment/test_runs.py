@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from vesselrl.experiment import runs
-from vesselrl.experiment.runs import RunError, RunFolder, check_writable, file_sha256, git_commit, provenance, strict
+from vesselrl.experiment.runs import (
+    RunError,
+    RunFolder,
+    check_writable,
+    file_sha256,
+    git_commit,
+    provenance,
+    strict,
+)
 
 
 class FixedTime(datetime):
@@ -107,9 +115,15 @@ def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch: pytest.M
 
 
 def test_numbers_that_json_does_not_know_become_null(run: RunFolder) -> None:
-    path = run.write_json("info.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan)})
+    path = run.write_json(
+        "info.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan)}
+    )
     text = path.read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [None, {"c": None}], "d": [1.0, None]}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, {"c": None}],
+        "d": [1.0, None],
+    }
     assert strict([True, 0, "nan", None]) == [True, 0, "nan", None]
 
 

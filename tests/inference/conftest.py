@@ -15,7 +15,7 @@ from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va
 
 @pytest.fixture(scope="session")
 def lively_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like `tiny_checkpoint`, but with weights so large that logits are of size 1 instead of 0.001; read only."""
+    """Like `tiny_checkpoint`, with larger weights: logits of size 1 instead of 0.001; read only."""
     folder = tmp_path_factory.mktemp("lively") / "model"
     config = miniature_config(DEBUG_SAM2)
     model = random_sa2va(config)

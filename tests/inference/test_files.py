@@ -101,7 +101,9 @@ def spoil(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
-@pytest.mark.parametrize(("name", "shown"), [("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")])
+@pytest.mark.parametrize(
+    ("name", "shown"), [("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")]
+)
 def test_an_unreadable_file_is_named_but_not_the_person(
     predictor: Predictor, tmp_path: Path, name: str, shown: str
 ) -> None:
@@ -129,9 +131,19 @@ def test_the_output_folder_is_a_file(predictor: Predictor, tmp_path: Path) -> No
         list(predict_files(predictor, file, file))
 
 
-def test_the_verb(lively_checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_verb(
+    lively_checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     file = save_picture(tmp_path / "001.png")
-    words = ["predict", "--base_model", lively_checkpoint, "--lora_weights", adapter, "--output_dir", tmp_path / "out"]
+    words = [
+        "predict",
+        "--base_model",
+        lively_checkpoint,
+        "--lora_weights",
+        adapter,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     assert main([*map(str, words), "--image", str(file)]) == 0
     assert f"1 images written to {tmp_path / 'out'}" in capsys.readouterr().out.replace("\n", "")
     assert main([*map(str, words), "--image", str(tmp_path / "002.png")]) == 1

@@ -1,4 +1,4 @@
-"""Merging: the copy predicts what base and adapter predict, the base stays as it is, and no half copy remains."""
+"""Merging: the copy predicts what base and adapter predict, the base stays, and no half copy remains."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def base(lively_checkpoint: Path, tmp_path: Path) -> Path:
-    """The official layout in full: two shards and an index, SAM2's unused memory, half of the tensors in bfloat16."""
+    """The official layout in full: two shards, an index, SAM2's unused memory; one shard in bfloat16."""
     folder = Path(shutil.copytree(lively_checkpoint, tmp_path / "base"))
     tensors = load_file(folder / "model.safetensors") | {MEMORY: torch.arange(7.0).view(7, 1)}
     (folder / "model.safetensors").unlink()
@@ -55,7 +55,7 @@ def predict(base: Path, adapter: Path | None, images: list[np.ndarray]) -> list[
 
 @pytest.fixture
 def balanced(lively_checkpoint: Path, adapter: Path, images: list[np.ndarray]) -> float:
-    """A threshold that cuts through the adapted model's pictures, so that masks are neither empty nor full."""
+    """A threshold through the adapted model's logits, so that masks are neither empty nor full."""
     logits = np.concatenate([p.logits.ravel() for p in predict(lively_checkpoint, adapter, images)])
     return float(np.median(logits))
 
@@ -69,7 +69,9 @@ def test_the_copy_predicts_like_base_and_adapter(
     assert done["max_probability_gap"] < 1e-4
     expected = predict(lively_checkpoint, adapter, images)
     untouched = predict(lively_checkpoint, None, images)
-    for one, other, plain in zip(predict(tmp_path / "merged", None, images), expected, untouched, strict=True):
+    for one, other, plain in zip(
+        predict(tmp_path / "merged", None, images), expected, untouched, strict=True
+    ):
         np.testing.assert_allclose(one.logits, other.logits, atol=1e-4)
         assert dice(one.logits > balanced, other.logits > balanced) >= 0.999
         assert dice(one.logits > balanced, plain.logits > balanced) < 0.98  # the adapter does matter
@@ -104,7 +106,12 @@ def adapted_names(adapter: Path) -> set[str]:
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_one_dtype_for_all(
-    lively_checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, expected: torch.dtype
+    lively_checkpoint: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    expected: torch.dtype,
 ) -> None:
     monkeypatch.setattr(merging, "MIN_DICE", 0.9)  # rounding a random model to bfloat16 moves a few pixels
     merge(lively_checkpoint, adapter, tmp_path / "merged", dtype)

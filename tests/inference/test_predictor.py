@@ -75,7 +75,13 @@ def test_a_batch_of_different_sizes_gives_what_single_images_give(
 def test_a_batch_of_one_size_gives_what_single_images_give(predictor: Predictor) -> None:
     images = [np.full((48, 64, 3), value, np.uint8) for value in (10, 120, 240)]
     together = predictor.predict_batch(images)
-    assert max(largest_gap(result, predictor.predict(image)) for result, image in zip(together, images)) < 1e-4
+    assert (
+        max(
+            largest_gap(result, predictor.predict(image))
+            for result, image in zip(together, images, strict=True)
+        )
+        < 1e-4
+    )
 
 
 def test_the_orientation_is_kept(predictor: Predictor) -> None:
@@ -84,7 +90,11 @@ def test_the_orientation_is_kept(predictor: Predictor) -> None:
     lit = dark.copy()
     lit[:24, -36:] = 255
     change = np.abs(predictor.predict(lit).logits - predictor.predict(dark).logits)
-    corners = {"top right": change[:16, -24:], "top left": change[:16, :24], "bottom right": change[-16:, -24:]}
+    corners = {
+        "top right": change[:16, -24:],
+        "top left": change[:16, :24],
+        "bottom right": change[-16:, -24:],
+    }
     means = {name: float(part.mean()) for name, part in corners.items()}
     assert max(means, key=means.get) == "top right", means
 
@@ -126,6 +136,23 @@ def test_two_seg_tokens_give_the_union_of_their_masks(predictor: Predictor, imag
         assert ((union > cut) == ((first > cut) | (second > cut))).float().mean() > 0.999
 
 
+@torch.inference_mode()
+def test_the_state_is_read_at_the_seg_token_itself(predictor: Predictor, image: np.ndarray) -> None:
+    """Causal attention tells where: later words change nothing, [SEG]'s own embedding does."""
+    model, processor = predictor.model, predictor.processor
+    short, long = (processor([image], answer=answer) for answer in ("Sure, [SEG].", "Sure, [SEG]! And more."))
+    states = model.seg_states(short)
+    assert float((states - model.seg_states(long)).abs().max()) < 1e-5
+    row = model.lm.get_input_embeddings().weight[model.seg_token_id]
+    saved = row.clone()
+    row += 1
+    try:
+        assert float((states - model.seg_states(short)).abs().max()) > 1e-2
+    finally:
+        row.copy_(saved)
+    assert torch.equal(model.seg_states(short), states)
+
+
 def test_an_answer_without_seg_is_refused(predictor: Predictor, image: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"has no \[SEG\]"):
         predictor.processor([image], answer="Sure.")
@@ -144,6 +171,16 @@ def test_an_adapter_changes_the_masks_and_a_run_folder_means_its_best(
     assert largest_gap(adapted.predict(image), predictor.predict(image)) > 1e-2
     assert largest_gap(adapted.predict(image), from_run.predict(image)) == 0
     assert adapter_folder(adapter) == adapter
+
+
+def test_bfloat16_leaves_sam2_alone_and_moves_the_masks_little(
+    predictor: Predictor, lively_checkpoint: Path, image: np.ndarray
+) -> None:
+    half = Predictor.from_pretrained(lively_checkpoint, device="cpu", use_bf16=True)
+    dtypes = {name.split(".")[0]: parameter.dtype for name, parameter in half.model.named_parameters()}
+    assert dtypes["lm"] == dtypes["vision"] == dtypes["projector"] == torch.bfloat16
+    assert dtypes["sam"] == dtypes["text_hidden_fcs"] == torch.float32
+    assert 0 < largest_gap(half.predict(image), predictor.predict(image)) < 0.1
 
 
 def test_no_gradient_is_kept(predictor: Predictor, image: np.ndarray) -> None:

@@ -33,7 +33,8 @@ def test_all_names_and_shapes_of_the_8b_checkpoint_load(table_8b: dict, model_8b
     unused = [name for name in official if is_unused(name)]
     with capsys.disabled():
         print(
-            f"\n{len(official)} official tensors, {len(unused)} unused: 0 missing, 0 unexpected, 0 wrong shapes"
+            f"\n{len(official)} official tensors, {len(unused)} unused: "
+            "0 missing, 0 unexpected, 0 wrong shapes"
         )
     assert len(official) == 1589
     assert len(unused) == sum(row["native"] is None for row in table_8b.values())

@@ -31,7 +31,7 @@ def image() -> np.ndarray:
 
 
 def test_language_model_preset_on_the_8b_shapes(config_8b: Sa2VAConfig) -> None:
-    """Rank 32 on q, k, v, o of 28 layers: by hand 32 * (in + out) summed, 20,185,088 values; no SAM2 module."""
+    """Rank 32 on q, k, v, o of 28 layers: by hand 32 * (in + out) summed, 20,185,088 values; none of SAM2."""
     with torch.device("meta"):
         model = Sa2VA(config_8b)
         names = target_modules(model, ["language_model"], QKVO)

@@ -97,7 +97,7 @@ def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
 
 
 def test_weights_balance_overlap_against_structure() -> None:
-    """By hand: shares are the normalised weights; a custom weight of 1 counts as much as the rest together."""
+    """By hand: shares are the normalised weights; a custom weight of 1 counts like the rest together."""
 
     def custom(pred: np.ndarray, gt: np.ndarray) -> float:
         return 0.0

@@ -175,7 +175,7 @@ def test_a_detached_forward_pass_is_caught(tiny_checkpoint, monkeypatch) -> None
     update = make_update(tiny_checkpoint)
     encode = update.policy.model.encode_image
     monkeypatch.setattr(update.policy.model, "encode_image", torch.no_grad()(encode))
-    with pytest.raises(LearningError, match="received no gradient.*vision_encoder"):
+    with pytest.raises(LearningError, match=r"received no gradient.*vision_encoder"):
         update.step(drawn_batch(64))
 
 

@@ -95,9 +95,14 @@ def test_looking_at_the_start_puts_everything_back(tiny_checkpoint, images) -> N
     policy = make_policy(tiny_checkpoint)
     move(policy)
     before = {name: p.clone() for name, p in policy.trainable.items()}
-    with pytest.raises(RuntimeError, match="interrupted"), policy.at_start():
-        assert all(torch.equal(p, policy.start[name]) for name, p in policy.trainable.items())
-        raise RuntimeError("interrupted")
+
+    def interrupted() -> None:
+        with policy.at_start():
+            assert all(torch.equal(p, policy.start[name]) for name, p in policy.trainable.items())
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        interrupted()
     assert all(torch.equal(p, before[name]) for name, p in policy.trainable.items())
 
 

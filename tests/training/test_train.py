@@ -68,7 +68,9 @@ def test_metrics_start_before_the_first_update(result: TrainResult) -> None:
 def test_splits_do_not_share_patients(result: TrainResult) -> None:
     split = json.loads((result.folder / "data_split.json").read_text())
     patients = [{key.split("_")[0] for key in split["samples"][side]} for side in ("train", "val", "test")]
-    assert not (patients[0] & patients[1] or patients[0] & patients[2] or patients[1] & patients[2])
+    assert not patients[0] & patients[1]
+    assert not patients[0] & patients[2]
+    assert not patients[1] & patients[2]
 
 
 def test_no_name_or_id_is_written(result: TrainResult) -> None:

@@ -30,7 +30,8 @@ SMALL = BuiltinSize(num_patients=20, num_sequences=1, num_frames=1, size=64)
 def builtin_data(output_dir: str | Path, size: BuiltinSize = FULL) -> Path:
     """Folder of the built-in data set below the output folder; drawn when it is not there yet.
 
-    Its name carries a hash of everything that decides its content, so that a changed domain gets a new folder.
+    Its name carries a hash of everything that decides its content, so that a
+    changed domain gets a new folder.
     """
     content = hashlib.sha256(repr((VERSION, TARGET, SEED, size)).encode()).hexdigest()[:8]
     root = Path(output_dir) / "data" / f"synthetic_target_{size.size}px_{content}"

@@ -125,7 +125,7 @@ def choose_samples(plan: EvaluationPlan, run: Path | None, settings: dict) -> li
 
 
 def run_folder(lora_weights: str | None) -> Path | None:
-    """The run that an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
+    """The run an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
     if lora_weights is None:
         return None
     folder = Path(lora_weights)

@@ -41,7 +41,8 @@ class TrainConfig:
 
     # ---- Adapter ----
 
-    # small: r16 a32 on q,v; medium: r32 a64 on q,k,v,o; large: r64 a128 on those and gate,up,down (language model).
+    # small: r16 a32 on q,v; medium: r32 a64 on q,k,v,o;
+    # large: r64 a128 on those and gate,up,down (language model).
     lora_preset: Literal["small", "medium", "large"] = "medium"
     # Override the preset; none: the preset's own.
     lora_rank: int | None = None
@@ -78,7 +79,8 @@ class TrainConfig:
     # Below this precision the reward falls by precision_weight * 10 per unit (spec default only).
     precision_target: float = 0.85
     precision_weight: float = 0.75
-    # Your own term, package.module:function with function(pred, gt) -> float on bool masks; added to the reward.
+    # Your own term, package.module:function with function(pred, gt) -> float on bool masks;
+    # added to the reward.
     reward_fn: str | None = None
     reward_fn_weight: float = 1.0
 
@@ -185,8 +187,8 @@ PRESETS: dict[str, TrainConfig] = {
     "full": TrainConfig(num_epochs=3, max_train_samples=1000, max_val_samples=100),
     # Seconds: a random miniature on a few small drawn images, two updates; for tests and newcomers.
     "debug": TrainConfig(
-        model_path=RANDOM_MODEL, num_epochs=1, max_train_samples=4, max_val_samples=3, lora_rank=4, lora_alpha=8, num_samples=2, num_regions=1,
-        val_freq=2, log_freq=1,
+        model_path=RANDOM_MODEL, num_epochs=1, max_train_samples=4, max_val_samples=3, lora_rank=4,
+        lora_alpha=8, num_samples=2, num_regions=1, val_freq=2, log_freq=1,
     ),
 }  # fmt: skip
 

@@ -54,7 +54,8 @@ class RunFolder:
                 raise RunError(f"Output folder {base} is a file; give another --output_dir.") from None
             except OSError as error:
                 raise RunError(
-                    f"Cannot write to the output folder {base} ({error.strerror or error}); give another --output_dir."
+                    f"Cannot write to the output folder {base} ({error.strerror or error}); "
+                    "give another --output_dir."
                 ) from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
@@ -140,7 +141,7 @@ def provenance(argv: list[str], device: str) -> dict:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, with `+` when files were changed; None outside git."""
+    """Commit of the checkout this package runs from, with `+` when files were changed; None outside git."""
     folder = Path(__file__).parent
     try:
         commit = subprocess.run(

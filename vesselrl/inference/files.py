@@ -40,7 +40,9 @@ def find_images(path: Path) -> list[Path]:
 def predict_files(
     predictor: Predictor, path: Path, output_dir: Path, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[dict]:
-    """Segments files and writes `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`.
+    """Segments files and writes mask, probability and overlay of each.
+
+    They are `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`.
 
     Args:
         predictor: does the work.
@@ -52,16 +54,16 @@ def predict_files(
         One dict per image: `image` (file name), `foreground` (share of pixels, 0 to 1), `mask` (path).
 
     Raises:
-        DataError: a file that cannot be read, two files that would get the same result name, or an output folder that
-            cannot be made.
+        DataError: a file that cannot be read, two files that would get the same result name, or an output
+            folder that cannot be made.
     """
     files = find_images(path)
     stems = [file.stem for file in files]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise DataError(
-            f"{len(twice)} file names differ only by their ending: {shown_name(files, stems.index(twice[0]))} "
-            "and the next; rename one of each."
+            f"{len(twice)} file names differ only by their ending: "
+            f"{shown_name(files, stems.index(twice[0]))} and the next; rename one of each."
         )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,8 @@ def merge(
 ) -> dict:
     """Adds an adapter to its base model's weights and writes the sum as a new folder in the official layout.
 
-    The sum is made in float32; the base folder is only read. The copy is loaded again and compared with base plus adapter
-    on test pictures; when they disagree the copy is removed.
+    The sum is made in float32; the base folder is only read. The copy is loaded again and compared with base
+    plus adapter on test pictures; when they disagree the copy is removed.
 
     Args:
         base_model: checkpoint folder; None is the embedded miniature.
@@ -49,7 +49,7 @@ def merge(
         raise CheckpointError(f"{target} exists already; choose another --output_model or remove it.")
     model, processor = load_sa2va(source)
     adapted = load_adapter(model, adapter_folder(Path(lora_weights)))
-    images = test_pictures(2 * model.config.tile_px)
+    images = sample_pictures(2 * model.config.tile_px)
     expected = Predictor(adapted.get_base_model(), processor).predict_batch(images)
     copy_with_weights(source, target, merge_adapter(adapted), _DTYPES[dtype])
     with ExitStack() as disagreement:
@@ -67,7 +67,7 @@ def merge(
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 
-def test_pictures(side: int, count: int = 2) -> list[np.ndarray]:
+def sample_pictures(side: int, count: int = 2) -> list[np.ndarray]:
     """Grey pictures of dark branching lines on a noisy ground, enough to give masks with many borders."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / side

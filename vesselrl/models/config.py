@@ -1,8 +1,9 @@
 """What a Sa2VA checkpoint folder says about its own shape: `config.json` plus the SAM2 side-car.
 
 The official `config.json` describes the vision tower and the language model but is silent about SAM2, whose
-dimensions cannot be inferred from tensor shapes (heads, windows and global blocks leave no trace). They are read
-from `sam2_config.json` in the same folder; without that file SAM2-Hiera-Large is assumed, as in every published Sa2VA.
+dimensions cannot be inferred from tensor shapes (heads, windows and global blocks leave no trace). They are
+read from `sam2_config.json` in the same folder; without that file SAM2-Hiera-Large is assumed, as in every
+published Sa2VA.
 """
 
 import json
@@ -164,12 +165,15 @@ def parse_config(values: dict, sam2: Sam2Dimensions, source: str = "config.json"
     architecture = (llm.get("architectures") or ["?"])[0]
     if architecture != "Qwen2ForCausalLM":
         raise CheckpointError(
-            f"{source} names the language model {architecture!r}; only Qwen2ForCausalLM (Sa2VA-InternVL3 2B/8B/14B and "
-            "Sa2VA 1B/4B) is supported. Choose one of those checkpoints."
+            f"{source} names the language model {architecture!r}; only Qwen2ForCausalLM "
+            "(Sa2VA-InternVL3 2B/8B/14B and Sa2VA 1B/4B) is supported. Choose one of those checkpoints."
         )
     template = str(values.get("template", "qwen_chat")).replace("-", "_")
-    wanted = {"select_layer": (values.get("select_layer", -1), -1), "ps_version": (values.get("ps_version", "v2"), "v2"),
-              "template": (template, "qwen_chat")}  # fmt: skip
+    wanted = {
+        "select_layer": (values.get("select_layer", -1), -1),
+        "ps_version": (values.get("ps_version", "v2"), "v2"),
+        "template": (template, "qwen_chat"),
+    }
     for name, (got, expected) in wanted.items():
         if got != expected:
             raise CheckpointError(f"{source} has {name} = {got!r}; only {expected!r} is supported.")
@@ -210,8 +214,8 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
         )
     if not (folder / "config.json").exists():
         raise CheckpointError(
-            f"{folder} has no config.json. It is not among the tensors but can be rebuilt from their shapes: run "
-            f"`vesselrl doctor --model_path {folder}`, which lists what can be inferred."
+            f"{folder} has no config.json. It is not among the tensors but can be rebuilt from their shapes: "
+            f"run `vesselrl doctor --model_path {folder}`, which lists what can be inferred."
         )
     if sam2 is None:
         sidecar = folder / SAM2_SIDECAR

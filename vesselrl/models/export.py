@@ -68,8 +68,8 @@ def save_sa2va(model: Sa2VA, folder: Path, dtype: torch.dtype = torch.float32) -
 def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
     """Copies a checkpoint folder with the model's weights in place of its own, shard by shard.
 
-    Files that are not weights and tensors that single images do not use are copied unchanged. The folder appears
-    under its final name only when complete; the source is never written to.
+    Files that are not weights and tensors that single images do not use are copied unchanged. The folder
+    appears under its final name only when complete; the source is never written to.
 
     Args:
         source: the checkpoint that the model was loaded from.

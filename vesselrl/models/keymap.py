@@ -1,33 +1,42 @@
 """Official Sa2VA tensor names and the native ones, in both directions.
 
-Each rule is a pair of templates; `{i}` and `{j}` stand for a number and `{rest}` for the remaining name. The first
-rule that matches wins. Only three tensors change shape on the way, none is transposed: the vision tower's fused qkv
-is cut in three, SAM2's four point embeddings become one table, and its random positional matrix is stored twice.
+Each rule is a pair of templates; `{i}` and `{j}` stand for a number and `{rest}` for the remaining name. The
+first rule that matches wins. Only three tensors change shape on the way, none is transposed: the vision
+tower's fused qkv is cut in three, SAM2's four point embeddings become one table, and its random positional
+matrix is stored twice.
 """
 
 import re
 from functools import cache
 
+# Official prefixes.
+_VISION = "vision_model."
+_VISION_LAYER = _VISION + "encoder.layers.{i}."
 _SAM = "grounding_encoder.sam2_model."
 _TRUNK, _DECODER = _SAM + "image_encoder.trunk.", _SAM + "sam_mask_decoder."
 _PROMPT = _SAM + "sam_prompt_encoder."
+_DECODER_LAYER = _DECODER + "transformer.layers.{i}."
+# Native prefixes.
+_LAYER = "vision.encoder.layer.{i}."
 _BACKBONE = "sam.vision_encoder.backbone."
+_MASKS = "sam.mask_decoder."
+_MASKS_LAYER = _MASKS + "transformer.layers.{i}."
 
-QKV = "vision_model.encoder.layers.{i}.attn.qkv.{rest}"
+QKV = _VISION_LAYER + "attn.qkv.{rest}"
 POINTS = _PROMPT + "point_embeddings.{i}.weight"
 POINT_TABLE = "sam.prompt_encoder.point_embed.weight"
 POSITIONS = _PROMPT + "pe_layer.positional_encoding_gaussian_matrix"
 
 _RULES: tuple[tuple[str, str], ...] = (
-    ("vision_model.embeddings.class_embedding", "vision.embeddings.cls_token"),
-    ("vision_model.embeddings.position_embedding", "vision.embeddings.position_embeddings"),
-    ("vision_model.embeddings.patch_embedding.{rest}", "vision.embeddings.patch_embeddings.projection.{rest}"),
-    ("vision_model.encoder.layers.{i}.attn.proj.{rest}", "vision.encoder.layer.{i}.attention.projection_layer.{rest}"),
-    ("vision_model.encoder.layers.{i}.attn.{rest}", "vision.encoder.layer.{i}.attention.{rest}"),
-    ("vision_model.encoder.layers.{i}.norm1.{rest}", "vision.encoder.layer.{i}.layernorm_before.{rest}"),
-    ("vision_model.encoder.layers.{i}.norm2.{rest}", "vision.encoder.layer.{i}.layernorm_after.{rest}"),
-    ("vision_model.encoder.layers.{i}.ls{j}", "vision.encoder.layer.{i}.lambda_{j}"),
-    ("vision_model.encoder.layers.{i}.mlp.{rest}", "vision.encoder.layer.{i}.mlp.{rest}"),
+    (_VISION + "embeddings.class_embedding", "vision.embeddings.cls_token"),
+    (_VISION + "embeddings.position_embedding", "vision.embeddings.position_embeddings"),
+    (_VISION + "embeddings.patch_embedding.{rest}", "vision.embeddings.patch_embeddings.projection.{rest}"),
+    (_VISION_LAYER + "attn.proj.{rest}", _LAYER + "attention.projection_layer.{rest}"),
+    (_VISION_LAYER + "attn.{rest}", _LAYER + "attention.{rest}"),
+    (_VISION_LAYER + "norm1.{rest}", _LAYER + "layernorm_before.{rest}"),
+    (_VISION_LAYER + "norm2.{rest}", _LAYER + "layernorm_after.{rest}"),
+    (_VISION_LAYER + "ls{j}", _LAYER + "lambda_{j}"),
+    (_VISION_LAYER + "mlp.{rest}", _LAYER + "mlp.{rest}"),
     ("mlp1.{rest}", "projector.{rest}"),
     ("language_model.{rest}", "lm.{rest}"),
     ("text_hidden_fcs.{rest}", "text_hidden_fcs.{rest}"),
@@ -45,14 +54,14 @@ _RULES: tuple[tuple[str, str], ...] = (
     (_PROMPT + "mask_downscaling.3.{rest}", "sam.prompt_encoder.mask_embed.conv2.{rest}"),
     (_PROMPT + "mask_downscaling.4.{rest}", "sam.prompt_encoder.mask_embed.layer_norm2.{rest}"),
     (_PROMPT + "mask_downscaling.6.{rest}", "sam.prompt_encoder.mask_embed.conv3.{rest}"),
-    (_DECODER + "output_upscaling.0.{rest}", "sam.mask_decoder.upscale_conv1.{rest}"),
-    (_DECODER + "output_upscaling.1.{rest}", "sam.mask_decoder.upscale_layer_norm.{rest}"),
-    (_DECODER + "output_upscaling.3.{rest}", "sam.mask_decoder.upscale_conv2.{rest}"),
-    (_DECODER + "transformer.layers.{i}.norm{j}.{rest}", "sam.mask_decoder.transformer.layers.{i}.layer_norm{j}.{rest}"),
-    (_DECODER + "transformer.layers.{i}.mlp.layers.0.{rest}", "sam.mask_decoder.transformer.layers.{i}.mlp.proj_in.{rest}"),
-    (_DECODER + "transformer.layers.{i}.mlp.layers.1.{rest}", "sam.mask_decoder.transformer.layers.{i}.mlp.proj_out.{rest}"),
+    (_DECODER + "output_upscaling.0.{rest}", _MASKS + "upscale_conv1.{rest}"),
+    (_DECODER + "output_upscaling.1.{rest}", _MASKS + "upscale_layer_norm.{rest}"),
+    (_DECODER + "output_upscaling.3.{rest}", _MASKS + "upscale_conv2.{rest}"),
+    (_DECODER_LAYER + "norm{j}.{rest}", _MASKS_LAYER + "layer_norm{j}.{rest}"),
+    (_DECODER_LAYER + "mlp.layers.0.{rest}", _MASKS_LAYER + "mlp.proj_in.{rest}"),
+    (_DECODER_LAYER + "mlp.layers.1.{rest}", _MASKS_LAYER + "mlp.proj_out.{rest}"),
     *(
-        (f"{_DECODER}transformer.{place}.out_proj.{{rest}}", f"sam.mask_decoder.transformer.{place}.o_proj.{{rest}}")
+        (f"{_DECODER}transformer.{place}.out_proj.{{rest}}", f"{_MASKS}transformer.{place}.o_proj.{{rest}}")
         for place in (
             "layers.{i}.self_attn",
             "layers.{i}.cross_attn_token_to_image",
@@ -60,21 +69,21 @@ _RULES: tuple[tuple[str, str], ...] = (
             "final_attn_token_to_image",
         )
     ),
-    (_DECODER + "transformer.norm_final_attn.{rest}", "sam.mask_decoder.transformer.layer_norm_final_attn.{rest}"),
+    (_DECODER + "transformer.norm_final_attn.{rest}", _MASKS + "transformer.layer_norm_final_attn.{rest}"),
     *(
-        (f"{_DECODER}{head}.layers.{k}.{{rest}}", f"sam.mask_decoder.{head}.{native}.{{rest}}")
+        (f"{_DECODER}{head}.layers.{k}.{{rest}}", f"{_MASKS}{head}.{native}.{{rest}}")
         for head in ("output_hypernetworks_mlps.{i}", "iou_prediction_head", "pred_obj_score_head")
         for k, native in enumerate(("proj_in", "layers.0", "proj_out"))
     ),
-    (_DECODER + "{rest}", "sam.mask_decoder.{rest}"),
+    (_DECODER + "{rest}", _MASKS + "{rest}"),
 )  # fmt: skip
 
 # SAM2's video memory: part of every official checkpoint, never used for a single image.
 UNUSED_PREFIXES = tuple(
     _SAM + name
     for name in (
-        "memory_attention.", "memory_encoder.", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "obj_ptr_proj.",
-        "mask_downsample.",
+        "memory_attention.", "memory_encoder.", "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr",
+        "obj_ptr_proj.", "mask_downsample.",
     )
 )  # fmt: skip
 
@@ -103,8 +112,8 @@ def is_unused(official: str) -> bool:
 def native_names(official: str) -> tuple[str, ...] | None:
     """Native tensors that hold an official one, or None when the name is unknown.
 
-    Three names for a fused qkv (q, k, v along dim 0), two for the positional matrix (equal copies), else one. The point
-    embeddings 0 to 3 all name the same table, row by row.
+    Three names for a fused qkv (q, k, v along dim 0), two for the positional matrix (equal copies), else one.
+    The point embeddings 0 to 3 all name the same table, row by row.
 
     >>> native_names("mlp1.0.weight")
     ('projector.0.weight',)

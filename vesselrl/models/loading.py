@@ -1,7 +1,7 @@
 """Official Sa2VA checkpoint folders to a native model and back; strict, safetensors only.
 
-Every tensor in the folder is used, known to be unused (SAM2's video memory), or an error; every native tensor is
-filled, or an error. Nothing here runs code from the checkpoint.
+Every tensor in the folder is used, known to be unused (SAM2's video memory), or an error; every native tensor
+is filled, or an error. Nothing here runs code from the checkpoint.
 """
 
 import json
@@ -38,7 +38,8 @@ def load_sa2va(
         The model in evaluation mode, without gradients, and its processor.
 
     Raises:
-        CheckpointError: folder, file or tensor missing, broken, unknown or of another shape; the message names it.
+        CheckpointError: folder, file or tensor missing, broken, unknown or of another shape;
+            the message names it.
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
@@ -94,7 +95,8 @@ def shard_files(folder: Path) -> list[Path]:
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}: {', '.join(missing)}."
+                f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}: "
+                f"{', '.join(missing)}."
             )
         return [folder / name for name in names]
     files = sorted(folder.glob("model*.safetensors"))

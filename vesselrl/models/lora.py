@@ -1,7 +1,7 @@
 """LoRA adapters on exactly the modules that were meant, by full path.
 
-A suffix such as `q_proj` also names SAM2's attention; every target is therefore listed by its full module path, and a
-match that was not asked for is an error. Adapters are saved in PEFT's own layout.
+A suffix such as `q_proj` also names SAM2's attention; every target is therefore listed by its full module
+path, and a match that was not asked for is an error. Adapters are saved in PEFT's own layout.
 """
 
 import re
@@ -21,11 +21,14 @@ from vesselrl.models.sa2va import Sa2VA
 SCOPES = ("language_model", "projector", "mask_decoder", "image_encoder")
 
 # `projector` is the one from [SEG] to SAM2; the vision tower and its own projector stay as they are.
-# The iou and object heads never receive a gradient (the choice of a mask is an argmax), nor does mask token 0.
+# The iou and object heads never receive a gradient (the choice of a mask is an argmax),
+# nor does mask token 0.
 _MODULES = {
     "projector": r"text_hidden_fcs\.[02]",
     "mask_decoder": r"sam\.mask_decoder\.(transformer\..+|conv_s[01]|output_hypernetworks_mlps\.[123]\..+)",
-    "image_encoder": r"sam\.vision_encoder\.(backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs\.\d+)",
+    "image_encoder": (
+        r"sam\.vision_encoder\.(backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs\.\d+)"
+    ),
 }
 
 
@@ -188,7 +191,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trainable_counts(peft_model: PeftModel) -> dict[str, int]:
-    """Number of trainable values per component, in the order of `SCOPES`; components with none are left out."""
+    """Trainable values per component, in the order of `SCOPES`; components with none are left out."""
     counts: Counter[str] = Counter()
     for name, parameter in adapter_parameters(peft_model).items():
         counts[component_of(name)] += parameter.numel()

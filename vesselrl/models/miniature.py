@@ -1,7 +1,8 @@
 """A Sa2VA small enough for a laptop: same classes, same file layout, the user's geometry at a smaller size.
 
-The user's model sees a 512-px image as one 448-px tile and, for SAM2, at twice its side with a mask grid of half of
-it. The miniature keeps these ratios for 256-px images: one 224-px tile, SAM2 input 512, mask grid 128.
+The user's model sees a 512-px image as one 448-px tile and, for SAM2, at twice its side with a mask grid of
+half of it. The miniature keeps these ratios for 256-px images: one 224-px tile, SAM2 input 512,
+mask grid 128.
 """
 
 import tempfile
@@ -16,8 +17,8 @@ from vesselrl.models.export import save_sa2va, write_json
 from vesselrl.models.sa2va import Sa2VA
 
 _SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>",
-    "</ref>", "<box>", "</box>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>",
+    "<ref>", "</ref>", "<box>", "</box>", "[SEG]", "<p>", "</p>", "<vp>", "</vp>",
 )  # fmt: skip
 
 EMBEDDED_SAM2 = Sam2Dimensions(
@@ -123,8 +124,10 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     write_json(folder / "added_tokens.json", ids)
     decoder = {
-        str(index): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                     "special": True}
+        str(index): {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+            "special": True,
+        }
         for token, index in ids.items()
     }  # fmt: skip
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}

@@ -1,8 +1,8 @@
 """Images and a prompt to model inputs, bit for bit as the official Sa2VA does it.
 
-The language model sees the image as tiles (the grid whose aspect ratio fits best, plus a thumbnail); SAM2 sees the
-whole image resized to its square, aspect ratio not kept. Both are normalised with the ImageNet mean and deviation.
-The answer is teacher-forced, so that one forward pass gives the hidden state at every [SEG].
+The language model sees the image as tiles (the grid whose aspect ratio fits best, plus a thumbnail); SAM2
+sees the whole image resized to its square, aspect ratio not kept. Both are normalised with the ImageNet mean
+and deviation. The answer is teacher-forced, so that one forward pass gives the hidden state at every [SEG].
 """
 
 from dataclasses import dataclass, fields
@@ -53,8 +53,8 @@ class Sa2VAInputs:
 def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = MAX_TILES) -> tuple[int, int]:
     """Columns and rows of the tile grid for an image.
 
-    The grid of at most `max_tiles` tiles whose ratio columns / rows is closest to width / height; on an exact tie the
-    larger grid wins only where the image has more than half of the pixels that the grid offers.
+    The grid of at most `max_tiles` tiles whose ratio columns / rows is closest to width / height; on an exact
+    tie the larger grid wins only where the image has more than half of the pixels that the grid offers.
 
     >>> tile_grid(512, 512, 448), tile_grid(640, 480, 448)
     ((1, 1), (4, 3))
@@ -89,7 +89,8 @@ def normalise(image: Image.Image) -> torch.Tensor:
 def clean_prompt(prompt: str) -> str:
     r"""The user's turn as trained on: one `<image>` and a line break before the question.
 
-    A literal backslash-n, as shells pass it, counts as a line break; a prompt that places `<image>` itself is kept.
+    A literal backslash-n, as shells pass it, counts as a line break; a prompt that places
+    `<image>` itself is kept.
 
     >>> clean_prompt("Please segment the blood vessel.")
     '<image>\nPlease segment the blood vessel.'
@@ -161,7 +162,7 @@ class Sa2VAProcessor:
         ids = self._encode(token)
         if len(ids) != 1:
             raise CheckpointError(
-                f"The tokenizer splits {token!r} into {len(ids)} pieces; its added_tokens.json does not belong to a "
-                "Sa2VA. Copy the tokenizer files of the checkpoint again."
+                f"The tokenizer splits {token!r} into {len(ids)} pieces; its added_tokens.json does not "
+                "belong to a Sa2VA. Copy the tokenizer files of the checkpoint again."
             )
         return ids[0]

@@ -1,9 +1,9 @@
 """Sa2VA composed from transformers' own modules: InternViT, a projector, Qwen2 and SAM2.
 
-One teacher-forced pass: image tokens and text go through the language model, the last hidden state at each [SEG]
-becomes a prompt token of SAM2's mask decoder, and the mask logits are brought to the image's own size. Everything is
-differentiable and nothing here calls `generate`. The parts can be run one by one, so that an image is encoded once
-and decoded many times.
+One teacher-forced pass: image tokens and text go through the language model, the last hidden state at each
+[SEG] becomes a prompt token of SAM2's mask decoder, and the mask logits are brought to the image's own size.
+Everything is differentiable and nothing here calls `generate`. The parts can be run one by one, so that an
+image is encoded once and decoded many times.
 """
 
 from typing import NamedTuple
@@ -89,7 +89,7 @@ class Sa2VA(nn.Module):
         return self.sam.no_memory_embedding.device
 
     def forward(self, inputs: Sa2VAInputs) -> list[Tensor]:
-        """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks when there are several."""
+        """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks if several."""
         decoded = self.decode(self.encode_image(inputs.sam_pixels), self.seg_prompts(inputs))
         return upsample(decoded.select(decoded.best()), inputs.sizes, self.config.sam2.image_size)
 
@@ -104,7 +104,8 @@ class Sa2VA(nn.Module):
         """(B, P, C) prompt tokens for SAM2, from the hidden state at each of the P [SEG] tokens.
 
         Raises:
-            ValueError: the image tokens in the text do not match the tiles, or images differ in their number of [SEG].
+            ValueError: the image tokens in the text do not match the tiles, or images differ in their number
+                of [SEG].
         """
         states = self.seg_states(inputs)
         return self.text_hidden_fcs(states.to(self._dtype(self.text_hidden_fcs)))

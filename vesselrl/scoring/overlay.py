@@ -1,6 +1,7 @@
 """Masks laid over their image; the colours mean the same in every picture of the project.
 
-White is a vessel found, red (vermilion) a vessel missed, blue a vessel invented; told apart by the colour-blind too.
+White is a vessel found, red (vermilion) a vessel missed, blue a vessel invented; told apart by the
+colour-blind too.
 """
 
 import numpy as np

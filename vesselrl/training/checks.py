@@ -25,13 +25,14 @@ def check_first_ratio(ratio_gap: float, kl: float) -> None:
     """
     if ratio_gap > RATIO_TOLERANCE:
         raise LearningError(
-            f"The ratio before the first update is off by {ratio_gap:.2g} (allowed {RATIO_TOLERANCE:g}): two passes over "
-            "the same image differ. Something random is active in the model (dropout, stochastic depth); turn it off."
+            f"The ratio before the first update is off by {ratio_gap:.2g} (allowed {RATIO_TOLERANCE:g}): "
+            "two passes over the same image differ. Something random is active in the model (dropout, "
+            "stochastic depth); turn it off."
         )
     if kl > RATIO_TOLERANCE:
         raise LearningError(
-            f"The KL to the reference is {kl:.2g} before the first update, 0 was expected: the reference is not the "
-            "starting policy. Start the run again from a saved adapter."
+            f"The KL to the reference is {kl:.2g} before the first update, 0 was expected: the reference is "
+            "not the starting policy. Start the run again from a saved adapter."
         )
 
 
@@ -43,8 +44,8 @@ def check_samples_differ(masks: Tensor) -> None:
     """
     if len(masks) < 2 or bool((masks[1:] == masks[:1]).all()):
         raise LearningError(
-            f"All {len(masks)} sampled masks of the first image are equal: the policy is completely sure of every pixel, or "
-            "num_samples is below 2. Raise --temperature or --num_samples."
+            f"All {len(masks)} sampled masks of the first image are equal: the policy is completely sure of "
+            "every pixel, or num_samples is below 2. Raise --temperature or --num_samples."
         )
 
 
@@ -71,7 +72,8 @@ def check_gradients(model: nn.Module) -> None:
     if silent or not trainable:
         raise LearningError(
             f"{len(silent)} of {len(trainable)} adapter matrices received no gradient, such as "
-            f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; narrow --lora_scope."
+            f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; "
+            "narrow --lora_scope."
         )
 
 
@@ -90,8 +92,9 @@ def check_seg_embedding(prompts: Tensor, swapped: Tensor) -> None:
     change = (prompts - swapped).norm() / prompts.norm()
     if not bool(change > 1e-4):
         raise LearningError(
-            f"Swapping two images changes the [SEG] embedding by only {float(change):.2g}: the language model does "
-            "not see the image. Check that <image> is in --prompt and that the tokenizer belongs to the checkpoint."
+            f"Swapping two images changes the [SEG] embedding by only {float(change):.2g}: the language "
+            "model does not see the image. Check that <image> is in --prompt and that the tokenizer belongs "
+            "to the checkpoint."
         )
 
 
@@ -103,8 +106,8 @@ def check_changed(delta_norm: float) -> None:
     """
     if not torch.isfinite(torch.tensor(delta_norm)) or delta_norm == 0:
         raise LearningError(
-            f"After the first update the adapter has moved by {delta_norm}. Check --learning_rate (0 teaches nothing, "
-            "nan or inf means that it is far too large)."
+            f"After the first update the adapter has moved by {delta_norm}. Check --learning_rate (0 teaches "
+            "nothing, nan or inf means that it is far too large)."
         )
 
 
@@ -116,5 +119,6 @@ def check_finite(loss: Tensor) -> None:
     """
     if not bool(torch.isfinite(loss.detach()).all()):
         raise LearningError(
-            f"The loss is {float(loss.detach())}. Lower --learning_rate; the last saved adapter is from before this step."
+            f"The loss is {float(loss.detach())}. Lower --learning_rate; the last saved adapter is from "
+            "before this step."
         )

@@ -1,9 +1,10 @@
 """Who earned the reward: credit for every pixel of every sampled mask of one image.
 
-Overlap terms depend on pixel counts, so the effect of one pixel, R(pixel on) - R(pixel off) with the rest of the sample
-kept, is exact for all pixels at the price of four evaluations: it depends only on the pixel's truth and its sampled
-value. Topology, length and a user's own reward have no such form. For them, connected regions where a sample departs from
-the greedy mask are flipped in the greedy mask one at a time and scored again; the difference is every such pixel's credit.
+Overlap terms depend on pixel counts, so the effect of one pixel, R(pixel on) - R(pixel off) with the rest of
+the sample kept, is exact for all pixels at the price of four evaluations: it depends only on the pixel's
+truth and its sampled value. Topology, length and a user's own reward have no such form. For them, connected
+regions where a sample departs from the greedy mask are flipped in the greedy mask one at a time and scored
+again; the difference is every such pixel's credit.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,10 @@ from vesselrl.training.pretrain import IMAGE_PX, PretrainPlan
 # Neither the pre-training nor the built-in data set reaches these patient numbers.
 FIRST_PATIENT, NUM_PATIENTS = 2001, 40
 METRICS = ("dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
+_ABOUT = """\
+A Sa2VA of the official classes and file layout, small enough for a laptop. It was trained, supervised, on
+synthetic angiograms of the *source* domain and meets the *target* domain as a stranger: its vessels there are
+too thin and broken. It is the default model of `vesselrl train`. Not for real images, not for diagnosis."""
 
 
 def write_model_card(folder: Path, plan: PretrainPlan) -> Path:
@@ -23,18 +27,22 @@ def write_model_card(folder: Path, plan: PretrainPlan) -> Path:
     lines = [
         "# Miniature Sa2VA",
         "",
-        "A Sa2VA of the official classes and file layout, small enough for a laptop. It was trained, supervised, on",
-        "synthetic angiograms of the *source* domain and meets the *target* domain as a stranger: its vessels there are",
-        "too thin and broken. It is the default model of `vesselrl train`. Not for real images, not for diagnosis.",
+        _ABOUT,
         "",
-        f"- Rebuilt by: `vesselrl pretrain FOLDER --num_steps {plan.num_steps} --seed {plan.seed}` (one CPU thread)",
+        (
+            f"- Rebuilt by: `vesselrl pretrain FOLDER --num_steps {plan.num_steps} --seed {plan.seed}` "
+            "(one CPU thread)"
+        ),
         f"- Plan: {asdict(plan)}",
         f"- Code: commit {git_commit()}",
         f"- {num_values:,} values, float32, {weights.stat().st_size / 1e6:.1f} MB",
         f"- sha256 of model.safetensors: `{file_sha256(weights)}`",
         "- Licence: Apache-2.0, like the code; trained on drawn images only.",
         "",
-        f"Scores at threshold 0.5, one image of each of {NUM_PATIENTS} unseen patients per domain (mean, 95 % interval):",
+        (
+            f"Scores at threshold 0.5, one image of each of {NUM_PATIENTS} unseen patients per domain "
+            "(mean, 95 % interval):"
+        ),
         "",
         "| domain | " + " | ".join(METRICS) + " |",
         "|---" * (len(METRICS) + 1) + "|",

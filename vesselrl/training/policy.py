@@ -1,8 +1,9 @@
 """Sa2VA as a stochastic policy over masks.
 
-The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbouring pixels are
-drawn together (a Gaussian copula over a smooth random field), so that samples gain and lose whole twigs instead of
-specks while every pixel keeps exactly its own probability. Log-probabilities are therefore per pixel.
+The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbouring
+pixels are drawn together (a Gaussian copula over a smooth random field), so that samples gain and lose whole
+twigs instead of specks while every pixel keeps exactly its own probability. Log-probabilities are therefore
+per pixel.
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from vesselrl.models.sa2va import DecodedMasks, Sa2VA, upsample
 class MaskPolicy:
     """The trainable model: images in, mask logits at native size out.
 
-    Where the language model is frozen, an image's [SEG] state never changes: it is computed once and kept, and the
-    language model is not run again for that image.
+    Where the language model is frozen, an image's [SEG] state never changes: it is computed once and kept,
+    and the language model is not run again for that image.
     """
 
     def __init__(self, peft_model: PeftModel, processor: Sa2VAProcessor, prompt: str) -> None:
@@ -110,7 +111,8 @@ def sample_masks(
     Args:
         logits: (H, W) float.
         num_samples: K.
-        correlation_px: standard deviation of the smoothing of the random field, in pixels; 0 draws pixels independently.
+        correlation_px: standard deviation of the smoothing of the random field, in pixels;
+            0 draws pixels independently.
         temperature: above 0; larger explores more.
         generator: CPU generator, so that a seed gives the same masks on every device.
 
@@ -128,7 +130,8 @@ def gaussian_field(
 ) -> Tensor:
     """(count, H, W) smooth random fields, exactly standard normal at every pixel.
 
-    White noise on a larger canvas is filtered by a Gaussian of unit energy, so that borders need no correction.
+    White noise on a larger canvas is filtered by a Gaussian of unit energy, so that borders
+    need no correction.
     """
     height, width = shape
     if correlation_px <= 0:

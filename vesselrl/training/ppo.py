@@ -1,7 +1,7 @@
 """One PPO update on a batch of images: sample masks, score them, credit pixels, clipped passes.
 
-Left out on purpose, because an episode is a single mask: returns over time, a value network and generalised advantage
-estimation. The order of a step:
+Left out on purpose, because an episode is a single mask: returns over time, a value network and generalised
+advantage estimation. The order of a step:
 
 1. encode the images and decode their mask logits (this pass also serves the first update);
 2. draw K correlated masks per image, keep their per-pixel log-probabilities;
@@ -179,7 +179,7 @@ class PPOUpdate:
     def _check_before(
         self, batch: TrainBatch, inputs: Sa2VAInputs, rollout: Rollout, reference: list[Tensor]
     ) -> None:
-        """Self-checks that need no update: a second pass must give ratio 1 and KL 0, the image must matter."""
+        """Checks that need no update: a second pass must give ratio 1 and KL 0, the image must matter."""
         for masks in rollout.masks[:1]:
             checks.check_samples_differ(masks)
         with torch.no_grad():
@@ -195,8 +195,8 @@ class PPOUpdate:
 def credit_scales(credits: list[Credit], weights: list[np.ndarray]) -> tuple[float, float]:
     """Root mean square of overlap and structure credit over the batch: what one typical pixel earns.
 
-    Overlap is weighted by the undecidedness of the pixel, structure averaged over the credited pixels; 0 when a term
-    earned nothing anywhere.
+    Overlap is weighted by the undecidedness of the pixel, structure averaged over the credited pixels; 0 when
+    a term earned nothing anywhere.
     """
     squares = sum(float((c.overlap**2 * w).sum()) for c, w in zip(credits, weights, strict=True))
     mass = sum(float(w.sum()) * len(c.overlap) for c, w in zip(credits, weights, strict=True))
@@ -211,7 +211,8 @@ def scaled_credit(
 ) -> np.ndarray:
     """(K, H, W) overlap and structure credit, each divided by its own scale, weighted and added.
 
-    (1 - share) * overlap + structure_weight * share * structure, so that the reward's weights act on the gradient.
+    (1 - share) * overlap + structure_weight * share * structure, so that the reward's weights act on the
+    gradient.
     """
     total = np.zeros_like(credit.overlap)
     overlap, structure = scales
@@ -223,7 +224,7 @@ def scaled_credit(
 
 
 def reward_figures(credits: list[Credit]) -> dict[str, float]:
-    """Log figures of a rollout: reward, its terms, their spread within an image, and groups without spread."""
+    """Log figures of a rollout: reward, its terms, their spread within an image and groups without spread."""
     figures = {
         "train/reward": float(np.mean([c.rewards.mean() for c in credits])),
         "train/greedy_reward": float(np.mean([c.greedy_reward for c in credits])),

@@ -1,8 +1,8 @@
 """Pure tensor maths of the PPO update; H x W pixels, K sampled masks.
 
-One episode is one step (an image, a mask, a reward), so there are no returns to discount and no value head: the
-counterfactual credit of `credit.py` is its own baseline. Sums over pixels are divided by the number of undecided
-pixels, because confident ones carry no gradient.
+One episode is one step (an image, a mask, a reward), so there are no returns to discount and no value head:
+the counterfactual credit of `credit.py` is its own baseline. Sums over pixels are divided by the number of
+undecided pixels, because confident ones carry no gradient.
 """
 
 from typing import NamedTuple

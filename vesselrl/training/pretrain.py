@@ -1,7 +1,8 @@
-"""Rebuilds the embedded miniature: supervised pre-training from random weights on the synthetic source domain.
+"""Rebuilds the embedded miniature.
 
-The three candidate masks of the decoder are trained alike and its quality head learns their true overlap, so that
-the official choice (largest estimated IoU) means something and a later fine-tuning can rely on it.
+Supervised pre-training from random weights on the synthetic source domain. The three candidate masks of the
+decoder are trained alike and its quality head learns their true overlap, so that the official choice (largest
+estimated IoU) means something and a later fine-tuning can rely on it.
 """
 
 import logging

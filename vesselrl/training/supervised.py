@@ -1,4 +1,7 @@
-"""The supervised objective: the control that reinforcement learning must beat, and the miniature's pre-training."""
+"""The supervised objective.
+
+It is the control that reinforcement learning must beat, and the miniature's pre-training.
+"""
 
 import time
 
@@ -17,7 +20,8 @@ from vesselrl.training.policy import MaskPolicy
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice loss, at the image's own size.
 
-    Per image: mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with p = sigmoid(logit).
+    Per image: mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with
+    p = sigmoid(logit).
 
     Args:
         logits: (B, H, W) float.
@@ -46,7 +50,8 @@ class SupervisedUpdate:
         """The passes over one batch; returns the figures of the last.
 
         Raises:
-            LearningError: at the first step, when gradients do not reach the adapters; later, when a loss is not finite.
+            LearningError: at the first step, when gradients do not reach the adapters; later, when a loss is
+                not finite.
         """
         started = time.perf_counter()
         self.policy.peft_model.train()  # LoRA dropout; the frozen model has none

@@ -140,8 +140,9 @@ class _Training:
             delta_norm = adapter_delta_norm(self.policy.peft_model, self.policy.start)
             if delta_norm == 0:
                 raise LearningError(
-                    f"After {self.total_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
-                    "more than another. Check the reward (a constant one teaches nothing) and --learning_rate."
+                    f"After {self.total_steps} steps the adapter is exactly where it started: no sampled "
+                    "mask ever earned more than another. Check the reward (a constant one teaches nothing) "
+                    "and --learning_rate."
                 )
             tested = self._test(monitor)
         info = {
