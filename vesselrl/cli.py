@@ -128,7 +128,7 @@ class Pretrain:
 
     # New checkpoint folder.
     output_model: str
-    num_steps: int = 600
+    num_steps: int = 500
     seed: int = 0
 
 

@@ -39,7 +39,7 @@ IMAGE_PX = 256
 class PretrainPlan:
     """Everything that decides the miniature's weights; stored in its model card."""
 
-    num_steps: int = 600
+    num_steps: int = 500
     batch_size: int = 4
     num_patients: int = 400
     num_frames: int = 2
