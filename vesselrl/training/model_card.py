@@ -31,7 +31,7 @@ def write_model_card(folder: Path, plan: PretrainPlan) -> Path:
         "",
         (
             f"- Rebuilt by: `vesselrl pretrain FOLDER --num_steps {plan.num_steps} --seed {plan.seed}` "
-            "(one CPU thread)"
+            "(two CPU threads)"
         ),
         f"- Plan: {asdict(plan)}",
         f"- Code: commit {git_commit()}",

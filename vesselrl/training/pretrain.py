@@ -33,6 +33,7 @@ from vesselrl.training.supervised import mask_loss
 logger = logging.getLogger(__name__)
 
 IMAGE_PX = 256
+NUM_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class PretrainPlan:
 
     num_steps: int = 500
     batch_size: int = 4
-    num_patients: int = 400
-    num_frames: int = 2
+    num_patients: int = 300
+    num_frames: int = 3
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.01
     warmup_share: float = 0.05
@@ -53,14 +54,14 @@ class PretrainPlan:
 def pretrain_miniature(folder: Path, plan: PretrainPlan, log_every: int = 25) -> Sa2VA:
     """Trains a random miniature and writes it as a checkpoint folder in the official layout.
 
-    One CPU thread is used, so that the same plan gives the same weights whatever the number of cores.
+    Always two CPU threads, so that the same plan gives the same weights whatever the number of cores.
 
     Args:
         folder: where the checkpoint goes.
         plan: data, length and seeds.
         log_every: steps between log lines.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(NUM_THREADS)
     config = miniature_config(EMBEDDED_SAM2)
     model = random_sa2va(config, plan.seed).train()
     model.lm.lm_head.requires_grad_(False)  # no text is generated here
