@@ -52,11 +52,21 @@ def model_folder(tmp_path: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     write(folder / "tokenizer_config.json", {})
     write(folder / "added_tokens.json", {"<IMG_CONTEXT>": 350, "[SEG]": 357})
-    vision = {"hidden_size": 48, "num_hidden_layers": 2, "image_size": 56, "patch_size": 14}
+    vision = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "image_size": 56,
+        "patch_size": 14,
+    }
     llm = {
         "architectures": ["Qwen2ForCausalLM"],
         "hidden_size": 64,
         "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 112,
         "vocab_size": 362,
     }
     write(folder / "config.json", {"vision_config": vision, "llm_config": llm})
