@@ -36,7 +36,7 @@ def test_the_shipped_miniature_is_small_and_documented() -> None:
 
 
 def test_the_shipped_miniature_keeps_the_users_geometry() -> None:
-    """SAM input twice the image side, mask grid half of it, one tile: 512 -> 1024, 256, 1 at the user's size."""
+    """SAM input twice the image side, mask grid half of it, one tile; the user has 512 -> 1024, 256, 1."""
     predictor = Predictor.from_pretrained(device="cpu")
     config = predictor.model.config
     assert config.sam2.image_size == 2 * 256

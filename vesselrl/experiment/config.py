@@ -182,7 +182,9 @@ class TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     # Minutes on two CPU cores with the embedded model: see whether everything works.
-    "quick": TrainConfig(num_epochs=1, batch_size=1, num_passes=4, max_train_samples=50, max_val_samples=20, val_freq=50),
+    "quick": TrainConfig(
+        num_epochs=1, max_train_samples=50, max_val_samples=20, batch_size=1, num_passes=4, val_freq=50
+    ),
     # The real thing; with the embedded model under an hour on two CPU cores.
     "full": TrainConfig(num_epochs=3, max_train_samples=1000, max_val_samples=100),
     # Seconds: a random miniature on a few small drawn images, two updates; for tests and newcomers.
