@@ -132,9 +132,8 @@ class PPOUpdate:
             for credit, masks, image_logits in zip(credits, rollout.masks, logits, strict=True):
                 total = scaled_credit(credit, scales, self.reward.structure_share, s.structure_weight)
                 probability = torch.sigmoid(image_logits.float() / s.temperature)
-                surprise = (
-                    masks.float() - probability
-                )  # action minus its expectation: the pixel's own baseline
+                # The action minus its expectation: each pixel is its own baseline.
+                surprise = masks.float() - probability
                 rollout.advantage.append(surprise * torch.from_numpy(total).to(surprise.device))
         return rollout
 

@@ -10,6 +10,7 @@ import torch
 from vesselrl.data.annotations import Sample, check_masks, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient, take, write_split
+from vesselrl.evaluation.held_out import run_folder
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import RunFolder
 from vesselrl.inference.predictor import adapter_folder
@@ -73,10 +74,8 @@ def count_side(side: str, requested: int | None, available: int, used: int) -> d
 
 def earlier_split(config: TrainConfig) -> Path | None:
     """data_split.json of the run that `init_lora` belongs to, if any."""
-    if config.init_lora is None:
-        return None
-    folder = Path(config.init_lora)
-    return next((f / SPLIT_FILE for f in (folder, folder.parent) if (f / SPLIT_FILE).exists()), None)
+    run = run_folder(config.init_lora)
+    return None if run is None else run / SPLIT_FILE
 
 
 def check_reward(reward: Reward, data: RunData) -> None:
