@@ -15,7 +15,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "vesselrl"
 
 MAY_IMPORT = {
-    "cli": "training evaluation inference data models scoring experiment doctor",
+    "cli": "options benchmarks training evaluation inference data models scoring experiment doctor",
+    "benchmarks": "training evaluation inference data models scoring experiment",
     "training": "evaluation inference data models scoring experiment",
     "evaluation": "inference data models scoring experiment",
     "inference": "data models scoring",
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "scoring": "",
     "experiment": "",
     "doctor": "data models experiment",
+    "options": "",
     "launch": "cli",
     "__main__": "launch",
     "__init__": "",

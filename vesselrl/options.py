@@ -1,0 +1,112 @@
+"""The options of every verb but `train`, whose options are `TrainConfig`.
+
+Field names are the command line's options; a comment over each says what it does.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score models on held-out patients; JSON and CSV per model."""
+
+    # Checkpoint folder; none: the run's own, or the embedded miniature.
+    base_model: BaseModel = None
+    # Adapter or run folders, each is scored; none: the untouched base.
+    lora_weights: tuple[str, ...] = ()
+    # none: the run's own data.
+    data_root: str | None = None
+    # Side of the patient split.
+    split: Literal["test", "val", "train", "all"] = "test"
+    # none: `evaluation` in the run folder.
+    output_dir: str | None = None
+    # Probability above which a pixel is vessel.
+    threshold: float = 0.5
+    # none: the run's own.
+    prompt: str | None = None
+    patient_pattern: str | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Segment an image or a folder: mask, probability map and overlay as PNG."""
+
+    # Image file or folder of images.
+    image: str
+    # none: the embedded miniature.
+    base_model: BaseModel = None
+    # Adapter or run folder; none: the untouched base.
+    lora_weights: str | None = None
+    output_dir: str = "output/predictions"
+    threshold: float = 0.5
+    prompt: str = "Please segment the blood vessel."
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Write a merged copy of the model in the official layout, and verify it."""
+
+    # Adapter or run folder.
+    lora_weights: str
+    # New folder for the merged model.
+    output_model: str
+    # none: the embedded miniature.
+    base_model: BaseModel = None
+    # Of the written weights; keep: each tensor's own.
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Rank all runs on their test patients and say which one to deploy."""
+
+    # Folder that is searched for runs.
+    output_dir: str = "output"
+    # Name of the run that the others are compared with; none: each run's own start.
+    baseline: str | None = None
+    # Metric to rank by; none: the reward, or Dice where rewards differ.
+    rank_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Draw a synthetic data set in the layouts that training reads."""
+
+    # New folder.
+    root: str
+    domain: Literal["source", "target"] = "target"
+    num_patients: int = 12
+    num_sequences: int = 2
+    num_frames: int = 5
+    # Side of the images in px.
+    size: int = 256
+    seed: int = 0
+    layout: Literal["annotations", "nested", "masks"] = "annotations"
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Look at machine, packages, model folder and data before a long run."""
+
+    base_model: BaseModel = None
+    data_root: str | None = None
+    output_dir: str = "output"
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Rebuild the embedded miniature from random weights on the synthetic source domain."""
+
+    # New checkpoint folder.
+    output_model: str
+    num_steps: int = 500
+    seed: int = 0
