@@ -12,7 +12,7 @@ from vesselrl.inference.predictor import Predictor
 from vesselrl.models.loading import EMBEDDED, read_tensors
 from vesselrl.training import model_card
 from vesselrl.training.model_card import score_domain, write_model_card
-from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature, warm_cosine
+from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature
 
 SHORT = PretrainPlan(num_steps=2, batch_size=1, num_patients=2, num_frames=1)
 
@@ -62,9 +62,3 @@ def test_pretraining_repeats_and_writes_a_whole_checkpoint(tmp_path: Path, threa
     card = write_model_card(tmp_path / "a", SHORT).read_text()
     assert "'num_steps': 2" in card
     assert "| target | " in card
-
-
-def test_warm_up_and_cosine_by_hand() -> None:
-    plan = PretrainPlan(num_steps=100, warmup_share=0.1)
-    assert [warm_cosine(step, plan) for step in (0, 9, 10, 55)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
-    assert warm_cosine(100, plan) == pytest.approx(0.0)

@@ -6,7 +6,6 @@ estimated IoU) means something and a later fine-tuning can rely on it.
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from vesselrl.models.miniature import (
 )
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, Sa2VA, upsample
+from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.supervised import mask_loss
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ def pretrain_miniature(folder: Path, plan: PretrainPlan, log_every: int = 25) ->
     processor = Sa2VAProcessor(config, load_tokenizer(folder))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, plan))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warm_cosine(step, plan.num_steps, plan.warmup_share)
+    )
     started, running = time.perf_counter(), []
     for step, (images, truth) in enumerate(source_batches(plan), start=1):
         inputs = processor(images)
@@ -125,11 +127,3 @@ def _turn(image: np.ndarray, mask: np.ndarray, choice: int) -> tuple[np.ndarray,
     if choice >= 4:
         turned = [array[:, ::-1] for array in turned]
     return np.ascontiguousarray(turned[0]), np.ascontiguousarray(turned[1])
-
-
-def warm_cosine(step: int, plan: PretrainPlan) -> float:
-    """Learning-rate factor: linear warm-up, then a half cosine to 0."""
-    warmup = max(1, round(plan.num_steps * plan.warmup_share))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, plan.num_steps - warmup)))

@@ -30,6 +30,7 @@ from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
+from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
@@ -171,7 +172,9 @@ class _Training:
             lr=self.config.peak_learning_rate,
             weight_decay=self.config.weight_decay,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warm_cosine(step, self.total_steps, self.config.warmup_share, floor=0.1)
+        )
         updates = {
             "rl": PPOUpdate(self.policy, optimizer, self.reward, self.config),
             "sft": SupervisedUpdate(self.policy, optimizer, self.config),
@@ -193,14 +196,6 @@ class _Training:
             if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
                 self._save(f"checkpoint_epoch_{epoch}")
         return latest
-
-    def _rate(self, step: int) -> float:
-        """Learning-rate factor: linear warm-up, then a half cosine down to a tenth."""
-        warmup = max(1, round(self.total_steps * self.config.warmup_share))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, self.total_steps - warmup))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
     def _evaluate(self, samples: list[Sample], monitor: Monitor, label: str) -> Evaluation:
         self.policy.peft_model.eval()

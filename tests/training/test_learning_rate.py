@@ -1,0 +1,19 @@
+"""The learning-rate schedule, by hand."""
+
+import pytest
+
+from vesselrl.training.learning_rate import warm_cosine
+
+
+def test_warm_up_then_half_a_cosine() -> None:
+    # 10 steps of warm-up; step 55 is half way through the other 90.
+    assert [warm_cosine(step, 100, 0.1) for step in (0, 9, 10, 55)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    assert warm_cosine(100, 100, 0.1) == pytest.approx(0.0)
+
+
+def test_it_ends_at_the_floor_and_stays_there() -> None:
+    assert [warm_cosine(step, 10, 0.0, floor=0.1) for step in (10, 11, 50)] == pytest.approx([0.1] * 3)
+
+
+def test_one_step_is_enough() -> None:
+    assert warm_cosine(0, 1, 0.05) == 1.0
