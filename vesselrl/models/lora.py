@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from vesselrl.models.config import CheckpointError, read_json
+from vesselrl.models.folded_lora import fold_adapters
 from vesselrl.models.sa2va import Sa2VA
 
 SCOPES = ("language_model", "projector", "mask_decoder", "image_encoder")
@@ -112,6 +113,7 @@ def attach_lora(
     # PEFT shortens long lists to suffixes; the saved adapter must name what it adapts in full.
     peft_model.peft_config["default"].target_modules = set(targets)
     _refuse_unintended(peft_model, targets)
+    fold_adapters(peft_model)
     return peft_model
 
 
@@ -145,6 +147,7 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
             f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}"
         ) from None
     _refuse_unintended(peft_model, targets)
+    fold_adapters(peft_model)
     return peft_model
 
 
