@@ -39,7 +39,7 @@ class LoraPreset:
 
     Dropout acts in supervised training only; it is 0 where the adapters are small, so that PPO and its
     supervised control train the same function, and because it makes a supervised step on the embedded
-    miniature slower by half.
+    miniature much slower.
     """
 
     rank: int
