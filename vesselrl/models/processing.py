@@ -34,6 +34,7 @@ class Sa2VAInputs:
         attention_mask: (B, L) long, 0 where padded.
         sam_pixels: (B, 3, S, S) float.
         sizes: (height, width) of every original image, in pixels.
+        num_tiles: tiles of every image.
     """
 
     tiles: torch.Tensor
@@ -41,12 +42,25 @@ class Sa2VAInputs:
     attention_mask: torch.Tensor
     sam_pixels: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
+    num_tiles: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> "Sa2VAInputs":
         """The same batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Sa2VAInputs(
             **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        )
+
+    def image(self, index: int) -> "Sa2VAInputs":
+        """One image of the batch, without padding."""
+        first, length = sum(self.num_tiles[:index]), int(self.attention_mask[index].sum())
+        return Sa2VAInputs(
+            tiles=self.tiles[first : first + self.num_tiles[index]],
+            input_ids=self.input_ids[index : index + 1, :length],
+            attention_mask=self.attention_mask[index : index + 1, :length],
+            sam_pixels=self.sam_pixels[index : index + 1],
+            sizes=(self.sizes[index],),
+            num_tiles=(self.num_tiles[index],),
         )
 
 
@@ -142,6 +156,7 @@ class Sa2VAProcessor:
             attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
             sam_pixels=torch.stack([normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
             sizes=tuple((picture.height, picture.width) for picture in pictures),
+            num_tiles=tuple(map(len, tiles)),
         )
 
     def token_ids(self, prompt: str, answer: str, num_tiles: int) -> list[int]:

@@ -17,23 +17,43 @@ from torch.nn import functional
 
 from vesselrl.models.lora import adapter_parameters
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
-from vesselrl.models.sa2va import DecodedMasks, Sa2VA, upsample
+from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
+from vesselrl.training.feature_store import FeatureStore
 
 
 class MaskPolicy:
     """The trainable model: images in, mask logits at native size out.
 
-    Where the language model is frozen, an image's [SEG] state never changes: it is computed once and kept,
-    and the language model is not run again for that image.
+    What frozen parts say about an image never changes. It is computed once and kept: the [SEG] state where
+    the language model is frozen, the features where the image encoder is. Frozen parts see one image at a
+    time, so that a kept value is the computed one to the last bit, whatever else is in the batch.
+
+    Args:
+        peft_model: model with adapters.
+        processor: of the same checkpoint.
+        prompt: the question put to the model.
+        store: keeps features; None computes them anew each time.
+        keys_repeat: whether a key always stands for the same pixels; False, as with augmentation, keeps
+            nothing beyond one batch.
     """
 
-    def __init__(self, peft_model: PeftModel, processor: Sa2VAProcessor, prompt: str) -> None:
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        processor: Sa2VAProcessor,
+        prompt: str,
+        store: FeatureStore | None = None,
+        keys_repeat: bool = True,
+    ) -> None:
         self.peft_model = peft_model
         self.model: Sa2VA = peft_model.get_base_model()
         self.processor = processor
         self.prompt = prompt
         self.trainable = adapter_parameters(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
+        self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
+        self.store = store
+        self.keys_repeat = keys_repeat
         self._states: dict[str, Tensor] = {}
         self.start = self.values()
         self._reference_values = self.start
@@ -50,30 +70,51 @@ class MaskPolicy:
 
     def prepare(self, images: list[np.ndarray]) -> Sa2VAInputs:
         """Model inputs for a batch, on the model's device."""
+        if not self.keys_repeat:
+            self._states.clear()
+            self._reference.clear()
         return self.processor(images, self.prompt).to(self.model.device)
 
     def decode(self, inputs: Sa2VAInputs, keys: list[str]) -> DecodedMasks:
-        """Candidate masks of a batch; keys name the images, one each, and index the cache."""
-        features = self.model.encode_image(inputs.sam_pixels)
-        return self.model.decode(features, self.seg_prompts(inputs, keys))
+        """Candidate masks of a batch; keys name the images, one each."""
+        return self.model.decode(self.features(inputs, keys), self.seg_prompts(inputs, keys))
+
+    def features(self, inputs: Sa2VAInputs, keys: list[str]) -> ImageFeatures:
+        """SAM2's features of a batch; kept ones where the image encoder is frozen."""
+        if not self.encoder_is_frozen:
+            return self.model.encode_image(inputs.sam_pixels)
+        with torch.no_grad():
+            images = [self._frozen_features(pixels[None], key)
+                      for pixels, key in zip(inputs.sam_pixels, keys, strict=True)]  # fmt: skip
+        return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
+
+    def _frozen_features(self, pixels: Tensor, key: str) -> ImageFeatures:
+        if self.store is None or not self.keys_repeat:
+            return self.model.encode_image(pixels)
+        kept = self.store.fetch(key, pixels, lambda: self.model.encode_image(pixels))
+        return ImageFeatures(*(level.to(pixels.device) for level in kept))
 
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
-        """(B, P, C) prompt tokens, from cached [SEG] states where the language model is frozen."""
+        """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
             return self.model.seg_prompts(inputs)
-        if any(key not in self._states for key in keys):
-            with torch.no_grad():
-                states = self.model.seg_states(inputs)
-            self._states.update(zip(keys, states.cpu().unbind(0), strict=True))
-        states = torch.stack([self._states[key] for key in keys]).to(self.model.device)
-        return self.model.text_hidden_fcs(states.to(next(self.model.text_hidden_fcs.parameters()).dtype))
+        states = self.seg_states(inputs, keys).to(next(self.model.text_hidden_fcs.parameters()).dtype)
+        return self.model.text_hidden_fcs(states)
+
+    def seg_states(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
+        """(B, P, hidden): the frozen language model's state at [SEG], kept for each key."""
+        with torch.no_grad():
+            for index, key in enumerate(keys):
+                if key not in self._states:
+                    self._states[key] = self.model.seg_states(inputs.image(index)).cpu()
+        return torch.cat([self._states[key] for key in keys]).to(self.model.device)
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
         return upsample(decoded.select(choice), inputs.sizes, self.model.config.sam2.image_size)
 
     def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
-        """Native-size logits of the reference policy; its low-resolution masks are computed once per image.
+        """Native-size logits of the reference policy; its low-resolution masks are kept for each image.
 
         The candidates are those that the current policy chose, so that a changed choice is no divergence.
         """
