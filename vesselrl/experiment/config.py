@@ -114,6 +114,8 @@ class TrainConfig:
     gpu: int = 0
     # Threads that score masks.
     num_workers: int = 4
+    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept; 0: memory only.
+    cache_gb: float = 20.0
     # Vision tower and language model in bfloat16; SAM2 stays in float32.
     use_bf16: bool = False
     use_wandb: bool = False
@@ -145,7 +147,14 @@ class TrainConfig:
         for name in ("clip", "temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give a value above 0.")
-        for name in ("kl_coef", "entropy_coef", "correlation_px", "structure_weight", "weight_decay"):
+        for name in (
+            "kl_coef",
+            "entropy_coef",
+            "correlation_px",
+            "structure_weight",
+            "weight_decay",
+            "cache_gb",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
         if self.learning_rate is not None and not self.learning_rate >= 0:

@@ -18,6 +18,7 @@ from vesselrl.models.loading import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.scoring.rewards import Reward
+from vesselrl.training.feature_store import GIB, FeatureStore, weights_hash
 from vesselrl.training.policy import MaskPolicy
 
 logger = logging.getLogger(__name__)
@@ -132,4 +133,19 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
             alpha=config.lora_alpha or preset.alpha,
             dropout=preset.dropout if config.lora_dropout is None else config.lora_dropout,
         )
-    return MaskPolicy(peft_model, processor, config.prompt)
+    policy = MaskPolicy(peft_model, processor, config.prompt)
+    policy.store = feature_store(config, policy)
+    return policy
+
+
+def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | None:
+    """Keeps the features of a frozen image encoder; None, with the reason logged, where they change."""
+    if not policy.encoder_is_frozen:
+        logger.info("image features are not kept: the image encoder is trained")
+        return None
+    if config.cache_gb == 0:
+        return FeatureStore()
+    encoder_hash = weights_hash(policy.model.sam.vision_encoder)
+    folder = Path(config.output_dir) / "cache" / "features"
+    logger.info("image features are kept in memory and, up to %g GB, in %s", config.cache_gb, folder)
+    return FeatureStore(folder, encoder_hash, disk_bytes=round(config.cache_gb * GIB))
