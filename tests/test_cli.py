@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vesselrl import cli
+from vesselrl import cli, options
 from vesselrl.cli import VERBS, main, take_preset
+from vesselrl.evaluation.held_out import HeldOutResult
 from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
 
 # Runs the command line as `python -m vesselrl` does, then says whether torch was imported.
@@ -40,14 +41,25 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list:
 # ---- Help and usage
 
 
-@pytest.mark.parametrize("verb", VERBS)
+PARTS = {
+    "train": TrainConfig,
+    "data check": options.DataCheck,
+    "data show": options.DataShow,
+    "data draw": options.DataDraw,
+    "bench scoring": options.BenchScoring,
+} | {verb: getattr(options, verb.capitalize()) for verb in VERBS if verb not in ("train", "data", "bench")}
+
+
+@pytest.mark.parametrize("verb", PARTS)
 def test_every_verb_answers_help(verb: str, capsys: pytest.CaptureFixture) -> None:
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert f"usage: vesselrl {verb}" in out
-    settings = TrainConfig if verb == "train" else getattr(cli, verb.capitalize())
-    assert [field.name for field in fields(settings) if f"--{field.name}" not in out] == []
+    settings = PARTS[verb]
+    positional = {"data_root"} if verb in ("data check", "data show") else set()
+    named = [field.name for field in fields(settings) if field.name not in positional]
+    assert [name for name in named if f"--{name}" not in out] == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "--help"]])
@@ -159,15 +171,16 @@ def test_the_options_of_the_prototype_are_known(trained: list) -> None:
 def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
 
-    def evaluate_plan(plan: object, progress: object) -> tuple:
+    def evaluate(plan: object, progress: object) -> HeldOutResult:
         plans.append(plan)
-        result = SimpleNamespace(
+        evaluation = SimpleNamespace(
             summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1},
+            metrics=(),
             too_many_failed=plan.side == "val",
         )
-        return result, Path("x.json")
+        return HeldOutResult(evaluation, Path("x.json"))
 
-    monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_plan", evaluate_plan)
+    monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_held_out", evaluate)
     assert main(["evaluate", option, "m", "--lora_weights", "a", "b", "--threshold", "0.3"]) == 0
     assert [(p.base_model, p.lora_weights, p.threshold, p.side) for p in plans] == [
         ("m", "a", 0.3, "test"),
@@ -175,6 +188,15 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: p
     ]
     assert main(["evaluate", "--split", "val"]) == 1  # too many failed predictions are no success
     assert plans[-1].lora_weights is None
+
+
+@pytest.mark.parametrize("verb", ["data", "bench"])
+def test_a_verb_of_several_parts_lists_them(verb: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([verb, "--help"]) == 0
+    assert f"usage: vesselrl {verb} PART" in capsys.readouterr().out
+    for words in ([verb], [verb, "nothing"]):
+        assert main(words) == 2
+        assert f"usage: vesselrl {verb} PART" in capsys.readouterr().err
 
 
 def test_compare_without_runs_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -201,9 +223,9 @@ def test_compare_lists_a_finished_run(
 def test_data_draws_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = "--num_patients 1 --num_sequences 1 --num_frames 1 --size 64 --layout masks".split()
     root = tmp_path / "drawn"
-    assert main(["data", "--root", str(root), *words]) == 0
+    assert main(["data", "draw", "--root", str(root), *words]) == 0
     assert len(list((root / "images").iterdir())) == len(list((root / "masks").iterdir())) == 1
-    assert main(["data", "--root", str(root), *words, "--seed", "5"]) == 1
+    assert main(["data", "draw", "--root", str(root), *words, "--seed", "5"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert str(root) in line
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vesselrl"
 
 MAY_IMPORT = {
     "cli": "options benchmarks training evaluation inference data models scoring experiment doctor",
-    "benchmarks": "training evaluation inference data models scoring experiment",
+    "benchmarks": "data scoring",
     "training": "evaluation inference data models scoring experiment",
     "evaluation": "inference data models scoring experiment",
     "inference": "data models scoring",
@@ -33,8 +33,17 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     "scoring",
     "experiment",
+    "evaluation.calibration",
     "evaluation.compare",
+    "evaluation.decision",
+    "evaluation.finished_runs",
+    "evaluation.report",
+    "evaluation.results",
+    "evaluation.run_report",
+    "evaluation.statistics",
+    "evaluation.thresholds",
     "cli",
+    "options",
     "doctor",
     "launch",
     "__main__",

@@ -5,6 +5,7 @@ needs it, so that `--help` is instant.
 """
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -19,9 +20,21 @@ from rich.table import Table
 
 from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
 from vesselrl.experiment.runs import RunError
-from vesselrl.options import Compare, Data, Doctor, Evaluate, Merge, Predict, Pretrain
+from vesselrl.options import (
+    BenchScoring,
+    Compare,
+    DataCheck,
+    DataDraw,
+    DataShow,
+    Doctor,
+    Evaluate,
+    Merge,
+    Predict,
+    Pretrain,
+)
 
 if TYPE_CHECKING:
+    from vesselrl.evaluation.held_out import HeldOutResult
     from vesselrl.training.train import TrainResult
 
 T = TypeVar("T")
@@ -52,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("VESSELRL_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if verb == "compare" else 1
+        return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
 
 
 def usage() -> str:
@@ -78,31 +91,16 @@ def run_train(rest: list[str]) -> int:
 def run_evaluate(rest: list[str]) -> int:
     """Score models on held-out patients."""
     args = parse(Evaluate, rest, "evaluate")
-    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan
+    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
 
     failed = False
     for weights in args.lora_weights or (None,):
         shared = {k: v for k, v in vars(args).items() if k not in ("lora_weights", "split")}
         plan = EvaluationPlan(lora_weights=weights, side=args.split, **shared)
         with bar("evaluating") as progress:
-            result, path = evaluate_plan(plan, progress)
-        table = Table(
-            "metric",
-            "patient mean",
-            "95 % interval",
-            "image mean",
-            title=f"{weights or 'untouched base'}, {args.split}",
-        )
-        for name, value in result.summary["metrics"].items():
-            interval = f"{value['low']:.4f} to {value['high']:.4f}"
-            table.add_row(name, f"{value['patient_mean']:.4f}", interval, f"{value['image_mean']:.4f}")
-        console.print(table)
-        summary = result.summary
-        console.print(
-            f"{summary['n_images']} images of {summary['n_patients']} patients, "
-            f"{summary['n_failed']} failed; {path}"
-        )
-        failed |= result.too_many_failed
+            result = evaluate_held_out(plan, progress)
+        print_evaluation(f"{weights or 'untouched base'}, {args.split}", args.threshold, result)
+        failed |= result.evaluation.too_many_failed
     return int(failed)
 
 
@@ -141,20 +139,50 @@ def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(Compare, rest, "compare")
     from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
-    from vesselrl.evaluation.report import markdown, write_comparison
+    from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)
     runs, skipped = load_runs(find_runs(root))
     comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
     print(markdown(comparison))
-    paths = write_comparison(root / "comparison", comparison)
+    paths = write_comparison_report(root / "comparison", comparison)
     print(f"Written: {', '.join(map(str, paths))}")
     return 0
 
 
 def run_data(rest: list[str]) -> int:
+    """Check a data set, show it, or draw a synthetic one: data check, data show, data draw."""
+    return run_part("data", {"check": check_data_set, "show": show_data_set, "draw": draw_data_set}, rest)
+
+
+def check_data_set(rest: list[str]) -> int:
+    """Look at every record, image and mask."""
+    args = parse(DataCheck, rest, "data check")
+    from vesselrl.data.check import check_data
+    from vesselrl.data.repair import repair_data
+
+    names = (args.patient_pattern, Path(args.patient_aliases) if args.patient_aliases else None)
+    if args.fix:
+        report = repair_data(Path(args.data_root), Path(args.fix))
+    else:
+        report = check_data(Path(args.data_root), *names)
+    print(json.dumps(report.to_json(), indent=1) if args.json else report.to_text())
+    return report.exit_code
+
+
+def show_data_set(rest: list[str]) -> int:
+    """Write a contact sheet."""
+    args = parse(DataShow, rest, "data show")
+    from vesselrl.data.contact_sheet import write_contact_sheet
+
+    path = write_contact_sheet(**vars(args))
+    console.print(f"Written: {path}")
+    return 0
+
+
+def draw_data_set(rest: list[str]) -> int:
     """Draw a synthetic data set."""
-    args = parse(Data, rest, "data")
+    args = parse(DataDraw, rest, "data draw")
     from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset
 
     domain = {"source": SOURCE, "target": TARGET}[args.domain]
@@ -162,6 +190,21 @@ def run_data(rest: list[str]) -> int:
                          args.size, args.seed, args.layout)  # fmt: skip
     console.print(f"{args.num_patients * args.num_sequences * args.num_frames} images in {root}")
     return 0
+
+
+def run_bench(rest: list[str]) -> int:
+    """Measure speed or learning: bench scoring."""
+    return run_part("bench", {"scoring": bench_scoring}, rest)
+
+
+def bench_scoring(rest: list[str]) -> int:
+    """Time the scoring engine against a naive one."""
+    args = parse(BenchScoring, rest, "bench scoring")
+    from vesselrl.benchmarks.scoring import benchmark_scoring, format_scoring
+
+    result = benchmark_scoring(size=args.size, num_rounds=args.num_rounds)
+    print(json.dumps(result, indent=1) if args.json else format_scoring(result))
+    return int(not result["passed"])
 
 
 def run_doctor(rest: list[str]) -> int:
@@ -194,8 +237,21 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": run_predict,
     "merge": run_merge,
     "compare": run_compare,
+    "bench": run_bench,
     "pretrain": run_pretrain,
 }
+
+
+def run_part(verb: str, parts: dict[str, Callable[[list[str]], int]], arguments: list[str]) -> int:
+    """Runs the part of a verb that the first argument names; without a known one it lists them and fails."""
+    name = arguments[0] if arguments else ""
+    if name in parts:
+        return parts[name](arguments[1:])
+    asked = name in ("-h", "--help")
+    lines = [f"  {part:9} {run.__doc__.splitlines()[0]}" for part, run in parts.items()]
+    text = f"usage: vesselrl {verb} PART [options]\n\n" + "\n".join(lines)
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
@@ -223,6 +279,27 @@ def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
             raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
         return value, arguments[:index] + arguments[index + used :]
     return None, arguments
+
+
+def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> None:
+    """Patient means with intervals at the given and at the tuned threshold, and of a second observer."""
+    columns = {f"threshold {threshold:g}": (result.evaluation, result.path)}
+    if result.tuned:
+        name = f"threshold {result.curve.best.threshold:g}, tuned on validation"
+        columns[name] = (result.tuned, result.tuned_path)
+    if result.human:
+        columns["human agreement"] = (result.human, result.human_path)
+    table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")
+    for metric in result.evaluation.metrics:
+        scores = [evaluation.summary["metrics"].get(metric) for evaluation, _ in columns.values()]
+        texts = (f"{s['patient_mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" if s else "" for s in scores)
+        table.add_row(metric, *texts)
+    console.print(table)
+    summary = result.evaluation.summary
+    console.print(
+        f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
+        f"{', '.join(str(path) for _, path in columns.values())}"
+    )
 
 
 def print_result(result: "TrainResult") -> None:

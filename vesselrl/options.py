@@ -32,6 +32,12 @@ class Evaluate:
     patient_pattern: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
+    # On the test side, also score at the threshold that is best on the validation patients.
+    tune: bool = True
+    # Mean of the probabilities over the image and its three mirror images; results in files of their own.
+    flips: bool = False
+    # Folder with a second observer's masks of the same images: the row "human agreement".
+    second_masks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Compare:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataDraw:
     """Draw a synthetic data set in the layouts that training reads."""
 
     # New folder.
@@ -91,6 +97,47 @@ class Data:
     size: int = 256
     seed: int = 0
     layout: Literal["annotations", "nested", "masks"] = "annotations"
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Look at every record, image and mask of a data set; exit code 2 if something must be repaired."""
+
+    data_root: tyro.conf.Positional[str]
+    # Print the findings as JSON.
+    json: bool = False
+    # New folder for a repaired copy; the data set itself is never changed.
+    fix: str | None = None
+    patient_pattern: str | None = None
+    # CSV file with the columns file_name,patient.
+    patient_aliases: str | None = None
+
+
+@dataclass(frozen=True)
+class DataShow:
+    """Write a contact sheet: images with the outline of their masks, as training sees them."""
+
+    # none: the built-in synthetic angiograms.
+    data_root: tyro.conf.Positional[str | None] = None
+    output: str = "output/contact_sheet.png"
+    num_images: int = 12
+    augment: Literal["none", "light", "strong"] = "none"
+    seed: int = 42
+    patient_pattern: str | None = None
+    # CSV file with the columns file_name,patient.
+    patient_aliases: str | None = None
+
+
+@dataclass(frozen=True)
+class BenchScoring:
+    """Time the scoring engine against a naive one, in one process."""
+
+    # Side of the masks in px.
+    size: int = 512
+    # Rounds that the median is taken over.
+    num_rounds: int = 5
+    # Print the figures as JSON.
+    json: bool = False
 
 
 @dataclass(frozen=True)

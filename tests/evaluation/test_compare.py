@@ -1,10 +1,13 @@
 import csv
 import logging
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from vesselrl.cli import main
 from vesselrl.evaluation.compare import CompareError, Run, compare_runs, find_runs, load_runs
 from vesselrl.evaluation.report import markdown, write_comparison
 from vesselrl.evaluation.results import write_evaluation
@@ -96,6 +99,86 @@ def test_runs_the_data_cannot_tell_apart_are_said_to_be(made):
     )
     assert clear.deploy == "a"
     assert "cannot tell" not in clear.reason
+
+
+def test_p_values_are_adjusted_for_the_number_of_runs(made):
+    # Proven alone, not when it is one of four tries.
+    lone = [base + gain for base, gain in zip(BASE, [0.05, 0.06, 0.01, 0.012, 0.06], strict=True)]
+    alone = compare_runs([Run("a", made(lone), made(BASE))])
+    assert alone.deploy == "a"
+    p = alone.gains["a"][0]["p"]
+    assert alone.lines[0]["dice_gain_p_adjusted"] == p < 0.05
+    others = [Run(name, made(LUCKY), made(BASE)) for name in "bcd"]
+    many = compare_runs([Run("a", made(lone), made(BASE)), *others])
+    line = next(line for line in many.lines if line["run"] == "a")
+    assert line["dice_gain_p_adjusted"] == pytest.approx(4 * p)
+    assert line["dice_gain_low"] == alone.lines[0]["dice_gain_low"] > 0  # the interval is not adjusted
+    assert line["dice_gain_verdict"] == ""
+    assert many.deploy is None
+    assert "adjusted p = " in many.reason
+
+
+def test_no_effect_anywhere_is_rarely_called_one(made):
+    """Three runs that change nothing, 200 times: a run is deployed in at most 6 % of them."""
+    generator = np.random.default_rng(8)
+    deployed = 0
+    for _ in range(200):
+        base = generator.beta(16, 4, 12)
+        runs = [Run(name, made(base + generator.normal(0, 0.03, 12)), made(base)) for name in "abc"]
+        deployed += compare_runs(runs, metrics=("dice",)).deploy is not None
+    assert deployed <= 12
+
+
+def test_ranks_have_ranges(made):
+    near = [dice + change for dice, change in zip(GOOD, [0.01, -0.02, 0.02, -0.01, 0.01], strict=True)]
+    low = [dice - 0.3 for dice in GOOD]
+    result = compare_runs([Run("low", made(low)), Run("near", made(near)), Run("good", made(GOOD))])
+    assert [line["run"] for line in result.lines] == ["near", "good", "low"]
+    assert [(line["rank_low"], line["rank_high"]) for line in result.lines] == [(1, 2), (1, 2), (3, 3)]
+    upward = compare_runs(
+        [Run("few", made(GOOD, beta0_error=[1, 2, 1, 2, 1])), Run("many", made(GOOD, beta0_error=[9] * 5))],
+        rank_by="beta0_error",
+    )
+    assert [(line["run"], line["rank_high"]) for line in upward.lines] == [("few", 1), ("many", 2)]
+
+
+def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path, caplog):
+    human = made([0.99] * 5, reward=[9] * 5, reward_spec={"class": "B"})
+    write_run(tmp_path, "a", made(GOOD, reward=GOOD, reward_spec={"class": "A"}))
+    write_evaluation(tmp_path / "a" / "evaluation", "test_human_agreement", human)
+    runs, _ = load_runs(find_runs(tmp_path))
+    result = compare_runs(runs)
+    assert [(line["rank"], line["run"]) for line in result.lines] == [(1, "a"), ("", "human agreement")]
+    assert result.lines[1]["dice"] == pytest.approx(0.99)
+    assert math.isnan(result.lines[1]["reward"])  # another reward
+    assert result.lines[1]["dice_gain"] is None
+    assert result.deploy is None
+    write_comparison(tmp_path, result)
+    assert "human agreement" in (tmp_path / "comparison.md").read_text()
+    other = Run("a", made(GOOD), human=made([0.99] * 5, truth="redrawn"))
+    assert [line["run"] for line in compare_runs([other]).lines] == ["a"]
+    assert "its human agreement is left out, the true masks of 5 images differ" in caplog.text
+
+
+def test_three_seeds_give_a_table_and_a_choice_and_mixed_lists_exit_2(made, tmp_path, capsys):
+    for seed, gain in ((1, 0.0), (2, 0.01), (3, -0.02)):
+        dice = [value + gain + 0.001 * seed * k for k, value in enumerate(GOOD)]
+        write_run(tmp_path, f"seed_{seed}", made(dice), made(BASE))
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "Deploy seed_2, because its dice is 0.06" in text
+    with (tmp_path / "comparison" / "comparison.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["rank"], row["run"]) for row in table] == [("1", "seed_2"), ("2", "seed_1"), ("3", "seed_3")]
+    assert all(float(row["dice_low"]) < float(row["dice"]) < float(row["dice_high"]) for row in table)
+    assert all(float(row["dice_gain_p_adjusted"]) < 0.05 for row in table)
+
+    write_run(tmp_path, "seed_4", made([*GOOD, 0.7], ["P001", "P002", "P003", "P004", "P006", "P007"]))
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "seed_4 against seed_1: the images differ" in message
+    assert "1 only in seed_1 (P005_S1_F0004)" in message
+    assert "2 only in seed_4 (P006_S1_F0004, P007_S1_F0005)" in message
 
 
 def test_losses_of_the_winner_are_named(made):

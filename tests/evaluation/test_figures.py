@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.evaluation.figures import plot_curves, plot_panels, read_metrics
+from vesselrl.evaluation.figures import curves_figure, plot_curves, plot_panels, read_metrics
 from vesselrl.scoring.overlay import overlay
 
 
@@ -79,6 +79,43 @@ def test_curves_draw_every_panel_that_has_data(tmp_path):
         assert four.height == 2 * one.height
         assert np.asarray(four.convert("L")).std() > 5
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["b.png"]
+
+
+def test_the_loss_is_drawn_for_supervised_runs_only(tmp_path):
+    entries = [{"step": step, "train/loss": 0.5, "train/grad_norm": 1.0} for step in range(3)]
+    supervised = curves_figure(write_lines(tmp_path / "a.jsonl", entries))
+    rewarded = [entry | {"train/reward": 1.0} for entry in entries]
+    rl = curves_figure(write_lines(tmp_path / "b.jsonl", rewarded))
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in (supervised, rl)]
+    assert titles == [["Loss", "Gradient norm"], ["Reward", "Gradient norm"]]
+
+
+def test_a_long_run_is_drawn_with_few_points_and_its_true_mean(tmp_path):
+    entries = [{"step": step, "train/reward": float(step % 2)} for step in range(5000)]
+    (axes,) = curves_figure(write_lines(tmp_path / "a.jsonl", entries)).axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [1000, 1000]
+    assert axes.lines[1].get_ydata() == pytest.approx(0.5, abs=0.01)
+    assert axes.lines[1].get_xdata()[-1] == 4995
+
+
+def test_panels_mark_breaks_and_false_pieces(tmp_path):
+    image = np.full((60, 60, 3), 90, np.uint8)
+    truth = np.zeros((60, 60), bool)
+    truth[29:32, 5:55] = True
+    broken = truth.copy()
+    broken[:, 28:33] = False
+    broken[10, 10] = True
+    shares = []
+    for after in (truth, broken):
+        path = plot_panels([("P001_S1_F0001", image, truth, truth, after)], tmp_path / "panels.png")
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)[: int(picture.height * 0.85)]
+        # yellow: a break; light blue: a false piece, paler than the invented pixel in it
+        yellow = (pixels[..., 0] > 200) & (pixels[..., 1] > 190) & (pixels[..., 2] < 120)
+        pale_blue = (pixels[..., 2] > 180) & (pixels[..., 2] - pixels[..., 0] > 60) & (pixels[..., 1] > 145)
+        shares.append((yellow.sum(), pale_blue.sum()))
+    assert shares[0] == (0, 0)
+    assert min(shares[1]) > 5
 
 
 def test_panels_show_the_error_colours(tmp_path):

@@ -13,7 +13,8 @@ from vesselrl.cli import main
 from vesselrl.data.annotations import DataError, find_samples
 from vesselrl.data.splits import split_by_patient, write_split
 from vesselrl.evaluation.evaluate import Evaluation, read_evaluation
-from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_plan
+from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
+from vesselrl.evaluation.results import csv_text
 from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.runs import RunError
 from vesselrl.models.config import CheckpointError
@@ -43,21 +44,23 @@ def change_settings(run: Path, change: Callable[[dict], object]) -> None:
 def test_the_test_side_gives_the_numbers_of_the_training(run: Path) -> None:
     before = read_evaluation(run / "test_before.json")
     after = read_evaluation(run / "test_after.json")
-    assert after.rows != before.rows  # else an adapter that is not loaded would pass
-    result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+    assert csv_text(after.rows) != csv_text(before.rows)  # else an adapter that is not loaded would pass
+    done = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    result, path = done.evaluation, done.path
     assert path == run / "evaluation" / "test_best_lora.json"
-    assert result.rows == after.rows
-    assert read_evaluation(path).rows == after.rows
+    assert csv_text(result.rows) == csv_text(after.rows)
+    assert csv_text(read_evaluation(path).rows) == csv_text(after.rows)
     assert path.with_suffix(".csv").exists()
-    from_adapter, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run / "best_lora")))
-    assert from_adapter.rows == after.rows
+    from_adapter = evaluate_held_out(EvaluationPlan(lora_weights=str(run / "best_lora"))).evaluation
+    assert csv_text(from_adapter.rows) == csv_text(after.rows)
 
 
 def test_the_validation_side_gives_the_numbers_of_the_last_validation(run: Path) -> None:
-    result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run / "final_lora"), side="val"))
+    done = evaluate_held_out(EvaluationPlan(lora_weights=str(run / "final_lora"), side="val"))
+    result, path = done.evaluation, done.path
     assert path.name == "val_final_lora.json"
-    expected = {row["key"]: row for row in read_evaluation(run / "val_latest.json").rows}
-    assert {row["key"]: row for row in result.rows} == expected
+    expected = read_evaluation(run / "val_latest.json").rows
+    assert sorted(map(str, result.rows)) == sorted(map(str, expected))
 
 
 @pytest.mark.parametrize("side", ["train", "val", "test"])
@@ -67,12 +70,12 @@ def test_each_side_is_the_one_of_the_run_even_for_another_seed(
     other = split_by_patient(find_samples(angiograms), seed=7)
     assert {sample.key for sample in other.test} != split_keys(run, "test")  # seed 42
     write_split(run / "data_split.json", other)
-    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), side=side))
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side=side)).evaluation
     assert keys(result) == {sample.key for sample in getattr(other, side)}
 
 
 def test_all_sides_together(run: Path) -> None:
-    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), side="all"))
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side="all")).evaluation
     assert len(result.rows) == 20
     assert keys(result) == split_keys(run, "train") | split_keys(run, "val") | split_keys(run, "test")
 
@@ -81,24 +84,27 @@ def test_the_base_alone_gives_the_numbers_before_training(
     run: Path, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = EvaluationPlan(str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(tmp_path / "base"))
-    result, path = evaluate_plan(plan)
+    done = evaluate_held_out(plan)
+    result, path = done.evaluation, done.path
     assert path == tmp_path / "base" / "test_base.json"
-    assert result.rows == read_evaluation(run / "test_before.json").rows  # the same seed, 42
+    assert csv_text(result.rows) == csv_text(
+        read_evaluation(run / "test_before.json").rows
+    )  # the same seed, 42
     assert "splitting by patient anew (seed 42)" in caplog.text
 
 
 def test_the_threshold_moves_the_masks(run: Path) -> None:
     foreground = {}
     for threshold in (0.02, 0.5, 0.98):
-        result, path = evaluate_plan(EvaluationPlan(lora_weights=str(run), threshold=threshold))
-        foreground[threshold] = sum(row["foreground"] for row in result.rows)
-        assert json.loads(path.read_text())["extra"]["threshold"] == threshold
+        done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), threshold=threshold))
+        foreground[threshold] = sum(row["foreground"] for row in done.evaluation.rows)
+        assert json.loads(done.path.read_text())["extra"]["threshold"] == threshold
     assert foreground[0.02] > foreground[0.5] > foreground[0.98]
 
 
 def test_the_reward_is_the_one_of_the_run(run: Path) -> None:
     change_settings(run, lambda args: args.update(reward_type="simple_dice"))
-    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).evaluation
     assert [row["reward"] for row in result.rows] == pytest.approx([10 * row["dice"] for row in result.rows])
 
 
@@ -107,7 +113,8 @@ def test_other_data_is_split_anew(run: Path, angiograms: Path, tmp_path: Path) -
     for folder in ("images", "masks"):
         for file in sorted((tmp_path / "other" / folder).iterdir())[:8]:
             file.unlink()
-    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(run), data_root=str(other), side="all"))
+    plan = EvaluationPlan(lora_weights=str(run), data_root=str(other), side="all")
+    result = evaluate_held_out(plan).evaluation
     assert len(result.rows) == 12
 
 
@@ -121,9 +128,12 @@ def test_results_of_several_runs_in_one_folder_do_not_replace_each_other(
             plan = EvaluationPlan(
                 lora_weights=str(tmp_path / name / weights), output_dir=str(tmp_path / "both")
             )
-            paths.append(evaluate_plan(plan)[1])
+            paths.append(evaluate_held_out(plan).path)
     assert len(set(paths)) == 4
-    assert len(list((tmp_path / "both").glob("*.json"))) == 4
+    written = {path.name for path in (tmp_path / "both").glob("*.json")}
+    kinds = ("best_lora", "best_lora_tuned", "best_lora_thresholds")
+    kinds += ("final_lora", "final_lora_tuned", "final_lora_thresholds")
+    assert written == {f"{run}_test_{kind}.json" for run in ("first", "second") for kind in kinds}
 
 
 def test_a_debug_run_can_be_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +142,8 @@ def test_a_debug_run_can_be_evaluated_again(tmp_path: Path, monkeypatch: pytest.
     folder = train(get_preset("debug", output_dir=str(tmp_path / "output"), seed=5), ["vesselrl"]).folder
     files = sorted((tmp_path / "output").iterdir())
     monkeypatch.chdir(tmp_path)
-    result, _ = evaluate_plan(EvaluationPlan(lora_weights=str(folder)))
-    assert result.rows == read_evaluation(folder / "test_after.json").rows
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(folder))).evaluation
+    assert csv_text(result.rows) == csv_text(read_evaluation(folder / "test_after.json").rows)
     assert sorted((tmp_path / "output").iterdir()) == files
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
@@ -143,13 +153,13 @@ def test_a_debug_run_can_be_evaluated_again(tmp_path: Path, monkeypatch: pytest.
 
 def test_an_unknown_side_names_the_choices(run: Path) -> None:
     with pytest.raises(DataError, match="--split held-out is unknown; choose one of test, val, train, all"):
-        evaluate_plan(EvaluationPlan(lora_weights=str(run), side="held-out"))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run), side="held-out"))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, 50])
 def test_a_threshold_that_is_no_probability(run: Path, threshold: float) -> None:
     with pytest.raises(ValueError, match="give a probability between 0 and 1"):
-        evaluate_plan(EvaluationPlan(lora_weights=str(run), threshold=threshold))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run), threshold=threshold))
     assert not (run / "evaluation").exists()
 
 
@@ -158,7 +168,7 @@ def test_a_missing_adapter_is_found_before_data_are_drawn(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "nowhere"))):
-        evaluate_plan(EvaluationPlan(lora_weights=str(tmp_path / "nowhere")))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(tmp_path / "nowhere")))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,16 +176,16 @@ def test_a_place_that_cannot_be_written_is_found_before_scoring(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run / "evaluation").write_text("a file")
-    monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate", None)
+    monkeypatch.setattr("vesselrl.evaluation.held_out.predict_once", None)
     with pytest.raises(RunError, match="evaluation is a file"):
-        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_damaged_settings_of_the_run(run: Path, content: str) -> None:
     (run / "config.json").write_text(content)
     with pytest.raises(DataError, match=r"config\.json is damaged"):
-        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
 
 
 def test_the_split_belongs_to_other_data(run: Path, angiograms: Path, tmp_path: Path) -> None:
@@ -186,7 +196,7 @@ def test_the_split_belongs_to_other_data(run: Path, angiograms: Path, tmp_path: 
         file.rename(file.with_name(file.name.replace("0A1B2C3D", "0A1B2C3E")))
     change_settings(run, lambda args: args.update(data_root=str(other)))
     with pytest.raises(DataError, match=r"data_split\.json"):
-        evaluate_plan(EvaluationPlan(lora_weights=str(run)))
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
 
 
 def test_the_verb_prints_no_person(

@@ -6,10 +6,11 @@ from scipy import stats
 
 from vesselrl.evaluation.statistics import (
     bootstrap_interval,
+    holm,
     paired_difference,
     patient_means,
+    rank_intervals,
     small_sample_stretch,
-    student_quantile,
 )
 
 
@@ -45,10 +46,14 @@ def test_infinite_values_and_unequal_lengths_are_refused():
         bootstrap_interval([0.1] * 3, ["P001", "P002", "P003"], n=5)
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
-def test_student_quantile_agrees_with_scipy(level):
-    ours = [student_quantile(level, degrees) for degrees in range(1, 80)]
-    assert ours == pytest.approx(stats.t.ppf((1 + level) / 2, np.arange(1, 80)), rel=1e-9)
+# Two-sided t and normal quantiles of printed tables.
+@pytest.mark.parametrize(
+    ("patients", "level", "student", "normal"),
+    [(3, 0.95, 4.3027, 1.9600), (11, 0.95, 2.2281, 1.9600), (21, 0.99, 2.8453, 2.5758)],
+)
+def test_stretch_is_that_of_printed_tables(patients, level, student, normal):
+    expected = student / normal * math.sqrt(patients / (patients - 1))
+    assert small_sample_stretch(patients, level) == pytest.approx(expected, rel=1e-4)
 
 
 def test_interval_is_scipys_percentile_bootstrap_stretched():
@@ -92,6 +97,77 @@ def test_coverage_is_near_nominal(num_patients):
         interval = bootstrap_interval(values, [f"P{i:03d}" for i in patients], n=400, seed=study)
         hits += interval.low <= 0.02 <= interval.high
     assert 930 <= hits <= 970
+
+
+def two_runs(generator, num_patients, effect):
+    """Dice of a run before and after: patients differ by much, the change of each by 0.03, 1 to 6 frames."""
+    patients = np.repeat(np.arange(num_patients), generator.integers(1, 7, num_patients))
+    before = generator.beta(16, 4, num_patients)[patients] + generator.normal(0, 0.02, len(patients))
+    change = generator.normal(effect, 0.03, num_patients)[patients] + generator.normal(0, 0.02, len(patients))
+    names = [f"P{number:03d}" for number in patients]
+    return rows(before, names), rows(before + change, names)
+
+
+@pytest.mark.parametrize("num_patients", [8, 20])
+def test_a_planted_zero_effect_is_significant_in_at_most_6_percent(num_patients):
+    generator = np.random.default_rng(11)
+    found = [paired_difference(*two_runs(generator, num_patients, 0.0), "dice", seed=k) for k in range(500)]
+    assert sum(difference.clear for difference in found) <= 30
+    assert sum(difference.clear for difference in found) >= 10  # a test that never speaks would pass as well
+    # The p values of no effect are spread evenly: a quarter of them in every quarter.
+    quarters = np.histogram([difference.p for difference in found], bins=4, range=(0, 1))[0]
+    assert all(90 <= quarter <= 160 for quarter in quarters)
+
+
+def test_a_planted_effect_is_found():
+    generator = np.random.default_rng(12)
+    found = [paired_difference(*two_runs(generator, 20, 0.03), "dice", seed=k).clear for k in range(100)]
+    assert sum(found) >= 90
+
+
+def test_p_value_is_the_interval_turned_round():
+    generator = np.random.default_rng(5)
+    for effect in (0.0, 0.01, 0.02, 0.03, 0.05):
+        before, after = two_runs(generator, 9, effect)
+        difference = paired_difference(before, after, "dice")
+        for level in (0.5, 0.8, 0.95, 0.99):
+            again = paired_difference(before, after, "dice", level=level)
+            assert again.p == difference.p
+            assert again.clear == (difference.p < 1 - level)
+        assert paired_difference(after, before, "dice").p == pytest.approx(difference.p, abs=0.03)
+
+
+def test_p_value_is_near_that_of_the_t_test_and_never_below_the_draws():
+    values = np.array([0.03, 0.05, -0.01, 0.02, 0.04, 0.06, 0.01, 0.00, 0.03, 0.02, 0.05, -0.02])
+    names = [f"P{number}" for number in range(12)]
+    difference = paired_difference(rows(np.zeros(12), names), rows(values, names), "dice", n=20000)
+    assert difference.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.003)
+    sure = paired_difference(rows(np.zeros(12), names), rows(values + 9, names), "dice")
+    assert sure.p == 1 / 2001
+    few = paired_difference(rows([0, 0], ["P1", "P2"]), rows([1, 2], ["P1", "P2"]), "dice")
+    assert math.isnan(few.p)
+
+
+def test_holm_by_hand():
+    # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and no value below the one before: .06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.04]) == [0.04]
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([math.nan, 0.02, 0.04]) == pytest.approx([math.nan, 0.04, 0.04], nan_ok=True)
+    assert holm([]) == []
+
+
+def test_rank_intervals_tell_what_the_patients_can_tell():
+    generator = np.random.default_rng(2)
+    patients = [f"P{number}" for number in range(10)]
+    base = generator.normal(0.7, 0.1, 10)
+    best, near, worst = base + 0.2, base + 0.2 + generator.normal(0, 0.02, 10), base - 0.2
+    assert rank_intervals([worst, best, near], patients) == [(3, 3), (1, 2), (1, 2)]
+    assert rank_intervals([base, base], patients) == [(1, 2), (1, 2)]  # equal runs share both ranks
+    assert rank_intervals([base[:2], base[:2] + 1], patients[:2]) == [(1, 2), (1, 2)]  # too few patients
+    undefined = worst.copy()
+    undefined[:8] = math.nan  # two patients remain
+    assert rank_intervals([undefined, best], patients) == [(1, 2), (1, 2)]
 
 
 @pytest.mark.slow

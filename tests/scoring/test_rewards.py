@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from vesselrl.evaluation.evaluate import describe_reward
 from vesselrl.scoring import rewards
+from vesselrl.scoring.metrics import cldice
 from vesselrl.scoring.rewards import (
     MultiObjectiveReward,
     RecallFocusedReward,
@@ -153,7 +155,7 @@ def test_without_the_guard_the_ordering_is_lost():
 
 
 def test_default_by_hand_for_a_broken_line():
-    """20 px, two of them lost in the middle: 2 pieces for 1, 4 ends for 2, no junction, length 18 for 20."""
+    """20 px, two lost in the middle: 2 pieces for 1, 4 ends for 2, length 18 for 20, clDice 2·1·0.9/1.9."""
     truth = np.zeros((9, 30), bool)
     truth[4, 5:25] = True
     pred = truth.copy()
@@ -162,16 +164,16 @@ def test_default_by_hand_for_a_broken_line():
     assert details["dice_term"] == pytest.approx(0.5 * 10 * 36 / 38)
     assert details["recall_term"] == pytest.approx(0.2 * 5 * 0.05)
     assert details["precision_term"] == 0
-    assert details["topology_term"] == pytest.approx(0.2 * 5 * (0.4 * 2 / 3 + 0.4 + 0.2 * 3 / 5))
-    assert details["length_term"] == pytest.approx(-0.1 * 5 * 0.1)
-    assert total == pytest.approx(4.736842 + 0.05 + 0.786667 - 0.05, abs=1e-5)
+    assert details["topology_term"] == pytest.approx(0.2 * 5 * (0.4 * 2 / 3 + 0.4 + 0.2 * 3 / 5) * 18 / 19)
+    assert details["length_term"] == pytest.approx(-0.1 * 5 * (1 - 18 / 19 * 0.9))
+    assert total == pytest.approx(4.736842 + 0.05 + 0.745263 - 0.073684, abs=1e-5)
 
 
 def test_default_guard_by_hand():
-    """Precision 1/2 is 0.35 below the target of 0.85."""
+    """Precision 1/2 is 0.35 below the target of 0.85; twice the true area counts 4/5."""
     pred, truth = np.array([[1, 1, 1, 1]], bool), np.array([[1, 1, 0, 0]], bool)
     details = MultiObjectiveReward(precision_weight=0.6)(pred, truth)[1]
-    assert details["precision_term"] == pytest.approx(-0.6 * 10 * 0.35)
+    assert details["precision_term"] == pytest.approx(-0.6 * 10 * 0.35 * 4 / 5)
     assert MultiObjectiveReward()(pred, pred)[1]["precision_term"] == 0
 
 
@@ -219,6 +221,25 @@ def test_extra_junctions_cost_as_much_as_missing_ones():
     assert extra < 0.65
 
 
+def test_structure_pays_in_proportion_to_cldice():
+    """Same counts and length as the truth, one of its two bars moved away: clDice 1/2 halves what it pays."""
+    truth, pred = np.zeros((2, 60, 60), bool)
+    truth[10, 5:45] = truth[30, 5:45] = True
+    pred[10, 5:45] = pred[50, 5:45] = True
+    assert cldice(pred, truth) == 0.5
+    terms = MultiObjectiveReward().structure_terms(pred, truth)
+    assert terms == {"topology": pytest.approx(0.5), "length": pytest.approx(-0.25)}
+
+
+def test_a_result_tells_the_version_of_its_reward():
+    described = describe_reward(MultiObjectiveReward())
+    assert (described["spec"], described["spec_version"]) == ("default", 2)
+    assert describe_reward(MultiObjectiveReward(spec="seed"))["spec_version"] == 1
+    assert {described["spec_version"]} == {get_reward_function(name).spec_version for name in REWARD_TYPES}
+    with pytest.raises(ValueError, match="unknown reward option: spec_version"):
+        get_reward_function(spec_version=1)
+
+
 # ---- the split into terms ----
 
 
@@ -252,7 +273,8 @@ def expected_overlap(pred, truth, weight):
     dice = 2 * len(p & t) / (len(p) + len(t))
     recall, precision = len(p & t) / len(t), len(p & t) / len(p) if p else 1
     recall_term = (recall - 0.85) * (5 if recall >= 0.85 else 20)
-    return 0.5 * 10 * dice + 0.2 * recall_term - weight * 10 * max(0, 0.85 - precision)
+    area_share = len(p) ** 2 / (len(p) ** 2 + len(t) ** 2)
+    return 0.5 * 10 * dice + 0.2 * recall_term - weight * 10 * area_share * max(0, 0.85 - precision)
 
 
 def test_arrays_of_counts_equal_flipping_every_pixel_by_hand():

@@ -5,61 +5,67 @@ once) and `test_before.json` (the same images before training). Runs are put in 
 list, true masks and metric specification are equal; otherwise `CompareError` names the runs and the images
 that differ.
 
-The rule for "deploy this one" (`choose`), on one metric, the one the table is ranked by:
-
-1. A run qualifies if at most 5 % of its predictions failed and its gain over the baseline, paired by image
-   and resampled by patient, has a 95 % interval wholly on the better side of zero.
-2. Of the runs that qualify, the one with the best patient mean is named.
-3. If no run qualifies, the answer is to keep the baseline.
-
-The sentence also names every metric of the table that got clearly worse, and a runner-up the data cannot tell
-from the winner. The intervals are per run; they are not yet corrected for looking at many runs.
+Every run is compared with the baseline by the paired differences of each patient; the p values are adjusted
+for the number of runs (Holm), and a verdict is given by the adjusted ones. The interval of a rank says which
+ranks the run has when the patients are drawn anew. Which run to deploy is decided in `decision.py`, by the
+rule stated there. Where a second observer marked the test images, the last line is "human agreement": it is
+no run, takes no rank and is not compared.
 """
 
-import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from vesselrl.evaluation.decision import adjust_for_runs, choose, gain_of
+from vesselrl.evaluation.finished_runs import CompareError, Run, check_comparable, find_runs, load_runs
 from vesselrl.evaluation.results import (
     LOWER_IS_BETTER,
-    MAX_FAILED_SHARE,
     NO_DIRECTION,
     Evaluation,
     before_after_table,
     csv_text,
-    read_evaluation,
     set_mismatch,
 )
+from vesselrl.evaluation.statistics import rank_intervals
+
+__all__ = [
+    "HUMAN",
+    "CompareError",
+    "Comparison",
+    "Run",
+    "check_comparable",
+    "choose",
+    "compare_runs",
+    "find_runs",
+    "gain_of",
+    "load_runs",
+]
 
 logger = logging.getLogger(__name__)
 
+HUMAN = "human agreement"
+
 DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 OWN_BASE = "the base before training"
-_GAIN_COLUMNS = {"gain": "difference", "gain_low": "low", "gain_high": "high", "gain_verdict": "verdict"}
-
-
-class CompareError(ValueError):
-    """The runs cannot be compared; the message says which and why. The command ends with exit code 2."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run: its name, its test scores after training and, if stored, before."""
-
-    name: str
-    after: Evaluation
-    before: Evaluation | None = None
+_GAIN_COLUMNS = {
+    "gain": "difference",
+    "gain_low": "low",
+    "gain_high": "high",
+    "gain_p_adjusted": "p_adjusted",
+    "gain_verdict": "verdict",
+}
+_UNDEFINED = dict.fromkeys(("patient_mean", "low", "high"), math.nan)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result: `lines` ranked best first, `gains` per run as from `before_after_table`, and the decision.
+    """The result: `lines` ranked best first, the paired `gains` per run, and the decision.
 
+    A line has `rank` with its 95 % range `rank_low` to `rank_high`, `run`, the counts, and per metric its
+    mean, interval and gain. The line "human agreement" comes last; its rank is "" and its gains are None.
+    `gains` are as from `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
     `deploy` is the name of a run, or None for "keep the baseline"; `reason` is the sentence that says why.
     """
 
@@ -74,78 +80,6 @@ class Comparison:
     n_patients: int
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def find_runs(root: Path) -> list[Path]:
-    """All folders at or below `root` that hold a `training_info.json`, sorted.
-
-    Raises:
-        CompareError: `root` is not a folder or holds no run.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
-    folders = sorted(path.parent for path in root.rglob("training_info.json"))
-    if not folders:
-        raise CompareError(f"No run found under {root}: no folder holds a training_info.json. Train first.")
-    return folders
-
-
-def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
-    """Read run folders: the runs that have a test result, and for each other folder why it is left out.
-
-    Raises:
-        CompareError: a file is damaged, two folders share a name, or no folder has a test result.
-    """
-    names = Counter(folder.name for folder in folders)
-    runs: list[Run] = []
-    skipped: dict[str, str] = {}
-    for folder in folders:
-        name = folder.name if names[folder.name] == 1 else f"{folder.parent.name}/{folder.name}"
-        if not (folder / "test_after.json").is_file():
-            skipped[name] = "no test_after.json: the run did not finish, or was made without a test split"
-            logger.warning("Run %s left out: %s", name, skipped[name])
-            continue
-        try:
-            after = read_evaluation(folder / "test_after.json")
-            has_before = (folder / "test_before.json").is_file()
-            before = read_evaluation(folder / "test_before.json") if has_before else None
-        except ValueError as error:
-            raise CompareError(f"Run {name} cannot be read: {error}") from error
-        runs.append(Run(name, after, before))
-    if not runs:
-        raise CompareError(
-            f"None of the {len(folders)} runs has a test result ({'; '.join(skipped.values())})."
-        )
-    return runs, skipped
-
-
-def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuse runs that were not scored on the same images, true masks and metric specification.
-
-    The most frequent set (the first, if tied) is taken as the reference; every run that deviates is named.
-
-    Raises:
-        CompareError: some run deviates from the others, or from its own evaluation before training.
-    """
-    fingerprints = [_fingerprint(run.after) for run in runs]
-    reference = runs[fingerprints.index(Counter(fingerprints).most_common(1)[0][0])]
-    problems = []
-    for run in runs:
-        mismatch = set_mismatch(reference.after, run.after, reference.name, run.name)
-        if mismatch:
-            problems.append(f"{run.name} against {reference.name}: {mismatch}")
-        elif run.before is not None:
-            mismatch = set_mismatch(run.before, run.after, "test_before", "test_after")
-            if mismatch:
-                problems.append(f"{run.name}, before against after: {mismatch}")
-    if problems:
-        raise CompareError(
-            "These runs cannot share a table. "
-            + ". ".join(problems)
-            + ". Evaluate them again on one data split, "
-            "or compare them in separate folders."
-        )
 
 
 def compare_runs(
@@ -191,13 +125,14 @@ def compare_runs(
             if reference.reward_spec != run.after.reward_spec:
                 shared = [name for name in shared if name != "reward"]
             gains[run.name] = before_after_table(reference, run.after, shared)
+    adjust_for_runs(gains)
     ranked = sorted(runs, key=lambda run: -_ranking_value(run.after, rank_by))
     deploy, reason = choose(ranked, gains, rank_by, baseline or OWN_BASE)
     return Comparison(
         rank_by=rank_by,
         metrics=metrics,
         baseline=baseline or OWN_BASE,
-        lines=[_line(rank, run, metrics, gains.get(run.name, [])) for rank, run in enumerate(ranked, 1)],
+        lines=[*_ranked_lines(ranked, rank_by, metrics, gains), *_human_line(runs, metrics)],
         gains=gains,
         deploy=deploy,
         reason=reason,
@@ -206,49 +141,6 @@ def compare_runs(
         skipped=dict(skipped or {}),
         notes=_notes(runs, baseline),
     )
-
-
-def choose(
-    ranked: Sequence[Run], gains: dict[str, list[dict[str, Any]]], rank_by: str, baseline: str
-) -> tuple[str | None, str]:
-    """Name the run to deploy, or None to keep the baseline, and say why in one or two sentences.
-
-    The rule is in the module docstring. `ranked` is best first; `gains` as in `Comparison`.
-    """
-    qualified = []
-    for run in ranked:
-        gain = gain_of(gains.get(run.name, []), rank_by)
-        if gain is not None and gain["verdict"] == "better" and not run.after.too_many_failed:
-            qualified.append((run, gain))
-    if not qualified:
-        others = [run for run in ranked if run.name != baseline]
-        why = "; ".join(f"{run.name}: {_why_not(run, gains.get(run.name, []), rank_by)}" for run in others)
-        why = why or "there is no other run"
-        return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({why})."
-    winner, gain = qualified[0]
-    reason = (
-        f"Deploy {winner.name}, because its {rank_by} is {abs(gain['difference']):.3f} "
-        f"{'higher' if gain['difference'] > 0 else 'lower'} than that of {baseline} "
-        f"(95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}, {gain['n_patients']} patients)"
-    )
-    reason += (
-        "." if len(qualified) == 1 else f", and it ranks first of {len(qualified)} runs with a proven gain."
-    )
-    worse = [line for line in gains[winner.name] if line["verdict"] == "worse"]
-    if worse:
-        losses = ", ".join(f"{line['metric']} {line['difference']:+.3f}" for line in worse)
-        reason += f" It pays for that: clearly worse are {losses}."
-    for runner_up, _ in qualified[1:2]:
-        (between,) = before_after_table(runner_up.after, winner.after, [rank_by])
-        if not between["verdict"]:
-            reason += f" These patients cannot tell it from {runner_up.name} ({between['difference']:+.3f})."
-    return winner.name, reason
-
-
-def _fingerprint(evaluation: Evaluation) -> tuple[str, str, str]:
-    """What must be equal for two evaluations to share a table."""
-    spec = json.dumps(evaluation.metric_spec, sort_keys=True)
-    return evaluation.image_list_hash, evaluation.label_hash, spec
 
 
 def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
@@ -284,34 +176,50 @@ def _ranking_value(evaluation: Evaluation, metric: str) -> float:
     return -mean if metric in LOWER_IS_BETTER else mean
 
 
-def _line(rank: int, run: Run, metrics: Sequence[str], table: list[dict[str, Any]]) -> dict[str, Any]:
-    """One run as a flat dict: scores with intervals and the paired differences."""
-    summary = run.after.summary
-    line: dict[str, Any] = {"rank": rank, "run": run.name}
+def _ranked_lines(
+    ranked: Sequence[Run], rank_by: str, metrics: Sequence[str], gains: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The lines of the runs, best first, each with the range of its rank."""
+    sign = -1 if rank_by in LOWER_IS_BETTER else 1
+    tables = [{row["key"]: sign * row[rank_by] for row in run.after.rows} for run in ranked]
+    patients = {row["key"]: row["patient"] for row in ranked[0].after.rows}
+    values = [[table[key] for key in patients] for table in tables]
+    ranges = rank_intervals(values, list(patients.values()))
+    lines = []
+    for number, (run, (low, high)) in enumerate(zip(ranked, ranges, strict=True), start=1):
+        rank = {"rank": number, "rank_low": low, "rank_high": high}
+        lines.append(rank | _line(run.name, run.after, metrics, gains.get(run.name, [])))
+    return lines
+
+
+def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """The line of the second observer, if a run has one for these images; else none."""
+    for run in runs:
+        if run.human is None:
+            continue
+        mismatch = set_mismatch(run.after, run.human, "test_after", "test_human_agreement")
+        if mismatch:
+            logger.warning("Run %s: its human agreement is left out, %s", run.name, mismatch)
+            continue
+        line = dict.fromkeys(("rank", "rank_low", "rank_high"), "") | _line(HUMAN, run.human, metrics, [])
+        if run.human.reward_spec != run.after.reward_spec and "reward" in metrics:
+            line |= dict.fromkeys(("reward", "reward_low", "reward_high"), math.nan)
+        return [line]
+    return []
+
+
+def _line(
+    name: str, evaluation: Evaluation, metrics: Sequence[str], table: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """One line of the table as a flat dict: scores with intervals and the paired differences."""
+    summary = evaluation.summary
+    line: dict[str, Any] = {"run": name}
     line |= {name: summary[name] for name in ("n_images", "n_patients", "n_failed")}
     for name in metrics:
-        score, gain = summary["metrics"][name], gain_of(table, name) or {}
+        score, gain = summary["metrics"].get(name, _UNDEFINED), gain_of(table, name) or {}
         line |= {name: score["patient_mean"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
         line |= {f"{name}_{column}": gain.get(source) for column, source in _GAIN_COLUMNS.items()}
     return line
-
-
-def gain_of(table: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The line of one metric in a before/after table, None if it has none."""
-    return next((line for line in table if line["metric"] == metric), None)
-
-
-def _why_not(run: Run, table: list[dict[str, Any]], rank_by: str) -> str:
-    """Why a run does not qualify."""
-    gain = gain_of(table, rank_by)
-    if run.after.too_many_failed:
-        failed, images = run.after.summary["n_failed"], run.after.summary["n_images"]
-        return f"{failed} of {images} predictions failed, more than {MAX_FAILED_SHARE:.0%}"
-    if gain is None:
-        return "nothing to compare with"
-    if math.isnan(gain["low"]):
-        return f"{gain['difference']:+.3f}, {gain['reason']}"
-    return f"{gain['difference']:+.3f}, interval {gain['low']:+.3f} to {gain['high']:+.3f}"
 
 
 def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
@@ -320,7 +228,8 @@ def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     if len(runs) > 1:
         notes.append(
             f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "
-            "flattering; the intervals are not corrected for the number of runs. Confirm on new patients."
+            "flattering. The verdicts are adjusted for the number of runs (Holm); the intervals are not. "
+            "Confirm on new patients."
         )
     if any("reward" in run.after.metrics for run in runs) and not _one_reward(runs):
         notes.append("The reward is left out: the runs were not all scored by the same one.")

@@ -21,8 +21,8 @@ from vesselrl.evaluation.results import (
     write_evaluation,
 )
 from vesselrl.scoring.masks import as_mask
-from vesselrl.scoring.metrics import score_mask
-from vesselrl.scoring.topology import METRIC_SPEC
+from vesselrl.scoring.spec import METRIC_SPEC
+from vesselrl.scoring.truth import evaluation_scores
 
 __all__ = ["Evaluation", "before_after_table", "evaluate", "read_evaluation", "summarise", "write_evaluation"]
 
@@ -104,7 +104,7 @@ def _score(prediction: Any, truth: np.ndarray, reward: Callable | None, key: str
             "size of the original image."
         )
     scores: dict[str, Any] = {"failed": failed, "truth_hash": _mask_hash(truth)}
-    scores |= {name: float(value) for name, value in score_mask(pred, truth).items()}
+    scores |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
     if reward is not None:
         scores["reward"] = float(reward(pred, truth)[0])
     return scores

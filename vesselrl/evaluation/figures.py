@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vesselrl.evaluation.charts import INK, LINE_COLOURS, legend_above, new_figure, plain_axes
 from vesselrl.scoring.metrics import dice
-from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, overlay
+from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, TopologyErrors, overlay, topology_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Okabe and Ito's palette without its yellow, which is too pale on white.
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-INK, GRID = "#333333", "#E3E3E3"
-LEGEND_COLUMNS = 4
+LEGEND_COLUMNS = 5
+MAX_POINTS = 1000
+BREAK_MARK = {"marker": "o", "ms": 6, "mfc": "none", "mec": "#F0E442", "mew": 1.2}
+PIECE_MARK = {"marker": "s", "ms": 3.6, "mfc": "none", "mec": "#7FC8F8", "mew": 0.5}
 PANELS = (
     ("Reward", ("train/reward", "val/reward"), None),
     ("Reward terms (training)", ("train/reward/",), None),
     ("Validation scores", ("val/dice", "val/recall", "val/precision", "val/cldice"), None),
+    ("Loss", ("train/loss",), None),
     ("KL to the policy that sampled", ("train/approx_kl",), 0.0),
     ("Share of clipped ratios", ("train/clipfrac",), 0.0),
     ("Gradient norm", ("train/grad_norm",), 0.0),
@@ -42,6 +44,7 @@ NAMES = {
     "val/dice": "Dice",
     "val/cldice": "clDice",
     "train/reward/dice": "Dice",
+    "train/loss": "",
     "train/approx_kl": "",
     "train/clipfrac": "",
     "train/grad_norm": "",
@@ -85,15 +88,26 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> Path:
-    """Draw the curves of a run: reward, its terms, validation scores, KL, clipped share, gradient norm.
+    """Draw the curves of a run as PNG; see `curves_figure`.
 
-    Panels without data are left out. Training values are drawn pale, with a running mean over a tenth of
-    the run on top; validation values as points.
+    Raises:
+        ValueError: the file is damaged, or holds none of the known keys.
+    """
+    return _save(curves_figure(metrics_jsonl_path), out_png)
+
+
+def curves_figure(metrics_jsonl_path: Path) -> "Figure":
+    """The curves of a run: reward, its terms, validation scores, loss, KL, clipped share, gradient norm.
+
+    Panels without data are left out; the loss is shown for supervised runs only. Training values are drawn
+    pale, with a running mean over a tenth of the run on top; validation values as points.
 
     Raises:
         ValueError: the file is damaged, or holds none of the known keys.
     """
     series = read_metrics(metrics_jsonl_path)
+    if "train/reward" in series:
+        series.pop("train/loss", None)  # of PPO: its size says nothing about learning
     panels = [(title, _matching(series, keys), floor) for title, keys, floor in PANELS]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
@@ -101,20 +115,22 @@ def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> Path:
         raise ValueError(f"{metrics_jsonl_path} holds nothing to draw: found {sorted(series)}, know {known}.")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = _new_figure(4.6 * columns, 3.3 * rows)
+    figure = new_figure(4.6 * columns, 3.3 * rows)
     last_step = max(int(steps[-1]) for _, keys, _ in panels for steps in [series[key][0] for key in keys])
     for position, (title, keys, floor) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, position)
         for key, colour in zip(keys, _cycle(len(keys)), strict=True):
             _draw_series(axes, key, *series[key], colour)
         _style(axes, title, last_step, floor)
-    return _save(figure, out_png)
+    return figure
 
 
 def plot_panels(
     cases: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]], out_png: Path
 ) -> Path:
-    """Draw image | truth | before | after, one row per case, errors coloured, Dice written below.
+    """Draw image | truth | before | after, one row per case, errors coloured and marked, Dice below.
+
+    Marks and their definition: `topology_errors`.
 
     Args:
         cases: (key, image uint8 (H, W, 3), truth, before, after), masks bool (H, W); None for before or
@@ -127,7 +143,7 @@ def plot_panels(
     """
     if not cases:
         raise ValueError("There is nothing to draw: got 0 cases. Give at least one (key, image, truth, ...).")
-    figure = _new_figure(11.0, 2.95 * len(cases) + 0.75)
+    figure = new_figure(11.0, 2.95 * len(cases) + 0.75)
     grid = figure.subplots(len(cases), 4, squeeze=False)
     for column, title in enumerate(("image", "truth", "before", "after")):
         grid[0, column].set_title(title, fontsize=12, fontweight="bold", color=INK, pad=8)
@@ -136,16 +152,31 @@ def plot_panels(
         line[0].set_ylabel(key, fontsize=9, color=INK)
         line[1].imshow(overlay(image, truth, truth))
         for axes, mask in ((line[2], before), (line[3], after)):
-            drawn = np.zeros(np.shape(truth), dtype=bool) if mask is None else mask
-            axes.imshow(overlay(image, drawn, truth))
-            failed = "failed, " if mask is None else ""
-            axes.set_xlabel(f"{failed}Dice {dice(drawn, truth):.3f}", fontsize=10, color=INK)
+            _draw_errors(axes, image, mask, truth)
         for axes in line:
-            axes.set(xticks=[], yticks=[])
+            axes.set(xticks=[], yticks=[], xlim=line[0].get_xlim(), ylim=line[0].get_ylim())
             for spine in axes.spines.values():
                 spine.set_visible(False)
     _colour_key(figure)
     return _save(figure, out_png)
+
+
+def _draw_errors(axes: "Axes", image: np.ndarray, mask: np.ndarray | None, truth: np.ndarray) -> None:
+    """One prediction over its image: errors coloured, breaks and false pieces marked, Dice below."""
+    drawn = np.zeros(np.shape(truth), dtype=bool) if mask is None else mask
+    errors = topology_errors(drawn, truth)
+    axes.imshow(overlay(image, drawn, truth))
+    for places, style in ((errors.false_pieces, PIECE_MARK), (errors.breaks, BREAK_MARK)):
+        rows, columns = [place[0] for place in places], [place[1] for place in places]
+        axes.plot(columns, rows, ls="none", **style)
+    failed = "failed, " if mask is None else ""
+    axes.set_xlabel(f"{failed}Dice {dice(drawn, truth):.3f}, {count_errors(errors)}", fontsize=9, color=INK)
+
+
+def count_errors(errors: TopologyErrors) -> str:
+    """The number of breaks and of false pieces as words."""
+    parts = ((len(errors.breaks), "break"), (len(errors.false_pieces), "false piece"))
+    return ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in parts)
 
 
 def _matching(series: dict[str, Any], keys: Sequence[str]) -> list[str]:
@@ -167,8 +198,10 @@ def _draw_series(axes: "Axes", key: str, steps: np.ndarray, values: np.ndarray, 
     if key.startswith("val/") or len(values) < 20:
         axes.plot(steps, values, color=colour, lw=1.8, marker="o", ms=3.5, clip_on=False, label=label)
         return
-    axes.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
-    axes.plot(steps, _running_mean(values, max(3, len(values) // 10)), color=colour, lw=1.8, label=label)
+    mean = _running_mean(values, max(3, len(values) // 10))
+    some = slice(None, None, math.ceil(len(values) / MAX_POINTS))  # a long run draws every k-th step
+    axes.plot(steps[some], values[some], color=colour, lw=0.8, alpha=0.3)
+    axes.plot(steps[some], mean[some], color=colour, lw=1.8, label=label)
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -178,51 +211,29 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _style(axes: "Axes", title: str, last_step: int, floor: float | None) -> None:
-    """Light grid, whole steps on one range for all panels, title, and between title and data the legend."""
-    handles, _ = axes.get_legend_handles_labels()
-    legend_rows = math.ceil(len(handles) / LEGEND_COLUMNS)
-    pad = 8 + 16 * legend_rows
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
-    if handles:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 0.99),
-            ncols=LEGEND_COLUMNS,
-            frameon=False,
-            fontsize=8.5,
-            handlelength=1.2,
-            columnspacing=1.1,
-        )
-    axes.set_xlabel("step", fontsize=9, color=INK)
+    """Title, legend, whole steps on one range for all panels."""
+    plain_axes(axes, title, "step")
+    legend_above(axes, LEGEND_COLUMNS)
     axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(labelsize=8, colors=INK)
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if floor is not None and axes.dataLim.ymin >= floor:
         axes.set_ylim(bottom=floor)
 
 
 def _colour_key(figure: "Figure") -> None:
-    """The meaning of the colours, below all panels."""
+    """The meaning of colours and marks, below all panels."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     meanings = (("found", HIT), ("missed", MISSED), ("invented", INVENTED))
-    patches = [
+    entries: list[Any] = [
         Patch(facecolor=np.array(colour) / 255, edgecolor="#888888", linewidth=0.8, label=label)
         for label, colour in meanings
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    """A figure of this size in inches, without pyplot's global state and without a display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    return figure
+    for label, style in (("break", BREAK_MARK), ("false piece", PIECE_MARK)):
+        entries.append(Line2D([], [], ls="none", label=label, **(style | {"ms": 9})))
+    legend = figure.legend(handles=entries, loc="outside lower center", ncols=5, fontsize=10)
+    legend.get_frame().set(facecolor="#D9D9D9", edgecolor="none")
 
 
 def _save(figure: "Figure", out_png: Path) -> Path:

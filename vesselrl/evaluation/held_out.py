@@ -1,22 +1,47 @@
-"""Evaluates adapters on the held-out side of the split that they were trained with."""
+"""Evaluates adapters on the held-out side of the split that they were trained with.
+
+On the test side each image is predicted once and scored twice: at the plan's threshold, and at the one that
+gave the best Dice on the validation patients. Files, for an adapter called best_lora:
+
+    test_best_lora.json, .csv            at the plan's threshold (0.5)
+    test_best_lora_tuned.json, .csv      at the threshold chosen on validation
+    test_best_lora_thresholds.json       the validation curve and the choice
+    test_human_agreement.json, .csv      the second observer against the first, if there is one
+
+With test-time flips every name has `_flips` after best_lora: their scores never replace those without.
+"""
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.splits import read_split, split_by_patient
-from vesselrl.evaluation.evaluate import Evaluation, evaluate, write_evaluation
+from vesselrl.evaluation.flips import with_flips
+from vesselrl.evaluation.observers import observer_agreement, second_observer
+from vesselrl.evaluation.predictions import (
+    PackedMask,
+    Predictions,
+    evaluate_masks,
+    predict_once,
+    unpacked,
+)
+from vesselrl.evaluation.results import Evaluation, write_evaluation, write_json
 from vesselrl.evaluation.run_reward import make_reward
+from vesselrl.evaluation.thresholds import ThresholdCurve, sweep_thresholds
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
+from vesselrl.scoring.rewards import Reward
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +62,9 @@ class EvaluationPlan:
         prompt: the question; None: the run's own.
         patient_pattern: for file names, see `find_samples`; None: the run's own.
         use_bf16: vision tower and language model in bfloat16.
+        tune: also score at the threshold that is best on validation; on the test side only.
+        flips: mean of the probabilities over the image and its three mirror images, in files of their own.
+        second_masks: folder with a second observer's masks of the same images, scored as "human agreement".
     """
 
     base_model: str | None = None
@@ -48,15 +76,36 @@ class EvaluationPlan:
     prompt: str | None = None
     patient_pattern: str | None = None
     use_bf16: bool = False
+    tune: bool = True
+    flips: bool = False
+    second_masks: str | None = None
 
 
-def evaluate_plan(
+@dataclass(frozen=True)
+class HeldOutResult:
+    """What one plan gave, each with the JSON file that holds it; None: not asked for, or not possible."""
+
+    # At the plan's threshold.
+    evaluation: Evaluation
+    path: Path
+    # At the threshold chosen on validation, on the same predictions.
+    tuned: Evaluation | None = None
+    tuned_path: Path | None = None
+    curve: ThresholdCurve | None = None
+    curve_path: Path | None = None
+    # The second observer against the first.
+    human: Evaluation | None = None
+    human_path: Path | None = None
+
+
+def evaluate_held_out(
     plan: EvaluationPlan, progress: Callable[[int, int], None] | None = None
-) -> tuple[Evaluation, Path]:
-    """Scores one model on one side of a split and writes JSON and CSV.
+) -> HeldOutResult:
+    """Scores one model on one side of a split and writes JSON and CSV; each image is predicted once.
 
-    Returns:
-        The evaluation and its JSON file.
+    Args:
+        plan: what is evaluated on what.
+        progress: called with (images done, images in all), validation images included, after every image.
 
     Raises:
         DataError: unusable data, split or settings of the run.
@@ -71,17 +120,60 @@ def evaluate_plan(
     settings = run_settings(run)
     folder, name = result_place(plan, run)
     check_writable(folder)
-    samples = choose_samples(plan, run, settings)
+    samples, validation = choose_samples(plan, run, settings)
     reward = make_reward(TrainConfig.from_dict(settings))
+    observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
+    predict = make_predictor(plan, settings)
+    count = _count_on(progress, len(samples) + len(validation))
+    curve = sweep_thresholds(predict, validation, load_pixels, count(0)) if validation else None
+    threshold = curve.best.threshold if curve else None
+    done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
+
+    extra = {"plan": vars(plan), "flips": plan.flips, "threshold": plan.threshold}
+    evaluation = _score(done, done.masks, samples, reward)
+    result = HeldOutResult(evaluation, write_evaluation(folder, name, evaluation, extra)[0])
+    if curve:
+        tuned = _score(done, done.tuned_masks, samples, reward)
+        extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
+        tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
+        curve_path = folder / f"{name}_thresholds.json"
+        write_json(curve_path, curve.to_json() | {"flips": plan.flips})
+        result = replace(result, tuned=tuned, tuned_path=tuned_path, curve=curve, curve_path=curve_path)
+    if observed:
+        human = observer_agreement(samples, observed, reward)
+        human_path, _ = write_evaluation(folder, f"{plan.side}_human_agreement", human)
+        result = replace(result, human=human, human_path=human_path)
+    return result
+
+
+def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray], Any]:
+    """The plan's model as a function of an image, with flips if the plan wants them."""
+    options: dict[str, Any] = {"threshold": plan.threshold, "use_bf16": plan.use_bf16}
     prompt = plan.prompt or settings.get("prompt")
-    options = {"threshold": plan.threshold, "use_bf16": plan.use_bf16} | (
-        {"prompt": prompt} if prompt else {}
-    )
+    if prompt:
+        options["prompt"] = prompt
     with base_folder(plan, settings) as base:
-        predictor = Predictor.from_pretrained(base, plan.lora_weights, **options)
-    result = evaluate(predictor.predict, samples, load_pixels, reward, progress)
-    path, _ = write_evaluation(folder, name, result, {"plan": vars(plan), "threshold": plan.threshold})
-    return result, path
+        predict = Predictor.from_pretrained(base, plan.lora_weights, **options).predict
+    return with_flips(predict, plan.threshold) if plan.flips else predict
+
+
+def _score(
+    done: Predictions, masks: dict[str, PackedMask | None], samples: list[Sample], reward: Reward
+) -> Evaluation:
+    """Scores one set of masks of a finished pass."""
+    evaluation = evaluate_masks(samples, unpacked(masks), unpacked(done.truths), reward)
+    return replace(evaluation, calibration=done.calibration)
+
+
+def _count_on(
+    progress: Callable[[int, int], None] | None, total: int
+) -> Callable[[int], Callable[[int, int], None] | None]:
+    """Makes one progress bar of several passes: start -> callback of the pass that starts there."""
+
+    def begin(start: int) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, _: progress(start + done, total)
+
+    return begin
 
 
 def base_folder(plan: EvaluationPlan, settings: dict) -> AbstractContextManager[str | Path | None]:
@@ -92,14 +184,16 @@ def base_folder(plan: EvaluationPlan, settings: dict) -> AbstractContextManager[
 
 def result_place(plan: EvaluationPlan, run: Path | None) -> tuple[Path, str]:
     """Folder and name of the result; in a folder for several runs the name begins with the run's."""
+    flips = "_flips" if plan.flips else ""
     if plan.lora_weights is None:
-        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_base"
+        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_base{flips}"
     weights = Path(plan.lora_weights).resolve()
     if run is None:
-        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_{weights.name}"
+        return Path(plan.output_dir or "output/evaluation"), f"{plan.side}_{weights.name}{flips}"
+    name = f"{plan.side}_{adapter_folder(weights).name}{flips}"
     if plan.output_dir is None:
-        return run / "evaluation", f"{plan.side}_{adapter_folder(weights).name}"
-    return Path(plan.output_dir), f"{run.resolve().name}_{plan.side}_{adapter_folder(weights).name}"
+        return run / "evaluation", name
+    return Path(plan.output_dir), f"{run.resolve().name}_{name}"
 
 
 def load_pixels(sample: Sample) -> tuple:
@@ -107,21 +201,41 @@ def load_pixels(sample: Sample) -> tuple:
     return load_image(sample), load_mask(sample)
 
 
-def choose_samples(plan: EvaluationPlan, run: Path | None, settings: dict) -> list[Sample]:
-    """The samples of the wanted side; the run's own split where there is one."""
+def choose_samples(
+    plan: EvaluationPlan, run: Path | None, settings: dict
+) -> tuple[list[Sample], list[Sample]]:
+    """The samples of the wanted side, and the validation samples to choose a threshold on, if any.
+
+    The run's own split is used where there is one. A threshold is chosen for the test side only; why not
+    otherwise is logged.
+    """
     root = plan.data_root or settings.get("data_root")
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
     samples = find_samples(root, plan.patient_pattern or settings.get("patient_pattern"))
     if plan.side == "all":
-        return samples
+        return samples, _validation(plan, [])
     if run is not None and plan.data_root in (None, settings.get("data_root")):
         split = read_split(run / "data_split.json", samples)
     else:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
         split = split_by_patient(samples)
-    return list(getattr(split, plan.side))
+    return list(getattr(split, plan.side)), _validation(plan, split.val)
+
+
+def _validation(plan: EvaluationPlan, validation: Sequence[Sample]) -> list[Sample]:
+    """The validation samples if a threshold is to be chosen on them; else none, and the reason is logged."""
+    reason = ""
+    if not plan.tune:
+        reason = "it was not asked for"
+    elif plan.side != "test":
+        reason = f"the side is {plan.side}; a threshold chosen on validation is judged on test alone"
+    elif not validation:
+        reason = "the split has no validation images, and it is never chosen on test"
+    if reason:
+        logger.info("No score at a tuned threshold: %s.", reason)
+    return [] if reason else list(validation)
 
 
 def run_folder(lora_weights: str | None) -> Path | None:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
 UNIT_METRICS = frozenset(
     {"dice", "iou", "recall", "precision", "specificity", "cldice", "tprec", "tsens", "foreground"}
+    | {"nsd", "recall_thin", "recall_medium", "recall_thick"}
 )
-LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error"})
+LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
 MAX_FAILED_SHARE = 0.05
 _REQUIRED = ("rows", "metric_spec", "image_list_hash", "label_hash")
@@ -51,6 +52,8 @@ class Evaluation:
         metric_spec: the metric specification the scores were computed with.
         reward_spec: what the `reward` column means, None without one; rewards of unequal specs are not
             compared.
+        calibration: how far the predicted probabilities can be taken at their word (`calibration.py`); None
+            if only masks were scored.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -59,6 +62,7 @@ class Evaluation:
     label_hash: str
     metric_spec: dict[str, Any]
     reward_spec: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -80,6 +84,7 @@ class Evaluation:
                 "metric_spec": self.metric_spec,
                 "reward_spec": self.reward_spec,
                 "summary": self.summary,
+                "calibration": self.calibration,
                 "patients": group_means(self.rows, "patient"),
                 "sequences": group_means(self.rows, "sequence"),
                 "rows": list(self.rows),
@@ -155,8 +160,9 @@ def before_after_table(
     """Paired comparison of two evaluations of the same images, one dict per metric.
 
     Each dict has `metric`, `before`, `after` (patient-macro means over the images defined in both),
-    `difference`, `low`, `high` (paired patient bootstrap, 95 %), `n_images`, `n_patients`, `n_undefined`,
-    `reason` and `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
+    `difference`, `low`, `high` (paired patient bootstrap, 95 %), `p` (not adjusted), `n_images`,
+    `n_patients`, `n_undefined`, `reason` and `verdict`: "better", "worse" or "changed" if the interval
+    excludes zero, else "".
 
     Args:
         before: scores before the change.
@@ -184,16 +190,19 @@ def before_after_table(
     table = []
     for name in metrics:
         difference = paired_difference(before.rows, after.rows, name)
-        verdict = ""
-        if difference.clear and name in NO_DIRECTION:
-            verdict = "changed"
-        elif difference.clear:
-            verdict = "better" if (difference.mean > 0) != (name in LOWER_IS_BETTER) else "worse"
         before_mean, after_mean = _paired_means(before.rows, after.rows, name)
         line = {"metric": name, "before": before_mean, "after": after_mean, "difference": difference.mean}
-        keep = ("low", "high", "n_images", "n_patients", "n_undefined", "reason")
-        table.append(line | {field: getattr(difference, field) for field in keep} | {"verdict": verdict})
+        keep = ("low", "high", "p", "n_images", "n_patients", "n_undefined", "reason")
+        line |= {field: getattr(difference, field) for field in keep}
+        table.append(line | {"verdict": verdict(name, difference.mean) if difference.clear else ""})
     return table
+
+
+def verdict(metric: str, difference: float) -> str:
+    """What a proven difference of a metric means: "better", "worse", or "changed" where neither is meant."""
+    if metric in NO_DIRECTION:
+        return "changed"
+    return "better" if (difference > 0) != (metric in LOWER_IS_BETTER) else "worse"
 
 
 def set_mismatch(first: Evaluation, second: Evaluation, first_name: str, second_name: str) -> str:
@@ -229,11 +238,16 @@ def write_evaluation(
         extra: JSON values stored under "extra", e.g. threshold, adapter, command line.
     """
     folder = Path(folder)
-    document = evaluation.to_json() | {"extra": _nan_to_none(dict(extra or {}))}
+    document = evaluation.to_json() | {"extra": dict(extra or {})}
     json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
     write_text(csv_path, csv_text(evaluation.rows))
-    write_text(json_path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_json(json_path, document)
     return json_path, csv_path
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write strict JSON as `write_text` does; nan becomes null, infinity is a ValueError."""
+    write_text(path, json.dumps(_nan_to_none(document), indent=1, allow_nan=False) + "\n")
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -261,6 +275,7 @@ def read_evaluation(path: Path) -> Evaluation:
         for row in document["rows"]
     ]
     evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"))
+    evaluation = replace(evaluation, calibration=document.get("calibration"))
     for field in ("image_list_hash", "label_hash"):
         if getattr(evaluation, field) != document[field]:
             raise ValueError(

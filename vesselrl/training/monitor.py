@@ -46,6 +46,7 @@ class Monitor:
         self.run = run
         self.log_freq = log_freq
         self.grad_norm_max = 0.0
+        self._reward_s = self._step_s = 0.0
         self._board = SummaryWriter(str(run.path / "tensorboard"))
         self._wandb = start_wandb(run.name, wandb_settings) if wandb_settings is not None else None
         self._progress = new_progress(console)
@@ -64,6 +65,8 @@ class Monitor:
     def log_step(self, step: int, figures: dict[str, float]) -> None:
         """Stores the figures of one training step and moves the bar."""
         self.grad_norm_max = max(self.grad_norm_max, figures.get("train/grad_norm", 0.0))
+        self._reward_s += figures.get("time/reward", 0.0)
+        self._step_s += figures.get("time/step", 0.0)
         self.log(step, figures)
         self._progress.update(self._training, completed=step)
         if step % self.log_freq == 0:
@@ -71,6 +74,11 @@ class Monitor:
             logger.info(
                 "step %d: %s", step, ", ".join(f"{k} {figures[k]:.4g}" for k in shown if k in figures)
             )
+
+    @property
+    def reward_time_share(self) -> float:
+        """Share of the training steps' time that scoring and crediting masks took, in [0, 1]."""
+        return self._reward_s / self._step_s if self._step_s else 0.0
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Stores any figures."""

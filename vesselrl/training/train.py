@@ -5,7 +5,7 @@
 3. Validate before the first update; the untouched adapter is the first `best_lora`.
 4. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
 5. Test once: the untouched model and the best adapter, on patients that nothing was chosen on.
-6. Write results, curves and pictures.
+6. Write results, curves, pictures and the report.
 """
 
 import logging
@@ -19,8 +19,10 @@ from rich.console import Console
 
 from vesselrl.data.annotations import Sample
 from vesselrl.data.dataset import VesselDataset
+from vesselrl.evaluation.cases import Case, choose_cases, write_cases
 from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
 from vesselrl.evaluation.figures import plot_curves, plot_panels
+from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
@@ -47,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
-NUM_PANELS = 6
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,13 @@ class _Training:
             "total_steps": self.total_steps,
             "adapter_delta_norm": delta_norm,
             "grad_norm_max": monitor.grad_norm_max,
+            "reward_time_share": monitor.reward_time_share,
             "metric_spec": METRIC_SPEC,
             "provenance": self.origin,
         }
-        self._draw(before)
+        self._draw()
         self.folder.write_json("training_info.json", info)
+        write_run_report(self.folder.path)
         validation = before_after_table(before, self.best, HEADLINE)
         test = before_after_table(tested["before"], tested["after"], HEADLINE) if tested else []
         return TrainResult(self.folder.path, validation, test, info)
@@ -215,6 +218,7 @@ class _Training:
             self.best = result
             self.best_values = self.policy.values()
             self._save("best_lora")
+            write_evaluation(self.folder.path, "val_best", result, {"step": step})
         write_evaluation(
             self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}
         )
@@ -232,21 +236,21 @@ class _Training:
             write_evaluation(self.folder.path, name, evaluation, {"threshold": 0.5, "run": self.folder.name})
         return {"before": before, "after": after}
 
-    def _draw(self, before: Evaluation) -> None:
-        """Curves, and image | truth | before | after for validation images from worst to best."""
+    def _draw(self) -> None:
+        """Curves, and image | truth | before | after for the best, median and worst validation images."""
         plot_curves(self.folder.path / "metrics.jsonl", self.folder.path / "curves.png")
-        ranked = sorted(before.rows, key=lambda row: row["dice"])
-        step = max(1, len(ranked) // NUM_PANELS)
         cases = []
-        for key in [row["key"] for row in ranked[::step]][:NUM_PANELS]:
+        for key, rank in choose_cases(self.best.rows).items():
             dataset, index = self.pixels[key]
             image, truth, _ = dataset[index]
             with self.policy.at_start():
                 first = self.predictor.predict(image).mask
             with self.policy.at(self.best_values):
                 last = self.predictor.predict(image).mask
-            cases.append((key, image, truth, first, last))
-        plot_panels(cases, self.folder.path / "panel.png")
+            cases.append(Case(key, image, truth, first, last, rank))
+        panels = [(case.key, case.image, case.truth, case.before, case.after) for case in cases]
+        plot_panels(panels, self.folder.path / "panel.png")
+        write_cases(self.folder.path, cases)
 
     def _save(self, name: str) -> None:
         save_adapter(self.policy.peft_model, self.folder.path / name)

@@ -1,0 +1,159 @@
+"""Held-out evaluation at 0.5 and at the threshold chosen on validation; flips; a second observer."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.splits import Split, read_split
+from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
+from vesselrl.evaluation.results import csv_text, read_evaluation
+from vesselrl.inference.predictor import Predictor
+from vesselrl.scoring.metrics import dice
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that results may be written into."""
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.json")}
+
+
+def test_both_thresholds_from_one_prediction_of_each_image(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, told = [], []
+    predict = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, image: asked.append(1) or predict(self, image))
+    result = evaluate_held_out(
+        EvaluationPlan(lora_weights=str(run)), lambda done, total: told.append((done, total))
+    )
+    counts = json.loads((run / "data_split.json").read_text())["counts"]
+    total = counts["test"] + counts["val"]
+    assert len(asked) == total
+    assert told == [(done, total) for done in range(1, total + 1)]
+    stem = "test_best_lora"
+    assert names(run / "evaluation") == {f"{stem}.json", f"{stem}_tuned.json", f"{stem}_thresholds.json"}
+    assert str(read_evaluation(result.tuned_path)) == str(result.tuned)  # with its calibration
+    extra = json.loads(result.tuned_path.read_text())["extra"]
+    assert extra["threshold"] == result.curve.best.threshold
+    assert extra["threshold_chosen_on"] == "val"
+    monkeypatch.undo()
+    again = evaluate_held_out(
+        EvaluationPlan(lora_weights=str(run), threshold=extra["threshold"], tune=False, output_dir=str(run))
+    )
+    assert csv_text(again.evaluation.rows) == csv_text(result.tuned.rows)
+    assert "threshold_chosen_on" not in json.loads(again.path.read_text())["extra"]
+    assert names(run) >= {f"{run.name}_{stem}.json"}
+    assert not list(run.glob("*_tuned.json"))
+
+
+def test_the_threshold_is_the_best_one_on_validation(
+    run: Path, angiograms: Path, tiny_checkpoint: Path
+) -> None:
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    curve = json.loads(result.curve_path.read_text())
+    assert curve["side"] == "val"
+    assert curve["chosen"] == result.curve.best.threshold
+    split = read_split(run / "data_split.json", find_samples(angiograms))
+    predictor = Predictor.from_pretrained(tiny_checkpoint, run)
+
+    def score(side: tuple, threshold: float) -> float:
+        means: dict[str, list[float]] = {}
+        for sample in side:
+            probabilities = predictor.predict(load_image(sample)).probabilities
+            means.setdefault(sample.patient, []).append(
+                dice(probabilities > np.float32(threshold), load_mask(sample))
+            )
+        return float(np.mean([np.mean(values) for values in means.values()]))
+
+    at = dict(zip(curve["thresholds"], curve["dice"], strict=True))
+    for threshold in (0.1, 0.5, curve["chosen"], 0.9):
+        assert at[threshold] == pytest.approx(score(split.val, threshold))
+    assert at[curve["chosen"]] == max(at.values())
+
+
+@pytest.mark.parametrize("side", ["val", "train", "all"])
+def test_on_other_sides_nothing_is_tuned(run: Path, side: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vesselrl")
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side=side))
+    assert result.tuned is result.tuned_path is result.curve is result.curve_path is None
+    assert names(run / "evaluation") == {f"{side}_best_lora.json"}
+    assert f"No score at a tuned threshold: the side is {side}" in caplog.text
+
+
+def test_without_validation_nothing_is_tuned(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vesselrl")
+
+    def without_validation(path: Path, samples: list) -> Split:
+        split = read_split(path, samples)
+        return Split(split.train + split.val, (), split.test, split.seed)
+
+    monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", without_validation)
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    assert result.tuned is None
+    assert names(run / "evaluation") == {"test_best_lora.json"}
+    assert "no validation images, and it is never chosen on test" in caplog.text
+
+
+def test_test_images_take_no_part_in_the_choice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve
+
+    def other_test(path: Path, samples: list) -> Split:
+        split = read_split(path, samples)
+        return Split(split.test, split.val, split.train, split.seed)
+
+    monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", other_test)
+    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve == chosen
+
+
+def test_flips_are_kept_apart(run: Path) -> None:
+    plain = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    before = plain.path.read_bytes()
+    flipped = evaluate_held_out(EvaluationPlan(lora_weights=str(run), flips=True))
+    assert flipped.path.name == "test_best_lora_flips.json"
+    assert flipped.tuned_path.name == "test_best_lora_flips_tuned.json"
+    assert flipped.curve_path.name == "test_best_lora_flips_thresholds.json"
+    assert plain.path.read_bytes() == before
+    assert csv_text(flipped.evaluation.rows) != csv_text(plain.evaluation.rows)
+    for path in (flipped.path, flipped.tuned_path):
+        assert json.loads(path.read_text())["extra"]["flips"] is True
+    assert json.loads(flipped.curve_path.read_text())["flips"] is True
+    assert json.loads(plain.path.read_text())["extra"]["flips"] is False
+
+
+def test_the_calibration_is_stored_with_the_scores(run: Path) -> None:
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    stored = json.loads(result.path.read_text())["calibration"]
+    assert stored == result.evaluation.calibration
+    assert stored["n_pixels"] == 64 * 64 * len(result.evaluation.rows)
+    assert 0 <= stored["expected_calibration_error"] <= 1
+
+
+def test_a_second_observer_is_scored_beside_the_model(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "masks_2nd"
+    folder.mkdir()
+    for file in (angiograms / "masks").iterdir():
+        mask = np.asarray(Image.open(file)).astype(bool)
+        Image.fromarray(np.roll(mask, 1, axis=0)).save(folder / file.name)
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), second_masks=str(folder)))
+    assert result.human_path == run / "evaluation" / "test_human_agreement.json"
+    assert result.human.image_list_hash == result.evaluation.image_list_hash
+    assert result.human.label_hash == result.evaluation.label_hash
+    for sample in find_samples(angiograms):
+        for row in result.human.rows:
+            if row["key"] == sample.key:
+                truth = load_mask(sample)
+                assert row["dice"] == dice(np.roll(truth, 1, axis=0), truth)
+    with pytest.raises(DataError, match="There is no folder"):
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run), second_masks=str(tmp_path / "none")))

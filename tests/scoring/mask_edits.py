@@ -1,0 +1,179 @@
+"""Random edits of a mask, such as a model's mistakes: `edit(rng, mask) -> mask`, both bool (H, W)."""
+
+import cv2
+import numpy as np
+
+from vesselrl.scoring.topology import topology
+
+
+def ellipse(size):
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+
+
+def morphed(operation, mask, kernel):
+    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
+    return cv2.morphologyEx(mask.astype(np.uint8), operation, kernel, **border) > 0
+
+
+def fattened(mask, size):
+    return morphed(cv2.MORPH_DILATE, mask, ellipse(size))
+
+
+def pick_on_centreline(rng, mask, how_many):
+    """(row, column) of random centreline pixels; none for an empty mask."""
+    points = np.argwhere(topology(mask).skeleton)
+    return points[rng.integers(len(points), size=how_many)] if len(points) else points
+
+
+def with_lines(mask, starts, ends, widths):
+    canvas = mask.astype(np.uint8)
+    for (y, x), (end_y, end_x), width in zip(starts, ends, widths, strict=True):
+        cv2.line(canvas, (int(x), int(y)), (int(end_x), int(end_y)), 1, int(width))
+    return canvas > 0
+
+
+def half_width_on_centreline(mask):
+    skeleton = topology(mask).skeleton
+    return skeleton, cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+
+
+def dilate(rng, mask):
+    return fattened(mask, rng.choice([3, 5, 7]))
+
+
+def erode(rng, mask):
+    return morphed(cv2.MORPH_ERODE, mask, ellipse(3))
+
+
+def opened(rng, mask):
+    return morphed(cv2.MORPH_OPEN, mask, ellipse(rng.choice([3, 5])))
+
+
+def closed(rng, mask):
+    return morphed(cv2.MORPH_CLOSE, mask, ellipse(rng.choice([5, 9, 15])))
+
+
+def shift(rng, mask):
+    down, right = (int(step) for step in rng.integers(-3, 4, 2))
+    moved = np.pad(mask, 3)[3 - down :, 3 - right :]
+    return np.ascontiguousarray(moved[: mask.shape[0], : mask.shape[1]])
+
+
+def drop_piece(rng, mask):
+    num, labels = cv2.connectedComponents(mask.astype(np.uint8))
+    return mask & (labels != rng.integers(1, num)) if num > 1 else mask
+
+
+def keep_largest_piece(rng, mask):
+    num, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    return labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]) if num > 1 else mask
+
+
+def drop_block(rng, mask):
+    mask, size = mask.copy(), mask.shape[0] // int(rng.choice([4, 8]))
+    row, column = (rng.integers(0, side - size) for side in mask.shape)
+    mask[row : row + size, column : column + size] = False
+    return mask
+
+
+def specks(rng, mask):
+    mask, size = mask.copy(), int(rng.choice([1, 2, 3]))
+    for _ in range(rng.choice([1, 3, 10, 30])):
+        row, column = (rng.integers(0, side - size) for side in mask.shape)
+        mask[row : row + size, column : column + size] = True
+    return mask
+
+
+def rough_edge(rng, mask):
+    edge = fattened(mask, 3) ^ erode(rng, mask)
+    return mask ^ (edge & (rng.random(mask.shape) < rng.choice([0.1, 0.3])))
+
+
+def breaks(rng, mask):
+    mask = mask.copy()
+    for row, column in pick_on_centreline(rng, mask, rng.choice([1, 3, 8])):
+        half = int(rng.choice([2, 4, 7]))
+        mask[max(0, row - half) : row + half, max(0, column - half) : column + half] = False
+    return mask
+
+
+def bridges(rng, mask):
+    starts = pick_on_centreline(rng, mask, 3)
+    points = np.argwhere(topology(mask).skeleton)
+    ends = []
+    for start in starts:
+        distance = np.abs(points - start).sum(axis=1)
+        near = points[(distance > 6) & (distance < 40)]
+        ends.append(near[rng.integers(len(near))] if len(near) else start)
+    return with_lines(mask, starts, ends, rng.integers(1, 4, len(ends)))
+
+
+def spurs(rng, mask):
+    starts = pick_on_centreline(rng, mask, rng.choice([1, 4, 10]))
+    angle, length = rng.uniform(0, 2 * np.pi, len(starts)), rng.uniform(4, 25, len(starts))
+    ends = starts + np.stack([length * np.sin(angle), length * np.cos(angle)], axis=1)
+    return with_lines(mask, starts, ends, rng.integers(1, 3, len(starts)))
+
+
+def parallel_twigs(rng, mask):
+    skeleton, result = topology(mask).skeleton, mask.copy()
+    for row, column in pick_on_centreline(rng, mask, rng.choice([1, 3])):
+        window = np.zeros_like(mask)
+        window[max(0, row - 12) : row + 12, max(0, column - 12) : column + 12] = True
+        result |= np.roll(skeleton & window, rng.integers(-8, 9, 2), axis=(0, 1))
+    return result
+
+
+def drop_thin_vessels(rng, mask):
+    skeleton, half_width = half_width_on_centreline(mask)
+    if not skeleton.any():
+        return mask
+    limit = np.quantile(half_width[skeleton], rng.choice([0.1, 0.25, 0.5]))
+    return mask & fattened(skeleton & (half_width > limit), 9)
+
+
+def thicken_wide_vessels(rng, mask):
+    skeleton, half_width = half_width_on_centreline(mask)
+    if not skeleton.any():
+        return mask
+    wide = skeleton & (half_width >= np.quantile(half_width[skeleton], rng.choice([0.5, 0.8])))
+    return mask | fattened(wide, rng.choice([9, 13]))
+
+
+def fill_loops(rng, mask):
+    framed = np.pad(mask, 1).astype(np.uint8)
+    outside = framed.copy()
+    cv2.floodFill(outside, None, (0, 0), 1)
+    return mask | (outside[1:-1, 1:-1] == 0)
+
+
+def centreline(rng, mask):
+    return topology(mask).skeleton
+
+
+def fat_centreline(rng, mask):
+    return fattened(topology(mask).skeleton, rng.choice([3, 5, 7]))
+
+
+EDITS = (
+    dilate, erode, opened, closed, shift, drop_piece, keep_largest_piece, drop_block, specks, rough_edge,
+    breaks, bridges, spurs, parallel_twigs, drop_thin_vessels, thicken_wide_vessels, fill_loops, centreline,
+    fat_centreline,
+)  # fmt: skip
+
+
+def edited_masks(truth, num, seed):
+    """(name, mask) pairs: the truth, the extremes, then chains of one to four random edits of the truth."""
+    rng = np.random.default_rng(seed)
+    masks = [("truth", truth), ("empty", np.zeros_like(truth)), ("all foreground", np.ones_like(truth))]
+    masks += [
+        (f"dilate {size}x{size}", morphed(cv2.MORPH_DILATE, truth, np.ones((size, size)))) for size in (3, 7)
+    ]
+    masks.append(("centreline", topology(truth).skeleton))
+    while len(masks) < num:
+        mask, names = truth, []
+        for edit in rng.choice(np.array(EDITS, object), rng.integers(1, 5)):
+            mask = np.ascontiguousarray(edit(rng, mask))
+            names.append(edit.__name__)
+        masks.append((" + ".join(names), mask))
+    return masks

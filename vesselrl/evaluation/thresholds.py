@@ -1,0 +1,144 @@
+"""The threshold above which a probability is vessel, chosen on validation patients.
+
+All thresholds are scored from one pass: each image is reduced to counts by probability, and cumulative sums
+give tp, fp and fn at 0.01, 0.02, ..., 0.99. The best threshold has the highest mean over patients of Dice; of
+equal ones the nearest to 0.5. Test images take no part in the choice.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vesselrl.evaluation.probabilities import (
+    THRESHOLDS,
+    ProbabilityCounts,
+    count_pixels,
+    failed_counts,
+)
+from vesselrl.evaluation.statistics import patient_means
+from vesselrl.scoring.metrics import dice_from_counts, precision_from_counts, recall_from_counts
+
+FORMAT = "vesselrl thresholds 1"
+DEFAULT = 0.5
+SCORES = ("dice", "recall", "precision")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over patients at one threshold; recall leaves out images without a true vessel (nan: all)."""
+
+    threshold: float
+    dice: float
+    recall: float
+    precision: float
+
+
+@dataclass(frozen=True)
+class ThresholdCurve:
+    """Scores of one model on one set of images at every threshold.
+
+    Attributes:
+        points: one per threshold, ascending.
+        n_images: images that entered, failed predictions (empty masks) among them.
+        n_patients: their patients.
+        n_failed: failed predictions.
+    """
+
+    points: tuple[CurvePoint, ...]
+    n_images: int
+    n_patients: int
+    n_failed: int
+
+    @property
+    def best(self) -> CurvePoint:
+        """The point with the highest Dice; of equal ones the nearest to 0.5."""
+        return max(self.points, key=lambda point: (point.dice, -abs(point.threshold - DEFAULT)))
+
+    @property
+    def default(self) -> CurvePoint:
+        """The point at 0.5."""
+        return next(point for point in self.points if point.threshold == DEFAULT)
+
+    def to_json(self, side: str = "val") -> dict[str, Any]:
+        """The curve, one list per score, and the choice; `side` is the side it was measured on."""
+        return {
+            "format": FORMAT,
+            "side": side,
+            "chosen": self.best.threshold,
+            "chosen_by": "mean over patients of Dice",
+            "n_images": self.n_images,
+            "n_patients": self.n_patients,
+            "n_failed": self.n_failed,
+            "thresholds": [point.threshold for point in self.points],
+            **{name: [getattr(point, name) for point in self.points] for name in SCORES},
+        }
+
+
+def sweep_thresholds(
+    predict: Callable[[np.ndarray], Any],
+    samples: Sequence[Any],
+    load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    progress: Callable[[int, int], None] | None = None,
+) -> ThresholdCurve:
+    """Predicts every image once and scores all thresholds; a failed prediction is an empty mask at each.
+
+    Args:
+        predict: image uint8 (H, W, 3) -> object with `.probabilities`, (H, W), or None = failed.
+        samples: validation samples, with `patient`.
+        load: sample -> (image, true mask).
+        progress: called with (images done, images in all) after every image.
+
+    Raises:
+        ValueError: no samples, or probabilities of the wrong shape or range.
+    """
+    counted = []
+    num_failed = 0
+    for sample in samples:
+        image, truth = load(sample)
+        prediction = predict(image)
+        num_failed += prediction is None
+        counted.append(
+            failed_counts(truth) if prediction is None else count_pixels(prediction.probabilities, truth)
+        )
+        if progress is not None:
+            progress(len(counted), len(samples))
+    return threshold_curve(counted, [sample.patient for sample in samples], num_failed)
+
+
+def threshold_curve(
+    counted: Sequence[ProbabilityCounts], patients: Sequence[str], num_failed: int = 0
+) -> ThresholdCurve:
+    """The curve of images that are counted already, one patient name per image.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not counted:
+        raise ValueError(
+            "There are no images to choose a threshold on. Use a split with validation patients."
+        )
+    tp, fp, fn = (np.stack(part) for part in zip(*map(_counts_above, counted), strict=True))
+    scores = {
+        "dice": dice_from_counts(tp, fp, fn),
+        "recall": recall_from_counts(tp, fn),
+        "precision": precision_from_counts(tp, fp, fn),
+    }
+    points = []
+    for column, threshold in enumerate(THRESHOLDS):
+        means = {name: _patient_mean(table[:, column], patients) for name, table in scores.items()}
+        points.append(CurvePoint(round(float(threshold), 2), **means))
+    return ThresholdCurve(tuple(points), len(counted), len(set(patients)), num_failed)
+
+
+def _counts_above(counts: ProbabilityCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tp, fp and fn of the masks at all thresholds: threshold k leaves bins k + 1 and above as vessel."""
+    found, invented = (np.cumsum(part[::-1])[::-1] for part in (counts.vessel, counts.background))
+    return found[1:], invented[1:], found[0] - found[1:]
+
+
+def _patient_mean(values: np.ndarray, patients: Sequence[str]) -> float:
+    """Mean over patients of per-patient means, nan where nothing is defined."""
+    means = list(patient_means(values, patients).values())
+    return float(np.mean(means)) if means else float("nan")
