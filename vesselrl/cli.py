@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -159,14 +160,13 @@ def check_data_set(rest: list[str]) -> int:
     """Look at every record, image and mask."""
     args = parse(DataCheck, rest, "data check")
     from vesselrl.data.check import check_data
+    from vesselrl.data.findings import render
     from vesselrl.data.repair import repair_data
 
-    names = (args.patient_pattern, Path(args.patient_aliases) if args.patient_aliases else None)
-    if args.fix:
-        report = repair_data(Path(args.data_root), Path(args.fix))
-    else:
-        report = check_data(Path(args.data_root), *names)
-    print(json.dumps(report.to_json(), indent=1) if args.json else report.to_text())
+    names = (args.patient_pattern, args.patient_aliases)
+    look = partial(repair_data, args.data_root, args.fix) if args.fix else partial(check_data, args.data_root)
+    report = look(*names)
+    print(report.to_json() if args.json else render(report))
     return report.exit_code
 
 
@@ -295,6 +295,8 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
         texts = (f"{s['patient_mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" if s else "" for s in scores)
         table.add_row(metric, *texts)
     console.print(table)
+    for mark in result.evaluation.marks:
+        console.print(f"[bold]{mark}[/bold]")
     summary = result.evaluation.summary
     console.print(
         f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
@@ -304,6 +306,8 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
 
 def print_result(result: "TrainResult") -> None:
     """Before and after on validation and test patients."""
+    for mark in result.marks:
+        console.print(f"[bold]{mark}[/bold]")
     for title, rows in (("validation", result.validation), ("test", result.test)):
         if not rows:
             continue

@@ -15,8 +15,8 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(
-    "accelerate matplotlib numba numpy opencv-python-headless peft pillow rich safetensors scikit-image scipy"
-    " tensorboard tokenizers torch transformers tyro".split()
+    "accelerate imagehash jinja2 matplotlib numba numpy opencv-python-headless peft pillow rich safetensors"
+    " scikit-image scipy tensorboard tokenizers torch transformers tyro".split()
 )
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
@@ -341,25 +341,19 @@ def _read_shapes(path: Path) -> Shapes:
 
 
 def check_data(data_root: Path) -> Check:
-    """Whether annotations can be read, and how many images, patients and sequences there are."""
-    from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+    """Whether all images and labels can be read, and how many patients and sequences there are."""
+    from vesselrl.data.check import check_data as check_every_record
 
-    try:
-        samples = find_samples(data_root)
-        for sample in samples[:1]:
-            load_image(sample)
-            load_mask(sample)
-    except DataError as error:
-        return Check(
-            "data",
-            "problem",
-            str(error),
-            "See docs/data.md for the layouts; `vesselrl data` lists every fault.",
-        )
-    num_patients = len({sample.patient for sample in samples})
-    num_sequences = len({sample.sequence for sample in samples})
-    detail = f"{len(samples)} images, {num_sequences} sequences, {num_patients} patients"
-    if num_patients < 3:
+    report = check_every_record(data_root)
+    todo = f"`vesselrl data check {data_root}` lists every finding; docs/data.md shows the layouts."
+    if errors := report.of("error"):
+        more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
+        return Check("data", "problem", errors[0].message + more, todo)
+    counts = report.counts
+    detail = "{images} images, {sequences} sequences, {patients} patients".format(**counts)
+    if counts["patients"] < 3:
         todo = "Training, validation and test need a patient each; add patients or see --patient_pattern."
         return Check("data", "problem", detail, todo)
+    if warnings := report.of("warning"):
+        return Check("data", "warning", f"{detail}, {len(warnings)} warnings: {warnings[0].message}", todo)
     return Check("data", "ok", detail)

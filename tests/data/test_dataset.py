@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.augment import Augmentation, augment, get_augmentation
 from vesselrl.data.dataset import VesselDataset, epoch_order
 
 PIXELS = 12 * 16 * (3 + 1)  # bytes of one image and its mask
@@ -69,6 +70,51 @@ def test_items_are_copies(samples):
         assert mask.sum() == 20
         assert image.max() == image.min()
         image[0, 0], mask[:] = 255, True
+
+
+@pytest.mark.parametrize("cache_bytes", [10 * PIXELS, 0])
+def test_augmented_items(samples, cache_bytes):
+    """They depend on seed, epoch and index alone; what is kept is the picture of the file."""
+    strong = get_augmentation("strong")
+    dataset = VesselDataset(samples, cache_bytes, strong, seed=5)
+    originals = [dataset[index][:2] for index in range(3)]
+    places = [(index, epoch) for epoch in (1, 2) for index in range(3)]
+    first = {place: dataset.augmented(*place) for place in places}
+    for (index, epoch), (image, mask, sample) in first.items():
+        assert sample is samples[index]
+        expected = augment(*originals[index], strong, 5, epoch, index)
+        assert (image == expected[0]).all()
+        assert (mask == expected[1]).all()
+    fresh = VesselDataset(samples, cache_bytes, strong, seed=5)
+    for place in reversed(places):
+        assert all((a == b).all() for a, b in zip(first[place][:2], fresh.augmented(*place)[:2], strict=True))
+    for index, (image, mask) in enumerate(originals):
+        assert (dataset[index][0] == image).all()
+        assert (dataset[index][1] == mask).all()
+    other = VesselDataset(samples, cache_bytes, strong, seed=6)
+    assert any(first[place][0].tobytes() != other.augmented(*place)[0].tobytes() for place in places), (
+        "another seed shows other pictures"
+    )
+
+
+def test_augmented_items_come_from_memory_and_are_copies(samples):
+    for plan in (Augmentation(), Augmentation(flips=True)):
+        dataset = VesselDataset(samples, augmentation=plan)
+        before, _, _ = dataset.augmented(1, epoch=1)
+        image, mask, _ = dataset.augmented(1, epoch=1)
+        image[:], mask[:] = 255, True
+        assert (dataset.augmented(1, epoch=1)[0] == before).all()
+        assert dataset[1][1].sum() == 20
+    samples[1].image_path.unlink()
+    assert (dataset.augmented(1, epoch=1)[0] == before).all()
+
+
+def test_without_a_plan_nothing_changes(samples):
+    dataset = VesselDataset(samples)
+    for epoch in (1, 2):
+        for index in range(3):
+            assert (dataset.augmented(index, epoch)[0] == dataset[index][0]).all()
+            assert (dataset.augmented(index, epoch)[1] == dataset[index][1]).all()
 
 
 def test_epoch_order():

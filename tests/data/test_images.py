@@ -1,9 +1,13 @@
 """Pixels of images and masks, read from files that `find_samples` has found."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from vesselrl.data import images
 from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
 
 SIZE = (16, 12)  # width, height
@@ -172,3 +176,14 @@ def test_coloured_and_jpeg_masks_are_refused(tmp_path):
     (sample,) = find_samples(tmp_path)
     with pytest.raises(DataError, match=r"the mask has \d+ values"):
         load_mask(sample)
+
+
+@pytest.mark.parametrize("read", [images.read_mask, images.threshold_mask])
+def test_a_one_bit_mask_is_made_of_ones(tmp_path: Path, read: Callable) -> None:
+    """Pillow hands such a picture over as bytes of 255 that claim to be bool, which breaks arithmetic."""
+    mask = np.zeros((5, 9), bool)
+    mask[2, 3:7] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    found = read(tmp_path / "mask.png", "record")
+    assert found.view(np.uint8).max() == 1
+    assert np.array_equal(found, mask)

@@ -1,11 +1,17 @@
+import hashlib
 import logging
 import random
 import re
+from collections import Counter
 
+import numpy as np
 import pytest
 
+from vesselrl.data.annotations import find_samples
+from vesselrl.data.builtin import FULL, SEED, SMALL
 from vesselrl.data.errors import DataError
 from vesselrl.data.patients import is_impersonal, parse_by_pattern, parse_name, pseudonyms
+from vesselrl.data.privacy import MAPPING_FILE
 
 TAIL = "1-2_3_0A1B2C3D_frame_000011"
 
@@ -48,7 +54,9 @@ def test_names_without_an_id(name, person, sequence):
     assert (identity.person, identity.sequence, identity.frame) == (person, sequence, "000011")
 
 
-@pytest.mark.parametrize("name", ["train_001", "test_12L", "a", "___frame_1", "sub/train_001"])
+@pytest.mark.parametrize(
+    "name", ["train_001", "train_12", "a", "L", "zhang_12L", "___frame_1", "sub/train_001"]
+)
 def test_any_other_name_is_a_patient_of_its_own(name):
     assert parse_name(name).person == f"file:{name}"
 
@@ -131,13 +139,77 @@ def test_frames_without_a_number_are_counted_around_the_numbers():
     assert sorted(alias.frame for alias in result.values()) == ["F0001", "F0001b", "F0002", "F0003"]
 
 
-def test_both_eyes_of_a_child_are_one_patient():
+EYES = {
+    "chase_db1": [f"Image_{i:02d}{eye}" for i in range(1, 15) for eye in "LR"],
+    "numbers": [f"{i:02d}{eye}" for i in range(1, 15) for eye in "LR"],
+    "by split": [f"{'train' if i < 11 else 'test'}_{i:02d}{eye}" for i in range(1, 15) for eye in "LR"],
+    "words": [f"{i}_{eye}" for i in range(1, 15) for eye in ("left", "Right")],
+    "folders": [f"eyes/{i:02d}{eye}" for i in range(1, 15) for eye in "LR"],
+}
+
+
+@pytest.mark.parametrize("names", EYES.values(), ids=EYES)
+def test_both_eyes_of_a_child_are_one_patient(names):
+    result = pseudonyms(names)
+    assert len({alias.patient for alias in result.values()}) == 14
+    assert len({alias.key for alias in result.values()}) == 28
+    for left, right in zip(names[::2], names[1::2], strict=True):
+        assert result[left].patient == result[right].patient
+        assert (result[left].sequence[-3:], result[right].sequence[-3:]) == ("_S1", "_S2")
+
+
+def test_numbers_that_begin_anew_in_each_folder_stay_apart():
+    names = ["a/01L", "a/01R", "b/01L", "b/01R", "train_01L", "test_01L"]
+    assert len({alias.patient for alias in pseudonyms(names).values()}) == 4
+
+
+def test_a_pattern_of_the_user_comes_before_the_eyes():
     names = [f"train_{i:02d}{eye}" for i in range(1, 11) for eye in "LR"]
-    assert len({alias.patient for alias in pseudonyms(names).values()}) == 20
     result = pseudonyms(names, r"_(?P<patient>\d+)(?P<frame>[LR])$")
     assert len({alias.patient for alias in result.values()}) == 10
     assert result["train_04L"].patient == result["train_04R"].patient
     assert result["train_04L"].key != result["train_04R"].key
+
+
+def test_chase_db1_has_fourteen_patients_with_two_eyes_each(shared_folder):
+    samples = find_samples(shared_folder / "data" / "chase_db1")
+    assert Counter(Counter(sample.patient for sample in samples).values()) == {2: 14}
+
+
+def test_keys_of_the_data_of_earlier_results_are_as_they_were(tmp_path):
+    """SHA-256 over key and file name, taken before numbers were salted."""
+    for size, expected in (
+        (FULL, "6fef84859d0cae46700ab7430841b74335698fe47f3d3054c8e5285ed8a022e2"),
+        (SMALL, "228e9acec8a43560cd9c0f0fea1ef475e0b1921b392d92969c9bf37cc406bb35"),
+    ):
+        stems = [
+            stem
+            for patient in range(1, size.num_patients + 1)
+            for sequence in range(1, size.num_sequences + 1)
+            for stem in stems_of_sequence(patient, sequence, size.num_frames)
+        ]
+        result = pseudonyms(stems, mapping=tmp_path / MAPPING_FILE)
+        assert fingerprint((alias.key, f"{stem}.jpg") for stem, alias in result.items()) == expected
+    assert list(tmp_path.iterdir()) == []  # made-up people need no mapping file
+
+
+def test_keys_of_coronary80_are_as_they_were(shared_folder):
+    samples = find_samples(shared_folder / "data" / "coronary80")
+    expected = "ce5b5a956c8cdca80c6233af9e448fda539066326af0343bfc986f6668e5fbd0"
+    assert fingerprint((sample.key, sample.image_path.name) for sample in samples) == expected
+
+
+def stems_of_sequence(patient, sequence, num_frames):
+    """The file names that the built-in data set gives to a sequence, without drawing it."""
+    rng = np.random.default_rng([SEED, patient, sequence])
+    code, number = f"{int(rng.integers(2**32)):08X}", int(rng.integers(3, 14))
+    for _ in range(num_frames):
+        yield f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}"
+        number += int(rng.integers(1, 4))
+
+
+def fingerprint(rows):
+    return hashlib.sha256("\n".join(f"{key}\t{name}" for key, name in sorted(rows)).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +228,7 @@ def test_bad_patterns(pattern, message):
     assert "ming" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["train_001", "007", "07L", "img-12", "test_11R", "Frame 3"])
+@pytest.mark.parametrize("name", ["train_001", "007", "07L", "img-12", "test_11R", "Frame 3", "21_training"])
 def test_impersonal_names_may_be_shown(name):
     assert is_impersonal(name)
 

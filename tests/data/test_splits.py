@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from vesselrl.data.annotations import DataError, Sample, find_samples
-from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.data.builtin import SMALL, builtin_data
+from vesselrl.data.patients import pseudonyms
+from vesselrl.data.splits import SIDES, Split, read_split, split_by_patient, take, write_split
 
 
 def make_samples(sizes, num_sequences=1):
@@ -28,19 +30,119 @@ def sides(split):
     return split.train, split.val, split.test
 
 
+def patients_of(side):
+    return {sample.patient for sample in side}
+
+
 def uneven_sizes(seed):
     generator = random.Random(seed)
     return [generator.randint(1, 60) for _ in range(generator.randint(3, 40))]
 
 
-def test_no_patient_on_two_sides_for_a_hundred_seeds():
-    for seed in range(100):
-        samples = make_samples(uneven_sizes(seed))
-        split = split_by_patient(samples, seed)
-        patients = [{sample.patient for sample in side} for side in sides(split)]
-        assert all(patients)
-        assert sum(map(len, patients)) == len(set.union(*patients))
-        assert Counter(s.key for side in sides(split) for s in side) == Counter(s.key for s in samples)
+def test_a_split_by_frame_warns_and_is_marked_wherever_it_goes(tmp_path, caplog):
+    samples = make_samples([20] * 10)
+    split = split_by_patient(samples, unit="frame")
+    assert "LEAKY" in caplog.text
+    assert [len(side) for side in sides(split)] == [160, 20, 20]
+    assert patients_of(split.train) & patients_of(split.test)
+    assert split.is_leaky
+    assert split.mark.startswith("LEAKY")
+    write_split(tmp_path / "split.json", split)
+    content = json.loads((tmp_path / "split.json").read_text())
+    assert content["unit"] == "frame"
+    assert content["leaky"] is True
+    assert content["mark"].startswith("LEAKY")
+    assert content["shared_patients"]["train_test"]
+    again = read_split(tmp_path / "split.json", samples)
+    assert again == split
+    assert again.is_leaky
+
+
+def test_a_split_by_patient_warns_of_nothing(caplog):
+    split = split_by_patient(make_samples([2] * 9))
+    assert (split.is_leaky, split.mark, caplog.text) == (False, "", "")
+
+
+def test_unknown_units_are_refused(tmp_path):
+    samples = make_samples([2] * 9)
+    with pytest.raises(ValueError, match=r"unit is 'eye'. Give one of patient, frame"):
+        split_by_patient(samples, unit="eye")
+    write_split(tmp_path / "split.json", split_by_patient(samples))
+    text = (tmp_path / "split.json").read_text()
+    (tmp_path / "split.json").write_text(text.replace('"unit": "patient"', '"unit": "eye"'))
+    with pytest.raises(DataError, match="is not a split that this program wrote"):
+        read_split(tmp_path / "split.json", samples)
+
+
+def test_the_sides_do_not_depend_on_the_numbers_of_the_pseudonyms():
+    samples = make_samples(uneven_sizes(2))
+    numbers = sorted(patients_of(samples))
+    shuffled = dict(zip(numbers, random.Random(3).sample(numbers, len(numbers)), strict=True))
+    renamed = [replace(s, patient=shuffled[s.patient], key=shuffled[s.patient] + s.key[4:]) for s in samples]
+    for fold in (None, (1, 3)):
+        one, other = (split_by_patient(some, 5, fold=fold) for some in (samples, renamed))
+        assert [[s.image_path for s in side] for side in sides(one)] == [
+            [s.image_path for s in side] for side in sides(other)
+        ]
+    assert [s.image_path for s in take(samples, 20)] == [s.image_path for s in take(renamed, 20)]
+
+
+def split_fingerprint(split):
+    lines = [f"{name}\t{s.key}\t{s.image_path.name}" for name in SIDES for s in getattr(split, name)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [(42, "18e4524857b4b764"), (0, "552439615afb000e"), (1, "b43fa6ffb1ce348e"), (7, "e77e2802d791dd72")],
+)
+def test_splits_of_coronary80_are_those_of_the_earlier_results(shared_folder, seed, expected):
+    samples = find_samples(shared_folder / "data" / "coronary80")
+    assert split_fingerprint(split_by_patient(samples, seed)) == expected
+
+
+def test_splits_of_the_small_built_in_data_are_those_of_the_earlier_results(tmp_path):
+    samples = find_samples(builtin_data(tmp_path, SMALL))
+    expected = {42: "dbe3032fea58a91b", 0: "0452f822f82086bc", 1: "917d42763fd532ae", 7: "c0caa0331b5a71b2"}
+    assert {seed: split_fingerprint(split_by_patient(samples, seed)) for seed in expected} == expected
+    taken = [s.key for s in take(list(split_by_patient(samples).train), 50, 42)]
+    assert hashlib.sha256("\n".join(taken).encode()).hexdigest()[:16] == "7ee73d198a1323f4"
+
+
+def write_format_1(path, split, keys):
+    """A split as it was written before numbers were salted; keys by image path."""
+    lines = [
+        f"{side}\t{keys[s.image_path]}\t{s.image_path.name}" for side in SIDES for s in getattr(split, side)
+    ]
+    content = {
+        "format": 1,
+        "unit": "patient",
+        "seed": split.seed,
+        "ratios": dict(zip(SIDES, split.ratios, strict=True)),
+        "sha256": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
+        "samples": {side: [keys[s.image_path] for s in getattr(split, side)] for side in SIDES},
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_old_files_stay_readable_with_salted_keys_too(tmp_path):
+    """The files of an old run have the numbers of SHA-256 without a salt."""
+    ids = [1234567890 + 7 * i for i in range(9)]
+    names = [f"NAME({number})_1-2_3_0A1B2C3D_frame_{frame:06d}" for number in ids for frame in range(2)]
+    new = pseudonyms(names)
+    samples = [
+        Sample(Path(f"/data/{name}.png"), None, (), "", a.key, a.patient, a.sequence, a.frame)
+        for name, a in new.items()
+    ]
+    order = sorted(ids, key=lambda number: hashlib.sha256(f"id:{number}".encode()).hexdigest())
+    old = {s.image_path: f"P{order.index(int(s.image_path.name[5:15])) + 1:03d}{s.key[4:]}" for s in samples}
+    assert set(old.values()) == {s.key for s in samples}
+    assert any(old[s.image_path] != s.key for s in samples)
+    split = split_by_patient(samples)
+    write_format_1(tmp_path / "split.json", split, old)
+    assert read_split(tmp_path / "split.json", samples) == split
+    write_format_1(tmp_path / "split.json", split, {s.image_path: s.key for s in samples})
+    assert read_split(tmp_path / "split.json", samples) == split
 
 
 def test_sizes_follow_the_ratios_where_patients_allow_it():
@@ -221,8 +323,7 @@ def test_take_all():
 
 
 def test_both_eyes_stay_together(shared_folder):
-    pattern = r"_(?P<patient>\d+)(?P<frame>[LR])$"
-    samples = find_samples(shared_folder / "data" / "chase_db1", pattern)
+    samples = find_samples(shared_folder / "data" / "chase_db1")
     for seed in range(20):
         for side in sides(split_by_patient(samples, seed)):
             children = Counter(re.search(r"\d+", sample.image_path.stem)[0] for sample in side)

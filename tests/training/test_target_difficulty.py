@@ -39,6 +39,7 @@ def loss_of(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_unet_from_scratch_reaches_90_percent(repository: Path) -> None:
     from monai.networks.nets import BasicUNet
 

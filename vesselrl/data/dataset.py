@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from vesselrl.data.annotations import Sample, load_image, load_mask
+from vesselrl.data.augment import Augmentation, augment
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
 
@@ -16,13 +17,26 @@ class VesselDataset(Dataset):
     Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
     copy: changing it changes nothing here. With worker processes each worker keeps its own memory.
 
+    `dataset[index]` is the picture as it is in the file, and only that is kept; `dataset.augmented` changes a
+    copy of it.
+
     Args:
         samples: what to load, in this order.
         cache_bytes: limit of the memory for pixels; 0 turns it off.
+        augmentation: how `augmented` changes pictures; by default not at all.
+        seed: decides, with epoch and index, how each picture is changed.
     """
 
-    def __init__(self, samples: Sequence[Sample], cache_bytes: int = 2 * 1024**3):
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cache_bytes: int = 2 * 1024**3,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
+        seed: int = 0,
+    ):
         self.samples = tuple(samples)
+        self.augmentation = augmentation
+        self.seed = seed
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._bytes_left = cache_bytes
 
@@ -40,6 +54,15 @@ class VesselDataset(Dataset):
             self._bytes_left -= image.nbytes + mask.nbytes
             self._cache[index] = image.copy(), mask.copy()
         return image, mask, sample
+
+    def augmented(self, index: int, epoch: int) -> Item:
+        """One item as this epoch shows it; the same whenever and in whatever order it is asked for.
+
+        Raises:
+            DataError: a broken file, as for `dataset[index]`.
+        """
+        image, mask, sample = self[index]
+        return *augment(image, mask, self.augmentation, self.seed, epoch, index), sample
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -3,10 +3,12 @@
 Messages never hold the path of a file, because file names carry patient names: the caller names the file.
 """
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,11 @@ _BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
+    TypeError,
     EOFError,
-    IndexError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -35,6 +40,36 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is unusual about an image file, beside its pixels."""
+
+    # Pillow's name of the pixel format, such as RGB or I;16.
+    mode: str
+    # EXIF orientation 1 to 8; 1 is upright.
+    orientation: int
+    # More than 8 bits per channel in the file.
+    deep: bool
+    # An alpha channel, or a palette with transparent colours.
+    alpha: bool
+
+
+def read_traits(path: Path, record: str) -> Traits:
+    """Pixel format and orientation of an image file, from its header alone.
+
+    Raises:
+        DataError: the file cannot be read as an image; the message begins with `record`.
+    """
+    with _opened(path, record) as image:
+        # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
+        formats = {image.mode, *(str(tile.args) for tile in image.tile)}
+        deep = image.mode in ("I", "F") or any("16" in name for name in formats)
+        alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        # Pillow turns a TIFF itself.
+        turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
+        return Traits(image.mode, turned, deep, alpha)
 
 
 def read_size(path: Path, record: str) -> tuple[int, int]:
@@ -63,13 +98,15 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
         if values.min() < 0 or values.max() > 65535:
             raise DataError(
                 f"{record}: the image holds values from {values.min()} to {values.max()}, more than 16 bits. "
-                "Save it with 8 or 16 bits per pixel."
+                "Save it with 8 or 16 bits per pixel.",
+                "too_many_bits",
             )
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise DataError(
-            f"{record}: the image holds floating-point values. Save it with 8 or 16 bits per pixel."
+            f"{record}: the image holds floating-point values. Save it with 8 or 16 bits per pixel.",
+            "too_many_bits",
         )
     if image.mode == "P":
         image = image.convert("RGBA")  # resolves the palette together with its transparency
@@ -85,18 +122,46 @@ def read_mask(path: Path, record: str) -> np.ndarray:
         DataError: the file cannot be decoded, or holds other values than 0 and 1, or 0 and 255; the message
             names the values found (a JPEG has many).
     """
-    image = _read(path, record)
-    if image.mode == "1":
-        return np.array(image)
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    values = np.asarray(image)
-    if values.ndim == 3:
-        colours = values[:, :, :-1] if image.mode in ("LA", "RGBA") else values
-        if (colours != colours[:, :, :1]).any():
-            raise DataError(f"{record}: the mask is coloured. Save it as grey with the values 0 and 255.")
-        values = colours[:, :, 0]
+    return _binary(_read(path, record), record)
+
+
+def decode_mask(data: bytes, record: str) -> np.ndarray:
+    """A mask from the bytes of an image file, see `read_mask`."""
+    return _binary(_read(io.BytesIO(data), record), record)
+
+
+def threshold_mask(path: Path, record: str) -> np.ndarray:
+    """A mask file that is not binary as bool (H, W), by a guess.
+
+    Of two values with 0 among them, the other is vessel. Otherwise it is what is at least half as bright as
+    the brightest value that the format can hold, in any colour channel.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    values = _channels(_read(path, record)).max(axis=2)
+    if values.dtype == bool:
+        return values.view(np.uint8) > 0
     levels = np.unique(values)
+    if len(levels) == 2 and levels[0] == 0:
+        return values > 0
+    full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
+    return values >= full / 2
+
+
+def _binary(image: Image.Image, record: str) -> np.ndarray:
+    channels = _channels(image)
+    values = channels[:, :, 0]
+    if values.dtype == bool:
+        # A 1-bit picture comes as bytes of 0 and 255 that call themselves bool: True must be 1.
+        return values.view(np.uint8) > 0
+    if (channels != channels[:, :, :1]).any():
+        raise DataError(
+            f"{record}: the mask is coloured. Save it as grey with the values 0 and 255.", "non_binary_mask"
+        )
+    # Counting bytes is faster than sorting them.
+    bytewise = values.dtype == np.uint8
+    levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if bytewise else np.unique(values)
     if set(levels.tolist()) <= {0, 1} or set(levels.tolist()) <= {0, 255}:
         return values > 0
     shown = [f"{level:g}" for level in levels]
@@ -104,13 +169,24 @@ def read_mask(path: Path, record: str) -> np.ndarray:
         shown = [*shown[:4], "...", shown[-1]]
     raise DataError(
         f"{record}: the mask has {len(levels)} values ({', '.join(shown)}), not 0 and 1, or 0 and 255. "
-        "Threshold it and save it as PNG."
+        "Threshold it and save it as PNG.",
+        "non_binary_mask",
     )
 
 
-def _read(path: Path, record: str) -> Image.Image:
+def _channels(image: Image.Image) -> np.ndarray:
+    """The values of a mask as (H, W, 1 or more), without transparency."""
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    values = np.array(image)
+    if values.ndim == 2:
+        return values[:, :, None]
+    return values[:, :, :-1] if image.mode in ("LA", "RGBA") else values
+
+
+def _read(source: Path | io.BytesIO, record: str) -> Image.Image:
     """The decoded file, turned upright."""
-    with _opened(path, record) as image:
+    with _opened(source, record) as image:
         orientation = _orientation(image)
         return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
 
@@ -125,18 +201,19 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _opened(path: Path, record: str) -> Iterator[Image.Image]:
+def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
     """An image file, open; Pillow's errors become a DataError without the path."""
     try:
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
-        with path.open("rb") as file, Image.open(file) as image:
+        with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        raise DataError(f"{record}: the file is missing. Restore it, or remove the record.") from None
+        message = f"{record}: the file is missing. Restore it, or remove the record."
+        raise DataError(message, "missing_file") from None
     except Image.UnidentifiedImageError:
-        raise DataError(f"{record}: the file is not an image. Replace it, or remove the record.") from None
+        message = f"{record}: the file is not an image. Replace it, or remove the record."
+        raise DataError(message, "unreadable_image") from None
     except _BROKEN as error:
         what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{record}: the file is damaged ({what}). Replace it, or remove the record."
-        ) from None
+        message = f"{record}: the file is damaged ({what}). Replace it, or remove the record."
+        raise DataError(message, "unreadable_image") from None

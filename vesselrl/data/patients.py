@@ -1,12 +1,12 @@
 """Who is in a picture: file names are read for patient, sequence and frame, and replaced by pseudonyms.
 
-Names and 10-digit IDs do not leave this module: everything else knows a picture as `P001_S1_F0011`. The
-numbers follow the order of hashes, so they say nothing about the alphabet. They hold for one set of files:
-a file added to the data root may change them.
+Names and 10-digit IDs do not leave this module and the local mapping file (`vesselrl.data.privacy`):
+everything else knows a picture as `P001_S1_F0011`. How the numbers are given out: `vesselrl.data.numbering`.
 
 A patient is a 10-digit ID where the file name has one, however the name beside it is spelled. Otherwise it is
 the name, compared without case, spaces and punctuation; a name that occurs elsewhere with exactly one ID is
-that patient. One person under two spellings without an ID, or under two IDs, cannot be seen here.
+that patient. `Image_01L` and `Image_01R`, and other numbers with a side, are the two eyes of one patient. One
+person under two spellings without an ID, or under two IDs, cannot be seen here: an alias file says so.
 """
 
 import hashlib
@@ -16,8 +16,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from vesselrl.data.aliases import join_persons, read_aliases
 from vesselrl.data.errors import DataError
+from vesselrl.data.numbering import FileIdentity, number_files
+from vesselrl.data.privacy import Numbering, derive_salt, read_numbering, write_numbering
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +37,22 @@ _WITHOUT_ID = re.compile(
     r"[\s_]+frame[\s_]+(?P<frame>\d+)",
     re.IGNORECASE | re.DOTALL,
 )
-# File names without a person in them, such as train_001 or 07L: messages may show these.
+# File names without a person in them, such as train_001, 07L or 21_training: messages may show these.
+_WORD = r"(?:train|training|test|val|valid|validation|images?|im|img|frame|case|sample|scan|slice)"
 _IMPERSONAL = re.compile(
-    r"(?:(?:train|training|test|val|valid|validation|images?|img|frame|case|sample|scan|slice)[-_ ]?)?"
-    r"\d{1,6}[-_ ]?(?:l|r|left|right)?",
-    re.IGNORECASE,
+    rf"(?:{_WORD}[-_ ]?)?\d{{1,6}}(?:[-_ ]?(?:l|r|left|right)|[-_ ](?:training|test))?", re.IGNORECASE
 )
+# The two eyes of one patient: Image_01L and Image_01R.
+_EYE = re.compile(rf"(?P<case>(?:{_WORD}[-_ ]?)?\d{{1,6}})[-_ ]?(?P<eye>l|r)(?:eft|ight)?", re.IGNORECASE)
+# The people of the built-in synthetic data (`vesselrl.data.synthetic`) are made up.
+_MADE_UP = re.compile(r"SYNTH(?:_[A-J]+_frame_|[_^ ]*\(?\d{10}\)?[_ ]).*")
 
 
 @dataclass(frozen=True)
 class Identity:
     """What a file name says; never logged or shown (`repr` gives nothing away)."""
 
-    # What tells this person from others: "id:…", "name:…", "pattern:…" or "file:…".
+    # What tells this person from others: "id:…", "name:…", "eyes:…", "pattern:…" or "file:…".
     person: str = field(repr=False)
     # "name:…" where the person has an ID as well.
     alias: str = field(default="", repr=False)
@@ -72,8 +79,9 @@ def parse_name(name: str) -> Identity:
     """Reads patient, sequence and frame from a file name.
 
     It knows `NAME(<10 digits>)_S-N_K_HEX8_frame_000011`, `NAME^(<10 digits>)_…`, `NAME_<10 digits>__…`,
-    `NAME__<10 digits>__…` and `NAME_frame_000011`, with spaces or underscores and names in any script. Any
-    other name is a patient of its own.
+    `NAME__<10 digits>__…` and `NAME_frame_000011`, with spaces or underscores and names in any script; and
+    `Image_01L` with `Image_01R`, or any number with a side, as two sequences of one patient. Any other name
+    is a patient of its own.
 
     Args:
         name: path below images/, without the ending.
@@ -87,7 +95,11 @@ def parse_name(name: str) -> Identity:
     plain = "" if match is None else re.sub(r"[\W_]+", "", match["name"]).casefold()
     number = None if match is None else match.groupdict().get("id")
     if not plain and not number:
-        return Identity(f"file:{name}")
+        eye = _EYE.fullmatch(stem)
+        if eye is None:
+            return Identity(f"file:{name}")
+        folder = name.rpartition("/")[0]
+        return Identity(f"eyes:{folder}/{eye['case'].casefold()}", sequence=eye["eye"].casefold())
     sequence = re.sub(r"[\s_]+", "_", match["sequence"] or "").strip("_").casefold()
     frame = match["frame"] or ""
     if number:
@@ -144,39 +156,70 @@ def is_impersonal(name: str) -> bool:
     return _IMPERSONAL.fullmatch(name) is not None
 
 
-def pseudonyms(names: Iterable[str], patient_pattern: str | None = None) -> dict[str, Pseudonym]:
+def person_of(stem: str) -> str:
+    """SHA-256 of the person that a file name alone gives: an order of people that no salt can change."""
+    return hashlib.sha256(parse_name(stem).person.encode()).hexdigest()
+
+
+def pseudonyms(
+    names: Iterable[str],
+    patient_pattern: str | None = None,
+    aliases: Path | str | None = None,
+    mapping: Path | str | None = None,
+) -> dict[str, Pseudonym]:
     """A pseudonym for each file name; all keys differ, and the order of the names does not matter.
+
+    Where file names may carry people, the order of the patients is salted, and the mapping file, if there is
+    one, keeps the salt and every key: files that are added later change no pseudonym. Impersonal names
+    (train_001) and the built-in synthetic data have nothing to hide: no salt, no mapping file.
 
     Args:
         names: paths below images/, without the ending.
         patient_pattern: how to read the names, see `parse_by_pattern`; None for `parse_name`.
+        aliases: CSV file that joins several spellings of one person, see `vesselrl.data.aliases`.
+        mapping: mapping file, read and written; see `vesselrl.data.privacy`. None: nothing is kept.
 
     Raises:
-        DataError: the pattern is not valid or does not match; see `parse_by_pattern`.
+        DataError: the pattern is not valid or does not match, see `parse_by_pattern`; the alias file or the
+            mapping file cannot be used.
+
+    >>> sorted(alias.key for alias in pseudonyms(["Image_01L", "Image_01R"]).values())
+    ['P001_S1_F0001', 'P001_S2_F0001']
     """
+    names = sorted(set(names))
     if patient_pattern is None:
         identities = {name: parse_name(name) for name in names}
     else:
         identities = parse_by_pattern(names, patient_pattern)
-    persons = _merge_names(identities)
-    members = defaultdict(lambda: defaultdict(list))
-    for name in sorted(identities):
-        digest = hashlib.sha256(persons[name].encode()).hexdigest()
-        members[digest][identities[name].sequence].append(name)
+    only_id = _only_ids(identities)
+    persons = {name: only_id.get(identity.person, identity.person) for name, identity in identities.items()}
+    rows = [] if aliases is None else read_aliases(aliases)
+    if aliases is not None:
+        persons = join_persons(persons, only_id, rows, Path(aliases).name)
+    files = {name: FileIdentity(persons[name], i.sequence, i.frame) for name, i in identities.items()}
 
+    if _is_impersonal_set([*names, *(row.patient for row in rows)]):
+        numbering = number_files(files, Numbering())
+    else:
+        known = None if mapping is None else read_numbering(mapping, patient_pattern)
+        numbering = number_files(files, known or Numbering(salt=derive_salt(names)))
+        if mapping is not None and numbering != known:
+            write_numbering(mapping, patient_pattern, numbering)
+    keys = {name: key for key, name in numbering.files.items()}
     result = {}
-    for patient_number, digest in enumerate(sorted(members), start=1):
-        patient = f"P{patient_number:03d}"
-        for sequence_number, sequence in enumerate(sorted(members[digest]), start=1):
-            names = members[digest][sequence]
-            frames = _number_frames({name: identities[name].frame for name in names})
-            for name, frame in frames.items():
-                result[name] = Pseudonym(patient, f"{patient}_S{sequence_number}", frame)
+    for name in names:
+        patient, sequence, frame = keys[name].split("_")
+        result[name] = Pseudonym(patient, f"{patient}_{sequence}", frame)
     return result
 
 
-def _merge_names(identities: Mapping[str, Identity]) -> dict[str, str]:
-    """File name → person, where a name without an ID becomes the one ID that occurs with it."""
+def _is_impersonal_set(texts: Iterable[str]) -> bool:
+    """Whether none of these file names and aliases can be that of a person."""
+    return all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
+
+
+def _only_ids(identities: Mapping[str, Identity]) -> dict[str, str]:
+    """Name → ID, for the names that occur with exactly one ID."""
     ids_of = defaultdict(set)
     for identity in identities.values():
         if identity.alias:
@@ -184,35 +227,4 @@ def _merge_names(identities: Mapping[str, Identity]) -> dict[str, str]:
     num_shared = sum(len(ids) > 1 for ids in ids_of.values())
     if num_shared:
         logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
-    only_id = {alias: next(iter(ids)) for alias, ids in ids_of.items() if len(ids) == 1}
-    return {name: only_id.get(identity.person, identity.person) for name, identity in identities.items()}
-
-
-def _number_frames(frames: Mapping[str, str]) -> dict[str, str]:
-    """File name → F0011 for the files of one sequence: the frame number, or the next free number without one.
-
-    A number of more than six digits may be an ID: it is not used. Two files of one number get F0011, F0011b.
-    """
-    result: dict[str, str] = {}
-    taken: set[str] = set()
-    for name, text in frames.items():
-        if text.isascii() and text.isdigit() and len(text) <= 6:
-            result[name] = _free(f"F{int(text):04d}", taken)
-    number = 0
-    for name in frames:
-        if name not in result:
-            number += 1
-            while f"F{number:04d}" in taken:
-                number += 1
-            result[name] = _free(f"F{number:04d}", taken)
-    return result
-
-
-def _free(label: str, taken: set[str]) -> str:
-    """The label, with b, c, … or a number where it is taken already; marks it as taken."""
-    candidate, number = label, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{label}{chr(ord('a') + number - 1)}" if number <= 26 else f"{label}-{number}"
-    taken.add(candidate)
-    return candidate
+    return {alias: next(iter(ids)) for alias, ids in ids_of.items() if len(ids) == 1}

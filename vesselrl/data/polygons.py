@@ -10,13 +10,16 @@ Contours of `skimage.measure.find_contours` and `cv2.findContours` count from th
 add 0.5 to them, or use `mask_to_polygons`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
 from skimage.measure import find_contours
 
 from vesselrl.data.errors import DataError
+
+Size = tuple[int, int]  # width, height
+OnError = Callable[[DataError], None]
 
 
 def rasterise(polygons: Iterable[np.ndarray | Sequence[float]], shape: tuple[int, int]) -> np.ndarray:
@@ -113,7 +116,36 @@ def _drop_straight(ring: np.ndarray) -> np.ndarray:
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
 
 
-def parse_polygons(value: object, size: tuple[int, int], record: str) -> tuple[tuple[np.ndarray, ...], int]:
+def scale_polygons(polygons: Iterable[np.ndarray], old: Size, new: Size) -> tuple[np.ndarray, ...]:
+    """Polygons that were drawn on an image of the size `old`, for the same image in the size `new`.
+
+    Args:
+        polygons: (N, 2) arrays of (x, y) in px.
+        old: (width, height) in px.
+        new: (width, height) in px.
+
+    >>> scale_polygons([np.array([[800.0, 400.0]])], (800, 800), (512, 512))[0].tolist()
+    [[512.0, 256.0]]
+    """
+    factors = np.array(new, np.float64) / np.array(old, np.float64)
+    return tuple(polygon * factors for polygon in polygons)
+
+
+def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A mask in another size: its outlines are scaled and drawn by `rasterise`; an empty mask stays empty.
+
+    Args:
+        mask: bool (H, W).
+        shape: (H, W) of the result.
+    """
+    if mask.shape == tuple(shape):
+        return mask
+    return rasterise(scale_polygons(mask_to_polygons(mask), mask.shape[::-1], shape[::-1]), shape)
+
+
+def parse_polygons(
+    value: object, size: Size, record: str, on_error: OnError | None = None
+) -> tuple[tuple[np.ndarray, ...], int]:
     """Reads the `mask` field of a record: flat polygons, or objects that hold flat polygons.
 
     Polygons with fewer than three points enclose nothing: they are left out and counted.
@@ -122,9 +154,10 @@ def parse_polygons(value: object, size: tuple[int, int], record: str) -> tuple[t
         value: `[[x1, y1, x2, y2, …], …]`, or one level deeper.
         size: (width, height) of the image in px; a coordinate may lie up to 1 px outside.
         record: how messages name the record.
+        on_error: gets the error of each broken polygon, which is then left out; None: the first is raised.
 
     Returns:
-        The polygons as (N, 2) arrays, and how many were left out.
+        The polygons as (N, 2) arrays, and how many had too few points.
 
     Raises:
         DataError: the field is something else, or a polygon has an odd number of coordinates, a value that
@@ -132,70 +165,104 @@ def parse_polygons(value: object, size: tuple[int, int], record: str) -> tuple[t
     """
     polygons, num_skipped = [], 0
     for number, flat in enumerate(_flatten(value, record)):
-        where = f"{record}: polygon {number}"
-        points = _parse_flat(flat, where)
-        if len(points) < 3:
-            num_skipped += 1
+        try:
+            points = read_outline(flat, size, f"{record}: polygon {number}")
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
             continue
-        for axis, (name, limit) in enumerate(zip("xy", size, strict=True)):
-            outside = points[(points[:, axis] < -1) | (points[:, axis] > limit + 1), axis]
-            if len(outside):
-                raise DataError(
-                    f"{where} has {name} = {outside[0]:g}, outside its image of {size[0]}×{size[1]} px. "
-                    "Scale the polygons to the size of the image, or remove the record."
-                )
-        polygons.append(points)
+        if points is None:
+            num_skipped += 1
+        else:
+            polygons.append(points)
     return tuple(polygons), num_skipped
+
+
+def read_outline(flat: object, size: Size, where: str) -> np.ndarray | None:
+    """One flat polygon as an (N, 2) array; None where it has fewer than three points.
+
+    Args:
+        flat: `[x1, y1, x2, y2, …]`.
+        size: (width, height) of the image in px; a coordinate may lie up to 1 px outside.
+        where: how the message names the polygon.
+
+    Raises:
+        DataError: as `parse_polygons`.
+    """
+    points = _parse_flat(flat, where)
+    if len(points) < 3:
+        return None
+    for axis, (name, limit) in enumerate(zip("xy", size, strict=True)):
+        outside = points[(points[:, axis] < -1) | (points[:, axis] > limit + 1), axis]
+        if len(outside):
+            raise DataError(
+                f"{where} has {name} = {outside[0]:g}, outside its image of {size[0]}×{size[1]} px. Write "
+                "the size it was drawn on into the record (imageWidth, imageHeight), or remove the record.",
+                "outside_image",
+            )
+    return points
 
 
 def _flatten(value: object, record: str) -> list[list]:
     """The flat polygons of a `mask` field of either nesting."""
     if not isinstance(value, list):
         raise DataError(
-            f"{record}: 'mask' is {_kind(value)}, not a list of polygons. "
-            "Write [[x1, y1, x2, y2, ...], ...], or put the mask as a PNG file into masks/."
+            f"{record}: 'mask' is {describe(value)}, not a list of polygons. "
+            "Write [[x1, y1, x2, y2, ...], ...], or put the mask as a PNG file into masks/.",
+            "bad_record",
         )
     polygons = []
     for item in value:
         if not isinstance(item, list):
             raise DataError(
-                f"{record}: 'mask' holds {_kind(item)} where a polygon was expected. "
-                "Write [[x1, y1, x2, y2, ...], ...], with one more pair of brackets than a single polygon."
+                f"{record}: 'mask' holds {describe(item)} where a polygon was expected. "
+                "Write [[x1, y1, x2, y2, ...], ...], with one more pair of brackets than a single polygon.",
+                "bad_polygon",
             )
         if not any(isinstance(part, list) for part in item):
             polygons.append(item)
             continue
         if not all(isinstance(part, list) for part in item):
             raise DataError(
-                f"{record}: 'mask' mixes numbers and lists in one polygon. Write [x1, y1, x2, y2, ...]."
+                f"{record}: 'mask' mixes numbers and lists in one polygon. Write [x1, y1, x2, y2, ...].",
+                "bad_polygon",
             )
         if len(item) > 2 and all(len(part) == 2 for part in item):
             raise DataError(
                 f"{record}: 'mask' holds points as [x, y] pairs. "
-                "Write each polygon flat: [x1, y1, x2, y2, ...]."
+                "Write each polygon flat: [x1, y1, x2, y2, ...].",
+                "bad_polygon",
             )
         polygons.extend(item)
     return polygons
 
 
-def _parse_flat(flat: list, where: str) -> np.ndarray:
+def _parse_flat(flat: object, where: str) -> np.ndarray:
     """One flat polygon as an (N, 2) array."""
+    if not isinstance(flat, list):
+        raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
     for value in flat:
         if type(value) not in (int, float):
-            raise DataError(f"{where} holds {_kind(value)}, not a number. Correct it, or remove the polygon.")
+            raise DataError(
+                f"{where} holds {describe(value)}, not a number. Correct it, or remove the polygon.",
+                "bad_polygon",
+            )
         if not abs(value) < 1e300:  # also true of NaN and infinity; larger integers do not fit into a float
             raise DataError(
-                f"{where} holds {str(value)[:12]}, not a finite number. Correct it, or remove the polygon."
+                f"{where} holds {str(value)[:12]}, not a finite number. Correct it, or remove the polygon.",
+                "bad_polygon",
             )
     if len(flat) % 2:
         raise DataError(
             f"{where} has {len(flat)} coordinates, an odd number. "
-            "Write pairs of x and y, or remove the polygon."
+            "Write pairs of x and y, or remove the polygon.",
+            "odd_length",
         )
     return np.array(flat, np.float64).reshape(-1, 2)
 
 
-def _kind(value: object) -> str:
+def describe(value: object) -> str:
     """What a JSON value is, in words, without its content (a text may carry a name)."""
     names = {dict: "an object", str: "a text", list: "a list", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

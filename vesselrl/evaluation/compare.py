@@ -224,7 +224,7 @@ def _line(
 
 def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     """What a reader must know before believing the table."""
-    notes = []
+    notes = list(dict.fromkeys(f"{run.name}: {mark}" for run in runs for mark in run.after.marks))
     if len(runs) > 1:
         notes.append(
             f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "

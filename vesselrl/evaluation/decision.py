@@ -2,8 +2,9 @@
 
 The rule, on one metric, the one the table is ranked by:
 
-1. A run qualifies if at most 5 % of its predictions failed and its gain over the baseline is proven: paired
-   by image, resampled by patient, p < 0.05 after Holm's adjustment for the number of runs looked at.
+1. A run qualifies if its split does not leak, at most 5 % of its predictions failed, and its gain over the
+   baseline is proven: paired by image, resampled by patient, p < 0.05 after Holm's adjustment for the number
+   of runs looked at.
 2. Of the runs that qualify, the one with the best patient mean is named.
 3. If no run qualifies, the answer is to keep the baseline.
 
@@ -43,7 +44,8 @@ def choose(
     qualified = []
     for run in ranked:
         gain = gain_of(gains.get(run.name, []), rank_by)
-        if gain is not None and gain["verdict"] == "better" and not run.after.too_many_failed:
+        sound = not (run.after.too_many_failed or run.after.is_leaky)
+        if gain is not None and gain["verdict"] == "better" and sound:
             qualified.append((run, gain))
     if not qualified:
         others = [run for run in ranked if run.name != baseline]
@@ -82,6 +84,8 @@ def _why_not(run: Run, gains: dict[str, list[dict[str, Any]]], rank_by: str) -> 
     if run.after.too_many_failed:
         failed, images = run.after.summary["n_failed"], run.after.summary["n_images"]
         return f"{failed} of {images} predictions failed, more than {MAX_FAILED_SHARE:.0%}"
+    if run.after.is_leaky:
+        return "its split leaks, so it proves nothing about new patients"
     if gain is None:
         return "nothing to compare with"
     if gain["reason"]:

@@ -23,8 +23,10 @@ import numpy as np
 
 from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
+from vesselrl.data.in_sample import base_trained_on
 from vesselrl.data.splits import read_split, split_by_patient
 from vesselrl.evaluation.flips import with_flips
+from vesselrl.evaluation.marks import marks_of
 from vesselrl.evaluation.observers import observer_agreement, second_observer
 from vesselrl.evaluation.predictions import (
     PackedMask,
@@ -120,7 +122,7 @@ def evaluate_held_out(
     settings = run_settings(run)
     folder, name = result_place(plan, run)
     check_writable(folder)
-    samples, validation = choose_samples(plan, run, settings)
+    samples, validation, marks = choose_samples(plan, run, settings)
     reward = make_reward(TrainConfig.from_dict(settings))
     observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
     predict = make_predictor(plan, settings)
@@ -130,10 +132,10 @@ def evaluate_held_out(
     done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
 
     extra = {"plan": vars(plan), "flips": plan.flips, "threshold": plan.threshold}
-    evaluation = _score(done, done.masks, samples, reward)
+    evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
     result = HeldOutResult(evaluation, write_evaluation(folder, name, evaluation, extra)[0])
     if curve:
-        tuned = _score(done, done.tuned_masks, samples, reward)
+        tuned = replace(_score(done, done.tuned_masks, samples, reward), marks=marks)
         extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
         tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
         curve_path = folder / f"{name}_thresholds.json"
@@ -203,8 +205,8 @@ def load_pixels(sample: Sample) -> tuple:
 
 def choose_samples(
     plan: EvaluationPlan, run: Path | None, settings: dict
-) -> tuple[list[Sample], list[Sample]]:
-    """The samples of the wanted side, and the validation samples to choose a threshold on, if any.
+) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
+    """The samples of the wanted side, those to choose a threshold on, if any, and the marks of the former.
 
     The run's own split is used where there is one. A threshold is chosen for the test side only; why not
     otherwise is logged.
@@ -213,15 +215,18 @@ def choose_samples(
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    samples = find_samples(root, plan.patient_pattern or settings.get("patient_pattern"))
+    pattern = plan.patient_pattern or settings.get("patient_pattern")
+    samples = find_samples(root, pattern, settings.get("patient_aliases"))
+    seen = base_trained_on(settings.get("base_trained_on", "none"), samples)
     if plan.side == "all":
-        return samples, _validation(plan, [])
+        return samples, _validation(plan, []), marks_of(None, samples, seen)
     if run is not None and plan.data_root in (None, settings.get("data_root")):
         split = read_split(run / "data_split.json", samples)
     else:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
         split = split_by_patient(samples)
-    return list(getattr(split, plan.side)), _validation(plan, split.val)
+    side = list(getattr(split, plan.side))
+    return side, _validation(plan, split.val), marks_of(split, side, seen)
 
 
 def _validation(plan: EvaluationPlan, validation: Sequence[Sample]) -> list[Sample]:

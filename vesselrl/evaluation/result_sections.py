@@ -42,7 +42,7 @@ def summary_sentences(
     change = change.replace("(", "(95 % interval ")
     finding = line["verdict"] or line["reason"] or "no change is proven"
     first = f"Dice on {where}: {line['before']:.3f} before, {line['after']:.3f} after, {change}: {finding}."
-    sentences = [first]
+    sentences = [*after.marks, first]
     for verdict in ("better", "worse"):
         found = [metric_name(line["metric"]) for line in table if line["verdict"] == verdict]
         sentences.append(f"Clearly {verdict}: {', '.join(found) or 'nothing'}.")

@@ -54,6 +54,7 @@ class Evaluation:
             compared.
         calibration: how far the predicted probabilities can be taken at their word (`calibration.py`); None
             if only masks were scored.
+        marks: what must be shown beside the scores, such as a split that leaks; see `marks.py`.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -63,6 +64,7 @@ class Evaluation:
     metric_spec: dict[str, Any]
     reward_spec: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+    marks: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -73,6 +75,11 @@ class Evaluation:
     def too_many_failed(self) -> bool:
         """True if more than 5 % of the predictions failed; a command then ends with an error."""
         return self.summary["n_failed"] > MAX_FAILED_SHARE * self.summary["n_images"]
+
+    @property
+    def is_leaky(self) -> bool:
+        """True if frames of one patient were on both sides: this proves nothing about new patients."""
+        return any(mark.startswith("LEAKY") for mark in self.marks)
 
     def to_json(self) -> dict[str, Any]:
         """The whole evaluation as strict JSON values, nan as null, with patient and sequence means."""
@@ -85,6 +92,7 @@ class Evaluation:
                 "reward_spec": self.reward_spec,
                 "summary": self.summary,
                 "calibration": self.calibration,
+                "marks": list(self.marks),
                 "patients": group_means(self.rows, "patient"),
                 "sequences": group_means(self.rows, "sequence"),
                 "rows": list(self.rows),
@@ -275,7 +283,9 @@ def read_evaluation(path: Path) -> Evaluation:
         for row in document["rows"]
     ]
     evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"))
-    evaluation = replace(evaluation, calibration=document.get("calibration"))
+    evaluation = replace(
+        evaluation, calibration=document.get("calibration"), marks=tuple(document.get("marks", ()))
+    )
     for field in ("image_list_hash", "label_hash"):
         if getattr(evaluation, field) != document[field]:
             raise ValueError(

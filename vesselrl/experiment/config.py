@@ -3,6 +3,7 @@
 Field names are the command line's options; a comment over each says what it does and in which unit.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -33,11 +34,27 @@ class TrainConfig:
     prompt: str = "Please segment the blood vessel."
     # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
     patient_pattern: str | None = None
+    # CSV file with the columns file_name,patient: several spellings of one person.
+    patient_aliases: str | None = None
+    # Share i of k of a cross-validation, such as 1/5: every patient is tested in exactly one of the k runs.
+    fold: str | None = None
+    # frame ignores patients: scores are then flattered, and every output is marked LEAKY.
+    split_unit: Literal["patient", "frame"] = "patient"
+    # What to do with look-alike images of different patients on two sides of the split: stop, or allow.
+    near_duplicates: Literal["stop", "allow"] = "stop"
+    # Images that the base model was trained on: none, all, or a text file of file names. Its scores there
+    # are no fair baseline, and the report says so.
+    base_trained_on: str = "none"
     # Run or adapter folder to start from; its data split is used again.
     init_lora: str | None = None
     # Largest numbers of images; none: all. The choice goes round the patients.
     max_train_samples: int | None = None
     max_val_samples: int | None = None
+
+    # Random changes of the training images and their masks; see vesselrl/data/augment.py.
+    augment: Literal["none", "light", "strong"] = "none"
+    # Easy images first, all of them from the middle of the epochs on.
+    curriculum: bool = False
 
     # ---- Adapter ----
 
@@ -161,8 +178,18 @@ class TrainConfig:
             raise ValueError(f"--learning_rate is {self.learning_rate}; give 0 or more.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
+        if self.fold is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.fold):
+            raise ValueError(f"--fold is {self.fold!r}; give a share such as 1/5.")
         if self.stage == "sft+rl" and self.num_epochs < 2:
             raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
+
+    @property
+    def fold_numbers(self) -> tuple[int, int] | None:
+        """(i, k) of `fold`."""
+        if self.fold is None:
+            return None
+        number, _, count = self.fold.partition("/")
+        return int(number), int(count)
 
     @property
     def peak_learning_rate(self) -> float:

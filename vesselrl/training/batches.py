@@ -1,10 +1,11 @@
 """Training batches in a fixed, seeded order; the same for every stage, so that controls see the same data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vesselrl.data.curriculum import open_samples
 from vesselrl.data.dataset import VesselDataset, epoch_order
 from vesselrl.scoring.topology import Topology, topology
 
@@ -27,24 +28,48 @@ class TrainBatch:
 
 
 class BatchSource:
-    """Batches of a data set, epoch by epoch; the truth's topology is computed once per image."""
+    """Batches of a data set, epoch by epoch.
 
-    def __init__(self, dataset: VesselDataset, batch_size: int, seed: int) -> None:
+    The truth's topology is computed once per image, or anew where augmentation changes the truth.
+
+    Args:
+        dataset: of the training images.
+        batch_size: images per batch; the last one of an epoch may be smaller.
+        seed: decides, with the epoch, the order and the augmentation.
+        num_epochs: of the whole training.
+        difficulties: of the images, in the order of the data set: easy ones first, see `open_samples`; None
+            shows every image in every epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: VesselDataset,
+        batch_size: int,
+        seed: int,
+        num_epochs: int = 1,
+        difficulties: Sequence[float] | None = None,
+    ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
+        self.num_epochs = num_epochs
+        self.difficulties = difficulties
         self._topologies: dict[str, Topology] = {}
 
-    @property
-    def num_batches(self) -> int:
-        """Batches per epoch; the last one may be smaller."""
-        return -(-len(self.dataset) // self.batch_size)
+    def num_batches(self, epoch: int) -> int:
+        """Batches of one epoch, counted from 1."""
+        return -(-len(self._order(epoch)) // self.batch_size)
 
-    def epoch(self, number: int) -> Iterator[TrainBatch]:
+    @property
+    def num_steps(self) -> int:
+        """Batches of all epochs."""
+        return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
+
+    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
         """The batches of one epoch, in an order that depends on the seed and the epoch alone."""
-        order = epoch_order(len(self.dataset), self.seed, number)
+        order = self._order(epoch)
         for start in range(0, len(order), self.batch_size):
-            items = [self.dataset[index] for index in order[start : start + self.batch_size]]
+            items = [self.dataset.augmented(index, epoch) for index in order[start : start + self.batch_size]]
             yield TrainBatch(
                 keys=[sample.key for _, _, sample in items],
                 images=[image for image, _, _ in items],
@@ -52,7 +77,15 @@ class BatchSource:
                 topologies=[self._topology(sample.key, mask) for _, mask, sample in items],
             )
 
+    def _order(self, epoch: int) -> list[int]:
+        if self.difficulties is None:
+            return epoch_order(len(self.dataset), self.seed, epoch)
+        opened = open_samples(self.difficulties, epoch, self.num_epochs)
+        return [opened[k] for k in epoch_order(len(opened), self.seed, epoch)]
+
     def _topology(self, key: str, mask: np.ndarray) -> Topology:
+        if not self.dataset.augmentation.is_none:
+            return topology(mask)
         if key not in self._topologies:
             self._topologies[key] = topology(mask)
         return self._topologies[key]

@@ -9,9 +9,8 @@
 """
 
 import logging
-import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,6 @@ from vesselrl.inference.predictor import Predictor
 from vesselrl.models.lora import adapter_delta_norm, check_scope, save_adapter, trainable_counts
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
-from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
 from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
@@ -42,13 +40,13 @@ from vesselrl.training.setup import (
     load_policy,
     prepare_data,
     select_device,
+    training_batches,
 )
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
 
 HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
-SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,14 @@ class TrainResult:
         validation: rows of `before_after_table` on the validation images.
         test: the same on the test images; empty for a sanity run.
         info: the content of training_info.json.
+        marks: what must be said beside the scores, such as a split that leaks.
     """
 
     folder: Path
     validation: list[dict]
     test: list[dict]
     info: dict
+    marks: tuple[str, ...] = ()
 
 
 def train(config: TrainConfig, argv: list[str], console: Console | None = None) -> TrainResult:
@@ -122,29 +122,25 @@ class _Training:
         self.reward = reward
         self.origin = origin
         self.counts = counts
-        self.batches = BatchSource(VesselDataset(data.train), config.batch_size, config.seed)
         self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
                        for k, s in enumerate(dataset.samples)}  # fmt: skip
         self.predictor = Predictor(policy.model, policy.processor, config.prompt)
-        self.num_epochs = config.num_epochs
-        if config.sanity_overfit:
-            self.num_epochs = max(config.num_epochs, math.ceil(SANITY_STEPS / self.batches.num_batches))
-        self.total_steps = self.num_epochs * self.batches.num_batches
+        self.batches = training_batches(config, data, run)
         self.best: Evaluation | None = None
         self.best_values: dict[str, torch.Tensor] = policy.start
 
     def run(self, console: Console | None) -> TrainResult:
         settings = self.config.to_dict() if self.config.use_wandb else None
-        with Monitor(self.folder, self.total_steps, console, self.config.log_freq, settings) as monitor:
+        with Monitor(self.folder, self.batches.num_steps, console, self.config.log_freq, settings) as monitor:
             before = self._validate(0, monitor)
             after = self._epochs(monitor) or before
             self._save("final_lora")
             delta_norm = adapter_delta_norm(self.policy.peft_model, self.policy.start)
             if delta_norm == 0:
                 raise LearningError(
-                    f"After {self.total_steps} steps the adapter is exactly where it started: no sampled "
-                    "mask ever earned more than another. Check the reward (a constant one teaches nothing) "
-                    "and --learning_rate."
+                    f"After {self.batches.num_steps} steps the adapter is exactly where it started: no "
+                    "sampled mask ever earned more than another. Check the reward (a constant one teaches "
+                    "nothing) and --learning_rate."
                 )
             tested = self._test(monitor)
         info = {
@@ -155,7 +151,7 @@ class _Training:
             "best_metrics": headline(self.best),
             "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
             "best_val_dice": headline(self.best)["dice"],
-            "total_steps": self.total_steps,
+            "total_steps": self.batches.num_steps,
             "adapter_delta_norm": delta_norm,
             "grad_norm_max": monitor.grad_norm_max,
             "reward_time_share": monitor.reward_time_share,
@@ -167,7 +163,8 @@ class _Training:
         write_run_report(self.folder.path)
         validation = before_after_table(before, self.best, HEADLINE)
         test = before_after_table(tested["before"], tested["after"], HEADLINE) if tested else []
-        return TrainResult(self.folder.path, validation, test, info)
+        marks = dict.fromkeys((*self.data.val_marks, *self.data.test_marks))
+        return TrainResult(self.folder.path, validation, test, info, tuple(marks))
 
     def _epochs(self, monitor: Monitor) -> Evaluation | None:
         optimizer = torch.optim.AdamW(
@@ -176,41 +173,44 @@ class _Training:
             weight_decay=self.config.weight_decay,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warm_cosine(step, self.total_steps, self.config.warmup_share, floor=0.1)
+            optimizer,
+            lambda step: warm_cosine(step, self.batches.num_steps, self.config.warmup_share, floor=0.1),
         )
         updates = {
             "rl": PPOUpdate(self.policy, optimizer, self.reward, self.config),
             "sft": SupervisedUpdate(self.policy, optimizer, self.config),
         }
-        step, latest = 0, None
-        for epoch in range(1, self.num_epochs + 1):
+        step, end_of_epoch, latest = 0, 0, None
+        for epoch in range(1, self.batches.num_epochs + 1):
             update = updates[self.config.stage_of_epoch(epoch)]
+            end_of_epoch += self.batches.num_batches(epoch)
             for batch in self.batches.epoch(epoch):
                 step += 1
                 rate = schedule.get_last_lr()[0]
                 figures = update.step(batch)
                 schedule.step()
                 monitor.log_step(step, figures | {"train/learning_rate": rate, "train/epoch": float(epoch)})
-                last_of_epoch = step == epoch * self.batches.num_batches
-                last_of_run = step == self.total_steps
-                due = last_of_run or (last_of_epoch and not self.config.sanity_overfit)
+                last_of_run = step == self.batches.num_steps
+                due = last_of_run or (step == end_of_epoch and not self.config.sanity_overfit)
                 if due or step % self.config.val_freq == 0:
                     latest = self._validate(step, monitor)
             if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
                 self._save(f"checkpoint_epoch_{epoch}")
         return latest
 
-    def _evaluate(self, samples: list[Sample], monitor: Monitor, label: str) -> Evaluation:
+    def _evaluate(self, side: str, monitor: Monitor, label: str) -> Evaluation:
+        samples, marks = getattr(self.data, side), getattr(self.data, f"{side}_marks")
         self.policy.peft_model.eval()
 
         def load(sample: Sample) -> tuple:
             dataset, index = self.pixels[sample.key]
             return dataset[index][:2]
 
-        return evaluate(self.predictor.predict, samples, load, self.reward, monitor.bar(label))
+        result = evaluate(self.predictor.predict, samples, load, self.reward, monitor.bar(label))
+        return replace(result, marks=marks)
 
     def _validate(self, step: int, monitor: Monitor) -> Evaluation:
-        result = self._evaluate(self.data.val, monitor, "validation")
+        result = self._evaluate("val", monitor, "validation")
         means = headline(result)
         monitor.log(step, {f"val/{name}": value for name, value in means.items()})
         logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
@@ -229,9 +229,9 @@ class _Training:
         if not self.data.test:
             return {}
         with self.policy.at_start():
-            before = self._evaluate(self.data.test, monitor, "test before")
+            before = self._evaluate("test", monitor, "test before")
         with self.policy.at(self.best_values):
-            after = self._evaluate(self.data.test, monitor, "test after")
+            after = self._evaluate("test", monitor, "test after")
         for name, evaluation in (("test_before", before), ("test_after", after)):
             write_evaluation(self.folder.path, name, evaluation, {"threshold": 0.5, "run": self.folder.name})
         return {"before": before, "after": after}

@@ -1,0 +1,217 @@
+"""Difficulty: what is measured on a truth, how it is ranked, and which samples an epoch may use."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vesselrl.data.curriculum import Measures, difficulty_table, measure, open_samples, rate_difficulty
+from vesselrl.data.synthetic import SOURCE, draw_sequence
+
+SIDE = 512
+Y, X = np.mgrid[:SIDE, :SIDE].astype(float)
+
+
+def shaded(mask, vessel=60, around=100):
+    return np.repeat(np.where(mask, vessel, around).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def line(angle_deg, width):
+    """A straight vessel of 300 px through the centre."""
+    cosine, sine = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
+    along, across = cosine * (X - 256) + sine * (Y - 256), -sine * (X - 256) + cosine * (Y - 256)
+    return (np.abs(across) < width / 2) & (np.abs(along) < 150)
+
+
+@pytest.mark.parametrize("angle", [0, 10, 22.5, 33, 45, 90, 120])
+@pytest.mark.parametrize("width", [3, 7, 15])
+def test_a_straight_vessel(angle, width):
+    """Its width is found to about a pixel, and it is straight in every direction, staircase or not."""
+    found = measure(shaded(line(angle, width)), line(angle, width))
+    assert found.calibre_px == pytest.approx(width, abs=1.2)
+    assert found.tortuosity == pytest.approx(1, abs=0.015)
+    assert found.contrast == pytest.approx(40 / 255, abs=1e-4)
+
+
+def test_calibre_is_the_median_along_the_centreline():
+    """Two thirds of the length are 5 px wide, one third 21 px: the median is 5, though most area is wide."""
+    mask = (np.abs(Y - 256) <= 2) & (X > 100) & (X < 400)
+    mask |= (np.abs(Y - 256) <= 10) & (X > 100) & (X < 200)
+    assert measure(shaded(mask), mask).calibre_px == 5
+
+
+ARC = np.hypot(X - 256, Y - 256)
+SINE = 40 * np.sin(X / 20)
+HALF_CIRCLE = (np.abs(ARC - 100) < 2.5) & (Y > 256)
+RING = np.abs(ARC - 100) < 2.5
+WAVE = (np.abs(Y - 256 - SINE) < 2.5 * np.hypot(1, 2 * np.cos(X / 20))) & (np.abs(X - 163) < 20 * np.pi)
+# Arc length of y = 40 sin(x / 20) over one period, by sums of straight pieces, over the period.
+_FINE = np.linspace(0, 40 * np.pi, 100_000)
+WAVE_RATIO = np.hypot(np.diff(_FINE), np.diff(40 * np.sin(_FINE / 20))).sum() / (40 * np.pi)
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [(HALF_CIRCLE, math.pi / 2), (RING, math.pi / 2), (WAVE, WAVE_RATIO)],
+    ids=["half circle", "ring", "wave"],
+)
+def test_arc_over_chord_of_known_curves(mask, expected):
+    assert measure(shaded(mask), mask).tortuosity == pytest.approx(expected, rel=0.04)
+
+
+def test_branches_are_measured_one_by_one():
+    """A cross of four straight arms is straight, however far round the way from tip to tip is."""
+    cross = line(20, 5) | line(100, 5)
+    assert measure(shaded(cross), cross).tortuosity == pytest.approx(1, abs=0.02)
+
+
+def test_contrast_compares_with_what_is_near():
+    """Neither a bright far field nor a slope of the light counts; only the difference at the vessel does."""
+    mask = line(30, 7)
+    image = shaded(mask).astype(float)
+    far = np.abs(Y - 256) + np.abs(X - 256) > 300
+    image[far] = 250
+    assert measure(image.astype(np.uint8), mask).contrast == pytest.approx(40 / 255, abs=1e-3)
+    sloped = np.clip(shaded(mask) + (X / 4)[:, :, None], 0, 255).astype(np.uint8)
+    assert measure(sloped, mask).contrast == pytest.approx(40 / 255, abs=2e-3)
+    pair = (np.abs(Y - 150) < 15) | (np.abs(Y - 400) < 2)  # wide in the light, thin in the dark
+    two = np.where((Y < 275)[:, :, None], shaded(pair) + np.uint8(100), shaded(pair))
+    assert measure(two, pair).contrast == pytest.approx(40 / 255, abs=1e-3)
+    assert measure(255 - shaded(mask), mask).contrast == pytest.approx(40 / 255, abs=1e-4)
+
+
+def test_measures_do_not_depend_on_the_resolution():
+    """The same scene at half and at twice the size."""
+    mask = HALF_CIRCLE | (np.abs(ARC - 140) < 3.5) & (X < 256)
+    reference = measure(shaded(mask), mask)
+    big = np.kron(mask, np.ones((2, 2), bool))
+    found = measure(shaded(big), big)
+    assert found.calibre_px == pytest.approx(reference.calibre_px, abs=0.6)
+    assert found.contrast == pytest.approx(reference.contrast, rel=0.02)
+    assert found.tortuosity == pytest.approx(reference.tortuosity, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 3), (64, 48)])
+@pytest.mark.parametrize("fill", ["empty", "full", "one pixel", "noise"])
+def test_odd_masks_do_no_harm(shape, fill):
+    mask = np.zeros(shape, bool)
+    if fill == "full":
+        mask[:] = True
+    elif fill == "one pixel":
+        mask[-1, -1] = True
+    elif fill == "noise":
+        mask = np.random.default_rng(0).random(shape) < 0.5
+        mask[0, 0] = True
+    found = measure(shaded(mask), mask)
+    assert (found == Measures()) == (fill == "empty")
+    if fill != "empty":
+        assert found.calibre_px > 0
+        assert 0 <= found.contrast <= 1
+        assert 1 <= found.tortuosity < 10
+
+
+def test_ranks_by_hand():
+    """Contrast counts half, calibre and tortuosity a quarter each; ties share a rank; no vessels: 1."""
+    samples = [
+        Measures(8, 0.40, 1.1),  # easiest of the four in all
+        Measures(4, 0.20, 1.3),  # thinness 2/3, faintness 2/3, tortuosity shared between 2/3 and 1
+        Measures(2, 0.30, 1.2),  # thinness 1, faintness 1/3, tortuosity 1/3
+        Measures(6, 0.10, 1.3),  # thinness 1/3, faintness 1, tortuosity as the second
+        Measures(),
+    ]
+    expected = [
+        0,
+        (2 * 2 / 3 + 2 / 3 + 5 / 6) / 4,
+        (2 * 1 / 3 + 1 + 1 / 3) / 4,
+        (2 * 1 + 1 / 3 + 5 / 6) / 4,
+        1,
+    ]
+    assert rate_difficulty(samples) == pytest.approx(expected, abs=1e-5)
+    assert rate_difficulty([]) == []
+    assert rate_difficulty([Measures()]) == [1.0]
+    assert rate_difficulty([samples[0]]) == [0.0]
+    assert rate_difficulty([samples[0]] * 3) == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    "harder",
+    [{"contrast": (0.15, 0.2)}, {"width_px": (1.5, 3.0)}, {"tortuosity": 3.0}],
+    ids=["fainter", "thinner", "more winding"],
+)
+def test_a_harder_domain_is_rated_harder(harder):
+    """Drawn angiograms that differ in one respect only."""
+    pictures = []
+    for domain in (SOURCE, replace(SOURCE, **harder)):
+        for patient in range(1, 7):
+            pictures += draw_sequence(domain, patient, sequence=1, num_frames=1, size=160, seed=4)
+    ratings = rate_difficulty([measure(*picture) for picture in pictures])
+    assert np.mean(ratings[6:]) > np.mean(ratings[:6]) + 0.03
+
+
+@dataclass
+class Named:
+    key: str
+
+
+def test_the_table_is_ready_for_json():
+    masks = {"P002_S1_F0001": line(0, 5), "P001_S1_F0001": line(0, 15), "P003_S1_F0001": RING & False}
+
+    def load(sample):
+        return shaded(masks[sample.key]), masks[sample.key]
+
+    table = difficulty_table([Named(key) for key in masks], load)
+    assert list(table) == list(masks)
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+    assert table["P002_S1_F0001"]["difficulty"] > table["P001_S1_F0001"]["difficulty"]
+    nothing = {"difficulty": 1.0, "calibre_px": None, "contrast": None, "tortuosity": None}
+    assert table["P003_S1_F0001"] == nothing
+
+
+def test_easy_samples_open_first():
+    difficulties = [0.9, 0.1, 0.5, 0.3, 0.7, 0.5, 0.2, 0.8, 0.4, 0.6]
+    opened = [open_samples(difficulties, epoch, num_epochs=6) for epoch in range(1, 7)]
+    assert [len(indices) for indices in opened] == [4, 6, 8, 10, 10, 10]
+    assert opened[0] == [1, 3, 6, 8]  # 0.1 0.2 0.3 0.4
+    assert opened[1] == [1, 2, 3, 5, 6, 8]  # and the two of 0.5
+    assert open_samples(difficulties, 1, 10, all_open=2, first_share=0.25) == [1, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "sizes"), [(1, [10]), (2, [4, 10]), (3, [4, 10, 10]), (4, [4, 7, 10, 10])]
+)
+def test_half_of_the_epochs_at_most_is_partial(num_epochs, sizes):
+    assert [len(open_samples([0.5] * 10, epoch, num_epochs)) for epoch in range(1, num_epochs + 1)] == sizes
+
+
+@given(
+    difficulties=st.lists(st.floats(0, 1), max_size=40),
+    num_epochs=st.integers(1, 12),
+    all_open=st.none() | st.integers(1, 12),
+    first_share=st.floats(0.01, 1),
+)
+def test_any_schedule(difficulties, num_epochs, all_open, first_share):
+    """Never empty, never closing again, nothing easier left out, all open from the stated epoch."""
+    before = set()
+    for epoch in range(1, num_epochs + 1):
+        indices = open_samples(difficulties, epoch, num_epochs, all_open, first_share)
+        assert indices == sorted(set(indices))
+        assert before <= set(indices)
+        assert bool(indices) == bool(difficulties)
+        closed = [difficulties[index] for index in set(range(len(difficulties))) - set(indices)]
+        assert not closed or max(difficulties[index] for index in indices) <= min(closed)
+        if epoch >= (all_open or num_epochs // 2 + 1):
+            assert len(indices) == len(difficulties)
+        before = set(indices)
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match=r"epoch is 0\. Epochs are counted from 1\."):
+        open_samples([0.5], 0, 3)
+    with pytest.raises(ValueError, match=r"first_share is 0\. Give a share above 0"):
+        open_samples([0.5], 1, 3, first_share=0)
+    with pytest.raises(ValueError, match=r"shape \(512, 512, 3\), its mask \(511, 512\)"):
+        measure(shaded(RING), RING[1:])

@@ -1,0 +1,211 @@
+"""The repaired copy passes the check, keeps what is sound, and the data root stays as it was."""
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, WHOLE, Root, draw_mask, faults, write_root
+from vesselrl.data import repair
+from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.check import check_data
+from vesselrl.data.findings import DataReport, render
+from vesselrl.data.repair import repair_data
+
+# Faults that leave nothing to mend: the image, or the whole label, cannot be known.
+LOST = {
+    *("missing", "unreadable", "truncated", "same pixels", "odd length", "outside", "not finite"),
+    *("other proportions", "size of words", "all foreground", "white mask"),
+}
+# Without polygons the label is lost as well.
+LOST_WITHOUT_POLYGONS = {"cut mask", "unreadable mask"}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def repaired(root: Root, out: Path) -> DataReport:
+    """Repairs a root and checks what holds for every repair."""
+    before = digests(root.path)
+    report = repair_data(root.path, out)
+    assert digests(root.path) == before
+    assert report.root == out
+    assert [path for path in out.parent.iterdir() if path not in (root.path, out)] == []
+    shown = render(report, limit=0) + report.to_json()
+    assert not [secret for secret in SECRETS if secret in shown]
+    again = check_data(out)
+    assert report.exit_code == again.exit_code == 0
+    assert {finding.code for finding in again.findings} <= {"empty_mask", "mostly_foreground"}
+    return report
+
+
+def masks(root: Path) -> dict[str, np.ndarray]:
+    return {sample.image_path.stem: load_mask(sample) for sample in find_samples(root)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sound_data_is_copied(tmp_path: Path, layout: str) -> None:
+    root = write_root(tmp_path / "root", layout)
+    report = repaired(root, tmp_path / "out")
+    assert {f.code for f in report.findings} == ({"repaired"} if layout == "nested" else set())
+    names = [root.image(number).stem for number in range(4)]
+    found = masks(tmp_path / "out")
+    assert sorted(found) == sorted(names)
+    for number, name in enumerate(names):
+        assert (found[name] == draw_mask(number)).all()
+        # Not a single byte of a sound image changes.
+        (copied,) = (tmp_path / "out" / "images").glob(f"{name}.*")
+        assert copied.read_bytes() == root.image(number).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout in LAYOUTS for name in faults(layout)]
+)
+def test_planted_fault(tmp_path: Path, layout: str, name: str) -> None:
+    root = write_root(tmp_path / "root", layout)
+    faults(layout)[name][0](root, 2)
+    report = repaired(root, tmp_path / "out")
+    lost = name in LOST or (name in LOST_WITHOUT_POLYGONS and layout != "both")
+    assert report.counts["images"] == (3 if lost else 4)
+    found = masks(tmp_path / "out")
+    same = {"empty", "empty mask", "inverted mask"}
+    for number in range(4) if name != "same pixels" else ():
+        stem = root.image(number).stem
+        if number == 2 and (lost or name in same):
+            continue
+        assert (found[stem] == draw_mask(number)).all()
+
+
+@pytest.mark.parametrize("layout", ["annotations", "labelme", "coco"])
+def test_records_are_written_flat_with_a_text_each(tmp_path: Path, layout: str) -> None:
+    root = write_root(tmp_path / "root", layout)
+    if layout == "annotations":
+        root.change(
+            0, lambda c: c.update(mask=[[p] for p in c["mask"]], text="artery", conversations=["kept"])
+        )
+    repaired(root, tmp_path / "out")
+    records = json.loads((tmp_path / "out" / "annotations.json").read_text())
+    assert [record["image"] for record in records] == [f"{name}.png" for name in (
+        sorted(NAMES) if layout == "labelme" else NAMES)]  # fmt: skip
+    for record in records:
+        assert all(isinstance(value, float) for polygon in record["mask"] for value in polygon)
+        assert len(record["text"]) == len(record["mask"])
+    if layout == "annotations":
+        assert set(records[0]["text"]) == {"artery"}
+        assert records[0]["conversations"] == ["kept"]
+
+
+def test_images_are_written_upright_with_eight_bits(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+    faults("annotations")["16 bits"][0](root, 0)
+    faults("annotations")["turned"][0](root, 1)
+    faults("annotations")["RGBA"][0](root, 2)
+    before = {sample.image_path.stem: load_image(sample) for sample in find_samples(root.path)}
+    repaired(root, tmp_path / "out")
+    for sample in find_samples(tmp_path / "out"):
+        with Image.open(sample.image_path) as image:
+            assert image.mode == "L"
+            assert not image.getexif()
+        assert (load_image(sample) == before[sample.image_path.stem]).all()
+
+
+def test_two_records_of_one_image_are_joined(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+    records = json.loads(root.file.read_text())
+    records.append(records[1] | {"mask": [[0, 60, 9, 60, 9, 64, 0, 64]]})
+    root.file.write_text(json.dumps(records))
+    repaired(root, tmp_path / "out")
+    expected = draw_mask(1)
+    expected[60:64, 0:9] = True
+    assert (masks(tmp_path / "out")[NAMES[1]] == expected).all()
+
+
+def test_polygons_stand_in_for_a_broken_mask_file(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "both")
+    root.mask(1).write_text("no mask")
+    root.mask(3).write_text("no mask")
+    root.set_label(3, [])  # nothing to stand in: an unreadable mask is not an empty one
+    report = repaired(root, tmp_path / "out")
+    assert (masks(tmp_path / "out")[NAMES[1]] == draw_mask(1)).all()
+    assert [f.record.split(" (")[0] for f in report.findings if f.code == "left_out"] == [root.place(3)]
+
+
+def test_masks_of_two_values_are_not_thresholded_by_half(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "masks")
+    Image.fromarray(draw_mask(0).astype(np.uint8) * 7).save(root.mask(0))
+    soft = np.where(draw_mask(1), 200, 100).astype(np.uint8)
+    Image.fromarray(soft).save(root.mask(1))
+    red = np.zeros((64, 64, 3), np.uint8)
+    red[draw_mask(2)] = (255, 0, 0)
+    Image.fromarray(red).save(root.mask(2))
+    repaired(root, tmp_path / "out")
+    for number in range(3):
+        assert (masks(tmp_path / "out")[NAMES[number]] == draw_mask(number)).all()
+
+
+# ---- The folder of the copy
+
+
+def test_a_folder_with_content_is_refused(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "masks")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = digests(tmp_path)
+    with pytest.raises(DataError, match="exists and is not empty"):
+        repair_data(root.path, tmp_path / "out")
+    with pytest.raises(DataError, match="exists and is not empty"):
+        repair_data(root.path, root.path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="exists and is not empty"):
+        repair_data(root.path, tmp_path / "file")
+    (tmp_path / "file").unlink()
+    assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["root/out", "."])
+def test_a_folder_in_or_around_the_data_root_is_refused(tmp_path: Path, out: str) -> None:
+    root = write_root(tmp_path / "around" / "root", "masks")
+    before = digests(tmp_path)
+    with pytest.raises(DataError, match=r"overlaps the data root|is not empty"):
+        repair_data(root.path, tmp_path / "around" / out)
+    assert digests(tmp_path) == before
+
+
+def test_an_empty_folder_is_used_and_can_be_read_by_others(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "masks")
+    (tmp_path / "out").mkdir()
+    repaired(root, tmp_path / "out")
+    assert stat.S_IMODE(os.stat(tmp_path / "out").st_mode) == 0o755
+
+
+def test_an_interrupted_repair_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+    before = digests(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(repair, "_drop_copies", full)
+    with pytest.raises(OSError, match="No space"):
+        repair_data(root.path, tmp_path / "out")
+    assert digests(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_nothing_to_repair(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+    for number in range(4):
+        root.set_label(number, [WHOLE])
+    with pytest.raises(DataError, match="no image is left with a label"):
+        repair_data(root.path, tmp_path / "out")
+    root.file.write_text("[{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        repair_data(root.path, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]

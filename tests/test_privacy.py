@@ -1,0 +1,186 @@
+"""No name and no ID of a patient leaves the data root: every byte that a training and its reports write."""
+
+import base64
+import json
+import logging
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from vesselrl.cli import main
+from vesselrl.data.privacy import MAPPING_FILE
+
+# Made up, in every pattern that exports use; the words and numbers occur nowhere else.
+NAMES = ("QUIRINIUS_XANTHOPOULOS", "欧阳娜娜", "Brünhilde Zwölfender", "Ylva^Qvarnström")
+STEMS = (
+    "QUIRINIUS_XANTHOPOULOS(4827163950)_1-2_3_0A1B2C3D_frame_{:06d}",
+    "QUIRINIUS_XANTHOPOULOS^(4827163951)_1-2_3_0A1B2C3D_frame_{:06d}",
+    "QUIRINIUS_XANTHOPOULOS_4827163952__1-2_3_0A1B2C3D_frame_{:06d}",
+    "QUIRINIUS XANTHOPOULOS  4827163953  1-2 3 0A1B2C3D frame {:06d}",
+    "欧阳娜娜__4827163954__1-2_3_0A1B2C3D_frame_{:06d}",
+    "欧阳娜娜(4827163955) unknown {:06d}",
+    "Brünhilde Zwölfender_frame_{:06d}",
+    "Ylva^Qvarnström_frame_{:06d}",
+    "Qvarnström Ylva no pattern {:06d}",
+    "4827163956_frame_{:06d}",
+)
+SECRETS = (
+    "quirinius",
+    "xanthopoulos",
+    "欧阳",
+    "娜娜",
+    "brünhilde",
+    "zwölfender",
+    "ylva",
+    "qvarnström",
+    "482716395",
+)
+TEXT_FILES = {".json", ".jsonl", ".csv", ".md", ".html", ".txt", ".log", ".svg"}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def named_angiograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 patients with two 64-px frames each; names in file names, image fields, texts and PNG comments."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+    records = []
+    for number, pattern in enumerate(STEMS):
+        for frame in range(2):
+            x, y = 8 + 4 * number + 2 * frame, 4
+            polygon = [y, x, 60, x, 60, x + 5, y, x + 5]
+            image = rng.integers(120, 180, (64, 64), np.uint8)
+            image[x : x + 5, y:60] = 70
+            comment = PngImagePlugin.PngInfo()
+            comment.add_text("PatientName", NAMES[0])
+            name = f"{pattern.format(frame)}.png"
+            Image.fromarray(image).convert("RGB").save(root / "images" / name, pnginfo=comment)
+            records.append(
+                {"image": name, "mask": [polygon], "text": [f"vessels of {NAMES[1]}"], "name": NAMES[2]}
+            )
+    (root / "annotations.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that `train`, `evaluate` and `compare` write on this data, with what they said in a log."""
+    folder = tmp_path_factory.mktemp("out")
+    handler = logging.FileHandler(folder / "log.log", encoding="utf-8")
+    handler.setLevel(logging.DEBUG)
+    loggers = [logging.getLogger(name) for name in (None, "vesselrl")]
+    levels = [logger.level for logger in loggers]
+    loggers[0].addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
+    model, data = ["--model_path", str(tiny_checkpoint)], ["--data_root", str(named_angiograms)]
+    try:
+        assert main(["train", "--preset", "debug", *model, *data, "--output_dir", str(folder)]) == 0
+        run = next(path for path in folder.iterdir() if (path / "best_lora").is_dir())
+        assert main(["evaluate", "--lora_weights", str(run)]) == 0
+        assert main(["compare", "--output_dir", str(folder)]) in (0, 2)
+    finally:
+        loggers[0].removeHandler(handler)
+        handler.close()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return folder
+
+
+def texts_of(content: bytes) -> Iterator[str]:
+    """What can be read in a file: its bytes, escaped and compressed texts, and texts in embedded pictures."""
+    text = content.decode("utf-8", errors="replace")
+    yield text
+    yield content.decode("utf-16-le", errors="replace")
+    yield re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    for encoded in re.findall(rb"base64,([A-Za-z0-9+/=\s]+)", content):
+        yield from texts_of(base64.b64decode(encoded))
+    start = content.find(PNG)
+    while start >= 0:
+        yield from png_texts(content[start + len(PNG) :])
+        start = content.find(PNG, start + 1)
+
+
+def png_texts(content: bytes) -> Iterator[str]:
+    """The comments of a PNG file without its signature; compressed ones are unpacked."""
+    kind = b""
+    while kind != b"IEND" and len(content) >= 8:
+        length, kind = struct.unpack(">I4s", content[:8])
+        data, content = content[8 : 8 + length], content[12 + length :]
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"eXIf"):
+            yield from decoded(data)
+            for start in (match.start() for match in re.finditer(rb"\x00", data)):
+                try:
+                    yield from decoded(zlib.decompress(data[start + 1 :]))
+                except zlib.error:
+                    continue
+
+
+def decoded(text: bytes) -> tuple[str, str]:
+    """PNG comments are in Latin-1 or UTF-8."""
+    return text.decode("latin-1"), text.decode("utf-8", errors="replace")
+
+
+def secrets_in(path: Path) -> set[str]:
+    """The planted names and numbers that a file or its path holds, however they are spelled."""
+    found = set()
+    for text in (str(path), *texts_of(path.read_bytes())):
+        plain = re.sub(r"[\W_]+", "", text).casefold()
+        found |= {secret for secret in SECRETS if secret in plain or secret in text.casefold()}
+    return found
+
+
+def test_no_output_holds_a_planted_name_or_id(output: Path) -> None:
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert {".json", ".jsonl", ".csv", ".png", ".log", ".safetensors"} <= {path.suffix for path in files}
+    found = {str(path.relative_to(output)): secrets_in(path) for path in files}
+    assert {name: secrets for name, secrets in found.items() if secrets} == {}
+
+
+def test_no_text_holds_any_number_of_ten_digits(output: Path) -> None:
+    for path in output.rglob("*"):
+        if not path.name.startswith("events.out.tfevents."):  # TensorBoard puts the time of day there
+            assert not re.search(r"(?<!\d)\d{10}(?!\d)", path.name)
+        if path.suffix in TEXT_FILES:
+            text = re.sub(r"base64,[A-Za-z0-9+/=\s]+", "", path.read_text(encoding="utf-8"))
+            assert not re.search(r"(?<![\w.])\d{10}(?![\w.])", text), path.relative_to(output)
+
+
+def test_pseudonyms_are_what_is_written_instead(output: Path) -> None:
+    split = json.loads(next(output.glob("*/data_split.json")).read_text())
+    keys = [key for side in split["samples"].values() for key in side]
+    assert len(keys) == 20
+    assert all(re.fullmatch(r"P\d{3}_S\d_F\d{4}", key) for key in keys)
+    assert split["shared_patients"] == {"train_val": [], "train_test": [], "val_test": []}
+
+
+def test_the_mapping_file_stays_with_the_data(output: Path) -> None:
+    assert not [path for path in output.rglob("*") if path.name.endswith(MAPPING_FILE)]
+    assert not [path for path in output.rglob("*") if path.is_file() and b'"readings"' in path.read_bytes()]
+
+
+def test_the_planted_names_would_be_found(named_angiograms: Path, tmp_path: Path) -> None:
+    """Each way of hiding a name that the search must see through."""
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("note", "Zwölfender", zip=True)
+    Image.new("L", (4, 4)).save(tmp_path / "zip.png", pnginfo=comment)
+    comment = PngImagePlugin.PngInfo()
+    comment.add_itxt("note", "Zwölfender", zip=True)
+    Image.new("L", (4, 4)).save(tmp_path / "itxt.png", pnginfo=comment)
+    embedded = base64.b64encode((tmp_path / "zip.png").read_bytes()).decode()
+    (tmp_path / "a.html").write_text(f'<img src="data:image/png;base64,{embedded}">')
+    (tmp_path / "events").write_bytes(b"\0\1" + (tmp_path / "zip.png").read_bytes())
+    (tmp_path / "a.json").write_text(json.dumps("Zwölfender"))
+    (tmp_path / "a.csv").write_text("ZWÖLF_ENDER", encoding="utf-8")
+    (tmp_path / "wide").write_bytes("Zwölfender".encode("utf-16-le"))
+    for path in tmp_path.iterdir():
+        assert secrets_in(path) == {"zwölfender"}, path.name
+    plain = next((named_angiograms / "images").glob("4827*"))
+    assert secrets_in(plain) == {"482716395", "quirinius", "xanthopoulos"}

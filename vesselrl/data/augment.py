@@ -1,0 +1,225 @@
+"""Random changes of an image and its mask together, so that no epoch shows the same picture twice.
+
+Everything that moves pixels acts on both: flips and quarter turns move whole pixels; rotation, scale and
+elastic bending become one map, and both are read through it once. The mask is read with the image's own
+bilinear weights and cut at one half, which keeps a 3-px vessel better than the nearest neighbour does. What
+only changes grey values (gamma, contrast, blur, noise) acts on the image.
+
+Beyond its border a picture goes on as its mirror image, in image and mask alike: a vessel in the mirror is a
+vessel. Or it ends there, in black without vessels, as at the edge of an X-ray aperture.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import cv2
+import numpy as np
+
+from vesselrl.scoring.masks import as_mask
+
+UNIT_PX = 512  # shorter side of the picture in whose pixels the lengths of a plan are given
+_NUM_BENDS = 8  # control points of the elastic grid along the shorter side
+_STREAM = 0xA06  # keeps these random numbers apart from others of the same seed
+BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far pictures may be changed; every field is off by default, and amounts are drawn for each picture.
+
+    Lengths are in px of a picture whose shorter side has 512 px.
+
+    >>> print(Augmentation(rotation_deg=10, gamma=1.2))
+    rotation_deg 10, gamma 1.2
+    >>> print(Augmentation())
+    none
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    # Left-right and top-bottom, each for half of the pictures.
+    flips: bool = False
+    # 0, 90, 180 or 270 degrees; a picture that is not square changes its shape.
+    quarter_turns: bool = False
+    # Largest angle, to either side, uniform; 0 to 45.
+    rotation_deg: float = 0.0
+    # Largest factor; from 1/scale to scale, uniform in its logarithm; 1 to 2.
+    scale: float = 1.0
+    # Largest shift of a control point in x and in y, uniform; control points are 64 px apart; 0 to 12.
+    elastic_px: float = 0.0
+    # Largest exponent of the brightness in [0, 1]; from 1/gamma to gamma, uniform in its logarithm; 1 to 3.
+    gamma: float = 1.0
+    # Largest factor about the mean brightness; from 1/contrast to contrast, as above; 1 to 3.
+    contrast: float = 1.0
+    # Largest standard deviation of a Gaussian blur, uniform from 0; 0 to 5.
+    blur_px: float = 0.0
+    # Largest standard deviation of Gaussian noise as a share of the full range, uniform from 0; 0 to 0.2.
+    noise: float = 0.0
+    # What lies beyond the border of the old picture: mirror or black.
+    border: str = "mirror"
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}. Give a number from {low} to {high}.")
+        if self.border not in BORDERS:
+            raise ValueError(f"border is {self.border!r}. Choose one of {', '.join(BORDERS)}.")
+
+    def __str__(self) -> str:
+        changed = [(field.name, getattr(self, field.name)) for field in fields(self)
+                   if getattr(self, field.name) != field.default]  # fmt: skip
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in changed) or "none"
+
+    @property
+    def is_none(self) -> bool:
+        """True if nothing is ever changed, so that what was computed for a picture holds in every epoch."""
+        return replace(self, border="mirror") == Augmentation()
+
+    @property
+    def warps(self) -> bool:
+        """True if pixels are moved by other than whole pixels, so that they are interpolated."""
+        return self.rotation_deg > 0 or self.scale > 1 or self.elastic_px > 0
+
+
+_RANGES = {
+    "rotation_deg": (0, 45),
+    "scale": (1, 2),
+    "elastic_px": (0, 12),  # far from where the grid could fold
+    "gamma": (1, 3),
+    "contrast": (1, 3),
+    "blur_px": (0, 5),
+    "noise": (0, 0.2),
+}
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "light": Augmentation(
+        flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01,
+        border="black",
+    ),
+    "strong": Augmentation(
+        flips=True, quarter_turns=True, rotation_deg=25, scale=1.25, elastic_px=6,
+        gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03, border="black",
+    ),
+}  # fmt: skip
+
+
+def get_augmentation(name: str) -> Augmentation:
+    """The plan of a name: none, light or strong.
+
+    Raises:
+        ValueError: there is no plan of this name.
+
+    >>> get_augmentation("none").is_none
+    True
+    """
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"augment is {name!r}. Choose one of {', '.join(AUGMENTATIONS)}.")
+    return AUGMENTATIONS[name]
+
+
+def augment(
+    image: np.ndarray, mask: np.ndarray, plan: Augmentation, seed: int, epoch: int, index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One random change of a picture; the same for the same seed, epoch and index, whatever came before.
+
+    A grey image stays grey, and an empty mask stays empty. The amount of one kind of change does not depend
+    on which others the plan has.
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: bool (H, W).
+        plan: how much; the plan "none" returns the two arrays as they came.
+        seed: from 0, of the run.
+        epoch: from 0.
+        index: from 0, the number of the sample in its data set (not in the epoch's order).
+
+    Returns:
+        Image uint8 and mask bool of one size; H and W change places after an odd number of quarter turns.
+
+    Raises:
+        ValueError: image and mask differ in size, or are no image and mask.
+
+    >>> image, mask = np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), bool)
+    >>> changed, changed_mask = augment(image, mask, Augmentation(rotation_deg=20), seed=0, epoch=1, index=7)
+    >>> changed.shape, changed_mask.dtype
+    ((40, 60, 3), dtype('bool'))
+    """
+    mask = as_mask(mask)
+    if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"augment needs a uint8 image of shape {(*mask.shape, 3)} for its mask: got {image.dtype} "
+            f"{image.shape}. Load both through the data set."
+        )
+    if plan.is_none:
+        return image, mask
+    place, bend, light, grain = np.random.default_rng([_STREAM, seed, epoch, index]).spawn(4)
+    # Every number is drawn, needed or not: a change that is switched off leaves the others as they were.
+    angle, factor = _draw_angle_and_factor(plan, place)
+    flips, num_turns = place.integers(2, size=2) * plan.flips, place.integers(4) * plan.quarter_turns
+    image, mask = (np.rot90(np.flip(pixels, np.flatnonzero(flips)), num_turns) for pixels in (image, mask))
+    image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
+    if plan.warps:
+        places = _source_places(mask.shape, angle, factor, plan.elastic_px, bend)
+        image = _read(image, places, plan.border)
+        mask = _read(mask.view(np.uint8) * np.uint8(255), places, plan.border) >= 128
+    return _add_noise(_blur(_change_grey(image, plan, light), plan, light), plan, grain), mask
+
+
+def _draw_angle_and_factor(plan: Augmentation, rng: np.random.Generator) -> tuple[float, float]:
+    """Angle in radians, counter-clockwise as seen on the screen, and factor of size."""
+    return np.deg2rad(plan.rotation_deg * rng.uniform(-1, 1)), plan.scale ** rng.uniform(-1, 1)
+
+
+def _source_places(
+    shape: tuple[int, int], angle: float, factor: float, elastic_px: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Where each new pixel comes from: float32 (H, W, 2), x and y in the old picture."""
+    height, width = shape
+    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
+    x = np.arange(width, dtype=np.float32)[None, :] - np.float32(centre_x)
+    y = np.arange(height, dtype=np.float32)[:, None] - np.float32(centre_y)
+    cosine, sine = np.float32(np.cos(angle) / factor), np.float32(np.sin(angle) / factor)
+    places = np.empty((height, width, 2), np.float32)
+    places[..., 0] = cosine * x - sine * y + np.float32(centre_x)
+    places[..., 1] = sine * x + cosine * y + np.float32(centre_y)
+    if elastic_px > 0:
+        shorter = min(shape)
+        elastic = np.float32(elastic_px * shorter / UNIT_PX)
+        grid = [max(2, round(_NUM_BENDS * side / shorter)) for side in shape]
+        shifts = elastic * rng.uniform(-1, 1, (*grid, 2)).astype(np.float32)
+        places += cv2.resize(shifts, (width, height), interpolation=cv2.INTER_CUBIC)
+    return places
+
+
+def _read(pixels: np.ndarray, places: np.ndarray, border: str) -> np.ndarray:
+    """uint8 pixels at real-valued places, bilinear; for image and mask alike."""
+    return cv2.remap(pixels, places, None, cv2.INTER_LINEAR, borderMode=BORDERS[border])
+
+
+def _change_grey(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Gamma, then contrast about the mean: one curve for all channels."""
+    gamma, factor = plan.gamma ** rng.uniform(-1, 1), plan.contrast ** rng.uniform(-1, 1)
+    if gamma == 1 and factor == 1:
+        return image
+    curve = (np.arange(256) / 255) ** gamma
+    mean = curve @ np.bincount(image.ravel(), minlength=256) / image.size
+    curve = mean + factor * (curve - mean)
+    return cv2.LUT(image, np.round(255 * curve.clip(0, 1)).astype(np.uint8))
+
+
+def _blur(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian blur, as of a detector or a moving heart."""
+    sigma = plan.blur_px * rng.uniform() * min(image.shape[:2]) / UNIT_PX
+    if sigma < 0.2:  # a kernel of one pixel
+        return image
+    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+
+
+def _add_noise(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise, the same in the three channels."""
+    sigma = 255 * plan.noise * rng.uniform()
+    if sigma == 0:
+        return image
+    grain = rng.standard_normal(image.shape[:2], dtype=np.float32) * np.float32(sigma)
+    return cv2.add(image, cv2.merge([grain, grain, grain]), dtype=cv2.CV_8U)
