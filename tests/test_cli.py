@@ -32,7 +32,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list:
 
     def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
         calls.append((config, argv))
-        return SimpleNamespace(folder="the run folder", validation=[], test=[])
+        return SimpleNamespace(folder="the run folder", validation=[], test=[], marks=())
 
     monkeypatch.setattr("vesselrl.training.train.train", train)
     return calls
@@ -176,6 +176,7 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: p
         evaluation = SimpleNamespace(
             summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1},
             metrics=(),
+            marks=(),
             too_many_failed=plan.side == "val",
         )
         return HeldOutResult(evaluation, Path("x.json"))
