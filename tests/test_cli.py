@@ -47,6 +47,7 @@ PARTS = {
     "data show": options.DataShow,
     "data draw": options.DataDraw,
     "bench scoring": options.BenchScoring,
+    "bench caching": options.BenchCaching,
 } | {verb: getattr(options, verb.capitalize()) for verb in VERBS if verb not in ("train", "data", "bench")}
 
 

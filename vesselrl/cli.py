@@ -22,6 +22,7 @@ from rich.table import Table
 from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
 from vesselrl.experiment.runs import RunError
 from vesselrl.options import (
+    BenchCaching,
     BenchScoring,
     Compare,
     DataCheck,
@@ -193,8 +194,8 @@ def draw_data_set(rest: list[str]) -> int:
 
 
 def run_bench(rest: list[str]) -> int:
-    """Measure speed or learning: bench scoring."""
-    return run_part("bench", {"scoring": bench_scoring}, rest)
+    """Measure the speed of this machine: bench scoring, bench caching."""
+    return run_part("bench", {"scoring": bench_scoring, "caching": bench_caching}, rest)
 
 
 def bench_scoring(rest: list[str]) -> int:
@@ -205,6 +206,20 @@ def bench_scoring(rest: list[str]) -> int:
     result = benchmark_scoring(size=args.size, num_rounds=args.num_rounds)
     print(json.dumps(result, indent=1) if args.json else format_scoring(result))
     return int(not result["passed"])
+
+
+def bench_caching(rest: list[str]) -> int:
+    """Time training with and without keeping what frozen parts computed."""
+    args = parse(BenchCaching, rest, "bench caching")
+    from vesselrl.benchmarks.caching import benchmark_caching, format_caching
+    from vesselrl.data.annotations import find_samples
+    from vesselrl.data.builtin import builtin_data
+    from vesselrl.data.splits import take
+
+    samples = take(find_samples(args.data_root or builtin_data("output")), args.num_images)
+    result = benchmark_caching(samples, num_rounds=args.num_rounds)
+    print(json.dumps(result, indent=1) if args.json else format_caching(result))
+    return int(not all(row["same_losses"] for row in result.values()))
 
 
 def run_doctor(rest: list[str]) -> int:

@@ -141,6 +141,18 @@ class BenchScoring:
 
 
 @dataclass(frozen=True)
+class BenchCaching:
+    """Time a training epoch with and without keeping what frozen parts of the model computed."""
+
+    # Data set; none: the built-in synthetic angiograms.
+    data_root: str | None = None
+    num_images: int = 12
+    num_rounds: int = 3
+    # Print the figures as JSON.
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Look at machine, packages, model folder and data before a long run."""
 
