@@ -20,7 +20,7 @@ from vesselrl.data.privacy import MAPPING_FILE
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder
 from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
-from vesselrl.training.setup import prepare_data
+from vesselrl.training.run_data import prepare_data
 
 # Name and ID of the people in the `angiograms` fixture.
 PERSON = re.compile(r"ZHANG|SAN[A-J]|123456789\d")
@@ -222,7 +222,7 @@ def test_some_masks_empty_is_a_warning(data: Path, tmp_path: Path, caplog: pytes
         save_mask(path, np.zeros((64, 64), bool))
     prepared = prepare_data(TrainConfig(data_root=str(data)), RunFolder.create(tmp_path))
     assert prepared.counts["found"] == 20
-    assert "warning: empty mask: 3" in caplog.text
+    assert "data check: empty mask: 3" in caplog.text
     assert not PERSON.search(caplog.text)
 
 

@@ -180,7 +180,7 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: p
             marks=(),
             too_many_failed=plan.side == "val",
         )
-        return HeldOutResult(evaluation, Path("x.json"))
+        return HeldOutResult(evaluation, Path("x.json"), Path("x.html"))
 
     monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_held_out", evaluate)
     assert main(["evaluate", option, "m", "--lora_weights", "a", "b", "--threshold", "0.3"]) == 0

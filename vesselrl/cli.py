@@ -317,6 +317,7 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
         f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
         f"{', '.join(str(path) for _, path in columns.values())}"
     )
+    console.print(f"Report: {result.report_path}")
 
 
 def print_result(result: "TrainResult") -> None:

@@ -30,6 +30,10 @@ class Evaluate:
     # none: the run's own.
     prompt: str | None = None
     patient_pattern: str | None = None
+    # CSV file with the columns file_name,patient; none: the run's own.
+    patient_aliases: str | None = None
+    # Images that the base model was trained on: none, all or a text file; its scores there are marked.
+    base_trained_on: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
     # On the test side, also score at the threshold that is best on the validation patients.

@@ -317,6 +317,47 @@ def test_aliases_and_mapping_reach_the_pseudonyms(sound: dict[str, Path], tmp_pa
         assert mapping.is_file()
 
 
+def test_the_check_writes_nothing_and_names_what_training_does(
+    sound: dict[str, Path], tmp_path: Path
+) -> None:
+    root = copy_root(sound, "annotations", tmp_path).path
+    before = sorted(root.rglob("*"))
+    found = check_data(root).foreground
+    assert sorted(root.rglob("*")) == before
+    shares = {sample.key: load_mask(sample).mean() for sample in find_samples(root)}
+    assert (root / "patients.mapping.json").is_file()
+    assert check_data(root).foreground == found == shares
+
+
+def test_only_usable_samples_have_a_share(sound: dict[str, Path], tmp_path: Path) -> None:
+    root = copy_root(sound, "masks", tmp_path)
+    root.mask(2).write_text("no mask")
+    report = check(root)
+    assert sorted(report.foreground.values()) == sorted(draw_mask(number).mean() for number in (0, 1, 3))
+    assert json.loads(report.to_json())["foreground"] == report.foreground
+
+
+@pytest.mark.parametrize("layout", ["annotations", "coco", "labelme"])
+def test_a_file_that_may_not_be_read_is_named_without_its_path(
+    sound: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    root = copy_root(sound, layout, tmp_path)
+    read_text = Path.read_text
+
+    def refuse(path: Path, *args: object, **options: object) -> str:
+        if path.suffix == ".json" and "mapping" not in path.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        report = check_data(root.path)
+    first = report.of("error")[0]
+    assert first.message.startswith("json/ file 1" if layout == "labelme" else root.file.name)
+    assert "cannot be read (Permission denied)" in first.message
+    assert not [secret for secret in SECRETS if secret in report.to_json()]
+
+
 def test_check_needs_less_than_a_fortieth_of_a_second_per_image(tmp_path: Path) -> None:
     """1,220 images in 30 s; here 61 images of 512 px, and CPU time, which other programs do not change."""
     image, mask = draw_sequence(TARGET, 1, 1, 1, 512)[0]

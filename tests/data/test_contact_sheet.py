@@ -1,10 +1,21 @@
 """The contact sheet shows every picture with the outline of its mask, and no name."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from vesselrl.data.contact_sheet import OUTLINE, TILE_PX, contact_sheet, outlined
+from vesselrl.data import contact_sheet as sheet_module
+from vesselrl.data.annotations import find_samples
+from vesselrl.data.augment import get_augmentation
+from vesselrl.data.builtin import SMALL, builtin_data
+from vesselrl.data.check import check_data
+from vesselrl.data.contact_sheet import OUTLINE, TILE_PX, contact_sheet, outlined, write_contact_sheet
+from vesselrl.data.dataset import VesselDataset
+from vesselrl.data.patients import pseudonyms
+from vesselrl.data.splits import split_by_patient, take
 
 INSIDE = (90, 20, 60)  # of every picture; not a grey of the captions
 
@@ -75,7 +86,19 @@ def test_captions_and_empty_masks():
     assert differing.min() > TILE_PX, "pictures are equal, captions are not"
 
 
-@pytest.mark.parametrize("name", ["ZHANG_SAN(1234567890)", "1234567890", "P001_S1_F0001 ZHANG", "train_001"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "ZHANG_SAN(1234567890)",
+            "1234567890",
+            "P001_S1_F0001 ZHANG",
+            "P001_S1_FZHANG",
+            "P001_S1_F0001ZHANG",
+        ),
+        "train_001",
+    ],
+)
 def test_a_name_is_refused_and_not_repeated(name):
     items = [item(), (name, *item()[1:])]
     with pytest.raises(ValueError, match="caption of picture 2 is no pseudonym") as caught:
@@ -91,3 +114,72 @@ def test_errors_say_what_to_do():
     key, image, mask = item()
     with pytest.raises(ValueError, match=r"P001_S1_F0001: a uint8 image of shape \(63, 64, 3\)"):
         contact_sheet([(key, image, mask[1:])])
+
+
+def test_every_key_that_is_given_out_is_a_caption():
+    """30 files of one frame: F0011, F0011b … F0011z, F0011-27 …"""
+    names = [f"LI{'_' * number}MING_frame_000011" for number in range(1, 31)]
+    keys = sorted(alias.key for alias in pseudonyms(names).values())
+    assert {"P001_S1_F0011", "P001_S1_F0011b", "P001_S1_F0011z", "P001_S1_F0011-27"} < set(keys)
+    image, mask = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), bool)
+    assert contact_sheet([(key, image, mask) for key in keys]).any()
+
+
+# ---- The sheet of a data set
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn on sheets from now on."""
+    items = []
+
+    def draw(shown):
+        items[:] = shown
+        return contact_sheet(items)
+
+    monkeypatch.setattr(sheet_module, "contact_sheet", draw)
+    return items
+
+
+@pytest.mark.parametrize("augment", ["none", "strong"])
+def test_the_sheet_shows_training_images_as_the_first_epoch_does(tmp_path, angiograms, drawn, augment):
+    root = shutil.copytree(angiograms, tmp_path / "root")
+    path = write_contact_sheet(str(root), str(tmp_path / "new" / "sheet.png"), 6, augment, seed=3)
+    with Image.open(path) as image:
+        assert image.size[0] > TILE_PX
+    samples = find_samples(root)
+    split = split_by_patient(samples, 3, shares=check_data(root).foreground)
+    # All training images, as a training without --max_train_samples has them.
+    dataset = VesselDataset(take(split.train, None, 3), augmentation=get_augmentation(augment), seed=3)
+    for index, (key, image, mask) in enumerate(drawn):
+        expected_image, expected_mask, sample = dataset.augmented(index, epoch=1)
+        assert key == sample.key
+        assert (image == expected_image).all()
+        assert (mask == expected_mask).all()
+    assert len(drawn) == 6
+
+
+def test_a_test_patient_is_never_shown(tmp_path, angiograms, drawn):
+    root = shutil.copytree(angiograms, tmp_path / "root")
+    write_contact_sheet(str(root), str(tmp_path / "sheet.png"), 100)
+    split = split_by_patient(find_samples(root), shares=check_data(root).foreground)
+    assert {key for key, _, _ in drawn} == {sample.key for sample in split.train}
+
+
+def test_two_patients_are_shown_without_a_split(tmp_path, drawn):
+    for folder, value in (("images", 90), ("masks", 255)):
+        (tmp_path / folder).mkdir()
+        for number in (1, 2):
+            Image.fromarray(np.full((8, 8), value, np.uint8) * (np.arange(8) > number)).save(
+                tmp_path / folder / f"train_{number:03}.png"
+            )
+    write_contact_sheet(str(tmp_path), str(tmp_path / "sheet.png"))
+    assert len(drawn) == 2
+
+
+def test_the_built_in_data_is_drawn_where_training_draws_it(tmp_path, monkeypatch, drawn):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sheet_module, "builtin_data", lambda folder: builtin_data(folder, SMALL))
+    write_contact_sheet(None, "elsewhere/sheet.png", num_images=3)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["sheet.png"]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["data"]

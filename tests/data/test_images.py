@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -187,3 +188,23 @@ def test_a_one_bit_mask_is_made_of_ones(tmp_path: Path, read: Callable) -> None:
     found = read(tmp_path / "mask.png", "record")
     assert found.view(np.uint8).max() == 1
     assert np.array_equal(found, mask)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "ppm"])
+def test_eight_bits_are_not_deep_whatever_the_width(tmp_path: Path, mode: str, suffix: str) -> None:
+    """Decoders of Pillow have the length of a row and the place in the file among their arguments."""
+    for width in (16, 116, 160, 1163):
+        image = Image.new("L", (width, 16), 90).convert(mode)
+        image = image.convert("RGB") if suffix in ("jpg", "ppm") else image
+        image.save(tmp_path / f"a.{suffix}")
+        assert not images.read_traits(tmp_path / f"a.{suffix}", "record").deep
+
+
+def test_sixteen_bits_are_deep(tmp_path: Path) -> None:
+    for suffix in ("png", "tif", "pgm"):
+        Image.new("I;16", SIZE, 4095).save(tmp_path / f"a.{suffix}")
+        assert images.read_traits(tmp_path / f"a.{suffix}", "record").deep
+    for suffix in ("png", "tif"):
+        cv2.imwrite(str(tmp_path / f"rgb.{suffix}"), np.full((12, 16, 3), 4095, np.uint16))
+        assert images.read_traits(tmp_path / f"rgb.{suffix}", "record").deep

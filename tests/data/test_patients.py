@@ -6,9 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tests.data.broken_roots import draw_mask
 from vesselrl.data.annotations import find_samples
 from vesselrl.data.builtin import FULL, SEED, SMALL
+from vesselrl.data.check import check_data
 from vesselrl.data.errors import DataError
 from vesselrl.data.patients import is_impersonal, parse_by_pattern, parse_name, pseudonyms
 from vesselrl.data.privacy import MAPPING_FILE
@@ -238,3 +241,31 @@ def test_impersonal_names_may_be_shown(name):
 )
 def test_personal_names_may_not(name):
     assert not is_impersonal(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "warned"),
+    [
+        (["p1/001", "p1/002", "p2/001", "p2/002"], True),
+        (["p1/001", "p2/001", "p3/001"], False),  # one image for each folder
+        (["001", "002", "003"], False),
+        (["p1/001L", "p1/001R", "p2/001L"], False),  # two eyes are told apart from patients
+    ],
+)
+def test_a_folder_for_each_patient_is_not_overlooked(tmp_path, files, warned):
+    for number, name in enumerate(files):
+        for folder, pixels in (
+            ("images", np.full((64, 64), number, np.uint8)),
+            ("masks", draw_mask(number % 4)),
+        ):
+            path = tmp_path / folder / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    found = [finding for finding in check_data(tmp_path).findings if finding.code == "patients"]
+    assert bool(found) == warned
+    if warned:
+        assert found[0].severity == "warning"
+        assert "Each of 4 images counts as a patient of its own, but 4 of them share 2" in found[0].message
+        pattern = found[0].message.split("'")[1]
+        report = check_data(tmp_path, patient_pattern=pattern)
+        assert (report.counts["patients"], report.findings) == (2, ())

@@ -128,6 +128,48 @@ def test_the_key_of_a_file_that_moved_is_never_given_out_again(mapping, tmp_path
     assert {name: later[name] for name in names} == apart
 
 
+def test_keys_are_the_same_with_without_and_again_with_an_alias_file(mapping, tmp_path):
+    names = ["li_ming_frame_000001", "ming_li_frame_000001", "wang_fang_frame_000001"]
+    csv = tmp_path / "aliases.csv"
+    csv.write_text(f"file_name,patient\n{names[0]},x\n{names[1]},x\n")
+    joined = keys(names, aliases=csv, mapping=mapping)
+    apart = keys(names, mapping=mapping)
+    assert [len({key[:4] for key in found.values()}) for found in (joined, apart)] == [2, 3]
+    for _ in range(2):
+        assert keys(names, aliases=csv, mapping=mapping) == joined
+        assert keys(names, mapping=mapping) == apart
+    known = json.loads(mapping.read_text())["readings"][""]["files"]
+    assert known.keys() == {*joined.values(), *apart.values()}
+
+
+def test_keys_can_be_read_without_writing_any(mapping):
+    assert keys(NAMES, mapping=mapping, keep="nothing") == keys(NAMES)
+    assert not mapping.exists()
+    before = keys(NAMES[:9], mapping=mapping)
+    text = mapping.read_bytes()
+    found = keys(NAMES, mapping=mapping, keep="nothing")
+    assert mapping.read_bytes() == text
+    assert found.items() >= before.items()
+    assert keys(NAMES, mapping=mapping) == found
+
+
+def test_impersonal_names_keep_their_keys_only_where_that_was_asked_for(mapping, tmp_path):
+    names = [f"train_{i:03d}" for i in range(9)]
+    csv = tmp_path / "aliases.csv"
+    csv.write_text("file_name,patient\ntrain_000,LI MING\n")
+    salted = mapping.with_name("salted.mapping.json")
+    keys(names, aliases=csv, mapping=salted)
+    assert keys(names[1:], mapping=salted) == keys(names[1:]), "a salted numbering is none of theirs"
+    before = keys(names, mapping=mapping, keep="all")
+    assert before == keys(names)
+    after = keys(names[1:], mapping=mapping)
+    assert after.items() <= before.items()
+    assert after != keys(names[1:])
+    # People that join them are not numbered by hashes that anyone can make.
+    keys([*names, *NAMES], mapping=mapping)
+    assert len(json.loads(mapping.read_text())["readings"][""]["salt"]) == 64
+
+
 def test_impersonal_names_need_no_file(mapping):
     result = keys([f"train_{i:03d}" for i in range(9)], mapping=mapping)
     assert result == keys([f"train_{i:03d}" for i in range(9)])

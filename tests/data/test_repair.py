@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -150,6 +151,64 @@ def test_masks_of_two_values_are_not_thresholded_by_half(tmp_path: Path) -> None
         assert (masks(tmp_path / "out")[NAMES[number]] == draw_mask(number)).all()
 
 
+# ---- Pseudonyms
+
+
+def keys(root: Path, aliases: Path | None = None) -> dict[str, str]:
+    """Key by name of the image."""
+    return {s.image_path.stem: s.key for s in find_samples(root, patient_aliases=aliases)}
+
+
+def check_keys(report: DataReport, before: dict[str, str], out: Path, lost: str) -> None:
+    """The report, the copy and the data root call every image the same."""
+    after = keys(out)
+    assert after.items() == {name: key for name, key in before.items() if name != lost}.items()
+    assert set(report.foreground) == set(after.values())
+    (left_out,) = (finding for finding in report.findings if finding.code == "left_out")
+    assert f"({before[lost]})" in left_out.record
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, is_known: bool) -> None:
+    for number in range(4):  # whichever is left out
+        root = write_root(tmp_path / f"root{number}", "annotations")
+        fresh = write_root(tmp_path / f"fresh{number}", "annotations")
+        before = keys((root if is_known else fresh).path)
+        faults("annotations")["odd length"][0](root, number)
+        files = digests(root.path)
+        report = repair_data(root.path, tmp_path / f"out{number}")
+        assert digests(root.path) == files
+        check_keys(report, before, tmp_path / f"out{number}", NAMES[number])
+
+
+def test_the_copy_keeps_pseudonyms_of_impersonal_names_too(tmp_path: Path) -> None:
+    for number in range(4):
+        root = write_root(tmp_path / f"root{number}", "annotations")
+        records = json.loads(root.file.read_text())
+        for index, record in enumerate(records):
+            root.image(index).rename(root.path / "images" / f"train_{index:03}.png")
+            record["image"] = f"train_{index:03}.png"
+        root.file.write_text(json.dumps(records))
+        before = keys(root.path)
+        faults("annotations")["odd length"][0](root, number)
+        report = repair_data(root.path, tmp_path / f"out{number}")
+        assert not (root.path / "patients.mapping.json").exists()
+        check_keys(report, before, tmp_path / f"out{number}", f"train_{number:03}")
+
+
+def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+    aliases = tmp_path / "aliases.csv"
+    aliases.write_text(f"file_name,patient\n{NAMES[0]},x\n{NAMES[1]},x\n{NAMES[2]},x\n")
+    before = keys(root.path, aliases)
+    faults("annotations")["odd length"][0](root, 1)
+    report = repair_data(root.path, tmp_path / "out", patient_aliases=aliases)
+    assert (report.exit_code, report.counts["images"], report.counts["patients"]) == (0, 3, 2)
+    assert set(report.foreground) == {before[NAMES[number]] for number in (0, 2, 3)}
+    aliases.write_text(f"file_name,patient\n{NAMES[0]},x\n{NAMES[2]},x\n")
+    assert set(keys(tmp_path / "out", aliases).values()) == set(report.foreground)
+
+
 # ---- The folder of the copy
 
 
@@ -196,6 +255,24 @@ def test_an_interrupted_repair_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space"):
         repair_data(root.path, tmp_path / "out")
     assert digests(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.parametrize("what", ["copyfile", "save"])
+def test_a_full_disk_is_reported_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    root = write_root(tmp_path / "root", "annotations")
+
+    def full(*args: object, **_: object) -> None:
+        raise OSError(28, "No space left on device", str(args[1]))
+
+    monkeypatch.setattr(*((repair.shutil, what) if what == "copyfile" else (Image.Image, what)), full)
+    with pytest.raises(DataError, match=r"cannot be copied \(No space left on device\)") as caught:
+        repair_data(root.path, tmp_path / "out")
+    assert re.match(r"annotations.json record \d \(P00\d_S1_F000\d\)", str(caught.value))
+    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+    assert caught.value.__suppress_context__
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 

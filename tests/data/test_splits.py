@@ -87,6 +87,26 @@ def test_the_sides_do_not_depend_on_the_numbers_of_the_pseudonyms():
     assert [s.image_path for s in take(samples, 20)] == [s.image_path for s in take(renamed, 20)]
 
 
+@pytest.mark.parametrize("unit", ["patient", "frame"])
+def test_nor_where_equal_names_lie_in_a_folder_for_each_patient(unit):
+    """p1/001.png and p2/001.png: the name alone says nothing about the patient."""
+
+    def sides_of(order, root):
+        samples = []
+        for number, patient in enumerate(order, start=1):
+            for frame in range(1 + patient % 3):
+                label, path = f"P{number:03d}", Path(f"{root}/images/p{patient}/{frame:03d}.png")
+                key = f"{label}_S1_F{frame:04d}"
+                samples.append(Sample(path, None, (), key, key, label, f"{label}_S1", f"F{frame:04d}"))
+        split = split_by_patient(samples, 5, unit=unit)
+        chosen = [*map(list, sides(split)), take(samples, 9)]
+        return [[s.image_path.relative_to(root) for s in side] for side in chosen]
+
+    order = list(range(20))
+    shuffled = random.Random(1).sample(order, 20)
+    assert sides_of(order, "/data") == sides_of(shuffled, "/mnt/other/data")
+
+
 def split_fingerprint(split):
     lines = [f"{name}\t{s.key}\t{s.image_path.name}" for name in SIDES for s in getattr(split, name)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -208,3 +208,19 @@ def test_the_verb_prints_no_person(
     assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
     written = "".join(file.read_text() for file in (run / "evaluation").iterdir())
     assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)
+
+
+def test_the_runs_own_data_under_another_path_keeps_its_split(run: Path, angiograms: Path) -> None:
+    """A new split of the same data would score training patients as test."""
+    other = split_by_patient(find_samples(angiograms), seed=7)
+    write_split(run / "data_split.json", other)
+    path = f"{angiograms.parent}/./{angiograms.name}"
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), data_root=path)).evaluation
+    assert keys(result) == {sample.key for sample in other.test}
+
+
+def test_an_untouched_base_can_be_marked(angiograms: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    plan = EvaluationPlan(
+        str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(tmp_path), base_trained_on="all"
+    )
+    assert evaluate_held_out(plan).evaluation.marks[0].startswith("IN-SAMPLE BASELINE")

@@ -12,7 +12,7 @@ import pytest
 from vesselrl.evaluation.cases import Case, write_cases
 from vesselrl.evaluation.results import write_evaluation
 from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.sweep_files import read_sweep
+from vesselrl.evaluation.thresholds import read_sweep
 
 BEFORE = [0.70, 0.72, 0.60, 0.80, 0.66]
 AFTER = [0.75, 0.78, 0.64, 0.87, 0.70]  # 0.748 against 0.696: +0.052
@@ -30,6 +30,15 @@ LISTS = {
     "n_images": 7,
     "n_patients": 5,
 }
+
+
+def add_later(run, made, **extra):
+    """The files of an evaluation of the best adapter at 0.5 and at a tuned threshold."""
+    curve = {"expected_calibration_error": 0.041, "n_pixels": 10000, "n_failed": 0, "bins": BINS}
+    folder, tuned = run / "evaluation", [score + 0.01 for score in AFTER]
+    write_evaluation(folder, "test_best_lora", replace(made(AFTER), calibration=curve), {"threshold": 0.5})
+    write_evaluation(folder, "test_best_lora_tuned", made(tuned, **extra), {"threshold": 0.42})
+    (folder / "test_best_lora_thresholds.json").write_text(json.dumps(LISTS))
 
 
 def write_info(run, **changes):
@@ -118,8 +127,8 @@ def test_the_best_validation_is_shown_where_stored_else_the_last_and_that_is_sai
     assert "| +0.100 " in text.split("## Validation\n")[1].split("\n## ")[0]
 
 
-def test_html_and_markdown_tables_are_the_same(run):
-    (run / "thresholds.json").write_text(json.dumps(LISTS))
+def test_html_and_markdown_tables_are_the_same(run, made):
+    add_later(run, made)
     html, text = (path.read_text() for path in write_run_report(run))
     cells = [
         [cell.strip().replace("\\<", "<") for cell in line.strip("| ").split(" | ")]
@@ -163,10 +172,8 @@ def test_cases_are_shown_best_first_with_their_errors(run):
     assert "a break: a stretch of the true centreline that the prediction misses" in text
 
 
-def test_a_threshold_sweep_is_shown_where_it_was_stored(run):
-    assert read_sweep(run) is None
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "thresholds.json").write_text(json.dumps(LISTS))
+def test_a_threshold_sweep_is_shown_where_it_was_stored(run, made):
+    add_later(run, made)
     html, text = (path.read_text() for path in write_run_report(run))
     assert "Measured on 7 validation images of 5 patients. The threshold 0.42 was chosen on them." in text
     assert "| 0.4 (chosen) | 0.710 | 0.800 | 0.600 |" in text
@@ -174,41 +181,33 @@ def test_a_threshold_sweep_is_shown_where_it_was_stored(run):
     assert "Precision and recall</text>" in html
 
 
-def test_a_sweep_stored_as_points_says_the_same(run):
-    names = ("thresholds", "dice", "recall", "precision")
-    points = [
-        dict(zip(("threshold", *names[1:]), values, strict=True))
-        for values in zip(*(LISTS[name] for name in names), strict=True)
-    ]
-    stored = {"curve": points, "best": points[1], "side": "val", "n_images": 7, "n_patients": 5}
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "test_best_lora_thresholds.json").write_text(json.dumps(stored))
-    sweep = read_sweep(run)
-    assert sweep["chosen"] == 0.5
-    assert sweep["thresholds"] == LISTS["thresholds"]
-    assert sweep["dice"] == LISTS["dice"]
-    assert np.isnan(sweep["recall"][2])
-
-
 @pytest.mark.parametrize("change", [{"dice": [0.7]}, {"dice": None}, {"thresholds": []}, {"chosen": None}])
-def test_a_damaged_sweep_is_named(run, change):
-    (run / "thresholds.json").write_text(json.dumps(LISTS | change))
-    with pytest.raises(ValueError, match=r"thresholds\.json in sa2va_lora_ppo_20261122_135948"):
-        read_sweep(run)
+def test_a_damaged_sweep_is_named(tmp_path, change):
+    path = tmp_path / "evaluation" / "test_base_thresholds.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(LISTS | change))
+    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in evaluation"):
+        read_sweep(path)
 
 
 def test_calibration_and_later_settings_are_shown_where_present(run, made):
-    curve = {"expected_calibration_error": 0.041, "n_pixels": 10000, "n_failed": 0, "bins": BINS}
-    later = replace(made(AFTER), calibration=curve)
-    write_evaluation(run / "evaluation", "test_best_lora", later)
-    write_evaluation(run / "evaluation", "test_best_lora_tuned", made([score + 0.01 for score in AFTER]))
+    add_later(run, made)
     write_evaluation(run / "evaluation", "test_human_agreement", made(BEFORE))
     html, text = (path.read_text() for path in write_run_report(run))
-    assert "| score | at 0.5 | at the tuned threshold | second observer |" in text
-    assert re.search(r"\| Dice \| 0\.748 \(.*\| 0\.758 \(.*\| 0\.696 \(", text)
-    assert "Expected calibration error, 0 is perfect: 0.0410 after." in text
-    assert "| after | 0.9 to 1.0 | 0.950 | 0.810 | 1,000 |" in text
+    header = "| score | better is | threshold 0.5 | threshold 0.42, tuned | human agreement |"
+    assert header in text
+    assert re.search(r"\| Dice \| higher \| 0\.748 \(.*\| 0\.758 \(.*\| 0\.696 \(", text)
+    assert "Expected calibration error, 0 is perfect: 0.0410." in text
+    assert "| 0.9 to 1.0 | 0.950 | 0.810 | 1,000 |" in text
     assert "share that is vessel</text>" in html
+
+
+def test_a_later_evaluation_of_other_labels_is_left_out(run, made):
+    add_later(run, made, truth="corrected")
+    text = write_run_report(run)[1].read_text()
+    assert "not those of the test: test_best_lora_tuned." in text
+    assert "| score | better is | threshold 0.5 |\n" in text
+    assert "## Threshold" not in text
 
 
 def test_a_run_without_test_says_so_and_an_unfinished_one_is_refused(run, tmp_path):

@@ -112,7 +112,8 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 )
 def test_stage_of_each_epoch(stage: str, num_epochs: int, expected: str) -> None:
     config = TrainConfig(stage=stage, num_epochs=num_epochs)
-    assert " ".join(config.stage_of_epoch(epoch) for epoch in range(1, num_epochs + 1)) == expected
+    stages = [config.stage_of_epoch(epoch, num_epochs) for epoch in range(1, num_epochs + 1)]
+    assert " ".join(stages) == expected
 
 
 # ---- Presets

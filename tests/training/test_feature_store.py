@@ -90,3 +90,17 @@ def test_hashes_see_values_shape_and_names() -> None:
     with torch.no_grad():
         layer.bias[0] += 1
     assert weights_hash(layer) != before
+
+
+def test_a_disk_that_takes_no_more_is_no_end(tmp_path: Path, monkeypatch, caplog) -> None:
+    def full(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("vesselrl.training.feature_store.save_file", full)
+    encoder, store = Encoder(), FeatureStore(tmp_path, "model")
+    store.fetch("a", PIXELS, encoder)
+    store.fetch("a", PIXELS, encoder)
+    assert encoder.calls == 1
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "model").iterdir()) == []

@@ -143,7 +143,7 @@ def test_starting_from_an_adapter_keeps_its_split(
 def test_sanity_overfit_trains_and_validates_on_the_same_images(
     tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vesselrl.training.setup.SANITY_STEPS", 4)
+    monkeypatch.setattr("vesselrl.training.run_data.SANITY_STEPS", 4)
     done = short_run(tiny_checkpoint, angiograms, tmp_path, sanity_overfit=2, stage="sft")
     assert done.info["total_steps"] == 4
     assert done.test == []

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -158,14 +159,15 @@ def name_patients(
     patient_pattern: str | None,
     patient_aliases: Path | str | None,
     mapping: Path | str | None,
+    keep: Literal["nothing", "people", "all"] = "people",
 ) -> dict[str, Pseudonym]:
-    """A pseudonym for the name of each entry; the arguments are those of `find_samples`.
+    """A pseudonym for the name of each entry; the arguments are those of `find_samples` and `pseudonyms`.
 
     Raises:
         DataError: the pattern, the file of aliases or the mapping file does not fit.
     """
     names = [entry.name for entry in listing.entries]
-    return pseudonyms(names, patient_pattern, patient_aliases, mapping)
+    return pseudonyms(names, patient_pattern, patient_aliases, mapping, keep)
 
 
 def is_repeated(entry: Entry, alias: Pseudonym, first_places: dict[str, str], findings: Findings) -> bool:

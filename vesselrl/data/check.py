@@ -1,12 +1,14 @@
 """Looks at every record, image and mask of a data root and lists all faults in one go.
 
 What is an error here is an error in training as well: both read through the same steps of
-`vesselrl.data.annotations`. No data is written; `vesselrl.data.repair` writes a repaired copy.
+`vesselrl.data.annotations`. Nothing is written, the mapping file of pseudonyms neither: training gives the
+same ones. `vesselrl.data.repair` writes a repaired copy.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,7 +66,7 @@ def check_data(
         root: data root in any layout that `find_samples` reads.
         patient_pattern: as for `find_samples`.
         patient_aliases: as for `find_samples`.
-        mapping: as for `find_samples`.
+        mapping: as for `find_samples`, but only read.
         num_threads: how many files are read at the same time; None: one per core.
     """
     root, findings = Path(root), Findings()
@@ -74,11 +76,32 @@ def check_data(
         findings.caught(error)
         return DataReport(root, "", tuple(findings))
     try:
-        aliases = name_patients(listing, patient_pattern, patient_aliases, mapping or root / MAPPING_FILE)
+        mapping = mapping or root / MAPPING_FILE
+        aliases = name_patients(listing, patient_pattern, patient_aliases, mapping, keep="nothing")
     except DataError as error:
         findings.caught(error, code="patients")
         return DataReport(root, listing.layout, tuple(findings))
+    if patient_pattern is None:
+        _check_folders(aliases, findings)
+    return check_listing(root, listing, aliases, findings, num_threads)
 
+
+def check_listing(
+    root: Path,
+    listing: Listing,
+    aliases: Mapping[str, Pseudonym],
+    findings: Findings,
+    num_threads: int | None = None,
+) -> DataReport:
+    """The report of a data root whose entries are listed and named already.
+
+    Args:
+        root: data root.
+        listing: its entries.
+        aliases: pseudonym by name of entry.
+        findings: what was found so far; more is added.
+        num_threads: as for `check_data`.
+    """
     shown = FileNames(root)
     first_places: dict[str, str] = {}
     entries = []
@@ -97,7 +120,8 @@ def check_data(
     _check_classes(entries, findings)
     agreement = _check_agreement(checked, findings)
     counts = _count(checked, findings)
-    return DataReport(root, listing.layout, tuple(findings), counts, agreement)
+    foreground = {result.sample.key: result.foreground for result in checked if result.sample is not None}
+    return DataReport(root, listing.layout, tuple(findings), counts, agreement, foreground)
 
 
 def check_entry(entry: Entry, alias: Pseudonym, shown: FileNames) -> CheckedEntry:
@@ -127,7 +151,7 @@ def check_entry(entry: Entry, alias: Pseudonym, shown: FileNames) -> CheckedEntr
     return CheckedEntry(findings.items, entry.file, usable, foreground, agreement, digest)
 
 
-def _check_named(aliases: dict[str, Pseudonym], shown: FileNames, entry: Entry) -> CheckedEntry:
+def _check_named(aliases: Mapping[str, Pseudonym], shown: FileNames, entry: Entry) -> CheckedEntry:
     return check_entry(entry, aliases[entry.name], shown)
 
 
@@ -232,6 +256,21 @@ def _compare_with_outlines(entry: Entry, mask: np.ndarray, record: str, findings
 
 
 # ---- The whole data root
+
+
+def _check_folders(aliases: Mapping[str, Pseudonym], findings: Findings) -> None:
+    """Sub-folders with several images, none of which shares its patient: each may be one patient's."""
+    if len({alias.patient for alias in aliases.values()}) < len(aliases):
+        return
+    sizes = Counter(name.rpartition("/")[0] for name in aliases if "/" in name)
+    shared = [size for size in sizes.values() if size > 1]
+    if shared:
+        message = (
+            f"Each of {len(aliases)} images counts as a patient of its own, but {sum(shared)} of them share "
+            f"{len(shared)} sub-folders. If a folder is a patient, give --patient_pattern "
+            "'^(?P<patient>[^/]+)/', or the split may put that patient on two sides."
+        )
+        findings.warning("patients", message)
 
 
 def _check_left_over(listing: Listing, shown: FileNames, findings: Findings) -> None:

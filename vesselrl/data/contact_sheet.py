@@ -1,6 +1,5 @@
 """Many pictures on one sheet, each with the outline of its mask: what a training is really shown."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,14 +10,15 @@ from PIL import Image
 from vesselrl.data.annotations import find_samples
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.builtin import builtin_data
+from vesselrl.data.check import check_data
 from vesselrl.data.dataset import VesselDataset
-from vesselrl.data.splits import take
+from vesselrl.data.privacy import LABELS
+from vesselrl.data.splits import split_by_patient, take
 from vesselrl.scoring.masks import as_mask
 
 OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
 TILE_PX = 384
 _CAPTION_PX, _GAP_PX = 22, 6
-_KEY = re.compile(r"P\d+_S\d+_F\d+")
 _PAPER, _INK = 255, (51, 51, 51)
 
 
@@ -64,21 +64,27 @@ def write_contact_sheet(
     seed: int = 42,
     **names: str | None,
 ) -> Path:
-    """Writes a sheet of a data set, its images chosen round the patients and changed as in the first epoch.
+    """Writes a sheet of training images of the split of this seed, as the first epoch shows them.
+
+    It shows those that `--max_train_samples` would keep, chosen round the patients. With fewer than three
+    patients there is no split, and the images are chosen from all.
 
     Args:
-        data_root: data set; None: the built-in synthetic angiograms.
+        data_root: data set; None: the built-in synthetic angiograms, drawn into `output` once.
         output: PNG file.
         num_images: how many.
         augment: name of the plan, none, light or strong.
-        seed: of the choice and of the augmentation.
+        seed: of the split, the choice and the augmentation.
         **names: patient_pattern and patient_aliases, see `find_samples`.
 
     Raises:
         DataError: unusable data.
     """
     path = Path(output)
-    samples = find_samples(data_root or builtin_data(path.parent), **names)
+    samples = find_samples(data_root or builtin_data("output"), **names)
+    if len({sample.patient for sample in samples}) >= 3:
+        shares = _shares(data_root, **names) if data_root else None
+        samples = split_by_patient(samples, seed, shares=shares).train
     dataset = VesselDataset(
         take(samples, num_images, seed), augmentation=get_augmentation(augment), seed=seed
     )
@@ -87,6 +93,12 @@ def write_contact_sheet(
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path)
     return path
+
+
+def _shares(data_root: str, **names: str | None) -> dict[str, float] | None:
+    """The foreground shares that training stratifies its split by; None where a fault would stop it."""
+    report = check_data(data_root, **names)
+    return None if report.exit_code else report.foreground
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -100,7 +112,7 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarray:
     """One picture with its caption and the gap to the right of and below it."""
-    if _KEY.fullmatch(key) is None:
+    if LABELS["files"].fullmatch(key) is None:
         raise ValueError(f"The caption of picture {place} is no pseudonym. Use the key of its sample.")
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:

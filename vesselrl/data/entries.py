@@ -202,10 +202,13 @@ def read_json(path: Path, shown: str) -> object:
         shown: how messages name it.
 
     Raises:
-        DataError: it is no JSON, not UTF-8, or nested too deeply.
+        DataError: it cannot be read, is no JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:  # its text holds the path
+        message = f"{shown} cannot be read ({error.strerror}). Restore it, or give yourself the right to."
+        raise DataError(message, "bad_json") from None
     except json.JSONDecodeError as error:
         raise DataError(
             f"{shown} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}. "

@@ -131,6 +131,8 @@ class DataReport:
     counts: dict[str, int] = field(default_factory=dict)
     # Dice of mask files with the polygons of the same image: images, mean, lowest; None without such images.
     agreement: dict[str, float] | None = None
+    # Share of the image that is vessel, by key of every usable sample; `split_by_patient` can stratify by it.
+    foreground: dict[str, float] = field(default_factory=dict)
 
     def of(self, severity: Severity) -> list[Finding]:
         """The findings of one severity."""
@@ -150,6 +152,7 @@ class DataReport:
             "counts": self.counts,
             "severities": {severity: len(self.of(severity)) for severity in SEVERITIES},
             "agreement": self.agreement,
+            "foreground": self.foreground,
             "findings": [asdict(finding) for finding in self.findings],
         }
         return json.dumps(values, indent=1)

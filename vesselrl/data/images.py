@@ -4,6 +4,7 @@ Messages never hold the path of a file, because file names carry patient names: 
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ _BROKEN = (
     Image.DecompressionBombError,
 )
 _ORIENTATION_TAG = 0x0112
+# Such as I;16 or RGB;16B; BGR;16 of BMP has 16 bits for three channels.
+_SIXTEEN_BITS = re.compile(r"(?<!BGR);16")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,12 +67,17 @@ def read_traits(path: Path, record: str) -> Traits:
     """
     with _opened(path, record) as image:
         # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
-        formats = {image.mode, *(str(tile.args) for tile in image.tile)}
-        deep = image.mode in ("I", "F") or any("16" in name for name in formats)
+        args = [part for tile in image.tile for part in _parts(tile.args) if isinstance(part, str)]
+        deep = image.mode in ("I", "F") or any(_SIXTEEN_BITS.search(name) for name in (image.mode, *args))
         alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         # Pillow turns a TIFF itself.
         turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
         return Traits(image.mode, turned, deep, alpha)
+
+
+def _parts(args: object) -> tuple:
+    """The arguments of a decoder of Pillow, of which a single one is no tuple."""
+    return args if isinstance(args, tuple) else (args,)
 
 
 def read_size(path: Path, record: str) -> tuple[int, int]:

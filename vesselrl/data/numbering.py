@@ -22,7 +22,8 @@ def number_files(files: Mapping[str, FileIdentity], known: Numbering) -> Numberi
 
     New patients get the next numbers, in the order of SHA-256(salt + person), so that a number says nothing
     about the name. New sequences of a patient follow in the order of their names. A frame has the number of
-    its file name. A file whose patient or sequence changed, by an alias, gets a new key.
+    its file name. A file whose patient or sequence changed, by an alias, gets a new key; its
+    earlier one holds again as soon as it belongs there again.
 
     Args:
         files: identity by file name.
@@ -30,6 +31,7 @@ def number_files(files: Mapping[str, FileIdentity], known: Numbering) -> Numberi
     """
     patients, sequences, keys = dict(known.patients), dict(known.sequences), dict(known.files)
     key_of = {name: key for key, name in keys.items()}  # the latest key, if a file has had several
+    key_in = {(name, _sequence_of(key)): key for key, name in keys.items()}
     frames_of: dict[str, set[str]] = defaultdict(set)
     for key in keys:
         frames_of[_sequence_of(key)].add(key.rpartition("_")[2])
@@ -45,7 +47,11 @@ def number_files(files: Mapping[str, FileIdentity], known: Numbering) -> Numberi
         texts = {files[name].sequence for name in names}
         for text, label in _label_sequences(texts, label_of[person], sequences).items():
             own = [name for name in names if files[name].sequence == text]
-            new = [name for name in own if _sequence_of(key_of.get(name, "")) != label]
+            for name in own:
+                if key_in.get((name, label), key_of.get(name)) != key_of.get(name):
+                    key = key_in[name, label]
+                    keys[key] = keys.pop(key)  # an earlier key holds again: the last one counts
+            new = [name for name in own if (name, label) not in key_in]
             frames = _number_frames({name: files[name].frame for name in new}, frames_of[label])
             keys |= {f"{label}_{frame}": name for name, frame in frames.items()}
     return Numbering(known.salt, patients, sequences, keys)

@@ -15,8 +15,9 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from vesselrl.data.aliases import join_persons, read_aliases
 from vesselrl.data.errors import DataError
@@ -166,18 +167,21 @@ def pseudonyms(
     patient_pattern: str | None = None,
     aliases: Path | str | None = None,
     mapping: Path | str | None = None,
+    keep: Literal["nothing", "people", "all"] = "people",
 ) -> dict[str, Pseudonym]:
     """A pseudonym for each file name; all keys differ, and the order of the names does not matter.
 
     Where file names may carry people, the order of the patients is salted, and the mapping file, if there is
     one, keeps the salt and every key: files that are added later change no pseudonym. Impersonal names
-    (train_001) and the built-in synthetic data have nothing to hide: no salt, no mapping file.
+    (train_001) and the built-in synthetic data have nothing to hide: no salt, and a mapping file only where
+    one without a salt is there already, in a copy that `vesselrl.data.repair` wrote.
 
     Args:
         names: paths below images/, without the ending.
         patient_pattern: how to read the names, see `parse_by_pattern`; None for `parse_name`.
         aliases: CSV file that joins several spellings of one person, see `vesselrl.data.aliases`.
         mapping: mapping file, read and written; see `vesselrl.data.privacy`. None: nothing is kept.
+        keep: what is written to it: the keys of people, those of impersonal names as well, or nothing.
 
     Raises:
         DataError: the pattern is not valid or does not match, see `parse_by_pattern`; the alias file or the
@@ -198,19 +202,32 @@ def pseudonyms(
         persons = join_persons(persons, only_id, rows, Path(aliases).name)
     files = {name: FileIdentity(persons[name], i.sequence, i.frame) for name, i in identities.items()}
 
-    if _is_impersonal_set([*names, *(row.patient for row in rows)]):
-        numbering = number_files(files, Numbering())
-    else:
-        known = None if mapping is None else read_numbering(mapping, patient_pattern)
-        numbering = number_files(files, known or Numbering(salt=derive_salt(names)))
-        if mapping is not None and numbering != known:
-            write_numbering(mapping, patient_pattern, numbering)
+    impersonal = _is_impersonal_set([*names, *(row.patient for row in rows)])
+    known = None if mapping is None else _known_numbering(mapping, patient_pattern, impersonal)
+    start = known or Numbering()
+    if not impersonal and not start.salt:
+        start = replace(start, salt=derive_salt(names))
+    numbering = number_files(files, start)
+    is_kept = keep == "all" or (keep == "people" and not (impersonal and known is None))
+    if mapping is not None and is_kept and numbering != known:
+        write_numbering(mapping, patient_pattern, numbering)
     keys = {name: key for key, name in numbering.files.items()}
     result = {}
     for name in names:
         patient, sequence, frame = keys[name].split("_")
         result[name] = Pseudonym(patient, f"{patient}_{sequence}", frame)
     return result
+
+
+def _known_numbering(mapping: Path | str, patient_pattern: str | None, impersonal: bool) -> Numbering | None:
+    """What the mapping file holds for these names; impersonal ones have no part in a salted numbering."""
+    try:
+        known = read_numbering(mapping, patient_pattern)
+    except DataError:
+        if not impersonal:
+            raise
+        return None
+    return None if impersonal and known is not None and known.salt else known
 
 
 def _is_impersonal_set(texts: Iterable[str]) -> bool:

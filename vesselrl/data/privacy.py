@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 
 MAPPING_FILE = "patients.mapping.json"
 FORMAT = 1
-_LABELS = {
+# What `vesselrl.data.numbering` gives; the second file of one frame is F0011b, the 27th F0011-27.
+LABELS = {
     "patients": re.compile(r"P\d{3,}"),
     "sequences": re.compile(r"P\d{3,}_S\d+"),
-    "files": re.compile(r"P\d{3,}_S\d+_F\w+(-\d+)?"),
+    "files": re.compile(r"P\d{3,}_S\d+_F\d+([b-z]|-\d+)?"),
 }
 ABOUT = "Names and IDs of patients. Keep this file with the images; never commit, send or publish it."
 
@@ -114,11 +115,11 @@ def _is_numbering(reading: object) -> bool:
     """Whether these are the fields of a Numbering, with the labels that `number_files` gives."""
     return (
         isinstance(reading, dict)
-        and set(reading) == {"salt", *_LABELS}
+        and set(reading) == {"salt", *LABELS}
         and isinstance(reading["salt"], str)
-        and all(isinstance(reading[name], dict) for name in _LABELS)
-        and all(_LABELS[name].fullmatch(label) for name in _LABELS for label in reading[name])
-        and all(isinstance(text, str) for name in _LABELS for text in reading[name].values())
+        and all(isinstance(reading[name], dict) for name in LABELS)
+        and all(LABELS[name].fullmatch(label) for name in LABELS for label in reading[name])
+        and all(isinstance(text, str) for name in LABELS for text in reading[name].values())
     )
 
 

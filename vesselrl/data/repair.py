@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.annotations import list_entries, load_mask, name_patients
-from vesselrl.data.check import check_data, check_entry
+from vesselrl.data.check import check_entry, check_listing
 from vesselrl.data.entries import Entry, FileNames
 from vesselrl.data.errors import DataError
 from vesselrl.data.findings import CODES, DataReport, Finding, Findings
@@ -66,8 +66,8 @@ def repair_data(
 ) -> DataReport:
     """Writes a repaired copy that passes the check; the data root stays as it is.
 
-    A mapping file of pseudonyms goes with it, so that those of the images stay the same. The copy appears
-    under its name only when it is complete.
+    A mapping file of pseudonyms goes with it, so that those of the images stay the same though some are left
+    out. The copy appears under its name only when it is complete.
 
     Args:
         root: data root in any layout that `find_samples` reads.
@@ -76,24 +76,26 @@ def repair_data(
         patient_aliases: as for `find_samples`.
 
     Returns:
-        The check of the copy, after a finding for each record that was repaired or left out.
+        The check of the copy, after a finding for each record that was repaired or left out; pseudonyms are
+        those of the copy everywhere.
 
     Raises:
-        DataError: `out` is not empty or overlaps the data root, the list of records cannot be read, or
-            nothing usable is left.
+        DataError: `out` is not empty or overlaps the data root, the list of records cannot be read, an image
+            cannot be copied, or nothing usable is left.
     """
     root, out = Path(root), Path(out)
     _check_target(root, out)
     listing = list_entries(root, Findings())
-    mapping = root / MAPPING_FILE
-    known = mapping if mapping.exists() else None
-    aliases = name_patients(listing, patient_pattern, patient_aliases, known)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
         groups[entry.name].append(entry)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial_copy = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
+        mapping = partial_copy / MAPPING_FILE
+        if (root / MAPPING_FILE).exists():
+            shutil.copy2(root / MAPPING_FILE, mapping)
+        aliases = name_patients(listing, patient_pattern, patient_aliases, mapping, keep="all")
         write = partial(_write_group, partial_copy, aliases, FileNames(root))
         with ThreadPoolExecutor(cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))
@@ -103,9 +105,9 @@ def repair_data(
             raise DataError(f"Nothing in {root} can be repaired: no image is left with a label that is sure.")
         if not listing.pairs:
             (partial_copy / FILE).write_text(json.dumps(contents), encoding="utf-8")
-        if known is not None:
-            shutil.copy2(known, partial_copy / MAPPING_FILE)
-        report = check_data(partial_copy, patient_pattern, patient_aliases)
+        # Not `check_data`: the alias file may name images that are left out.
+        findings = Findings()
+        report = check_listing(partial_copy, list_entries(partial_copy, findings), aliases, findings)
         if report.exit_code:
             raise DataError(f"The repaired copy still has faults: {report.of('error')[0].message}")
         partial_copy.chmod(0o755)
@@ -155,10 +157,14 @@ def _write_group(
         words = "; ".join(CODES[code] for code in sorted(mended - _KEPT))
         findings.info("repaired", f"{record}: repaired: {words}.", record)
 
-    image_file = _write_image(first, copy, record, bool(mended & _REWRITTEN_IMAGES))
     mask_file = copy / "masks" / f"{first.name}_mask.png"
-    mask_file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+    try:
+        image_file = _write_image(first, copy, record, bool(mended & _REWRITTEN_IMAGES))
+        mask_file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+    except OSError as error:  # its text holds the path
+        message = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
+        raise DataError(message) from None
     content = _content(first, image_file.relative_to(copy / "images").as_posix(), mask)
     return WrittenEntry(findings.items, content, (image_file, mask_file), digest, record)
 

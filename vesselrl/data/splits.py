@@ -56,7 +56,7 @@ class Split:
 
     @property
     def mark(self) -> str:
-        """The words that every output of a leaky split must carry; empty for a split by patient."""
+        """The words that every result and report of a leaky split carries; empty for a split by patient."""
         return LEAKY if self.is_leaky else ""
 
     def patients(self, side: str) -> list[str]:
@@ -301,10 +301,30 @@ def _group(samples: Iterable[Sample], name: str) -> dict[Hashable, list[Sample]]
 
 
 def _group_in_order(samples: Iterable[Sample], name: str) -> dict[Hashable, list[Sample]]:
-    """The samples by one of their fields, the groups in an order that pseudonyms have no part in."""
+    """The samples by one of their fields, the groups in an order without the numbers of patients.
+
+    It is that of the people in the file names. Where two patients have the same there, as in p1/001.png and
+    p2/001.png, the paths of all their files decide.
+    """
+    samples = list(samples)
     groups = _group(samples, name)
-    order = {label: min(person_of(s.image_path.stem) for s in group) for label, group in groups.items()}
-    return {label: groups[label] for label in sorted(groups, key=lambda label: (order[label], label))}
+    paths = _digests_of_paths(samples)
+    order = {
+        label: (min(person_of(s.image_path.stem) for s in group), paths[group[0].patient], label)
+        for label, group in groups.items()
+    }
+    return {label: groups[label] for label in sorted(groups, key=order.__getitem__)}
+
+
+def _digests_of_paths(samples: Sequence[Sample]) -> dict[str, str]:
+    """SHA-256 over the paths of the images of each patient, below the folder that holds all images."""
+    folder = os.path.commonpath([sample.image_path.parent for sample in samples]) if samples else ""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        paths[sample.patient].append(sample.image_path.relative_to(folder).as_posix())
+    return {
+        patient: hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest() for patient, own in paths.items()
+    }
 
 
 def _fingerprint(split: Split, key_of: Callable[[Sample], str] = lambda sample: sample.key) -> str:

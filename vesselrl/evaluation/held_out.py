@@ -7,6 +7,7 @@ gave the best Dice on the validation patients. Files, for an adapter called best
     test_best_lora_tuned.json, .csv      at the threshold chosen on validation
     test_best_lora_thresholds.json       the validation curve and the choice
     test_human_agreement.json, .csv      the second observer against the first, if there is one
+    test_best_lora.html, .md             all of these on one page
 
 With test-time flips every name has `_flips` after best_lora: their scores never replace those without.
 """
@@ -25,6 +26,7 @@ from vesselrl.data.annotations import DataError, Sample, find_samples, load_imag
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.in_sample import base_trained_on
 from vesselrl.data.splits import read_split, split_by_patient
+from vesselrl.evaluation.evaluation_report import write_evaluation_report
 from vesselrl.evaluation.flips import with_flips
 from vesselrl.evaluation.marks import marks_of
 from vesselrl.evaluation.observers import observer_agreement, second_observer
@@ -36,6 +38,7 @@ from vesselrl.evaluation.predictions import (
     unpacked,
 )
 from vesselrl.evaluation.results import Evaluation, write_evaluation, write_json
+from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.evaluation.thresholds import ThresholdCurve, sweep_thresholds
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
@@ -63,6 +66,8 @@ class EvaluationPlan:
         threshold: probability above which a pixel is vessel.
         prompt: the question; None: the run's own.
         patient_pattern: for file names, see `find_samples`; None: the run's own.
+        patient_aliases: CSV file, see `find_samples`; None: the run's own.
+        base_trained_on: none, all or a file, see `vesselrl.data.in_sample`; None: the run's own, or none.
         use_bf16: vision tower and language model in bfloat16.
         tune: also score at the threshold that is best on validation; on the test side only.
         flips: mean of the probabilities over the image and its three mirror images, in files of their own.
@@ -77,6 +82,8 @@ class EvaluationPlan:
     threshold: float = 0.5
     prompt: str | None = None
     patient_pattern: str | None = None
+    patient_aliases: str | None = None
+    base_trained_on: str | None = None
     use_bf16: bool = False
     tune: bool = True
     flips: bool = False
@@ -90,6 +97,8 @@ class HeldOutResult:
     # At the plan's threshold.
     evaluation: Evaluation
     path: Path
+    # All results on one HTML page; Markdown lies beside it.
+    report_path: Path
     # At the threshold chosen on validation, on the same predictions.
     tuned: Evaluation | None = None
     tuned_path: Path | None = None
@@ -103,7 +112,9 @@ class HeldOutResult:
 def evaluate_held_out(
     plan: EvaluationPlan, progress: Callable[[int, int], None] | None = None
 ) -> HeldOutResult:
-    """Scores one model on one side of a split and writes JSON and CSV; each image is predicted once.
+    """Scores one model on one side of a split, each image predicted once; writes JSON, CSV and a report.
+
+    Where the results lie in the folder of a finished run, the run's own report is written anew.
 
     Args:
         plan: what is evaluated on what.
@@ -133,19 +144,33 @@ def evaluate_held_out(
 
     extra = {"plan": vars(plan), "flips": plan.flips, "threshold": plan.threshold}
     evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
-    result = HeldOutResult(evaluation, write_evaluation(folder, name, evaluation, extra)[0])
+    path, _ = write_evaluation(folder, name, evaluation, extra)
+    others: dict[str, Any] = {}
     if curve:
         tuned = replace(_score(done, done.tuned_masks, samples, reward), marks=marks)
         extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
         tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
         curve_path = folder / f"{name}_thresholds.json"
         write_json(curve_path, curve.to_json() | {"flips": plan.flips})
-        result = replace(result, tuned=tuned, tuned_path=tuned_path, curve=curve, curve_path=curve_path)
+        others |= {"tuned": tuned, "tuned_path": tuned_path, "curve": curve, "curve_path": curve_path}
     if observed:
         human = observer_agreement(samples, observed, reward)
         human_path, _ = write_evaluation(folder, f"{plan.side}_human_agreement", human)
-        result = replace(result, human=human, human_path=human_path)
-    return result
+        others |= {"human": human, "human_path": human_path}
+    report_path, _ = write_evaluation_report(path)
+    if run is not None and folder.resolve() == (run / "evaluation").resolve():
+        _refresh_run_report(run)
+    return HeldOutResult(evaluation, path, report_path, **others)
+
+
+def _refresh_run_report(run: Path) -> None:
+    """Writes the report of a finished run anew; a damaged file of the run does not undo the evaluation."""
+    if not (run / "training_info.json").is_file():
+        return
+    try:
+        write_run_report(run)
+    except ValueError as error:
+        logger.warning("The report of the run is the old one: %s", error)
 
 
 def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray], Any]:
@@ -211,16 +236,21 @@ def choose_samples(
     The run's own split is used where there is one. A threshold is chosen for the test side only; why not
     otherwise is logged.
     """
-    root = plan.data_root or settings.get("data_root")
+    stored = settings.get("data_root")
+    own = plan.data_root is None or (
+        stored is not None and Path(plan.data_root).resolve() == Path(stored).resolve()
+    )
+    kept = settings if own else {}  # what a run says of its own data holds for no other
+    root = plan.data_root or stored
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    pattern = plan.patient_pattern or settings.get("patient_pattern")
-    samples = find_samples(root, pattern, settings.get("patient_aliases"))
-    seen = base_trained_on(settings.get("base_trained_on", "none"), samples)
+    pattern = plan.patient_pattern or kept.get("patient_pattern")
+    samples = find_samples(root, pattern, plan.patient_aliases or kept.get("patient_aliases"))
+    seen = base_trained_on(plan.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if plan.side == "all":
         return samples, _validation(plan, []), marks_of(None, samples, seen)
-    if run is not None and plan.data_root in (None, settings.get("data_root")):
+    if run is not None and own:
         split = read_split(run / "data_split.json", samples)
     else:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")

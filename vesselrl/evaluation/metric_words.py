@@ -25,6 +25,7 @@ WORDS = {
     "recall_medium": ("Recall, medium", "recall on true vessels of medium calibre"),
     "recall_thick": ("Recall, thick", "recall on the thickest true vessels"),
 }
+SIDES = {"val": "validation", "train": "training"}  # as readers call them, where that is not the same
 _ONE_DECIMAL = frozenset({"beta0_error", "beta1_error", "hd95"})
 
 
@@ -81,3 +82,13 @@ def count(amount: int, noun: str) -> str:
     ('1 image', '2 images')
     """
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+def images_text(num_images: int, num_patients: int, side: str = "all") -> str:
+    """How many images of how many patients, on which side of the split.
+
+    >>> images_text(7, 1, "val"), images_text(1, 1), images_text(4, 2, "test")
+    ('7 validation images of 1 patient', '1 image of 1 patient', '4 test images of 2 patients')
+    """
+    noun = "image" if side == "all" else f"{SIDES.get(side, side)} image"
+    return f"{count(num_images, noun)} of {count(num_patients, 'patient')}"

@@ -1,29 +1,25 @@
-"""The parts of a report that hold results: the answer in a few sentences, tables, differences, patients."""
+"""The parts of a report that compare before and after: the answer, tables, differences, patients."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vesselrl.evaluation.charts import Estimate, interval_figure, patient_figure, svg
 from vesselrl.evaluation.document import Block, Chart, Section, Table, Text
-from vesselrl.evaluation.metric_words import count, good_direction, metric_name, number, with_interval
+from vesselrl.evaluation.metric_words import (
+    count,
+    good_direction,
+    images_text,
+    metric_name,
+    number,
+    with_interval,
+)
 from vesselrl.evaluation.results import (
     NO_DIRECTION,
     UNIT_METRICS,
     Evaluation,
     before_after_table,
     group_means,
-    read_evaluation,
 )
-
-# Files that a later evaluation of the best adapter leaves in the run's `evaluation` folder.
-LATER = {
-    "test_best_lora": "at 0.5",
-    "test_best_lora_tuned": "at the tuned threshold",
-    "test_best_lora_flips": "with flips, at 0.5",
-    "test_best_lora_flips_tuned": "with flips, tuned threshold",
-    "test_human_agreement": "second observer",
-}
 
 
 def summary_sentences(
@@ -35,8 +31,7 @@ def summary_sentences(
         return ("This run has no stored evaluation before and after training.",)
     before, after = pair
     table = before_after_table(before, after)
-    images, patients = (after.summary[name] for name in ("n_images", "n_patients"))
-    where = f"{count(images, 'test image' if test else 'validation image')} of {count(patients, 'patient')}"
+    where = images_text(after.summary["n_images"], after.summary["n_patients"], "test" if test else "val")
     (line,) = (line for line in table if line["metric"] == "dice")
     change = with_interval("dice", line["difference"], line["low"], line["high"], sign=True)
     change = change.replace("(", "(95 % interval ")
@@ -59,10 +54,8 @@ def result_sections(name: str, pair: tuple[Evaluation, Evaluation], note: str = 
     table = before_after_table(before, after)
     summary = after.summary
     header = ("score", "better is", "before", "after", "difference", "verdict")
-    caption = (
-        f"{count(summary['n_images'], 'image')} of {count(summary['n_patients'], 'patient')}; mean over "
-        "patients with its 95 % interval."
-    )
+    measured = images_text(summary["n_images"], summary["n_patients"])
+    caption = f"{measured}; mean over patients with its 95 % interval."
     rows = comparison_rows(before, after, table)
     blocks: list[Block] = [
         *([Text(note)] if note else []),
@@ -124,24 +117,3 @@ def _patient_blocks(before: Evaluation, after: Evaluation) -> tuple[Block, ...]:
     table = Table(tuple(header), tuple(rows), "Lowest Dice after training first.")
     finding = Text(f"Dice rose in {gained} of {count(len(images), 'patient')}.")
     return finding, Chart(drawn, "Dice of every patient. Blue line: rose; red line: fell."), table
-
-
-def later_section(run_folder: Path) -> tuple[Section, ...]:
-    """Test scores at 0.5, at the tuned threshold, with flips, and of a second observer, side by side."""
-    paths = {label: run_folder / "evaluation" / f"{name}.json" for name, label in LATER.items()}
-    found = {label: read_evaluation(path) for label, path in paths.items() if path.is_file()}
-    if not found:
-        return ()
-    metrics = list(dict.fromkeys(name for one in found.values() for name in one.metrics))
-    rows = [("Images", *(str(one.summary["n_images"]) for one in found.values()))]
-    for metric in metrics:
-        scores = [one.summary["metrics"].get(metric) for one in found.values()]
-        cells = ["-" if one is None else with_interval(metric, one["patient_mean"], one["low"], one["high"])
-                 for one in scores]  # fmt: skip
-        rows.append((metric_name(metric), *cells))
-    caption = (
-        "The best adapter, evaluated later on the test images; mean over patients with its 95 % interval. A "
-        "tuned threshold was chosen on validation images. Second observer: a second person's masks, scored "
-        "against the first person's."
-    )
-    return (Section("Test at other settings", (Table(("score", *found), tuple(rows), caption),)),)

@@ -265,16 +265,7 @@ def read_evaluation(path: Path) -> Evaluation:
         ValueError: the file is not such a JSON file, or its rows no longer match its stored hashes.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Run the evaluation again.") from error
-    found = document.get("format") if isinstance(document, dict) else type(document).__name__
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} is not an evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again."
-        )
+    document = _read_document(path)
     missing = [name for name in _REQUIRED if not document.get(name)]
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(missing)} is missing. Run the evaluation again.")
@@ -292,6 +283,31 @@ def read_evaluation(path: Path) -> Evaluation:
                 f"{path} was changed: its rows do not match its {field}. Run the evaluation again."
             )
     return evaluation
+
+
+def read_extra(path: Path) -> dict[str, Any]:
+    """The `extra` that `write_evaluation` stored beside an evaluation, e.g. its threshold.
+
+    Raises:
+        ValueError: the file is not such a JSON file.
+        FileNotFoundError: there is no such file.
+    """
+    return _read_document(path).get("extra") or {}
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """What `write_evaluation` wrote, as it stands in the file."""
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Run the evaluation again.") from error
+    found = document.get("format") if isinstance(document, dict) else type(document).__name__
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} is not an evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again."
+        )
+    return document
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,13 +4,12 @@ Measured values only: what was hoped for or aimed at is not shown beside them.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vesselrl.evaluation.cases import RANKS, read_cases
-from vesselrl.evaluation.charts import nearest, reliability_figure, svg, threshold_figure
+from vesselrl.evaluation.charts import svg
 from vesselrl.evaluation.document import (
     Block,
     Bullets,
@@ -19,26 +18,50 @@ from vesselrl.evaluation.document import (
     Picture,
     Section,
     Table,
-    Terms,
     Text,
     to_markdown,
 )
 from vesselrl.evaluation.figures import curves_figure, read_metrics
 from vesselrl.evaluation.html import to_html
-from vesselrl.evaluation.metric_words import WORDS, count, metric_name, number
-from vesselrl.evaluation.result_sections import later_section, result_sections, summary_sentences
-from vesselrl.evaluation.results import Evaluation, read_evaluation, write_text
-from vesselrl.evaluation.sweep_files import read_sweep
+from vesselrl.evaluation.metric_words import SIDES, WORDS, count, metric_name, number
+from vesselrl.evaluation.report_sections import (
+    FAILED_IS_EMPTY,
+    HUMAN,
+    MEAN_OVER_PATIENTS,
+    TUNED,
+    calibration_section,
+    reading_section,
+    score_blocks,
+    settings_table,
+    short_path,
+    threshold_section,
+)
+from vesselrl.evaluation.result_sections import result_sections, summary_sentences
+from vesselrl.evaluation.results import Evaluation, read_evaluation, read_extra, set_mismatch, write_text
+from vesselrl.evaluation.thresholds import read_sweep
 
 STEP_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
-SWEEP_ROWS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Files that a later evaluation of the best adapter leaves in the run's folder `evaluation`, and what their
+# column is called.
+BEST = "test_best_lora"
+LATER = {
+    BEST: "{threshold}",
+    f"{BEST}_tuned": "{threshold}, tuned",
+    f"{BEST}_flips": "with flips, {threshold}",
+    f"{BEST}_flips_tuned": "with flips, {threshold}, tuned",
+    "test_human_agreement": "human agreement",
+}
+LATER_CAPTION = (
+    "The best adapter, evaluated later on the test images; mean over patients with its 95 % interval. "
+    f"{TUNED} {HUMAN}"
+)
 HOW_TO_READ = (
-    "Every score is the mean over patients of each patient's mean: a patient with many frames counts once.",
+    MEAN_OVER_PATIENTS,
     "The range in brackets is the 95 % interval of that mean, by resampling patients. The difference is "
     "paired: the same images before and after.",
     "A change is called better or worse only if the interval of the difference leaves out 0. Without a "
     "verdict these patients prove no change. The intervals are not corrected for the number of scores.",
-    "A failed prediction counts as an empty mask and is never left out.",
+    FAILED_IS_EMPTY,
     "The validation images chose the adapter, so their scores flatter it; the test images chose nothing.",
 )
 LAST_VALIDATION = (
@@ -57,7 +80,8 @@ def write_run_report(run_folder: Path) -> tuple[Path, Path]:
     """Write RUN/report.html and RUN/report.md from the files of a run folder and return their paths.
 
     Reads training_info.json, metrics.jsonl, val_before, val_best or val_latest, test_before and
-    test_after.json, cases/ and the threshold sweep; a part whose file is missing is left out.
+    test_after.json, cases/ and what a later evaluation left in evaluation/; a part whose file is missing is
+    left out.
 
     Raises:
         ValueError: the folder is no finished run, or a file is damaged; the message names the file.
@@ -77,15 +101,18 @@ def run_document(run_folder: Path) -> Document:
     best = _read_pair(run_folder, "val_before", "val_best")
     validation = best or _read_pair(run_folder, "val_before", "val_latest")
     note = "" if best else LAST_VALIDATION
+    shown = next((pair[1] for pair in (test, validation) if pair), None)
     sections = [
         *(result_sections("Test", test) if test else ()),
         *(result_sections("Validation", validation, note) if validation else ()),
         *_training_section(run_folder),
-        *_threshold_section(run_folder),
-        *later_section(run_folder),
-        *_calibration_section(run_folder, test or validation),
+        *_later_sections(run_folder, test[1] if test else None),
         *_case_section(run_folder),
-        _reading_section(test or validation, info),
+        reading_section(
+            HOW_TO_READ,
+            shown.metrics if shown else tuple(WORDS),
+            shown.metric_spec if shown else info.get("metric_spec") or {},
+        ),
         _origin_section(info),
     ]
     origin = info.get("provenance") or {}
@@ -148,56 +175,39 @@ def _training_section(run_folder: Path) -> tuple[Section, ...]:
     return (Section("Training", tuple(blocks)),) if blocks else ()
 
 
-def _threshold_section(run_folder: Path) -> tuple[Section, ...]:
-    """Scores by threshold and the precision-recall curve, where a sweep was stored."""
-    sweep = read_sweep(run_folder)
-    if sweep is None:
+def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section, ...]:
+    """The best adapter at other settings, its threshold and its calibration, as evaluated after training.
+
+    An evaluation of other images or labels than those of the run's test is left out, and that is said.
+    """
+    folder = run_folder / "evaluation"
+    paths = {name: folder / f"{name}.json" for name in LATER}
+    found = {name: read_evaluation(path) for name, path in paths.items() if path.is_file()}
+    if not found:
         return ()
-    side = {"val": "validation", "test": "test"}.get(sweep["side"], sweep["side"])
-    images, patients = count(sweep["n_images"], f"{side} image"), count(sweep["n_patients"], "patient")
-    intro = (
-        f"Measured on {images} of {patients}. "
-        f"The threshold {sweep['chosen']:.3g} was chosen on them. Every other score of this report is at 0.5 "
-        "unless it says otherwise."
-    )
-    drawn = svg(threshold_figure(sweep), "Scores by threshold, and precision by recall")
-    values = sweep["thresholds"]
-    places = {nearest(values, wanted) for wanted in (*SWEEP_ROWS, sweep["chosen"])}
-    rows = []
-    for place in sorted(places, key=lambda place: values[place]):
-        chosen = " (chosen)" if place == nearest(values, sweep["chosen"]) else ""
-        scores = [number(metric, sweep[metric][place]) for metric in ("dice", "recall", "precision")]
-        rows.append((f"{values[place]:.3g}{chosen}", *scores))
-    table = Table(("threshold", "Dice", "Recall", "Precision"), tuple(rows))
-    caption = "Left: a higher threshold finds less and invents less. Right: the same, threshold by threshold."
-    return (Section("Threshold", (Text(intro), Chart(drawn, caption), table)),)
+    reference = test or next(iter(found.values()))
+    left_out = [name for name, one in found.items() if set_mismatch(reference, one, "the test", name)]
+    columns = {_label(name, paths[name]): one for name, one in found.items() if name not in left_out}
+    blocks = score_blocks(columns, LATER_CAPTION) if columns else ()
+    if left_out:
+        note = "Left out, because images, labels or definitions are not those of the test"
+        blocks = (*blocks, Text(f"{note}: {', '.join(left_out)}."))
+    sections = [Section("Test at other settings", blocks)]
+    sweep_path = folder / f"{BEST}_thresholds.json"
+    if f"{BEST}_tuned" in found.keys() - left_out and sweep_path.is_file():
+        others = "Every other score of this report is at 0.5 unless it says otherwise."
+        sections.append(threshold_section(read_sweep(sweep_path), others))
+    if BEST in found and BEST not in left_out:
+        sections += calibration_section(found[BEST].calibration)
+    return tuple(sections)
 
 
-def _calibration_section(run_folder: Path, pair: tuple[Evaluation, Evaluation] | None) -> tuple[Section, ...]:
-    """Reliability curve before and after, where probabilities were scored."""
-    before, after = pair or (None, None)
-    later = run_folder / "evaluation" / "test_best_lora.json"
-    if later.is_file() and (after is None or after.calibration is None):
-        after = read_evaluation(later)
-    curves = {name: one.calibration for name, one in (("before", before), ("after", after)) if one}
-    stored = {name: curve for name, curve in curves.items() if curve and curve["bins"]}
-    if not stored:
-        return ()
-    drawn = svg(reliability_figure({name: curve["bins"] for name, curve in stored.items()}), "Reliability")
-    error = "expected_calibration_error"
-    errors = ", ".join(f"{curve[error]:.4f} {name}" for name, curve in stored.items())
-    finding = Text(f"Expected calibration error, 0 is perfect: {errors}.")
-    caption = (
-        "Of the pixels with a predicted probability, the share that is vessel; below the diagonal the model "
-        "sees more vessel than there is."
+def _label(name: str, path: Path) -> str:
+    """What the column of a later evaluation is called."""
+    threshold = read_extra(path).get("threshold")
+    return LATER[name].format(
+        threshold="threshold unknown" if threshold is None else f"threshold {threshold:g}"
     )
-    rows = [
-        (name, f"{line['low']:.1f} to {line['high']:.1f}", number("dice", line["predicted"]),
-         number("dice", line["observed"]), f"{line['pixels']:,}")
-        for name, curve in stored.items() for line in curve["bins"]
-    ]  # fmt: skip
-    header = ("state", "probability", "mean predicted", "vessel", "pixels")
-    return (Section("Calibration", (finding, Chart(drawn, caption), Table(header, tuple(rows)))),)
 
 
 def _case_section(run_folder: Path) -> tuple[Section, ...]:
@@ -212,7 +222,7 @@ def _case_section(run_folder: Path) -> tuple[Section, ...]:
     ]
     for case in sorted(cases, key=lambda case: order.get(case["rank"], len(order))):
         before, after = case["before"], case["after"]
-        side = {"val": "validation", "test": "test"}.get(case["side"], case["side"])
+        side = SIDES.get(case["side"], case["side"])
         caption = (
             f"{side.capitalize()} image. Dice {before['dice']:.3f} before, {after['dice']:.3f} after; breaks "
             f"{before['breaks']} and {after['breaks']}; false pieces {before['false_pieces']} and "
@@ -223,19 +233,6 @@ def _case_section(run_folder: Path) -> tuple[Section, ...]:
         title = f"{case['rank'].capitalize()}: {case['key']}" if case["rank"] else case["key"]
         blocks.append(Picture(run_folder / case["file"], case["file"], title, caption))
     return (Section("Cases", tuple(blocks)),)
-
-
-def _reading_section(pair: tuple[Evaluation, Evaluation] | None, info: Mapping[str, Any]) -> Section:
-    """How to read the numbers, what each score means, and the stored definitions."""
-    used = pair[1].metrics if pair else tuple(WORDS)
-    spec = pair[1].metric_spec if pair else info.get("metric_spec") or {}
-    terms = tuple((WORDS[metric][0], WORDS[metric][1]) for metric in used if metric in WORDS)
-    blocks: list[Block] = [Bullets(HOW_TO_READ), Terms(terms)]
-    if spec:
-        rows = tuple((name.replace("_", " "), str(value)) for name, value in spec.items())
-        caption = "Definitions that the scores were computed with"
-        blocks.append(Table(("definition", "value"), rows, caption, text_columns=2))
-    return Section("How to read this", tuple(blocks))
 
 
 def _origin_section(info: Mapping[str, Any]) -> Section:
@@ -252,36 +249,10 @@ def _origin_section(info: Mapping[str, Any]) -> Section:
     facts += [(f"trainable values, {part}", f"{amount:,}")
               for part, amount in (counts.get("trainable") or {}).items()]  # fmt: skip
     rows = tuple((name.replace("_", " "), value) for name, value in facts if value)
-    settings = tuple((name, short_path(_as_text(value))) for name, value in (info.get("args") or {}).items()
-                     if value is not None)  # fmt: skip
     return Section(
         "Settings and origin",
         (
             Table(("fact", "value"), rows, "Origin", text_columns=2),
-            Table(("setting", "value"), settings, "Settings of the training (inputs, not results)", 2),
+            settings_table(info.get("args") or {}, "Settings of the training (inputs, not results)"),
         ),
     )
-
-
-def short_path(text: str) -> str:
-    """A path from the root or from a home folder as its last part, also behind an option's `=`.
-
-    >>> short_path("--data_root=/home/somebody/angio"), short_path("output/run"), short_path("~/models/sa2va")
-    ('--data_root=.../angio', 'output/run', '.../sa2va')
-    """
-    option, mark, value = text.rpartition("=")
-    path = value if mark and option.startswith("-") else text
-    absolute = path.startswith(("/", "~", "\\\\")) or path[1:3] in (":\\", ":/")
-    if not absolute:
-        return text
-    last = path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return f"{option}{mark}.../{last}" if path is value and mark else f".../{last}"
-
-
-def _as_text(value: Any) -> str:
-    """A setting as text."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:g}"
-    return str(value)

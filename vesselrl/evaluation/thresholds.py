@@ -5,8 +5,11 @@ give tp, fp and fn at 0.01, 0.02, ..., 0.99. The best threshold has the highest 
 equal ones the nearest to 0.5. Test images take no part in the choice.
 """
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,35 @@ class ThresholdCurve:
             "thresholds": [point.threshold for point in self.points],
             **{name: [getattr(point, name) for point in self.points] for name in SCORES},
         }
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """A stored `ThresholdCurve.to_json`; undefined scores (null) become nan.
+
+    Returns:
+        dict with `thresholds`, `dice`, `recall`, `precision` (lists of one length), `chosen`, and
+        `side`, `n_images`, `n_patients` of the images it was measured on.
+
+    Raises:
+        ValueError: the file is damaged or incomplete; the message names it.
+        FileNotFoundError: there is no such file.
+    """
+    place = f"{path.name} in {path.parent.name}"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        sweep = {name: stored[name] for name in ("side", "n_images", "n_patients")}
+        sweep["chosen"] = float(stored["chosen"])
+        sweep["thresholds"] = [float(value) for value in stored["thresholds"]]
+        for name in SCORES:
+            sweep[name] = [math.nan if value is None else float(value) for value in stored[name]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{place} is no threshold sweep ({type(error).__name__}: {error}). Evaluate again."
+        ) from error
+    lengths = {name: len(sweep[name]) for name in ("thresholds", *SCORES)}
+    if len(set(lengths.values())) > 1 or not sweep["thresholds"]:
+        raise ValueError(f"{place} holds lists of unequal length or none: {lengths}. Evaluate again.")
+    return sweep
 
 
 def sweep_thresholds(

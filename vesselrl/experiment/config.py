@@ -36,6 +36,8 @@ class TrainConfig:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient: several spellings of one person.
     patient_aliases: str | None = None
+    # Decides which patients are on which side and which images are chosen; --seed decides everything else.
+    split_seed: int = 42
     # Share i of k of a cross-validation, such as 1/5: every patient is tested in exactly one of the k runs.
     fold: str | None = None
     # frame ignores patients: scores are then flattered, and every output is marked LEAKY.
@@ -154,6 +156,8 @@ class TrainConfig:
             "num_regions": 0,
             "sanity_overfit": 0,
             "gpu": 0,
+            "seed": 0,
+            "split_seed": 0,
         }
         for name in ("max_train_samples", "max_val_samples", "lora_rank", "lora_alpha"):
             if getattr(self, name) is not None:
@@ -178,8 +182,14 @@ class TrainConfig:
             raise ValueError(f"--learning_rate is {self.learning_rate}; give 0 or more.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
-        if self.fold is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.fold):
-            raise ValueError(f"--fold is {self.fold!r}; give a share such as 1/5.")
+        if self.fold is not None and not (
+            re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.fold)
+            and self.fold_numbers[0] <= self.fold_numbers[1]
+            and self.fold_numbers[1] >= 2
+        ):
+            raise ValueError(f"--fold is {self.fold!r}; give a share such as 1/5, up to 5/5.")
+        if self.curriculum and self.num_epochs < 2:
+            raise ValueError("--curriculum needs --num_epochs of at least 2: one epoch opens all images.")
         if self.stage == "sft+rl" and self.num_epochs < 2:
             raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
 
@@ -199,11 +209,11 @@ class TrainConfig:
         is_miniature = self.model_path in (None, RANDOM_MODEL)
         return EMBEDDED_LEARNING_RATE if is_miniature else DEFAULT_LEARNING_RATE
 
-    def stage_of_epoch(self, epoch: int) -> str:
-        """`sft` or `rl` for an epoch counted from 1."""
+    def stage_of_epoch(self, epoch: int, num_epochs: int) -> str:
+        """`sft` or `rl` for one of `num_epochs` epochs, counted from 1; a sanity run has more than given."""
         if self.stage != "sft+rl":
             return self.stage
-        return "sft" if epoch <= self.num_epochs // 2 else "rl"
+        return "sft" if epoch <= num_epochs // 2 else "rl"
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -58,9 +59,9 @@ class BatchSource:
 
     def num_batches(self, epoch: int) -> int:
         """Batches of one epoch, counted from 1."""
-        return -(-len(self._order(epoch)) // self.batch_size)
+        return -(-len(self._open(epoch)) // self.batch_size)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """Batches of all epochs."""
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
@@ -77,10 +78,14 @@ class BatchSource:
                 topologies=[self._topology(sample.key, mask) for _, mask, sample in items],
             )
 
-    def _order(self, epoch: int) -> list[int]:
+    def _open(self, epoch: int) -> Sequence[int]:
+        """The images that an epoch shows."""
         if self.difficulties is None:
-            return epoch_order(len(self.dataset), self.seed, epoch)
-        opened = open_samples(self.difficulties, epoch, self.num_epochs)
+            return range(len(self.dataset))
+        return open_samples(self.difficulties, epoch, self.num_epochs)
+
+    def _order(self, epoch: int) -> list[int]:
+        opened = self._open(epoch)
         return [opened[k] for k in epoch_order(len(opened), self.seed, epoch)]
 
     def _topology(self, key: str, mask: np.ndarray) -> Topology:

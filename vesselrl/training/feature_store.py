@@ -8,8 +8,10 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ class FeatureStore:
         self._disk_left = disk_bytes
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._disk_left -= sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+            self._disk_left -= _size_of(folder)
 
     def fetch(self, key: str, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
         """The features of one image, from memory, from a file, or computed and kept.
@@ -92,9 +94,21 @@ class FeatureStore:
         try:
             save_file({name: level.contiguous() for name, level in features._asdict().items()}, partial)
             os.replace(partial, file)
+            self._disk_left -= size
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be written (%s): features are kept in memory only", file, error)
+            self._disk_left = 0
         finally:
             partial.unlink(missing_ok=True)
-        self._disk_left -= size
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; other runs may remove some meanwhile."""
+    total = 0
+    for path in Path(folder).rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def tensor_hash(values: Tensor) -> str:
@@ -106,6 +120,10 @@ def tensor_hash(values: Tensor) -> str:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """First 16 hex digits of the sha256 over all names and values of a module."""
+    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version.
+
+    The same weights give other last bits on another device or with another torch.
+    """
     lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
+    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

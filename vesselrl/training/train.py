@@ -29,19 +29,14 @@ from vesselrl.inference.predictor import Predictor
 from vesselrl.models.lora import adapter_delta_norm, check_scope, save_adapter, trainable_counts
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
+from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
 from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
-from vesselrl.training.setup import (
-    RunData,
-    check_reward,
-    load_policy,
-    prepare_data,
-    select_device,
-    training_batches,
-)
+from vesselrl.training.run_data import RunData, prepare_data, training_batches
+from vesselrl.training.setup import check_reward, load_policy, select_device
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
@@ -96,10 +91,11 @@ def train(config: TrainConfig, argv: list[str], console: Console | None = None) 
         counts = data.counts | {"trainable": trainable_counts(policy.peft_model)}
         for component, count in counts["trainable"].items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
+        batches = training_batches(config, data, run)
         origin = provenance(argv, device)
         run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
         bad_input.pop_all()  # from here on the folder stays
-    return _Training(config, run, data, policy, reward, origin, counts).run(console)
+    return _Training(config, run, data, batches, policy, reward, origin, counts).run(console)
 
 
 class _Training:
@@ -110,6 +106,7 @@ class _Training:
         config: TrainConfig,
         run: RunFolder,
         data: RunData,
+        batches: BatchSource,
         policy: MaskPolicy,
         reward: Reward,
         origin: dict,
@@ -118,6 +115,7 @@ class _Training:
         self.config = config
         self.folder = run
         self.data = data
+        self.batches = batches
         self.policy = policy
         self.reward = reward
         self.origin = origin
@@ -125,7 +123,6 @@ class _Training:
         self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
                        for k, s in enumerate(dataset.samples)}  # fmt: skip
         self.predictor = Predictor(policy.model, policy.processor, config.prompt)
-        self.batches = training_batches(config, data, run)
         self.best: Evaluation | None = None
         self.best_values: dict[str, torch.Tensor] = policy.start
 
@@ -182,7 +179,7 @@ class _Training:
         }
         step, end_of_epoch, latest = 0, 0, None
         for epoch in range(1, self.batches.num_epochs + 1):
-            update = updates[self.config.stage_of_epoch(epoch)]
+            update = updates[self.config.stage_of_epoch(epoch, self.batches.num_epochs)]
             end_of_epoch += self.batches.num_batches(epoch)
             for batch in self.batches.epoch(epoch):
                 step += 1
