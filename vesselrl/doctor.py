@@ -352,7 +352,7 @@ def check_data(data_root: Path) -> Check:
     counts = report.counts
     detail = "{images} images, {sequences} sequences, {patients} patients".format(**counts)
     if counts["patients"] < 3:
-        todo = "Training, validation and test need a patient each; add patients or see --patient_pattern."
+        todo = "Each side needs a patient of its own; add patients, or see `vesselrl data check --help`."
         return Check("data", "problem", detail, todo)
     if warnings := report.of("warning"):
         return Check("data", "warning", f"{detail}, {len(warnings)} warnings: {warnings[0].message}", todo)

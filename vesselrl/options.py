@@ -126,7 +126,10 @@ class DataShow:
     output: str = "output/contact_sheet.png"
     num_images: int = 12
     augment: Literal["none", "light", "strong"] = "none"
+    # Of the augmentation.
     seed: int = 42
+    # Decides which patients are the training side.
+    split_seed: int = 42
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None

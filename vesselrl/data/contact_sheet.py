@@ -62,9 +62,10 @@ def write_contact_sheet(
     num_images: int = 12,
     augment: str = "none",
     seed: int = 42,
+    split_seed: int = 42,
     **names: str | None,
 ) -> Path:
-    """Writes a sheet of training images of the split of this seed, as the first epoch shows them.
+    """Writes a sheet of training images of a split, as the first epoch shows them.
 
     It shows those that `--max_train_samples` would keep, chosen round the patients. With fewer than three
     patients there is no split, and the images are chosen from all.
@@ -74,7 +75,8 @@ def write_contact_sheet(
         output: PNG file.
         num_images: how many.
         augment: name of the plan, none, light or strong.
-        seed: of the split, the choice and the augmentation.
+        seed: of the augmentation.
+        split_seed: of the split and the choice of images.
         **names: patient_pattern and patient_aliases, see `find_samples`.
 
     Raises:
@@ -84,9 +86,9 @@ def write_contact_sheet(
     samples = find_samples(data_root or builtin_data("output"), **names)
     if len({sample.patient for sample in samples}) >= 3:
         shares = _shares(data_root, **names) if data_root else None
-        samples = split_by_patient(samples, seed, shares=shares).train
+        samples = split_by_patient(samples, split_seed, shares=shares).train
     dataset = VesselDataset(
-        take(samples, num_images, seed), augmentation=get_augmentation(augment), seed=seed
+        take(samples, num_images, split_seed), augmentation=get_augmentation(augment), seed=seed
     )
     shown = (dataset.augmented(index, epoch=1) for index in range(len(dataset)))
     sheet = contact_sheet([(sample.key, image, mask) for image, mask, sample in shown])
