@@ -1,5 +1,6 @@
 """Image files in, PNG files out: sizes, modes, names, and files that cannot be used."""
 
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,18 @@ def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
         assert overlay.mode == "RGB"
         assert overlay.size == (3, 2)
         assert (np.asarray(overlay)[1, 0] != 100).any()
+
+
+def test_results_do_not_carry_the_name_of_a_person(predictor: Predictor, tmp_path: Path) -> None:
+    for name in (f"{PERSON}.png", "left heart.png"):
+        save_picture(tmp_path / "in" / name)
+    rows = list(predict_files(predictor, tmp_path / "in", tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").glob("*_mask.png"))
+    assert names == ["P001_S1_F0011_mask.png", "left heart_mask.png"]
+    assert sorted(Path(row["mask"]).name for row in rows) == names
+    mapping = tmp_path / "out" / "patients.mapping.json"
+    assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
+    assert PERSON in mapping.read_text()  # the only place that knows
 
 
 def test_a_single_file(predictor: Predictor, tmp_path: Path) -> None:
@@ -115,7 +128,7 @@ def test_an_unreadable_file_is_named_but_not_the_person(
         next(rows)
     assert str(raised.value).startswith(f"{shown}: the file is damaged")
     assert "ZHANG" not in str(raised.value)
-    assert len(list((tmp_path / "out").iterdir())) == 3  # the first image's, complete
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3  # the first image's, complete
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

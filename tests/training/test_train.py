@@ -49,6 +49,7 @@ def test_training_info_has_the_promised_keys(result: TrainResult) -> None:
     assert set(info) == INFO_KEYS
     assert info["adapter_delta_norm"] > 0
     assert info["grad_norm_max"] > 0
+    assert b"train/contact_sheet" in next((result.folder / "tensorboard").iterdir()).read_bytes()
     assert info["total_steps"] == 2
     assert set(info["test_metrics"]) == {"before", "after"}
     assert {"git_commit", "command", "packages", "device", "date"} <= set(info["provenance"])

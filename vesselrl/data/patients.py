@@ -162,6 +162,15 @@ def person_of(stem: str) -> str:
     return hashlib.sha256(parse_name(stem).person.encode()).hexdigest()
 
 
+def names_a_person(name: str) -> bool:
+    """Whether a file name is that of an angiography export, with a person or an ID in it.
+
+    >>> names_a_person("LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011"), names_a_person("picture")
+    (True, False)
+    """
+    return parse_name(name).person.startswith(("id:", "name:"))
+
+
 def pseudonyms(
     names: Iterable[str],
     patient_pattern: str | None = None,

@@ -10,7 +10,8 @@ from PIL import Image
 
 from vesselrl.data.errors import DataError
 from vesselrl.data.images import read_rgb
-from vesselrl.data.patients import is_impersonal
+from vesselrl.data.patients import is_impersonal, names_a_person, pseudonyms
+from vesselrl.data.privacy import MAPPING_FILE
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.overlay import overlay
 
@@ -42,7 +43,9 @@ def predict_files(
 ) -> Iterator[dict]:
     """Segments files and writes mask, probability and overlay of each.
 
-    They are `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`.
+    They are `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`. Where the
+    file name has a person in it, a pseudonym stands for the stem, and `patients.mapping.json` in the output
+    folder, for its owner only, says which file it is.
 
     Args:
         predictor: does the work.
@@ -71,12 +74,20 @@ def predict_files(
         raise DataError(
             f"Cannot write to {output_dir} ({error.strerror}); give another --output_dir."
         ) from None
+    names = result_names(stems, output_dir)
     for done, file in enumerate(files, start=1):
         image = read_rgb(file, shown_name(files, done - 1))
         prediction = predictor.predict(image)
-        yield write_prediction(image, prediction, output_dir, file.stem) | {"image": file.name}
+        yield write_prediction(image, prediction, output_dir, names[file.stem]) | {"image": file.name}
         if progress is not None:
             progress(done, len(files))
+
+
+def result_names(stems: list[str], output_dir: Path) -> dict[str, str]:
+    """What results are called: the picture's own name, or a pseudonym where that names a person."""
+    people = [stem for stem in stems if names_a_person(stem)]
+    keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
+    return {stem: keys[stem].key if stem in keys else stem for stem in stems}
 
 
 def shown_name(files: list[Path], index: int) -> str:

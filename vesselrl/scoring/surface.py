@@ -111,7 +111,8 @@ def surface_scores(pred: Any, truth: Surface, tolerance_px: float = TOLERANCE_PX
     if pred_empty or truth_empty:
         both = pred_empty and truth_empty
         return {"hd95": 0.0 if both else math.hypot(*pred.shape), "nsd": float(both)}
-    to_truth, to_pred = truth.distance.ravel()[positions], _distances_to(border, truth.positions)
+    to_truth = _exact(truth.distance.ravel()[positions])
+    to_pred = _exact(_distances_to(border, truth.positions))
     num_close = np.count_nonzero(to_truth <= tolerance_px) + np.count_nonzero(to_pred <= tolerance_px)
     return {
         "hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))),
@@ -125,6 +126,14 @@ def _distances_to(border: np.ndarray, positions: np.ndarray) -> np.ndarray:
     if kernels is None:
         return _distance_map(border).ravel()[positions]
     return kernels.distances_to_border(border, positions)
+
+
+def _exact(distances: np.ndarray) -> np.ndarray:
+    """The same distances in float64: their squares are whole numbers, so the last bits follow from them.
+
+    OpenCV's float32 map differs in its last bit from run to run.
+    """
+    return np.sqrt(np.rint(np.square(distances, dtype=np.float64)))
 
 
 def _distance_map(border: np.ndarray) -> np.ndarray:

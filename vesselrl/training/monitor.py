@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -87,6 +88,10 @@ class Monitor:
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(figures, step=step)
+
+    def log_image(self, name: str, image: np.ndarray) -> None:
+        """Stores a picture, uint8 (H, W, 3), with the TensorBoard files."""
+        self._board.add_image(name, image, 0, dataformats="HWC")
 
     def bar(self, label: str) -> Callable[[int, int], None]:
         """A callback (done, total) that shows a second bar for the length of an evaluation."""

@@ -29,6 +29,7 @@ from vesselrl.training.batches import BatchSource
 logger = logging.getLogger(__name__)
 
 SPLIT_FILE = "data_split.json"
+SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
 UNKNOWN_START = (
@@ -166,7 +167,7 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
     batches = BatchSource(dataset, config.batch_size, config.seed, config.num_epochs, difficulties)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // config.batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
-    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / "contact_sheet.png")
+    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)
     return batches
 
 

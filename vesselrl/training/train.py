@@ -13,7 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 from vesselrl.data.annotations import Sample
@@ -35,7 +37,7 @@ from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
-from vesselrl.training.run_data import RunData, prepare_data, training_batches
+from vesselrl.training.run_data import SHEET_FILE, RunData, prepare_data, training_batches
 from vesselrl.training.setup import check_reward, load_policy, select_device
 from vesselrl.training.supervised import SupervisedUpdate
 
@@ -129,6 +131,8 @@ class _Training:
     def run(self, console: Console | None) -> TrainResult:
         settings = self.config.to_dict() if self.config.use_wandb else None
         with Monitor(self.folder, self.batches.num_steps, console, self.config.log_freq, settings) as monitor:
+            if (sheet := self.folder.path / SHEET_FILE).exists():
+                monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
             before = self._validate(0, monitor)
             after = self._epochs(monitor) or before
             self._save("final_lora")
