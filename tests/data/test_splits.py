@@ -8,35 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.made_samples import make_samples, patients_of, sides, uneven_sizes
 from vesselrl.data.annotations import DataError, Sample, find_samples
 from vesselrl.data.builtin import SMALL, builtin_data
 from vesselrl.data.patients import pseudonyms
 from vesselrl.data.splits import SIDES, Split, read_split, split_by_patient, take, write_split
-
-
-def make_samples(sizes, num_sequences=1):
-    """Samples without files: sizes[i] frames of patient i + 1, over its sequences in turn."""
-    samples = []
-    for patient, size in enumerate(sizes, start=1):
-        for frame in range(size):
-            sequence = f"P{patient:03d}_S{frame % num_sequences + 1}"
-            key = f"{sequence}_F{frame:04d}"
-            path = Path(f"/data/images/LI_MING_{patient}_{frame}.png")
-            samples.append(Sample(path, None, (), key, key, f"P{patient:03d}", sequence, f"F{frame:04d}"))
-    return samples
-
-
-def sides(split):
-    return split.train, split.val, split.test
-
-
-def patients_of(side):
-    return {sample.patient for sample in side}
-
-
-def uneven_sizes(seed):
-    generator = random.Random(seed)
-    return [generator.randint(1, 60) for _ in range(generator.randint(3, 40))]
 
 
 def test_a_split_by_frame_warns_and_is_marked_wherever_it_goes(tmp_path, caplog):
