@@ -1,5 +1,6 @@
 """Adapters: exactly the intended modules, saved and read back without a change."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,23 @@ def test_save_and_load_give_identical_masks(tiny_checkpoint: Path, tmp_path: Pat
     again = load_adapter(fresh, tmp_path / "adapter").get_base_model()(inputs)[0]
     assert torch.equal(expected, again)
     assert not torch.equal(expected > 0, untouched > 0)
+
+
+def test_an_adapter_that_was_trained_on_can_be_saved_and_loaded_again(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """What `--init_lora` goes on with names its modules in full too; PEFT shortens them on loading."""
+    peft_model, _ = randomised(tiny_checkpoint)
+    save_adapter(peft_model, tmp_path / "first")
+    loaded = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "first", is_trainable=True)
+    save_adapter(loaded, tmp_path / "second")
+    again = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "second")
+    configs = [
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")
+    ]
+    assert sorted(configs[0]["target_modules"]) == sorted(configs[1]["target_modules"])
+    weights = again.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in adapter_parameters(loaded).items())
 
 
 @torch.no_grad()

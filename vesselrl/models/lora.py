@@ -146,6 +146,8 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
         raise CheckpointError(
             f"{folder} does not fit this model: {str(error).splitlines()[-1].strip()}"
         ) from None
+    # As in attach_lora: what is saved again must name what it adapts in full.
+    peft_model.peft_config["default"].target_modules = set(targets)
     _refuse_unintended(peft_model, targets)
     fold_adapters(peft_model)
     return peft_model
