@@ -5,8 +5,17 @@ import pytest
 
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
-from vesselrl.training.credit import Credit, assign_credit, choose_regions, overlap_counts, overlap_credit
-from vesselrl.training.ppo import scaled_credit
+from vesselrl.training.credit import (
+    against_others,
+    assign_credit,
+    choose_regions,
+    overlap_counts,
+    overlap_credit,
+    region_gains,
+    spread,
+)
+
+EVEN = np.ones((24, 24), np.float32)  # every pixel is undecided
 
 
 @pytest.fixture
@@ -49,35 +58,77 @@ def test_overlap_credit_of_empty_and_perfect_masks(truth: np.ndarray) -> None:
         assert np.isfinite(overlap_credit(MultiObjectiveReward(), *overlap_counts(mask, truth))).all()
 
 
+def gap(truth: np.ndarray) -> np.ndarray:
+    mask = np.zeros_like(truth)
+    mask[10:13, 6:9] = True
+    return mask
+
+
 def test_region_credit_is_the_change_of_the_whole_region(truth: np.ndarray) -> None:
-    """One region: a bar that closes a gap. Its pixels share R(with) - R(without) of the structure terms."""
+    """A bar that closes a gap: its pixels share R(with) - R(without) of the structure terms."""
     reward = MultiObjectiveReward()
-    greedy = truth.copy()
-    greedy[10:13, 6:9] = False
-    sample = truth.copy()  # closes the gap
-    result = assign_credit(sample[None], greedy, truth, topology(truth), reward, 4, np.random.default_rng(0))
+    greedy = truth & ~gap(truth)
     wanted = sum(reward.structure_terms(truth, truth).values()) - sum(
         reward.structure_terms(greedy, truth).values()
     )
     assert wanted > 0
-    assert result.num_regions == 1
-    assert np.array_equal(result.structure[0] != 0, sample ^ greedy)
-    assert result.structure[0][11, 7] == pytest.approx(wanted, abs=1e-5)
+    result = assign_credit(
+        truth[None], greedy, truth, topology(truth), reward, EVEN, 9, np.random.default_rng(0)
+    )
+    assert result.num_regions == 2  # the gap, and the smaller of the two pieces
+    assert result.structure[gap(truth)] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_region_credit_of_a_lost_piece_is_on_minus_off(truth: np.ndarray) -> None:
     """The sample drops a piece that the greedy mask has; the credit still says what being ON is worth."""
+    sample = truth & ~gap(truth)
+    result = assign_credit(
+        sample[None], truth, truth, topology(truth), MultiObjectiveReward(), EVEN, 4, np.random.default_rng(0)
+    )
+    assert result.num_regions == 1  # the tree itself is never flipped
+    assert np.array_equal(result.structure > 0, gap(truth))
+
+
+def test_a_speck_of_the_greedy_mask_is_tried_without_it(truth: np.ndarray) -> None:
+    """No sample differs, yet the speck is found: R(on) - R(off) < 0."""
+    greedy = truth.copy()
+    greedy[20:22, 3:5] = True
     reward = MultiObjectiveReward()
-    sample = truth.copy()
-    sample[10:13, 6:9] = False
-    result = assign_credit(sample[None], truth, truth, topology(truth), reward, 4, np.random.default_rng(0))
-    assert result.structure[0][11, 7] > 0
+    result = assign_credit(
+        greedy[None], greedy, truth, topology(truth), reward, EVEN, 4, np.random.default_rng(0)
+    )
+    assert result.num_regions == 1
+    assert np.array_equal(result.structure < 0, greedy & ~truth)
+
+
+def test_regions_are_measured_against_the_others_of_their_kind() -> None:
+    """By hand: additions 6, 1 and 2 of mass 1, 1 and 3; the means of the others are 7/4, 3 and 7/2."""
+    gains, additions = np.array([6.0, 1.0, 2.0, 5.0]), np.array([True, True, True, False])
+    masses = np.array([1.0, 1.0, 3.0, 2.0])
+    result = against_others(gains, additions, masses)
+    assert result == pytest.approx([4.25, -2.0, -1.5, 5.0])  # the lone removal keeps its gain
+    assert against_others(gains[:0], additions[:0], masses[:0]).shape == (0,)
+
+
+def test_gains_are_on_minus_off() -> None:
+    """Score by area: flipping a region that is on loses its area, so being on is worth it either way."""
+    greedy = np.zeros((2, 4), bool)
+    greedy[:, :2] = True
+    gains = region_gains([greedy, ~greedy], greedy, lambda mask: np.array([mask.sum(), 1.0]))
+    assert gains.tolist() == [[4.0, 0.0], [4.0, 0.0]]
+
+
+def test_regions_that_overlap_share_their_mean() -> None:
+    left, both = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
+    left[:, :1], both[:, :2] = True, True
+    credit = spread([left, both], np.array([6.0, 1.0]), (2, 4))
+    assert credit.tolist() == [[3.5, 1.0, 0.0, 0.0]] * 2
 
 
 def test_rewards_and_terms_add_up(truth: np.ndarray) -> None:
     reward = MultiObjectiveReward()
     samples = np.stack([noisy(truth, seed) for seed in range(3)])
-    result = assign_credit(samples, truth, truth, topology(truth), reward, 2, np.random.default_rng(0))
+    result = assign_credit(samples, truth, truth, topology(truth), reward, EVEN, 2, np.random.default_rng(0))
     for k, sample in enumerate(samples):
         assert result.rewards[k] == pytest.approx(reward(sample, truth)[0], abs=1e-6)
         assert sum(values[k] for values in result.terms.values()) == pytest.approx(result.rewards[k])
@@ -91,39 +142,27 @@ def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
     sample = truth.copy()
     sample[:4, :4] = True
     reward = SimpleDiceReward(custom=corner, custom_weight=2.0)
-    result = assign_credit(sample[None], truth, truth, topology(truth), reward, 4, np.random.default_rng(0))
-    assert result.structure[0][1, 1] == pytest.approx(2.0)
+    result = assign_credit(
+        sample[None], truth, truth, topology(truth), reward, EVEN, 4, np.random.default_rng(0)
+    )
+    assert result.custom[1, 1] == pytest.approx(2.0)
+    assert not result.structure.any()
     assert result.terms["custom"].tolist() == [2.0]
 
 
-def test_weights_balance_overlap_against_structure() -> None:
-    """By hand: shares are the normalised weights; a custom weight of 1 counts like the rest together."""
-
-    def custom(pred: np.ndarray, gt: np.ndarray) -> float:
-        return 0.0
-
-    assert MultiObjectiveReward().structure_share == pytest.approx(0.3)
-    assert MultiObjectiveReward(topology_weight=0, length_weight=0).structure_share == 0
-    assert MultiObjectiveReward(dice_weight=0, recall_weight=0).structure_share == pytest.approx(1)
-    assert MultiObjectiveReward(custom=custom).structure_share == pytest.approx(1.3 / 2)
-    assert SimpleDiceReward().structure_share == 0
-    assert SimpleDiceReward(custom=custom, custom_weight=-3).structure_share == pytest.approx(0.75)
-    overlap, structure = np.full((1, 1, 2), 4.0, np.float32), np.array([[[6.0, 0.0]]], np.float32)
-    credit = Credit(overlap, structure, np.ones(1), {}, 0.0, 1)
-    total = scaled_credit(credit, (2.0, 3.0), structure_share=0.25, structure_weight=2.0)
-    assert total.tolist() == [[[0.75 * 2 + 2 * 0.25 * 2, 0.75 * 2]]]
-    assert scaled_credit(credit, (0.0, 0.0), 0.25, 2.0).tolist() == [[[0.0, 0.0]]]
-
-
-def test_regions_are_connected_disjoint_and_prefer_large_ones() -> None:
-    difference = np.zeros((20, 20), bool)
-    difference[0:10, 0:10] = True
-    difference[15, 15] = difference[16, 16] = True  # 8-connected pair
-    difference[19, 0] = True
-    regions = choose_regions(difference, 9, np.random.default_rng(0))
-    assert sorted(int(region.sum()) for region in regions) == [1, 2, 100]
-    assert np.array_equal(np.sum(regions, axis=0), difference.astype(int))
-    first = [int(choose_regions(difference, 1, np.random.default_rng(seed))[0].sum()) for seed in range(200)]
-    assert first.count(100) > 180
-    assert choose_regions(difference, 0, np.random.default_rng(0)) == []
-    assert choose_regions(np.zeros((3, 3), bool), 5, np.random.default_rng(0)) == []
+def test_regions_are_connected_and_shared_between_components_and_departures() -> None:
+    greedy = np.zeros((20, 20), bool)
+    greedy[0:10, 0:10] = True  # the tree: more than half of the mask
+    greedy[15, 15] = greedy[16, 16] = True  # 8-connected pair
+    greedy[19, 0] = True
+    sample = greedy.copy()
+    sample[12, 2:6] = sample[5, 12] = True
+    regions = choose_regions(sample[None], greedy, 9, np.random.default_rng(0))
+    assert sorted(int(region.sum()) for region in regions) == [1, 1, 2, 4]
+    pairs = [choose_regions(sample[None], greedy, 2, np.random.default_rng(seed)) for seed in range(20)]
+    assert all([bool(greedy[region].all()) for region in pair] == [True, False] for pair in pairs)
+    assert len(choose_regions(greedy[None], greedy, 2, np.random.default_rng(0))) == 2  # no departures
+    assert choose_regions(sample[None], greedy, 0, np.random.default_rng(0)) == []
+    assert (
+        choose_regions(np.zeros((1, 3, 3), bool), np.zeros((3, 3), bool), 5, np.random.default_rng(0)) == []
+    )

@@ -127,10 +127,9 @@ def test_old_log_probabilities_are_stored_not_recomputed(tiny_checkpoint) -> Non
     rollout = update.collect(batch, logits, decoded.best())
     for k, image_logits in enumerate(logits):
         p = torch.sigmoid(image_logits)
-        wanted = torch.where(rollout.masks[k], p.log(), (1 - p).log())
-        assert torch.allclose(rollout.old_logprob[k], wanted, atol=1e-4)
-        assert not rollout.old_logprob[k].requires_grad
-        assert not rollout.advantage[k].requires_grad
+        assert torch.allclose(rollout.old_logprobs[k], torch.stack([(1 - p).log(), p.log()]), atol=1e-4)
+        assert not rollout.old_logprobs[k].requires_grad
+        assert not rollout.credit[k].requires_grad
 
 
 def test_same_seed_same_step(tiny_checkpoint) -> None:
@@ -268,9 +267,11 @@ def test_reward_does_not_rise_when_credit_is_shuffled(seed: int, monkeypatch) ->
 
     def shuffled(*arguments):
         credit = assign(*arguments)
-        order = rng.permutation(credit.overlap[0].size)
-        mixed = [c.reshape(len(c), -1)[:, order].reshape(c.shape) for c in (credit.overlap, credit.structure)]
-        return replace(credit, overlap=mixed[0], structure=mixed[1])
+        order = rng.permutation(credit.overlap.size)
+        parts = {name: getattr(credit, name) for name in ("overlap", "structure", "custom")}
+        return replace(
+            credit, **{name: part.ravel()[order].reshape(part.shape) for name, part in parts.items()}
+        )
 
     monkeypatch.setattr(ppo_module, "assign_credit", shuffled)
     assert np.mean(toy_rewards(seed)[-5:]) < 5.0

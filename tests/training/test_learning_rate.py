@@ -11,8 +11,8 @@ def test_warm_up_then_half_a_cosine() -> None:
     assert warm_cosine(100, 100, 0.1) == pytest.approx(0.0)
 
 
-def test_it_ends_at_the_floor_and_stays_there() -> None:
-    assert [warm_cosine(step, 10, 0.0, floor=0.1) for step in (10, 11, 50)] == pytest.approx([0.1] * 3)
+def test_it_ends_at_zero_and_stays_there() -> None:
+    assert [warm_cosine(step, 10, 0.0) for step in (10, 11, 50)] == pytest.approx([0.0] * 3)
 
 
 def test_one_step_is_enough() -> None:

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Bernoulli
 
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
-from vesselrl.training.policy import MaskPolicy, gaussian_field, log_probs, sample_masks
+from vesselrl.training.policy import MaskPolicy, gaussian_field, sample_masks
 
 QKVO = LORA_PRESETS["medium"].projections
 
@@ -51,13 +50,6 @@ def test_same_seed_same_masks() -> None:
     first, again, other = (sample_masks(logits, 4, 2.0, 1.0, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-
-
-def test_log_probs_agree_with_torch_distributions() -> None:
-    logits = torch.randn(5, 4) * 5
-    masks = torch.rand(3, 5, 4) < 0.5
-    wanted = Bernoulli(logits=logits / 1.7).log_prob(masks.float())
-    assert torch.allclose(log_probs(logits, masks, 1.7), wanted, atol=1e-5)
 
 
 @pytest.fixture

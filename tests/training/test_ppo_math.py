@@ -7,20 +7,24 @@ import torch
 from torch.distributions import Bernoulli, kl_divergence
 
 from vesselrl.training.ppo_math import (
+    POINTS,
+    action_logprobs,
     bernoulli_entropy,
     bernoulli_kl,
     clipped_policy_loss,
+    success_normalised,
     undecided_weight,
 )
 
-ONE = torch.ones(1, 1)  # weight of a single, fully undecided pixel; the loss divides by weight + 1 = 2
+ONE = torch.ones(1, 1)  # weight of a single, fully undecided pixel
+HALF = torch.full((2, 1, 1), math.log(0.5))  # old log-probabilities of off and on
 
 
 def loss_of(ratio: float, advantage: float, clip: float = 0.2) -> float:
-    """Loss of one pixel of one sample with a given ratio."""
-    logprob = torch.tensor([[[math.log(ratio)]]])
-    result = clipped_policy_loss(logprob, torch.zeros(1, 1, 1), torch.tensor([[[advantage]]]), ONE, clip)
-    return float(result.loss)
+    """Loss of one pixel that was drawn on, at p = 1/2, with a given ratio; its credit is 2 A."""
+    logprobs = torch.log(torch.tensor([1 - 0.5 * ratio, 0.5 * ratio])).view(2, 1, 1)
+    credit, drawn_on = torch.tensor([[[2 * advantage]]]), torch.ones(1, 1, 1)
+    return float(clipped_policy_loss(logprobs, HALF, credit, drawn_on, ONE, clip).loss)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def loss_of(ratio: float, advantage: float, clip: float = 0.2) -> float:
     ],
 )
 def test_clipped_loss_by_hand(ratio: float, advantage: float, by_hand: float) -> None:
-    assert loss_of(ratio, advantage) == pytest.approx(by_hand / 2, abs=1e-6)
+    assert loss_of(ratio, advantage) == pytest.approx(by_hand / POINTS, abs=1e-6)
 
 
 def test_no_gradient_beyond_the_clip() -> None:
@@ -45,34 +49,86 @@ def test_no_gradient_beyond_the_clip() -> None:
         (0.5, -1.0, False),
         (1.0, 1.0, True),
     ):
-        logprob = torch.full((1, 1, 1), math.log(start), requires_grad=True)
+        logprobs = HALF + torch.tensor([0.0, math.log(start)]).view(2, 1, 1)
+        logprobs.requires_grad_(True)
+        drawn_on = torch.ones(1, 1, 1)
         clipped_policy_loss(
-            logprob, torch.zeros(1, 1, 1), torch.full((1, 1, 1), advantage), ONE, 0.2
+            logprobs, HALF, torch.full((1, 1, 1), 2 * advantage), drawn_on, ONE, 0.2
         ).loss.backward()
-        assert bool(logprob.grad.abs().sum() > 0) == flows, (start, advantage)
+        assert bool(logprobs.grad.abs().sum() > 0) == flows, (start, advantage)
 
 
-def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
-    """d loss / d logit = -(a - p) A / count, the REINFORCE gradient of a Bernoulli."""
+def test_gradient_of_drawn_masks_is_the_policy_gradient() -> None:
+    """At ratio 1 the gradient is REINFORCE's with advantage (a - p) credit."""
     logits = torch.randn(5, 7, requires_grad=True)
-    masks = torch.rand(3, 5, 7) < 0.5
-    advantage = torch.randn(3, 5, 7)
-    logprob = Bernoulli(logits=logits).log_prob(masks.float())
-    weight = undecided_weight(logits, 1.0)
-    clipped_policy_loss(logprob, logprob.detach(), advantage, weight, 0.2).loss.backward()
-    by_hand = -((masks.float() - logits.sigmoid()) * advantage).mean(0) / (weight.sum() + 1)
-    assert torch.allclose(logits.grad, by_hand.detach(), atol=1e-6)
+    masks = (torch.rand(3, 5, 7) < 0.5).float()
+    credit = torch.randn(3, 5, 7)
+    now = action_logprobs(logits, 1.0)
+    clipped_policy_loss(now, now.detach(), credit, masks, undecided_weight(logits, 1.0), 0.2).loss.backward()
+    surprise = masks - logits.detach().sigmoid()
+    logprob = Bernoulli(logits=logits.detach().requires_grad_(True))
+    reinforce = (logprob.log_prob(masks) * surprise * credit).mean(0).sum()
+    wanted = torch.autograd.grad(-reinforce / POINTS, logprob.logits)[0]
+    assert torch.allclose(logits.grad, wanted, atol=1e-6)
+
+
+def test_both_actions_give_the_mean_over_many_draws() -> None:
+    """The gradient with p in place of the draw is that of drawn masks on average: 200,000 draws."""
+    logits = torch.tensor([[-2.0, -0.3, 1.2]])
+    credit = torch.tensor([[[1.5, -0.7, 0.4]]])
+
+    def gradient(share_on: torch.Tensor) -> torch.Tensor:
+        free = logits.clone().requires_grad_(True)
+        now = action_logprobs(free, 1.0)
+        clipped_policy_loss(now, now.detach(), credit.expand(len(share_on), 1, 3), share_on,
+                            torch.ones(1, 3), 0.2).loss.backward()  # fmt: skip
+        return free.grad
+
+    draws = torch.bernoulli(
+        logits.sigmoid().expand(200_000, 1, 3), generator=torch.Generator().manual_seed(0)
+    )
+    expected = gradient(logits.sigmoid()[None])
+    assert torch.allclose(expected, gradient(draws), atol=2e-4)
+    p = logits.sigmoid()
+    assert torch.allclose(expected, -(p * (1 - p) * credit[0]) / POINTS, atol=1e-6)
+
+
+def test_success_normalised_credit_gives_the_gradient_of_cross_entropy() -> None:
+    """Credit +1 on vessel and -1 elsewhere: the update of binary cross-entropy, summed over pixels."""
+    logits = torch.tensor([[-3.0, -0.5, 0.5, 3.0], [2.0, 1.0, -1.0, -3.5]], requires_grad=True)
+    truth = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
+    now = action_logprobs(logits, 1.0)
+    on = now.detach()[1].exp()
+    credit = success_normalised((2 * truth - 1)[None], on)
+    clipped_policy_loss(now, now.detach(), credit, on[None], torch.ones(2, 4), 0.2).loss.backward()
+    other = logits.detach().requires_grad_(True)
+    torch.nn.functional.binary_cross_entropy_with_logits(other, truth, reduction="sum").backward()
+    assert torch.allclose(logits.grad, other.grad / POINTS, atol=1e-6)
+
+
+def test_success_normalisation_is_bounded() -> None:
+    normalised = success_normalised(torch.tensor([[[2.0, 2.0, -2.0]]]), torch.tensor([[1e-6, 0.5, 1.0]]))
+    assert normalised.flatten().tolist() == pytest.approx([100.0, 4.0, -100.0])
 
 
 def test_diagnostics_by_hand() -> None:
-    ratio = torch.tensor([[[1.0, 1.5], [0.7, 1.1]]])
-    advantage = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
-    weight = torch.ones(2, 2)
-    result = clipped_policy_loss(ratio.log(), torch.zeros(1, 2, 2), advantage, weight, 0.2)
-    assert float(result.clipfrac) == pytest.approx(2 / 3)
-    assert float(result.ratio_gap) == pytest.approx(0.5)
-    k3 = (0.5 - math.log(1.5)) + (-0.3 - math.log(0.7)) + (0.1 - math.log(1.1))
-    assert float(result.approx_kl) == pytest.approx(k3 / 5, abs=1e-6)
+    """Two pixels at p = 1/2 that move to 3/5 and 11/20; the second earns nothing."""
+    now = torch.log(torch.tensor([[0.4, 0.45], [0.6, 0.55]])).view(2, 1, 2)
+    old = torch.full((2, 1, 2), math.log(0.5))
+    credit = torch.tensor([[[1.0, 0.0]]])
+    result = clipped_policy_loss(now, old, credit, old[1].exp()[None], torch.ones(1, 2), 0.15)
+    assert float(result.ratio_gap) == pytest.approx(0.2)
+    assert float(result.clipfrac) == pytest.approx(1.0)  # ratios 1.2 and 0.8 of the one credited pixel
+    kl = -0.5 * sum(math.log(2 * p) for p in (0.4, 0.6, 0.45, 0.55))
+    assert float(result.approx_kl) == pytest.approx(kl / 3, abs=1e-6)
+
+
+def test_action_log_probabilities_agree_with_torch_distributions() -> None:
+    logits = torch.randn(5, 4) * 5
+    off, on = action_logprobs(logits, 1.7)
+    policy = Bernoulli(logits=logits / 1.7)
+    assert torch.allclose(on, policy.log_prob(torch.ones(5, 4)), atol=1e-5)
+    assert torch.allclose(off, policy.log_prob(torch.zeros(5, 4)), atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -104,6 +160,20 @@ def test_extreme_logits_stay_finite() -> None:
     total.backward()
     assert math.isfinite(float(total.detach()))
     assert bool(torch.isfinite(far.grad).all())
+
+
+def test_a_policy_that_turned_around_has_a_finite_loss() -> None:
+    """Old probability 1e-87 of on, now 1: the ratio overflows, the loss and its gradient must not."""
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    old = action_logprobs(-logits.detach(), 1.0)
+    credit = torch.tensor([[[1.0, 1.0]], [[-1.0, -1.0]]])
+    result = clipped_policy_loss(
+        action_logprobs(logits, 1.0), old, credit, old[1].exp()[None], torch.ones(1, 2), 0.2
+    )
+    result.loss.backward()
+    assert math.isfinite(float(result.loss.detach()))
+    assert math.isfinite(float(result.approx_kl))
+    assert bool(torch.isfinite(logits.grad).all())
 
 
 def test_undecided_weight_by_hand() -> None:

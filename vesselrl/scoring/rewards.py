@@ -125,15 +125,6 @@ class Reward:
             terms["custom"] = self.custom_weight * _call_custom(self.custom, pred, gt)
         return terms
 
-    @property
-    def structure_share(self) -> float:
-        """Share of all weights on structure, in [0, 1]; a custom weight of 1 equals the rest together."""
-        custom = 0.0 if self.custom is None else abs(self.custom_weight)
-        return (self._shape_weight() + custom) / (1 + custom)
-
-    def _shape_weight(self) -> float:
-        return 0.0
-
     def _shape_terms(
         self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None
     ) -> dict[str, float]:
@@ -213,9 +204,6 @@ class MultiObjectiveReward(Reward):
         if self.spec == "default":
             terms["precision"] = self.precision_weight * _precision_guard(tp, fp, fn, self.precision_target)
         return terms
-
-    def _shape_weight(self) -> float:
-        return self.weights["topology"] + self.weights["length"]
 
     def _shape_terms(
         self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None

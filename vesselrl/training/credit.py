@@ -1,39 +1,59 @@
-"""Who earned the reward: credit for every pixel of every sampled mask of one image.
+"""What a pixel earns: R(pixel on) - R(pixel off) in the greedy mask of one image, in units of the reward.
 
-Overlap terms depend on pixel counts, so the effect of one pixel, R(pixel on) - R(pixel off) with the rest of
-the sample kept, is exact for all pixels at the price of four evaluations: it depends only on the pixel's
-truth and its sampled value. Topology, length and a user's own reward have no such form. For them, connected
-regions where a sample departs from the greedy mask are flipped in the greedy mask one at a time and scored
-again; the difference is every such pixel's credit.
+The greedy mask (threshold 0.5) is what the policy gives when it is used. Drawn masks score lower in
+everything, so that a target for recall looks missed in them when it is met: credit that is taken in drawn
+masks makes a policy bloat.
+
+Overlap terms depend on pixel counts, so the effect of one pixel is exact for all pixels at the price of four
+evaluations: it depends only on the pixel's truth and its value. Topology, length and a user's own reward have
+no such form. For them, connected regions are flipped one at a time and scored again; the difference is the
+credit of all their pixels. Regions are where a drawn mask departs from the greedy one (a gap closed, a twig
+lost) and the greedy mask's own components (a speck that could go).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
-from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import Topology
+
+
+class CreditedReward(Protocol):
+    """The two halves of a reward; see `vesselrl.scoring.rewards`."""
+
+    def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
+        """Weighted terms of pixel counts, elementwise."""
+
+    def structure_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology) -> dict[str, float]:
+        """Weighted terms that need the masks."""
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Credit of K masks of one image.
+    """Credit of one image, and what its K drawn masks scored.
 
     Attributes:
-        overlap: (K, H, W) float32, R(on) - R(off) of the overlap terms, exact.
-        structure: (K, H, W) float32, R(on) - R(off) of the other terms, 0 outside the chosen regions.
+        overlap: (H, W) float32, R(on) - R(off) of the overlap terms, exact.
+        structure: (H, W) float32, R(on) - R(off) of topology and length less what regions of its kind earn,
+            the mean over the scored regions that hold the pixel; 0 outside them.
+        custom: (H, W) float32, the same of the user's own term, with nothing taken off.
         rewards: (K,) float, whole reward of each sample.
         terms: name -> (K,) weighted terms of the reward.
         greedy_reward: reward of the greedy mask.
+        greedy_counts: its true positives, false positives and false negatives.
         num_regions: regions that were scored.
     """
 
     overlap: np.ndarray
     structure: np.ndarray
+    custom: np.ndarray
     rewards: np.ndarray
     terms: dict[str, np.ndarray]
     greedy_reward: float
+    greedy_counts: tuple[int, int, int]
     num_regions: int
 
 
@@ -42,11 +62,12 @@ def assign_credit(
     greedy: np.ndarray,
     truth: np.ndarray,
     truth_topology: Topology,
-    reward: Reward,
+    reward: CreditedReward,
+    undecided: np.ndarray,
     num_regions: int,
     rng: np.random.Generator,
 ) -> Credit:
-    """Scores the samples of one image and credits their pixels.
+    """Scores the samples of one image and credits its pixels.
 
     Args:
         masks: (K, H, W) bool samples.
@@ -54,36 +75,41 @@ def assign_credit(
         truth: (H, W) bool.
         truth_topology: of the truth, computed once.
         reward: splits into `overlap_terms` and `structure_terms`.
-        num_regions: regions scored per sample, drawn with probability proportional to their area; 0 for none.
+        undecided: (H, W) float in [0, 1], how much a pixel can be moved: 4 p (1 - p).
+        num_regions: regions scored for the image; 0 for none.
         rng: chooses the regions.
     """
-    overlap = np.empty(masks.shape, np.float32)
-    structure = np.zeros(masks.shape, np.float32)
-    greedy_structure = reward.structure_terms(greedy, truth, truth_topology)
-    greedy_total = sum(greedy_structure.values())
     terms: dict[str, list[float]] = {}
-    scored = 0
-    for k, mask in enumerate(masks):
-        tp, fp, fn = overlap_counts(mask, truth)
-        overlap[k] = overlap_credit(reward, tp, fp, fn)[truth.astype(np.uint8), mask.astype(np.uint8)]
-        values = {name: float(value) for name, value in reward.overlap_terms(tp, fp, fn).items()}
+    for mask in masks:
+        overlap = reward.overlap_terms(*overlap_counts(mask, truth))
+        values = {name: float(value) for name, value in overlap.items()}
         values |= reward.structure_terms(mask, truth, truth_topology)
         for name, value in values.items():
             terms.setdefault(name, []).append(value)
-        # Without structure terms there is nothing for a region to earn.
-        for region in choose_regions(mask ^ greedy, num_regions if greedy_structure else 0, rng):
-            flipped = sum(reward.structure_terms(greedy ^ region, truth, truth_topology).values())
-            structure[k][region] = np.where(greedy[region], greedy_total - flipped, flipped - greedy_total)
-            scored += 1
+
+    def score(mask: np.ndarray) -> np.ndarray:
+        values = reward.structure_terms(mask, truth, truth_topology)
+        custom = values.pop("custom", 0.0)
+        return np.array([sum(values.values()), custom], np.float32)
+
+    # Without structure terms there is nothing for a region to earn.
+    has_structure = bool(reward.structure_terms(truth, truth, truth_topology))
+    regions = choose_regions(masks, greedy, num_regions if has_structure else 0, rng)
+    gains = region_gains(regions, greedy, score)
+    additions = np.array([not greedy[region].any() for region in regions], bool)
+    masses = np.array([undecided[region].sum() for region in regions])
     arrays = {name: np.array(values) for name, values in terms.items()}
-    greedy_overlap = reward.overlap_terms(*overlap_counts(greedy, truth)).values()
+    greedy_counts = overlap_counts(greedy, truth)
+    greedy_overlap = sum(reward.overlap_terms(*greedy_counts).values())
     return Credit(
-        overlap=overlap,
-        structure=structure,
+        overlap=overlap_credit(reward, *greedy_counts)[truth.astype(np.uint8), greedy.astype(np.uint8)],
+        structure=spread(regions, against_others(gains[:, 0], additions, masses), truth.shape),
+        custom=spread(regions, gains[:, 1], truth.shape),
         rewards=np.sum(list(arrays.values()), axis=0),
         terms=arrays,
-        greedy_reward=greedy_total + float(sum(greedy_overlap)),
-        num_regions=scored,
+        greedy_reward=float(greedy_overlap + score(greedy).sum()),
+        greedy_counts=greedy_counts,
+        num_regions=len(regions),
     )
 
 
@@ -93,8 +119,8 @@ def overlap_counts(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
     return tp, int(np.count_nonzero(mask)) - tp, int(np.count_nonzero(truth)) - tp
 
 
-def overlap_credit(reward: Reward, tp: int, fp: int, fn: int) -> np.ndarray:
-    """R(on) - R(off) for a pixel by its truth (first index) and its sampled value (second); (2, 2) float.
+def overlap_credit(reward: CreditedReward, tp: int, fp: int, fn: int) -> np.ndarray:
+    """R(on) - R(off) for a pixel by its truth (first index) and its value (second); (2, 2) float32.
 
     Cases that do not occur in the mask (a false negative where there is none) are 0.
     """
@@ -110,20 +136,83 @@ def overlap_credit(reward: Reward, tp: int, fp: int, fn: int) -> np.ndarray:
     return table
 
 
-def total_overlap(reward: Reward, tp: int, fp: int, fn: int) -> float:
+def total_overlap(reward: CreditedReward, tp: int, fp: int, fn: int) -> float:
     """Sum of the overlap terms for given counts."""
     return float(sum(reward.overlap_terms(tp, fp, fn).values()))
 
 
-def choose_regions(difference: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Up to `count` 8-connected regions of a difference mask, without repetition, larger ones more often.
+def region_gains(
+    regions: list[np.ndarray], greedy: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """(N, T): what each of N regions is worth being on rather than off, by T scores.
+
+    Args:
+        regions: boolean masks (H, W), each wholly on or wholly off in the greedy mask; flipped alone.
+        greedy: (H, W) bool, what they are flipped in.
+        score: mask (H, W) -> T numbers.
+    """
+    present = score(greedy)
+    gains = np.zeros((len(regions), len(present)), np.float32)
+    for gain, region in zip(gains, regions, strict=True):
+        flipped = score(greedy ^ region) - present
+        gain[:] = -flipped if greedy[region].any() else flipped
+    return gains
+
+
+def against_others(gains: np.ndarray, additions: np.ndarray, masses: np.ndarray) -> np.ndarray:
+    """(N,) gains less the mean gain of the other regions of the same kind: where vessel goes, not how much.
+
+    Flipping one region at a time overstates what vessels are worth: a lost piece of a branch costs a break,
+    while one false speck among many costs nearly nothing. Without a baseline structure makes every mask
+    swell. A region that is alone keeps its gain.
+
+    Args:
+        gains: (N,), R(on) - R(off).
+        additions: (N,) bool, regions that are off in the greedy mask; the others are on.
+        masses: (N,) above 0, weight of a region in the mean: what its pixels can be moved by.
+    """
+    result = gains.copy()
+    for kind in (additions, ~additions):
+        mass, value = masses[kind], masses[kind] * gains[kind]
+        others = mass.sum() - mass
+        baseline = np.divide(value.sum() - value, others, out=np.zeros_like(others), where=others > 0)
+        result[kind] = gains[kind] - (baseline if len(mass) > 1 else 0.0)
+    return result
+
+
+def spread(regions: list[np.ndarray], values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(H, W) float32: the mean value of the regions that hold a pixel, 0 where none does."""
+    total, covered = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for region, value in zip(regions, values, strict=True):
+        total[region] += value
+        covered[region] += 1
+    return total / np.maximum(covered, 1)
+
+
+def choose_regions(
+    masks: np.ndarray, greedy: np.ndarray, count: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Up to `count` regions to flip: half components of the greedy mask, half departures of the samples.
+
+    A component that holds more than half of the mask is the tree itself and is left alone. What one half does
+    not use, the other may.
 
     Returns:
-        Boolean masks (H, W), one per region.
+        Boolean masks (H, W), each one 8-connected region, wholly on or wholly off in the greedy mask.
     """
-    if count == 0 or not difference.any():
+    if count == 0:
         return []
-    total, labels, stats, _ = cv2.connectedComponentsWithStats(difference.astype(np.uint8), connectivity=8)
-    areas = stats[1:, cv2.CC_STAT_AREA].astype(float)
-    chosen = rng.choice(total - 1, size=min(count, total - 1), replace=False, p=areas / areas.sum())
-    return [labels == label + 1 for label in chosen]
+    own = labelled(greedy, max_area=int(np.count_nonzero(greedy)) // 2)
+    changes = [part for mask in masks for part in (mask & ~greedy, greedy & ~mask)]
+    departures = [pair for change in changes for pair in labelled(change)]
+    num_own = min(len(own), max(count // 2, count - len(departures)))
+    chosen = [own[k] for k in rng.permutation(len(own))[:num_own]]
+    chosen += [departures[k] for k in rng.permutation(len(departures))[: count - num_own]]
+    return [labels == label for labels, label in chosen]
+
+
+def labelled(mask: np.ndarray, max_area: int | None = None) -> list[tuple[np.ndarray, int]]:
+    """The 8-connected components of a mask as pairs of a label image and a label; large ones left out."""
+    total, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    return [(labels, k) for k in range(1, total) if max_area is None or areas[k - 1] <= max_area]

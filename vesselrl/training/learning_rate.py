@@ -3,20 +3,19 @@
 import math
 
 
-def warm_cosine(step: int, num_steps: int, warmup_share: float, floor: float = 0.0) -> float:
-    """Factor on the peak rate: linear warm-up, then a half cosine from 1 down to `floor`.
+def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
+    """Factor on the peak rate: linear warm-up, then a half cosine from 1 down to 0.
 
     Args:
         step: counted from 0.
         num_steps: of the whole training.
         warmup_share: share of the steps that warm up, in [0, 1); at least one step does.
-        floor: factor at the end.
 
-    >>> [round(warm_cosine(step, 10, 0.2, floor=0.1), 2) for step in (0, 1, 2, 6, 10)]
-    [0.5, 1.0, 1.0, 0.55, 0.1]
+    >>> [round(warm_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     warmup = max(1, round(num_steps * warmup_share))
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * progress))

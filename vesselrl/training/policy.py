@@ -184,18 +184,3 @@ def gaussian_field(
     noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
     noise = functional.conv2d(noise, kernel.view(1, 1, -1, 1))
     return functional.conv2d(noise, kernel.view(1, 1, 1, -1))[:, 0]
-
-
-def log_probs(logits: Tensor, masks: Tensor, temperature: float) -> Tensor:
-    """Per-pixel log-probability of masks, log sigmoid(+-logit / temperature).
-
-    Args:
-        logits: (H, W).
-        masks: (K, H, W) bool.
-        temperature: as in sampling.
-
-    Returns:
-        (K, H, W), at most 0.
-    """
-    scaled = logits.float() / temperature
-    return functional.logsigmoid(torch.where(masks, scaled, -scaled))

@@ -4,15 +4,17 @@ Left out on purpose, because an episode is a single mask: returns over time, a v
 advantage estimation. The order of a step:
 
 1. encode the images and decode their mask logits (this pass also serves the first update);
-2. draw K correlated masks per image, keep their per-pixel log-probabilities;
+2. draw K correlated masks per image, keep the per-pixel log-probabilities of both actions;
 3. score them: exact credit for overlap, region credit for topology, length and a user's reward;
-4. scale each term's credit on its own, add them up: the advantages;
-5. at least two passes of the clipped loss, with a KL term to the frozen starting policy.
+4. add both up, in units of the reward: the advantages;
+5. at least two passes of the clipped loss, with a KL term to the frozen starting policy and, on request, the
+   supervised loss.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,12 +23,23 @@ from torch import Tensor
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.lora import adapter_delta_norm
 from vesselrl.models.processing import Sa2VAInputs
+from vesselrl.scoring.masks import drop_small_components
+from vesselrl.scoring.metrics import dice_from_counts
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import checks
 from vesselrl.training.batches import TrainBatch
 from vesselrl.training.credit import Credit, assign_credit
-from vesselrl.training.policy import MaskPolicy, log_probs, sample_masks
-from vesselrl.training.ppo_math import bernoulli_entropy, bernoulli_kl, clipped_policy_loss, undecided_weight
+from vesselrl.training.goals import Goals
+from vesselrl.training.policy import MaskPolicy, sample_masks
+from vesselrl.training.ppo_math import (
+    action_logprobs,
+    bernoulli_entropy,
+    bernoulli_kl,
+    clipped_policy_loss,
+    success_normalised,
+    undecided_weight,
+)
+from vesselrl.training.supervised import mask_loss
 
 
 @dataclass
@@ -35,16 +48,20 @@ class Rollout:
 
     Attributes:
         choice: (B, P) candidate mask that was used, kept for all passes.
-        masks: (K, H, W) bool. old_logprob, advantage: (K, H, W) float. weight: (H, W) float.
+        masks: (K, H, W) bool. old_logprobs: (2, H, W), of off and on. weight, credit: (H, W).
+        truths: (H, W) float in {0, 1}.
+        share_on: (K, H, W) drawn actions, or (1, H, W) where both count as often as they would be drawn.
         metrics: flat figures for the log.
         reward_varies: whether any pixel earned anything.
     """
 
     choice: Tensor
     masks: list[Tensor] = field(default_factory=list)
-    old_logprob: list[Tensor] = field(default_factory=list)
-    advantage: list[Tensor] = field(default_factory=list)
+    old_logprobs: list[Tensor] = field(default_factory=list)
+    credit: list[Tensor] = field(default_factory=list)
+    share_on: list[Tensor] = field(default_factory=list)
     weight: list[Tensor] = field(default_factory=list)
+    truths: list[Tensor] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     reward_varies: bool = True
 
@@ -62,6 +79,7 @@ class PPOUpdate:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rng = np.random.default_rng([config.seed, 2])
         self.pool = ThreadPoolExecutor(max_workers=config.num_workers)
+        self.goals = Goals(reward, config.floors) if config.objective == "constrained" else None
         self.checked = False
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
@@ -106,36 +124,46 @@ class PPOUpdate:
     def collect(self, batch: TrainBatch, logits: list[Tensor], choice: Tensor) -> Rollout:
         """Samples, scores and credits K masks per image; no gradient flows here."""
         s, rollout = self.config, Rollout(choice)
+        rollout.truths = [torch.from_numpy(t).to(choice.device, torch.float32) for t in batch.truths]
         with torch.no_grad():
             for image_logits in logits:
                 masks = sample_masks(
                     image_logits, s.num_samples, s.correlation_px, s.temperature, self.generator
                 )
                 rollout.masks.append(masks)
-                rollout.old_logprob.append(log_probs(image_logits, masks, s.temperature))
+                rollout.old_logprobs.append(action_logprobs(image_logits, s.temperature))
                 rollout.weight.append(undecided_weight(image_logits, s.temperature))
             started = time.perf_counter()
-            greedy = [(image_logits > 0).cpu().numpy() for image_logits in logits]
-            samples = [masks.cpu().numpy() for masks in rollout.masks]
-            seeds = self.rng.spawn(len(samples))
-            jobs = [
-                self.pool.submit(assign_credit, m, g, t, top, self.reward, s.num_regions, seed)
-                for m, g, t, top, seed in zip(
-                    samples, greedy, batch.truths, batch.topologies, seeds, strict=True
-                )
-            ]
-            credits = [job.result() for job in jobs]
+            credits = self._score(batch, rollout, logits)
             rollout.metrics["time/reward"] = time.perf_counter() - started
-            rollout.metrics.update(reward_figures(credits))
-            scales = credit_scales(credits, [w.cpu().numpy() for w in rollout.weight])
-            rollout.reward_varies = any(scale > 0 for scale in scales)
-            for credit, masks, image_logits in zip(credits, rollout.masks, logits, strict=True):
-                total = scaled_credit(credit, scales, self.reward.structure_share, s.structure_weight)
-                probability = torch.sigmoid(image_logits.float() / s.temperature)
-                # The action minus its expectation: each pixel is its own baseline.
-                surprise = masks.float() - probability
-                rollout.advantage.append(surprise * torch.from_numpy(total).to(surprise.device))
+            rollout.metrics.update(rollout_figures(credits))
+            if self.goals is not None:
+                rollout.metrics.update(self.goals.update([credit.greedy_counts for credit in credits]))
+            rollout.reward_varies = any(
+                c.overlap.any() or c.structure.any() or c.custom.any() for c in credits
+            )
+            for credit, masks, old in zip(credits, rollout.masks, rollout.old_logprobs, strict=True):
+                on = old[1].exp()
+                parts = (credit.overlap, credit.structure, credit.custom)
+                overlap, structure, custom = (torch.from_numpy(part).to(on.device) for part in parts)
+                if s.advantage == "success":
+                    overlap = success_normalised(overlap, on)
+                rollout.credit.append(overlap + s.structure_weight * (structure + custom))
+                rollout.share_on.append(on[None] if s.pixel_action == "expected" else masks.float())
         return rollout
+
+    def _score(self, batch: TrainBatch, rollout: Rollout, logits: list[Tensor]) -> list[Credit]:
+        used = partial(drop_small_components, min_px=self.config.min_component_px)
+        greedy = [used((image_logits > 0).cpu().numpy()) for image_logits in logits]
+        samples = [np.stack([used(mask) for mask in one.cpu().numpy()]) for one in rollout.masks]
+        undecided = [one.cpu().numpy() for one in rollout.weight]
+        rewarded, seeds = self.goals or self.reward, self.rng.spawn(len(samples))
+        images = zip(samples, greedy, batch.truths, batch.topologies, undecided, seeds, strict=True)
+        jobs = [
+            self.pool.submit(assign_credit, m, g, t, top, rewarded, u, self.config.num_regions, seed)
+            for m, g, t, top, u, seed in images
+        ]
+        return [job.result() for job in jobs]
 
     def _update(self, logits: list[Tensor], rollout: Rollout, reference: list[Tensor]) -> dict[str, float]:
         loss, figures = self._loss(logits, rollout, reference)
@@ -154,13 +182,15 @@ class PPOUpdate:
         s, total, rows = self.config, 0.0, []
         for k, image_logits in enumerate(logits):
             weight = rollout.weight[k]
-            logprob = log_probs(image_logits, rollout.masks[k], s.temperature)
             policy = clipped_policy_loss(
-                logprob, rollout.old_logprob[k], rollout.advantage[k], weight, s.clip
-            )
+                action_logprobs(image_logits, s.temperature), rollout.old_logprobs[k], rollout.credit[k],
+                rollout.share_on[k], weight, s.clip,
+            )  # fmt: skip
             kl = bernoulli_kl(image_logits, reference[k], weight, s.temperature)
             entropy = bernoulli_entropy(image_logits, weight, s.temperature)
             total = total + policy.loss + s.kl_coef * kl - s.entropy_coef * entropy
+            if s.sft_coef > 0:
+                total = total + s.sft_coef * mask_loss(image_logits[None], rollout.truths[k][None]).sum()
             rows.append(
                 {
                     "policy_loss": policy.loss,
@@ -191,38 +221,7 @@ class PPOUpdate:
             )
 
 
-def credit_scales(credits: list[Credit], weights: list[np.ndarray]) -> tuple[float, float]:
-    """Root mean square of overlap and structure credit over the batch: what one typical pixel earns.
-
-    Overlap is weighted by the undecidedness of the pixel, structure averaged over the credited pixels; 0 when
-    a term earned nothing anywhere.
-    """
-    squares = sum(float((c.overlap**2 * w).sum()) for c, w in zip(credits, weights, strict=True))
-    mass = sum(float(w.sum()) * len(c.overlap) for c, w in zip(credits, weights, strict=True))
-    overlap = (squares / mass) ** 0.5 if mass > 0 else 0.0
-    credited = sum(int(np.count_nonzero(c.structure)) for c in credits)
-    structure = (sum(float((c.structure**2).sum()) for c in credits) / credited) ** 0.5 if credited else 0.0
-    return overlap, structure
-
-
-def scaled_credit(
-    credit: Credit, scales: tuple[float, float], structure_share: float, structure_weight: float
-) -> np.ndarray:
-    """(K, H, W) overlap and structure credit, each divided by its own scale, weighted and added.
-
-    (1 - share) * overlap + structure_weight * share * structure, so that the reward's weights act on the
-    gradient.
-    """
-    total = np.zeros_like(credit.overlap)
-    overlap, structure = scales
-    if overlap > 0:
-        total += (1 - structure_share) / overlap * credit.overlap
-    if structure > 0:
-        total += structure_weight * structure_share / structure * credit.structure
-    return total
-
-
-def reward_figures(credits: list[Credit]) -> dict[str, float]:
+def rollout_figures(credits: list[Credit]) -> dict[str, float]:
     """Log figures of a rollout: reward, its terms, their spread within an image and groups without spread."""
     figures = {
         "train/reward": float(np.mean([c.rewards.mean() for c in credits])),
@@ -230,8 +229,18 @@ def reward_figures(credits: list[Credit]) -> dict[str, float]:
         "train/reward_std": float(np.mean([c.rewards.std() for c in credits])),
         "train/zero_variance_groups": float(np.mean([c.rewards.std() < 1e-8 for c in credits])),
         "train/regions_scored": float(np.mean([c.num_regions for c in credits])),
+        "train/dice": float(np.mean([dice_from_counts(*c.greedy_counts) for c in credits])),
+        "train/foreground": foreground_ratio([c.greedy_counts for c in credits]),
     }
     for name in credits[0].terms:
         figures[f"train/reward/{name}"] = float(np.mean([c.terms[name].mean() for c in credits]))
         figures[f"train/reward_std/{name}"] = float(np.mean([c.terms[name].std() for c in credits]))
     return figures
+
+
+def foreground_ratio(counts: list[tuple[int, int, int]]) -> float:
+    """Predicted over true vessel pixels of a batch, from tp, fp, fn of its images; 1 where both are 0."""
+    tp, fp, fn = np.sum(counts, axis=0)
+    if tp + fn == 0:
+        return 1.0 if fp == 0 else float("inf")
+    return float((tp + fp) / (tp + fn))
