@@ -239,3 +239,21 @@ def test_reports_are_made_without_torch_and_are_small_and_repeatable(run):
     first = (run / "report.html").read_bytes()
     assert len(first) < 1_000_000
     assert write_run_report(run)[0].read_bytes() == first
+
+
+def test_what_the_log_noticed_is_shown_where_there_was_something(run):
+    write_info(run)
+    assert "What the log noticed" not in write_run_report(run)[1].read_text()
+    found = {
+        "step": 50,
+        "code": "below_start",
+        "sign": "The reward is 2.9.",
+        "advice": "Lower --learning_rate.",
+    }
+    write_info(run, findings=[found])
+    for page in write_run_report(run):
+        text = page.read_text().replace("<wbr>", "")
+        assert "What the log noticed" in text
+        assert "below start" in text
+        assert found["sign"] in text
+        assert found["advice"] in text

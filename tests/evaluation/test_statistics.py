@@ -10,6 +10,7 @@ from vesselrl.evaluation.statistics import (
     paired_difference,
     patient_means,
     rank_intervals,
+    relative_difference,
     small_sample_stretch,
 )
 
@@ -266,3 +267,39 @@ def test_unpaired_images_are_named():
     moved = [{**row, "patient": "P9"} for row in before]
     with pytest.raises(ValueError, match="belongs to P1 before and P9 after"):
         paired_difference(before, moved, "dice")
+
+
+def test_a_relative_difference_is_that_of_the_means_over_patients():
+    patients = ["P001", "P001", "P002", "P003", "P004"]
+    before = rows([10, 30, 20, 40, 20], patients)  # patient means 20, 20, 40, 20: mean 25
+    after = rows([10, 10, 20, 20, 10], patients)  # 10, 20, 20, 10: mean 15
+    change = relative_difference(before, after, "dice")
+    assert change.mean == pytest.approx(15 / 25 - 1)
+    assert change.low < -0.4 < change.high
+    assert (change.n_images, change.n_patients, change.metric) == (5, 4, "dice")
+    # Against an independent bootstrap of the ratio, widened as every interval here.
+    pairs = np.array([(20, 10), (20, 20), (40, 20), (20, 10)], float)
+    drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
+    low, high = np.quantile(drawn[:, 1] / drawn[:, 0] - 1, [0.025, 0.975])
+    stretch = small_sample_stretch(4)
+    assert change.low == pytest.approx(-0.4 + stretch * (low + 0.4), abs=0.03)
+    assert change.high == pytest.approx(-0.4 + stretch * (high + 0.4), abs=0.03)
+
+
+def test_a_relative_difference_pairs_the_draws():
+    """Every patient halves: however the patients are drawn, the mean halves."""
+    before = rows([10, 30, 300, 7], ["P001", "P002", "P003", "P004"])
+    after = [row | {"dice": row["dice"] / 2} for row in before]
+    change = relative_difference(before, after, "dice")
+    assert (change.low, change.mean, change.high) == pytest.approx((-0.5, -0.5, -0.5))
+    assert change.clear
+
+
+def test_without_a_mean_before_there_is_no_relative_difference():
+    four = ["P001", "P002", "P003", "P004"]
+    assert (
+        "can be 0" in relative_difference(rows([0, 0, 0, 1], four), rows([1, 1, 1, 1], four), "dice").reason
+    )
+    two = relative_difference(rows([1, 2], four[:2]), rows([2, 2], four[:2]), "dice")
+    assert two.reason == "only 2 patients: an interval needs at least 3"
+    assert two.mean == pytest.approx(4 / 3 - 1)

@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from vesselrl.evaluation.calibration import calibration
 from vesselrl.evaluation.probabilities import THRESHOLDS, count_pixels, failed_counts
-from vesselrl.evaluation.thresholds import sweep_thresholds, threshold_curve
+from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, sweep_thresholds, threshold_curve
 
 
 def picture(seed, shape=(37, 53)):
@@ -121,3 +121,14 @@ def test_what_is_no_probability_is_refused():
             count_pixels(np.full((2, 2), value), truth)
     with pytest.raises(ValueError, match=r"probabilities are \(2, 3\)"):
         count_pixels(np.zeros((2, 3)), truth)
+
+
+def test_the_threshold_of_a_wanted_recall():
+    points = [(0.2, 0.95, 0.5), (0.4, 0.85, 0.6), (0.5, 0.8, 0.7), (0.6, 0.8, 0.8), (0.8, float("nan"), 1.0)]
+    curve = ThresholdCurve(tuple(CurvePoint(t, 0.7, recall, p) for t, recall, p in points), 3, 3, 0)
+    assert curve.at_recall(0.91).threshold == 0.2
+    assert curve.at_recall(0.88).threshold == 0.4
+    assert curve.at_recall(0.1).threshold == 0.6  # as near as 0.5, and more precise
+    nowhere = ThresholdCurve((CurvePoint(0.5, 1.0, float("nan"), 1.0),), 1, 1, 0)
+    with pytest.raises(ValueError, match="no threshold can be chosen by recall"):
+        nowhere.at_recall(0.8)

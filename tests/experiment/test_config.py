@@ -106,8 +106,8 @@ def test_settings_cannot_be_changed_by_accident() -> None:
         ("rl", 3, "rl rl rl"),
         ("sft", 2, "sft sft"),
         ("sft+rl", 2, "sft rl"),
-        ("sft+rl", 5, "sft sft rl rl rl"),
-        ("sft+rl", 6, "sft sft sft rl rl rl"),
+        ("sft+rl", 3, "sft sft rl"),
+        ("sft+rl", 6, "sft sft sft sft rl rl"),
     ],
 )
 def test_stage_of_each_epoch(stage: str, num_epochs: int, expected: str) -> None:

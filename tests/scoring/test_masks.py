@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from vesselrl.scoring.masks import as_mask, as_mask_pair, check_same_shape
+from vesselrl.scoring.masks import as_mask, as_mask_pair, check_same_shape, drop_small_components
 
 EXPECTED = np.array([[False, True, True], [True, False, False]])
 
@@ -58,3 +59,23 @@ def test_two_sizes_are_refused_and_both_are_named():
         check_same_shape(EXPECTED, EXPECTED.T)
     with pytest.raises(ValueError, match="differ in size"):
         as_mask_pair(EXPECTED, EXPECTED[:, :2])
+
+
+@pytest.mark.parametrize("min_px", [0, 1, 2, 5, 12, 5000])
+@pytest.mark.parametrize("density", [0.0, 0.15, 0.4, 1.0])
+def test_small_components_are_those_of_scipy(density, min_px):
+    mask = np.random.default_rng(7).random((61, 47)) < density
+    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    areas = ndimage.sum_labels(mask, labels, range(num + 1))
+    expected = mask & (areas[labels] >= min_px)
+    np.testing.assert_array_equal(drop_small_components(mask, min_px), expected)
+
+
+def test_a_diagonal_holds_a_component_together():
+    mask = np.zeros((6, 6), bool)
+    mask[0, 0] = mask[1, 1] = mask[2, 2] = mask[5, 0] = True
+    kept = drop_small_components(mask, 3)
+    assert kept.sum() == 3
+    assert not kept[5, 0]
+    with pytest.raises(ValueError, match="min_px is -1"):
+        drop_small_components(mask, -1)

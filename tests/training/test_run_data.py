@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vesselrl.data.annotations import DataError
+from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.splits import Split, write_split
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder
 from vesselrl.training.run_data import RunData, prepare_data
@@ -61,3 +62,18 @@ def test_several_errors_are_counted(angiograms: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-2000])
     with pytest.raises(DataError, match=r"the file is damaged.*first of 2 errors; `vesselrl data check"):
         prepared(tmp_path / "run", data_root=str(data))
+
+
+def test_a_given_split_is_used_as_it_is(angiograms: Path, tmp_path: Path) -> None:
+    samples = find_samples(angiograms)
+    patients = sorted({s.patient for s in samples})
+    parts = (patients[:3], patients[3:5], patients[5:7])
+    sides = [tuple(s for s in samples if s.patient in part) for part in parts]
+    write_split(tmp_path / "published.json", Split(*sides, seed=1))
+    options = {"data_root": str(angiograms), "split_file": str(tmp_path / "published.json")}
+    data = prepared(tmp_path / "run", **options, split_seed=9)
+    assert [{s.key for s in side} for side in (data.train, data.val, data.test)] == [
+        {s.key for s in side} for side in sides
+    ]
+    with pytest.raises(ValueError, match="--split_file says who is on which side"):
+        prepared(tmp_path / "other", **options, fold="1/3")

@@ -14,7 +14,8 @@ from vesselrl.training.train import TrainResult, train
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 INFO_KEYS = {
     "args", "counts", "initial_metrics", "final_metrics", "best_metrics", "test_metrics", "best_val_dice",
-    "total_steps", "adapter_delta_norm", "grad_norm_max", "reward_time_share", "metric_spec", "provenance",
+    "total_steps", "adapter_delta_norm", "grad_norm_max", "reward_time_share", "findings", "metric_spec",
+    "provenance",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def test_run_folder_is_complete(result: TrainResult) -> None:
     names = {path.name for path in result.folder.iterdir()}
     assert {"config.json", "data_split.json", "metrics.jsonl", "curves.png", "panel.png", "tensorboard",
             "val_before.json", "val_latest.json", "val_best.json", "test_before.json", "test_after.json",
-            "report.html", "report.md", "cases"} <= names  # fmt: skip
+            "report.html", "report.md", "cases", "diagnosis.json"} <= names  # fmt: skip
     for folder in ("best_lora", "final_lora", "checkpoint_epoch_1"):
         assert {path.name for path in (result.folder / folder).iterdir()} == ADAPTER_FILES
     assert not [name for name in names if "partial" in name]

@@ -240,5 +240,5 @@ def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
         )
     missing = [run.name for run in runs if run.before is None]
     if baseline is None and missing:
-        notes.append(f"No difference for {', '.join(missing)}: there is no test_before.json.")
+        notes.append(f"No difference for {', '.join(missing)}: it has no test scores of a base model.")
     return tuple(notes)

@@ -20,7 +20,7 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its name, its test scores after training and, if stored, before.
+    """One finished run: its name, its test scores after training and, if stored, those of its base before.
 
     `human` is the agreement of a second observer on the test images, from the run's `evaluation` folder.
     """
@@ -63,7 +63,7 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
             continue
         try:
             after = read_evaluation(folder / "test_after.json")
-            before = _read_if_there(folder / "test_before.json")
+            before = None if after.is_control else _read_if_there(folder / "test_before.json")
             human = _read_if_there(folder / "evaluation" / HUMAN_FILE)
         except ValueError as error:
             raise CompareError(f"Run {name} cannot be read: {error}") from error

@@ -29,9 +29,9 @@ FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
 UNIT_METRICS = frozenset(
     {"dice", "iou", "recall", "precision", "specificity", "cldice", "tprec", "tsens", "foreground"}
-    | {"nsd", "recall_thin", "recall_medium", "recall_thick"}
+    | {"nsd", "recall_thin", "recall_medium", "recall_thick", "topology_score"}
 )
-LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95"})
+LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95", "length_error"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
 MAX_FAILED_SHARE = 0.05
 _REQUIRED = ("rows", "metric_spec", "image_list_hash", "label_hash")
@@ -80,6 +80,11 @@ class Evaluation:
     def is_leaky(self) -> bool:
         """True if frames of one patient were on both sides: this proves nothing about new patients."""
         return any(mark.startswith("LEAKY") for mark in self.marks)
+
+    @property
+    def is_control(self) -> bool:
+        """True if the run was a control, whose start is no base model."""
+        return any(mark.startswith("CONTROL") for mark in self.marks)
 
     def to_json(self) -> dict[str, Any]:
         """The whole evaluation as strict JSON values, nan as null, with patient and sequence means."""

@@ -106,6 +106,7 @@ def run_document(run_folder: Path) -> Document:
         *(result_sections("Test", test) if test else ()),
         *(result_sections("Validation", validation, note) if validation else ()),
         *_training_section(run_folder),
+        *_findings_section(info),
         *_later_sections(run_folder, test[1] if test else None),
         *_case_section(run_folder),
         reading_section(
@@ -173,6 +174,19 @@ def _training_section(run_folder: Path) -> tuple[Section, ...]:
         caption = "Every validation; step 0 is the untouched model. Mean over patients."
         blocks.append(Table(header, rows, caption, text_columns=0))
     return (Section("Training", tuple(blocks)),) if blocks else ()
+
+
+def _findings_section(info: Mapping[str, Any]) -> tuple[Section, ...]:
+    """What the log noticed during the training, in its own words."""
+    rows = tuple(
+        (str(found["step"]), found["code"].replace("_", " "), found["sign"], found["advice"])
+        for found in info.get("findings") or ()
+    )
+    if not rows:
+        return ()
+    caption = "Each is listed when it was first seen. docs/diagnostics.md explains them."
+    table = Table(("step", "finding", "what was seen", "what to change"), rows, caption, text_columns=4)
+    return (Section("What the log noticed", (table,)),)
 
 
 def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section, ...]:

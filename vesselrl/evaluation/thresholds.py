@@ -64,6 +64,17 @@ class ThresholdCurve:
         """The point at 0.5."""
         return next(point for point in self.points if point.threshold == DEFAULT)
 
+    def at_recall(self, recall: float) -> CurvePoint:
+        """The point whose recall is nearest to `recall`; of equally near ones that of highest precision.
+
+        Raises:
+            ValueError: no image has a true vessel, so there is no recall.
+        """
+        defined = [point for point in self.points if not math.isnan(point.recall)]
+        if not defined:
+            raise ValueError("No image has a true vessel: no threshold can be chosen by recall.")
+        return min(defined, key=lambda point: (abs(point.recall - recall), -point.precision))
+
     def to_json(self, side: str = "val") -> dict[str, Any]:
         """The curve, one list per score, and the choice; `side` is the side it was measured on."""
         return {

@@ -10,6 +10,8 @@ from typing import Literal
 DEFAULT_LEARNING_RATE = 5e-5
 # The miniature is a thousand times smaller than a real Sa2VA and needs larger steps; see docs/results.md.
 EMBEDDED_LEARNING_RATE = 2e-3
+# The U-Net control is trained from random weights; tests/training/test_target_difficulty.py.
+UNET_LEARNING_RATE = 4e-3
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
 
@@ -38,6 +40,8 @@ class TrainConfig:
     patient_aliases: str | None = None
     # Decides which patients are on which side and which images are chosen; --seed decides everything else.
     split_seed: int = 42
+    # A data_split.json to use as it is, such as a published split; images that it does not list are left out.
+    split_file: str | None = None
     # Share i of k of a cross-validation, such as 1/5: every patient is tested in exactly one of the k runs.
     fold: str | None = None
     # frame ignores patients: scores are then flattered, and every output is marked LEAKY.
@@ -72,15 +76,21 @@ class TrainConfig:
 
     # ---- Schedule ----
 
-    # sft: supervised (BCE + Dice). rl: PPO. sft+rl: the first half of the epochs supervised, then PPO.
+    # sft: supervised (BCE + Dice). rl: PPO. sft+rl: supervised, and PPO for the last third of
+    # the epochs (at least one).
     stage: Literal["sft", "rl", "sft+rl"] = "rl"
+    # Loss of the supervised steps: BCE + soft Dice, or half of that and half of soft clDice.
+    sft_loss: Literal["bce_dice", "bce_dice_cldice"] = "bce_dice"
+    # Train a control instead of the model, on the same images: a U-Net from scratch, or the settings of a
+    # Frangi filter. It is supervised whatever the stage; adapters and PPO are not used.
+    control: Literal["unet", "frangi"] | None = None
     num_epochs: int = 3
     # Images per step.
     batch_size: int = 2
-    # Peak learning rate; none: 5e-5, or the embedded miniature's own.
+    # Peak learning rate; none: 5e-5, or the embedded miniature's or the U-Net control's own.
     learning_rate: float | None = None
     weight_decay: float = 0.01
-    # Share of the steps that warm up, then a half cosine down to a tenth.
+    # Share of the steps that warm up, then a half cosine down to 0.
     warmup_share: float = 0.05
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -113,14 +123,28 @@ class TrainConfig:
     # Weight of the divergence from the starting policy.
     kl_coef: float = 0.01
     entropy_coef: float = 0.0
+    # Weight of the supervised loss beside PPO's: it holds what it taught while PPO works on the rest.
+    sft_coef: float = 0.0
     # Divides the logits when masks are drawn; larger explores more.
     temperature: float = 1.0
     # Smoothness of the random field that masks are drawn with, in px; 0: independent pixels.
     correlation_px: float = 2.0
-    # Regions per drawn mask that are rescored for topology, length and your own reward.
-    num_regions: int = 4
-    # Factor on region credit; 1: overlap and structure count as the reward's weights say.
-    structure_weight: float = 2.0
+    # Regions per image that are flipped and rescored for topology, length and your own reward.
+    num_regions: int = 96
+    # Factor on their credit; 1: overlap and structure count as the reward's weights say.
+    structure_weight: float = 0.5
+    # Smallest component in px that masks keep when they are scored in training; use it where masks are used
+    # with such a filter. 0 keeps all.
+    min_component_px: int = 0
+    # expected: both actions of a pixel count, as often as they would be drawn; sampled: the drawn one.
+    pixel_action: Literal["expected", "sampled"] = "expected"
+    # plain: the policy gradient. success: overlap credit divided by the probability of the better action, so
+    # that confident mistakes are learned from.
+    advantage: Literal["plain", "success"] = "plain"
+    # weighted: the reward as it is. constrained: its structure terms, with Dice, recall and precision kept
+    # above dice_floor, recall_target and precision_target on average, by multipliers that are learned.
+    objective: Literal["weighted", "constrained"] = "weighted"
+    dice_floor: float = 0.0
 
     # ---- Run ----
 
@@ -171,6 +195,7 @@ class TrainConfig:
         for name in (
             "kl_coef",
             "entropy_coef",
+            "sft_coef",
             "correlation_px",
             "structure_weight",
             "weight_decay",
@@ -188,10 +213,32 @@ class TrainConfig:
             and self.fold_numbers[1] >= 2
         ):
             raise ValueError(f"--fold is {self.fold!r}; give a share such as 1/5, up to 5/5.")
+        asks_for_another = self.fold or self.init_lora or self.split_unit != "patient"
+        if self.split_file is not None and asks_for_another:
+            raise ValueError(
+                "--split_file says who is on which side. Leave out --fold, --split_unit and --init_lora."
+            )
         if self.curriculum and self.num_epochs < 2:
             raise ValueError("--curriculum needs --num_epochs of at least 2: one epoch opens all images.")
         if self.stage == "sft+rl" and self.num_epochs < 2:
             raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        """Refuses what contradicts a control, and a supervised loss where no step is supervised."""
+        if self.control is not None and self.init_lora is not None:
+            raise ValueError(
+                f"--control {self.control} has no adapters to start from; leave --init_lora out. The split "
+                "is the same as that of other runs on this data with the same --split_seed."
+            )
+        if self.control is not None and self.stage == "sft+rl":
+            raise ValueError(f"--control {self.control} has no second stage; leave --stage sft+rl out.")
+        is_stepped = self.control == "unet" or (self.control is None and self.stage != "rl")
+        if self.sft_loss != "bce_dice" and not is_stepped:
+            raise ValueError(
+                f"--sft_loss {self.sft_loss} is for supervised steps, and there are none; add --stage sft, "
+                "--stage sft+rl or --control unet, or leave it out."
+            )
 
     @property
     def fold_numbers(self) -> tuple[int, int] | None:
@@ -202,18 +249,28 @@ class TrainConfig:
         return int(number), int(count)
 
     @property
+    def floors(self) -> dict[str, float]:
+        """The means that the constrained objective keeps; a floor of 0 is none."""
+        floors = {"dice": self.dice_floor, "recall": self.recall_target, "precision": self.precision_target}
+        return {name: floor for name, floor in floors.items() if floor > 0}
+
+    @property
     def peak_learning_rate(self) -> float:
         """The learning rate that is used."""
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.control == "unet":
+            return UNET_LEARNING_RATE
         is_miniature = self.model_path in (None, RANDOM_MODEL)
         return EMBEDDED_LEARNING_RATE if is_miniature else DEFAULT_LEARNING_RATE
 
     def stage_of_epoch(self, epoch: int, num_epochs: int) -> str:
         """`sft` or `rl` for one of `num_epochs` epochs, counted from 1; a sanity run has more than given."""
+        if self.control is not None:
+            return "sft"
         if self.stage != "sft+rl":
             return self.stage
-        return "sft" if epoch <= num_epochs // 2 else "rl"
+        return "sft" if epoch <= num_epochs - max(1, num_epochs // 3) else "rl"
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""
@@ -231,8 +288,10 @@ PRESETS: dict[str, TrainConfig] = {
     "quick": TrainConfig(
         num_epochs=1, max_train_samples=50, max_val_samples=20, batch_size=1, num_passes=4, val_freq=50
     ),
-    # The real thing; with the embedded model under an hour on two CPU cores.
-    "full": TrainConfig(num_epochs=3, max_train_samples=1000, max_val_samples=100),
+    # The real thing: supervised, then PPO; with the embedded model under an hour on two CPU cores.
+    "full": TrainConfig(
+        stage="sft+rl", num_epochs=3, max_train_samples=1000, max_val_samples=100, batch_size=1, val_freq=500
+    ),
     # Seconds: a random miniature on a few small drawn images, two updates; for tests and newcomers.
     "debug": TrainConfig(
         model_path=RANDOM_MODEL, num_epochs=1, max_train_samples=4, max_val_samples=3, lora_rank=4,

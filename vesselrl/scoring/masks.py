@@ -64,6 +64,32 @@ def as_mask_pair(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
     return pred, truth
 
 
+def drop_small_components(mask: Any, min_px: int) -> np.ndarray:
+    """The mask without its 8-connected components of fewer than `min_px` pixels, bool (H, W).
+
+    Args:
+        mask: bool or 0/1 (H, W); an empty mask stays empty.
+        min_px: smallest component that is kept, in px; 0 and 1 keep all.
+
+    Raises:
+        ValueError: not a mask, or `min_px` is negative.
+
+    >>> drop_small_components([[1, 1, 0, 1]], 2)
+    array([[ True,  True, False, False]])
+    """
+    mask = as_mask(mask)
+    if min_px < 0:
+        raise ValueError(f"min_px is {min_px}. Give a number of pixels, 0 or more.")
+    if min_px <= 1:
+        return mask
+    import cv2
+
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
+    kept = stats[:, cv2.CC_STAT_AREA] >= min_px
+    kept[0] = False  # the background
+    return kept[labels]
+
+
 def _as_array(mask: Any) -> np.ndarray:
     """A numpy view of an array, list or torch tensor; torch itself is never imported here."""
     if hasattr(mask, "detach"):

@@ -17,6 +17,10 @@ class LearningError(RunError):
     """The run is not learning; the message says what was found and what to change."""
 
 
+class NotFiniteError(LearningError):
+    """A loss or a gradient is nan or infinite; the weights are still those of before this update."""
+
+
 def check_first_ratio(ratio_gap: float, kl: float) -> None:
     """Before the first update the policy is the one that drew the masks, and is its own reference.
 
@@ -115,10 +119,19 @@ def check_finite(loss: Tensor) -> None:
     """The loss is a number.
 
     Raises:
-        LearningError: it is nan or infinite.
+        NotFiniteError: it is nan or infinite.
     """
     if not bool(torch.isfinite(loss.detach()).all()):
-        raise LearningError(
-            f"The loss is {float(loss.detach())}. Lower --learning_rate; the last saved adapter is from "
-            "before this step."
-        )
+        raise NotFiniteError(f"The loss is {float(loss.detach())}: --learning_rate is probably too high.")
+
+
+def check_finite_gradients(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    """The gradients that an optimizer is about to use are numbers; a hook for `register_step_pre_hook`.
+
+    Raises:
+        NotFiniteError: one is nan or infinite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        raise NotFiniteError("The gradient is nan or infinite: --learning_rate is probably too high.")

@@ -1,7 +1,11 @@
-"""Where a training's figures go: metrics.jsonl, TensorBoard, wandb on request, the log and a progress bar."""
+"""Where a training's figures go: metrics.jsonl, TensorBoard, wandb on request, the log and a progress bar.
+
+What the figures say about the run, the findings of `diagnosis.py`, goes to the log and to diagnosis.json.
+"""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,6 +20,7 @@ from rich.progress import (
 )
 
 from vesselrl.experiment.runs import RunFolder
+from vesselrl.training.diagnosis import Diagnosis, Finding
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +29,15 @@ class Monitor:
     """Collects the figures of one run; a context manager that closes its writers.
 
     Args:
-        run: gets metrics.jsonl and the TensorBoard files.
+        run: gets metrics.jsonl, diagnosis.json and the TensorBoard files.
         total_steps: of the training, for the bar.
         console: shows progress bars; None shows none.
         log_freq: steps between log lines; every step is stored.
         wandb_settings: resolved settings to start a wandb run with; None starts none.
+        diagnosis: reads all figures; None for one with the usual limits.
+
+    Attributes:
+        findings: what was noticed so far, in order.
 
     Raises:
         ModuleNotFoundError: wandb was asked for and is not installed.
@@ -41,12 +50,15 @@ class Monitor:
         console: Console | None = None,
         log_freq: int = 10,
         wandb_settings: dict | None = None,
+        diagnosis: Diagnosis | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run = run
         self.log_freq = log_freq
         self.grad_norm_max = 0.0
+        self.findings: list[Finding] = []
+        self._diagnosis = diagnosis or Diagnosis()
         self._reward_s = self._step_s = 0.0
         self._board = SummaryWriter(str(run.path / "tensorboard"))
         self._wandb = start_wandb(run.name, wandb_settings) if wandb_settings is not None else None
@@ -55,6 +67,7 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         self._progress.start()
+        self._write_findings()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -70,11 +83,28 @@ class Monitor:
         self._step_s += figures.get("time/step", 0.0)
         self.log(step, figures)
         self._progress.update(self._training, completed=step)
-        if step % self.log_freq == 0:
-            shown = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
-            logger.info(
-                "step %d: %s", step, ", ".join(f"{k} {figures[k]:.4g}" for k in shown if k in figures)
-            )
+        names = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
+        shown = [f"{name} {figures[name]:.4g}" for name in names if name in figures]
+        if step % self.log_freq == 0 and shown:
+            logger.info("step %d: %s", step, ", ".join(shown))
+        for finding in self._diagnosis.after_step(step, figures):
+            self.note(finding)
+
+    def log_validation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Stores the headline scores of a validation."""
+        self.log(step, {f"val/{name}": value for name, value in scores.items()})
+        logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        for finding in self._diagnosis.after_validation(step, scores):
+            self.note(finding)
+
+    def note(self, finding: Finding) -> None:
+        """Tells of a finding: a warning in the log and an entry of diagnosis.json."""
+        logger.warning("%s", finding)
+        self.findings.append(finding)
+        self._write_findings()
+
+    def _write_findings(self) -> None:
+        self.run.write_json("diagnosis.json", {"findings": [asdict(finding) for finding in self.findings]})
 
     @property
     def reward_time_share(self) -> float:

@@ -32,6 +32,11 @@ SPLIT_FILE = "data_split.json"
 SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
+CONTROL_MARKS = {
+    None: (),
+    "unet": ("CONTROL: a U-Net from random weights; its gain over them is no gain over a base model.",),
+    "frangi": ("CONTROL: a Frangi filter; its gain over default settings is no gain over a base model.",),
+}
 UNKNOWN_START = (
     "UNKNOWN START: --init_lora has no data_split.json beside it, so its adapter may have been trained on "
     "the patients of this test."
@@ -66,7 +71,8 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     train = take(list(split.train), config.sanity_overfit or config.max_train_samples, seed)
     val = train if config.sanity_overfit else take(list(split.val), config.max_val_samples, seed)
     test = [] if config.sanity_overfit else list(split.test)
-    seen = base_trained_on(config.base_trained_on, samples)
+    # A control has no base model.
+    seen = base_trained_on("none" if config.control else config.base_trained_on, samples)
     logger.info("data: %d train, %d validation, %d test images", len(train), len(val), len(test))
     counts = {
         "found": len(samples),
@@ -77,6 +83,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
         "split_unit": split.unit,
         "test_seen_by_base": sum(sample.key in seen for sample in test),
     }
+    doubts += CONTROL_MARKS[config.control]
     marks = (marks_of(split, side, seen) + doubts for side in (val, test))
     return RunData(train, val, test, counts, *marks)
 
@@ -104,13 +111,15 @@ def check_before_training(config: TrainConfig) -> DataReport:
 def make_split(
     config: TrainConfig, samples: list[Sample], report: DataReport | None
 ) -> tuple[Split, tuple[str, ...]]:
-    """The split of the run that `init_lora` belongs to, or a new one; and what is doubtful about it.
+    """The split: a given one, that of the run of `init_lora`, or a new one; and what is doubtful about it.
 
     Raises:
         DataError: too few patients, near duplicates on two sides, or options that contradict that run.
     """
     start = run_folder(config.init_lora)
-    if start is not None:
+    if config.split_file is not None:
+        split, doubts = read_split(config.split_file, samples), ()
+    elif start is not None:
         split, doubts = read_split(start / SPLIT_FILE, samples), ()
         given = (config.fold_numbers or split.fold, config.split_unit)
         if given != (split.fold, split.unit):

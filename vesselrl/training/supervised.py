@@ -1,13 +1,15 @@
-"""The supervised objective.
+"""The supervised objectives.
 
-It is the control that reinforcement learning must beat, and the miniature's pre-training.
+They are the controls that reinforcement learning must beat, and the miniature's pre-training.
 """
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.experiment.config import TrainConfig
@@ -37,48 +39,128 @@ def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return cross_entropy + 1 - soft_dice
 
 
-class SupervisedUpdate:
-    """One supervised step on a batch; the same adapters, data order and number of passes as `PPOUpdate`."""
+# Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
+SKELETON_ITERATIONS = 10
 
-    def __init__(self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        self.policy = policy
+
+def mask_cldice_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """`mask_loss` and MONAI's soft-clDice loss, half and half.
+
+    Per image: 0.5 * mask_loss + 0.5 * (1 - 2 * tprec * tsens / (tprec + tsens)), where tprec is the share of
+    the prediction's soft skeleton inside the truth and tsens that of the truth's inside the prediction, both
+    with 1 added above and below. One half is the largest weight that Shit et al. (clDice, 2021) use and the
+    one that favours connectivity most; they add it to soft Dice, here it is added to BCE + soft Dice.
+
+    Args:
+        logits: (B, H, W) float.
+        truth: (B, H, W) float in {0, 1}.
+
+    Returns:
+        (B,) losses, at least 0.
+    """
+    from monai.losses import SoftclDiceLoss
+
+    # One channel, which is the vessel: there is no background to leave out.
+    cldice_loss = SoftclDiceLoss(iter_=SKELETON_ITERATIONS, reduction="none")
+    structure = cldice_loss(torch.sigmoid(logits)[:, None], truth[:, None])
+    return 0.5 * mask_loss(logits, truth) + 0.5 * structure
+
+
+SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce_dice": mask_loss,
+    "bce_dice_cldice": mask_cldice_loss,
+}
+
+
+class SupervisedSteps(ABC):
+    """Supervised steps of any model: the passes over a batch, with the self-checks at the first.
+
+    Args:
+        parameters: that are trained.
+        optimizer: of these.
+        config: loss, number of passes and largest gradient.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, config: TrainConfig
+    ) -> None:
+        self.parameters = parameters
         self.optimizer = optimizer
         self.config = config
+        self.loss = SFT_LOSSES[config.sft_loss]
         self.checked = False
+
+    @abstractmethod
+    def passes(self, batch: TrainBatch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """For each pass, the logits and truths of the images, all (H, W)."""
+
+    @abstractmethod
+    def distance(self) -> float:
+        """How far the model has moved from its start."""
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
         """The passes over one batch; returns the figures of the last.
 
         Raises:
-            LearningError: at the first step, when gradients do not reach the adapters; later, when a loss is
-                not finite.
+            LearningError: at the first step, when the model does not move; later, when a loss is not finite.
         """
         started = time.perf_counter()
-        self.policy.peft_model.train()  # LoRA dropout; the frozen model has none
-        inputs = self.policy.prepare(batch.images)
-        truths = [
-            torch.from_numpy(truth.astype(np.float32)).to(self.policy.model.device) for truth in batch.truths
-        ]
-        for _ in range(self.config.num_passes):
-            decoded = self.policy.decode(inputs, batch.keys)
-            logits = self.policy.logits(decoded, decoded.best(), inputs)
+        for logits, truths in self.passes(batch):
             loss = torch.cat(
-                [mask_loss(one[None], truth[None]) for one, truth in zip(logits, truths, strict=True)]
+                [self.loss(one[None], truth[None]) for one, truth in zip(logits, truths, strict=True)]
             )
             loss = loss.mean()
             checks.check_finite(loss)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if not self.checked:
-                checks.check_gradients(self.policy.peft_model)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.config.max_grad_norm)
+                self.check_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
             self.optimizer.step()
             if not self.checked:
-                checks.check_changed(adapter_delta_norm(self.policy.peft_model, self.policy.start))
+                checks.check_changed(self.distance())
                 self.checked = True
-        self.policy.peft_model.eval()
         return {
             "train/loss": float(loss.detach()),
             "train/grad_norm": float(norm),
             "time/step": time.perf_counter() - started,
         }
+
+    @abstractmethod
+    def check_gradients(self) -> None:
+        """The first gradients reach what is trained.
+
+        Raises:
+            LearningError: they do not.
+        """
+
+    @staticmethod
+    def truth(mask: np.ndarray, device: torch.device | str) -> Tensor:
+        """A mask as the target of the loss."""
+        return torch.from_numpy(mask.astype(np.float32)).to(device)
+
+
+class SupervisedUpdate(SupervisedSteps):
+    """Supervised steps of the adapters: the same adapters, data order and number of passes as `PPOUpdate`."""
+
+    def __init__(self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        super().__init__(list(policy.trainable.values()), optimizer, config)
+        self.policy = policy
+
+    def passes(self, batch: TrainBatch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The same images at every pass; LoRA dropout is on, the frozen model has none."""
+        self.policy.peft_model.train()
+        inputs = self.policy.prepare(batch.images)
+        truths = [self.truth(mask, self.policy.model.device) for mask in batch.truths]
+        for _ in range(self.config.num_passes):
+            decoded = self.policy.decode(inputs, batch.keys)
+            yield self.policy.logits(decoded, decoded.best(), inputs), truths
+        self.policy.peft_model.eval()
+
+    def check_gradients(self) -> None:
+        """Every adapter has a gradient, and nothing else has."""
+        checks.check_gradients(self.policy.peft_model)
+
+    def distance(self) -> float:
+        """Of the adapters from their start."""
+        return adapter_delta_norm(self.policy.peft_model, self.policy.start)

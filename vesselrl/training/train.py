@@ -10,7 +10,7 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,19 @@ from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
-from vesselrl.inference.predictor import Predictor
-from vesselrl.models.lora import adapter_delta_norm, check_scope, save_adapter, trainable_counts
+from vesselrl.models.lora import check_scope
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
+from vesselrl.training.control_learners import FrangiLearner, UNetLearner
+from vesselrl.training.diagnosis import Diagnosis
+from vesselrl.training.drift import DriftGuard
+from vesselrl.training.learner import AdapterLearner, Learner
 from vesselrl.training.learning_rate import warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
-from vesselrl.training.policy import MaskPolicy
-from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.run_data import SHEET_FILE, RunData, prepare_data, training_batches
 from vesselrl.training.setup import check_reward, load_policy, select_device
-from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +89,28 @@ def train(config: TrainConfig, argv: list[str], console: Console | None = None) 
         data = prepare_data(config, run)
         check_reward(reward, data)
         device = select_device(config.gpu)
-        policy = load_policy(config, device)
-        counts = data.counts | {"trainable": trainable_counts(policy.peft_model)}
+        learner = make_learner(config, device)
+        counts = data.counts | {"trainable": learner.counts}
         for component, count in counts["trainable"].items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
         batches = training_batches(config, data, run)
         origin = provenance(argv, device)
         run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
         bad_input.pop_all()  # from here on the folder stays
-    return _Training(config, run, data, batches, policy, reward, origin, counts).run(console)
+    return _Training(config, run, data, batches, learner, reward, origin, counts).run(console)
+
+
+def make_learner(config: TrainConfig, device: str) -> Learner:
+    """What the settings ask to train: a Sa2VA with adapters, or a control in its place.
+
+    Raises:
+        CheckpointError: unusable model or adapter folder.
+    """
+    if config.control == "unet":
+        return UNetLearner(config, device)
+    if config.control == "frangi":
+        return FrangiLearner()
+    return AdapterLearner(load_policy(config, device), config)
 
 
 class _Training:
@@ -109,7 +122,7 @@ class _Training:
         run: RunFolder,
         data: RunData,
         batches: BatchSource,
-        policy: MaskPolicy,
+        learner: Learner,
         reward: Reward,
         origin: dict,
         counts: dict,
@@ -118,30 +131,33 @@ class _Training:
         self.folder = run
         self.data = data
         self.batches = batches
-        self.policy = policy
+        self.learner = learner
         self.reward = reward
         self.origin = origin
         self.counts = counts
         self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
                        for k, s in enumerate(dataset.samples)}  # fmt: skip
-        self.predictor = Predictor(policy.model, policy.processor, config.prompt)
         self.best: Evaluation | None = None
-        self.best_values: dict[str, torch.Tensor] = policy.start
+        self.best_values = learner.start
+        self.num_steps = 0 if isinstance(learner, FrangiLearner) else batches.num_steps
 
     def run(self, console: Console | None) -> TrainResult:
         settings = self.config.to_dict() if self.config.use_wandb else None
-        with Monitor(self.folder, self.batches.num_steps, console, self.config.log_freq, settings) as monitor:
+        diagnosis = Diagnosis(self.config.max_grad_norm)
+        with Monitor(
+            self.folder, self.num_steps, console, self.config.log_freq, settings, diagnosis
+        ) as monitor:
             if (sheet := self.folder.path / SHEET_FILE).exists():
                 monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
             before = self._validate(0, monitor)
-            after = self._epochs(monitor) or before
-            self._save("final_lora")
-            delta_norm = adapter_delta_norm(self.policy.peft_model, self.policy.start)
-            if delta_norm == 0:
+            after = self._learn(monitor) or before
+            self._save(f"final_{self.learner.kind}")
+            delta_norm = self.learner.distance()
+            if delta_norm == 0 and self.num_steps:
                 raise LearningError(
-                    f"After {self.batches.num_steps} steps the adapter is exactly where it started: no "
-                    "sampled mask ever earned more than another. Check the reward (a constant one teaches "
-                    "nothing) and --learning_rate."
+                    f"After {self.num_steps} steps the adapter is exactly where it started: no sampled mask "
+                    "ever earned more than another, or every change had to be taken back (the log says so). "
+                    "Check the reward (a constant one teaches nothing) and --learning_rate."
                 )
             tested = self._test(monitor)
         info = {
@@ -152,10 +168,11 @@ class _Training:
             "best_metrics": headline(self.best),
             "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
             "best_val_dice": headline(self.best)["dice"],
-            "total_steps": self.batches.num_steps,
+            "total_steps": self.num_steps,
             "adapter_delta_norm": delta_norm,
             "grad_norm_max": monitor.grad_norm_max,
             "reward_time_share": monitor.reward_time_share,
+            "findings": [asdict(finding) for finding in monitor.findings],
             "metric_spec": METRIC_SPEC,
             "provenance": self.origin,
         }
@@ -167,20 +184,28 @@ class _Training:
         marks = dict.fromkeys((*self.data.val_marks, *self.data.test_marks))
         return TrainResult(self.folder.path, validation, test, info, tuple(marks))
 
+    def _learn(self, monitor: Monitor) -> Evaluation | None:
+        """Takes the steps, or lets a filter choose its settings; returns the last validation."""
+        if isinstance(self.learner, FrangiLearner):
+            self.learner.choose(self.data.train, monitor.bar("filter"))
+            self.best = None  # the training images have chosen; validation must not choose again
+            return self._validate(1, monitor)
+        return self._epochs(monitor)
+
     def _epochs(self, monitor: Monitor) -> Evaluation | None:
         optimizer = torch.optim.AdamW(
-            self.policy.trainable.values(),
+            self.learner.trainable.values(),
             lr=self.config.peak_learning_rate,
             weight_decay=self.config.weight_decay,
         )
+        guard = DriftGuard(self.learner, optimizer, headline(self.best)["dice"], monitor.note)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: warm_cosine(step, self.batches.num_steps, self.config.warmup_share, floor=0.1),
+            lambda step: (
+                guard.rate_factor * warm_cosine(step, self.batches.num_steps, self.config.warmup_share)
+            ),
         )
-        updates = {
-            "rl": PPOUpdate(self.policy, optimizer, self.reward, self.config),
-            "sft": SupervisedUpdate(self.policy, optimizer, self.config),
-        }
+        updates = self.learner.updates(optimizer, self.reward)
         step, end_of_epoch, latest = 0, 0, None
         for epoch in range(1, self.batches.num_epochs + 1):
             update = updates[self.config.stage_of_epoch(epoch, self.batches.num_epochs)]
@@ -188,37 +213,37 @@ class _Training:
             for batch in self.batches.epoch(epoch):
                 step += 1
                 rate = schedule.get_last_lr()[0]
-                figures = update.step(batch)
+                figures = guard.step(step, update, batch)
                 schedule.step()
                 monitor.log_step(step, figures | {"train/learning_rate": rate, "train/epoch": float(epoch)})
                 last_of_run = step == self.batches.num_steps
                 due = last_of_run or (step == end_of_epoch and not self.config.sanity_overfit)
                 if due or step % self.config.val_freq == 0:
                     latest = self._validate(step, monitor)
+                    if not last_of_run:  # the adapter of the last step is kept as it was validated
+                        guard.after_validation(step, headline(latest)["dice"])
             if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
                 self._save(f"checkpoint_epoch_{epoch}")
         return latest
 
     def _evaluate(self, side: str, monitor: Monitor, label: str) -> Evaluation:
         samples, marks = getattr(self.data, side), getattr(self.data, f"{side}_marks")
-        self.policy.peft_model.eval()
 
         def load(sample: Sample) -> tuple:
             dataset, index = self.pixels[sample.key]
             return dataset[index][:2]
 
-        result = evaluate(self.predictor.predict, samples, load, self.reward, monitor.bar(label))
+        result = evaluate(self.learner.predict, samples, load, self.reward, monitor.bar(label))
         return replace(result, marks=marks)
 
     def _validate(self, step: int, monitor: Monitor) -> Evaluation:
         result = self._evaluate("val", monitor, "validation")
         means = headline(result)
-        monitor.log(step, {f"val/{name}": value for name, value in means.items()})
-        logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+        monitor.log_validation(step, means)
         if self.best is None or means["reward"] > headline(self.best)["reward"]:
             self.best = result
-            self.best_values = self.policy.values()
-            self._save("best_lora")
+            self.best_values = self.learner.values()
+            self._save(f"best_{self.learner.kind}")
             write_evaluation(self.folder.path, "val_best", result, {"step": step})
         write_evaluation(
             self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}
@@ -229,9 +254,9 @@ class _Training:
         """Scores the untouched model and the best adapter on the test images, once."""
         if not self.data.test:
             return {}
-        with self.policy.at_start():
+        with self.learner.at(self.learner.start):
             before = self._evaluate("test", monitor, "test before")
-        with self.policy.at(self.best_values):
+        with self.learner.at(self.best_values):
             after = self._evaluate("test", monitor, "test after")
         for name, evaluation in (("test_before", before), ("test_after", after)):
             write_evaluation(self.folder.path, name, evaluation, {"threshold": 0.5, "run": self.folder.name})
@@ -244,17 +269,17 @@ class _Training:
         for key, rank in choose_cases(self.best.rows).items():
             dataset, index = self.pixels[key]
             image, truth, _ = dataset[index]
-            with self.policy.at_start():
-                first = self.predictor.predict(image).mask
-            with self.policy.at(self.best_values):
-                last = self.predictor.predict(image).mask
+            with self.learner.at(self.learner.start):
+                first = self.learner.predict(image).mask
+            with self.learner.at(self.best_values):
+                last = self.learner.predict(image).mask
             cases.append(Case(key, image, truth, first, last, rank))
         panels = [(case.key, case.image, case.truth, case.before, case.after) for case in cases]
         plot_panels(panels, self.folder.path / "panel.png")
         write_cases(self.folder.path, cases)
 
     def _save(self, name: str) -> None:
-        save_adapter(self.policy.peft_model, self.folder.path / name)
+        self.learner.save(self.folder.path / name)
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
