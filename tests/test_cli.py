@@ -48,6 +48,7 @@ PARTS = {
     "data draw": options.DataDraw,
     "bench scoring": options.BenchScoring,
     "bench caching": options.BenchCaching,
+    "bench learning": options.BenchLearning,
 } | {verb: getattr(options, verb.capitalize()) for verb in VERBS if verb not in ("train", "data", "bench")}
 
 

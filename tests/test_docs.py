@@ -15,6 +15,8 @@ import vesselrl
 from vesselrl import cli
 from vesselrl.data.annotations import find_samples, load_mask
 from vesselrl.experiment.config import TrainConfig
+from vesselrl.scoring.rewards import MultiObjectiveReward
+from vesselrl.training.goals import Goals
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -194,6 +196,11 @@ def test_the_records_shown_can_be_read(tmp_path: Path) -> None:
 def test_the_glossary_has_every_logged_key_and_no_other(debug_run: Path) -> None:
     lines = (debug_run / "metrics.jsonl").read_text().splitlines()
     logged = {key for line in lines for key in json.loads(line)}
+    floors = ("dice", "recall", "precision")
+    goals = Goals(MultiObjectiveReward(), dict.fromkeys(floors, 0.5))  # --objective constrained
+    logged |= goals.update([(1, 1, 1)]).keys()
+    terms = goals.overlap_terms(1, 1, 1)
+    logged |= {f"train/{kind}/{name}" for kind in ("reward", "reward_std") for name in terms}
     assert first_column(section(HOW_IT_WORKS, "Every logged key")) == logged
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "vesselrl"
 
 MAY_IMPORT = {
     "cli": "options benchmarks training evaluation inference data models scoring experiment doctor",
-    "benchmarks": "training data scoring experiment",
+    "benchmarks": "training evaluation data scoring experiment",
     "training": "evaluation inference data models scoring experiment",
     "evaluation": "inference data models scoring experiment",
     "inference": "data models scoring",

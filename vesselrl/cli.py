@@ -23,6 +23,7 @@ from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
 from vesselrl.experiment.runs import RunError
 from vesselrl.options import (
     BenchCaching,
+    BenchLearning,
     BenchScoring,
     Compare,
     DataCheck,
@@ -194,8 +195,9 @@ def draw_data_set(rest: list[str]) -> int:
 
 
 def run_bench(rest: list[str]) -> int:
-    """Measure the speed of this machine: bench scoring, bench caching."""
-    return run_part("bench", {"scoring": bench_scoring, "caching": bench_caching}, rest)
+    """Measure: speed of this machine (scoring, caching), PPO against its controls (learning)."""
+    parts = {"scoring": bench_scoring, "caching": bench_caching, "learning": bench_learning}
+    return run_part("bench", parts, rest)
 
 
 def bench_scoring(rest: list[str]) -> int:
@@ -220,6 +222,21 @@ def bench_caching(rest: list[str]) -> int:
     result = benchmark_caching(samples, num_rounds=args.num_rounds)
     print(json.dumps(result, indent=1) if args.json else format_caching(result))
     return int(not all(row["same_losses"] for row in result.values()))
+
+
+def bench_learning(rest: list[str]) -> int:
+    """Train PPO and its controls, and judge whether it beats them."""
+    args = parse(BenchLearning, rest, "bench learning")
+    from vesselrl.benchmarks.learning import benchmark_learning
+
+    options = {"reduced": args.reduced, "workers": args.workers, "data_root": args.data_root}
+    argv = ["vesselrl", "bench", "learning", *rest]
+    result = benchmark_learning(args.suite, args.seeds, Path(args.output_dir), **options, argv=argv)
+    print("\n".join(result.verdicts))
+    print(f"Written: {', '.join(map(str, result.files))}")
+    for name, error in result.failures.items():
+        print(f"error: {name} failed: {error}", file=sys.stderr)
+    return int(bool(result.failures))
 
 
 def run_doctor(rest: list[str]) -> int:

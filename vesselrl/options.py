@@ -160,6 +160,23 @@ class BenchCaching:
 
 
 @dataclass(frozen=True)
+class BenchLearning:
+    """Train PPO and all its controls on one data split, and judge on test patients whether it beats them."""
+
+    suite: Literal["synthetic", "coronary80", "chase_db1"] = "synthetic"
+    # Trainings per arm; the seeds are 42, 43, ...
+    seeds: int = 3
+    # Few images: to see the whole way in minutes, not to claim anything.
+    reduced: bool = False
+    # Trainings at a time, one thread each.
+    workers: int = 2
+    # Finished arms are kept here and not trained again.
+    output_dir: str = "output/bench_learning"
+    # Data set of the suite; none: ../shared/data/SUITE, or the built-in synthetic angiograms.
+    data_root: str | None = None
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Look at machine, packages, model folder and data before a long run."""
 

@@ -1,0 +1,146 @@
+"""What the learning benchmark compares: the arms, the suites, and every size in one table.
+
+An arm is a way to get masks: a training, or another post-processing of what a training predicts. C0 to C7 are
+the controls that reinforcement learning must beat.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+SPLIT_SEED = 42
+FIRST_SEED = 42  # of the trainings: 42, 43, ...
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the comparison.
+
+    Attributes:
+        name: of its folder.
+        label: in the report.
+        settings: fields of `TrainConfig` that its training changes; None: nothing is trained.
+        sources: whose predictions it takes, its own if empty; of several, the one whose tuned masks have the
+            highest validation reward.
+        post: what is tuned on validation: nothing (threshold 0.5), the threshold, or the threshold and the
+            smallest component.
+    """
+
+    name: str
+    label: str
+    settings: dict[str, Any] | None = field(default=None, hash=False)
+    sources: tuple[str, ...] = ()
+    post: Literal["none", "threshold", "component"] = "none"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it has predictions of its own."""
+        return not self.sources
+
+
+ARMS = (
+    Arm("base", "C0 untouched base"),
+    Arm("base_tuned", "C1 base, tuned threshold", sources=("base",), post="threshold"),
+    Arm("sft", "C2 supervised", {"stage": "sft"}),
+    Arm("sft_tuned", "C3 supervised, tuned threshold", sources=("sft",), post="threshold"),
+    Arm("sft_cldice", "C4 supervised with soft clDice", {"stage": "sft", "sft_loss": "bce_dice_cldice"}),
+    Arm("unet", "C5 U-Net from scratch", {"control": "unet"}),
+    Arm("frangi", "C6 Frangi filter", {"control": "frangi"}),
+    Arm("sft_filtered", "C7 best of C2 to C4, filtered",
+        sources=("sft", "sft_cldice"), post="component"),
+    Arm("rl", "PPO", {"stage": "rl"}),
+    Arm("rl_filtered", "PPO, filtered", sources=("rl",), post="component"),
+    Arm("sft_rl", "supervised then PPO", {"stage": "sft+rl"}),
+    Arm("sft_rl_filtered", "supervised then PPO, filtered",
+        sources=("sft_rl",), post="component"),
+)  # fmt: skip
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+RL_ARMS = ("rl", "rl_filtered", "sft_rl", "sft_rl_filtered")
+# The strongest of these on validation is the control that must be beaten.
+STRONG_CONTROLS = ("sft", "sft_tuned", "sft_cldice", "sft_filtered")
+# Those that are compared at the recall of the RL arm, with their predictions.
+EQUAL_RECALL = {"base_tuned": "base", "sft_tuned": "sft"}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Images, sizes and schedule, the same for every arm.
+
+    Attributes:
+        name: on the command line, and of the folder.
+        title: in the report.
+        data_root: default folder; None: the built-in synthetic target domain.
+        num_val_patients: patients of the published training half that validate; None: no published halves,
+            the split is the ordinary one by patient.
+        dropped: file names without ending that no side gets.
+        num_train: most training images; None: all. Likewise `num_val` and `num_test`.
+        settings: fields of `TrainConfig` for every training.
+    """
+
+    name: str
+    title: str
+    data_root: str | None = None
+    num_val_patients: int | None = None
+    dropped: tuple[str, ...] = ()
+    num_train: int | None = None
+    num_val: int | None = None
+    num_test: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+# ---- Every size ----
+
+SUITES = {
+    "synthetic": Suite(
+        "synthetic", "the built-in synthetic target domain",
+        num_train=500, num_val=100,
+        settings={"num_epochs": 2, "batch_size": 2, "num_passes": 2, "val_freq": 125},
+    ),
+    # train_017 and train_030 are frames of runs that the test half shows as well.
+    "coronary80": Suite(
+        "coronary80", "coronary80, its published halves",
+        data_root="../shared/data/coronary80", num_val_patients=8, dropped=("train_017", "train_030"),
+        settings={"num_epochs": 8, "batch_size": 2, "num_passes": 2, "val_freq": 30},
+    ),
+    "chase_db1": Suite(
+        "chase_db1", "CHASE_DB1, its published halves",
+        data_root="../shared/data/chase_db1", num_val_patients=2,
+        settings={"num_epochs": 8, "batch_size": 2, "num_passes": 2, "val_freq": 32},
+    ),
+}  # fmt: skip
+# What --reduced changes: to see the whole way in minutes, not to claim anything.
+REDUCED = {
+    "synthetic": {"num_train": 150, "num_val": 40, "num_test": 52, "epochs": 2},
+    "coronary80": {"epochs": 2},
+    "chase_db1": {"epochs": 2},
+}
+
+
+def get_suite(name: str, reduced: bool = False) -> Suite:
+    """A suite by name, in full or reduced; a reduced one has a folder of its own.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in SUITES:
+        raise ValueError(f"--suite is {name!r}; choose one of {', '.join(SUITES)}.")
+    suite = SUITES[name]
+    if not reduced:
+        return suite
+    sizes = dict(REDUCED[name])
+    settings = suite.settings | {"num_epochs": sizes.pop("epochs")}
+    return replace(suite, name=f"{name}_reduced", title=f"{suite.title}, reduced", settings=settings, **sizes)
+
+
+def get_seeds(number: int) -> tuple[int, ...]:
+    """The training seeds of so many trainings per arm.
+
+    Raises:
+        ValueError: fewer than one.
+
+    >>> get_seeds(3)
+    (42, 43, 44)
+    """
+    if number < 1:
+        raise ValueError(f"--seeds is {number}; give the number of seeds, at least 1.")
+    return tuple(range(FIRST_SEED, FIRST_SEED + number))
