@@ -94,25 +94,25 @@ SUITES = {
     "synthetic": Suite(
         "synthetic", "the built-in synthetic target domain",
         num_train=500, num_val=100,
-        settings={"num_epochs": 2, "batch_size": 2, "num_passes": 2, "val_freq": 125},
+        settings={"num_epochs": 3, "batch_size": 1, "num_passes": 2, "val_freq": 500},
     ),
     # train_017 and train_030 are frames of runs that the test half shows as well.
     "coronary80": Suite(
         "coronary80", "coronary80, its published halves",
         data_root="../shared/data/coronary80", num_val_patients=8, dropped=("train_017", "train_030"),
-        settings={"num_epochs": 8, "batch_size": 2, "num_passes": 2, "val_freq": 30},
+        settings={"num_epochs": 9, "batch_size": 1, "num_passes": 2, "val_freq": 90},
     ),
     "chase_db1": Suite(
         "chase_db1", "CHASE_DB1, its published halves",
         data_root="../shared/data/chase_db1", num_val_patients=2,
-        settings={"num_epochs": 8, "batch_size": 2, "num_passes": 2, "val_freq": 32},
+        settings={"num_epochs": 9, "batch_size": 1, "num_passes": 2, "val_freq": 96},
     ),
 }  # fmt: skip
 # What --reduced changes: to see the whole way in minutes, not to claim anything.
 REDUCED = {
     "synthetic": {"num_train": 150, "num_val": 40, "num_test": 52, "epochs": 2},
-    "coronary80": {"epochs": 2},
-    "chase_db1": {"epochs": 2},
+    "coronary80": {"epochs": 3},
+    "chase_db1": {"epochs": 3},
 }
 
 
