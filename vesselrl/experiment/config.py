@@ -286,7 +286,7 @@ class TrainConfig:
 PRESETS: dict[str, TrainConfig] = {
     # Minutes on two CPU cores with the embedded model: see whether everything works.
     "quick": TrainConfig(
-        num_epochs=1, max_train_samples=50, max_val_samples=20, batch_size=1, num_passes=4, val_freq=50
+        num_epochs=1, max_train_samples=50, max_val_samples=20, num_passes=4, val_freq=25
     ),
     # The real thing: supervised, then PPO; with the embedded model under an hour on two CPU cores.
     "full": TrainConfig(
