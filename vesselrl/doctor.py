@@ -15,8 +15,8 @@ from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(
-    "accelerate imagehash jinja2 matplotlib monai numba numpy opencv-python-headless peft pillow rich safetensors"
-    " scikit-image scipy tensorboard tokenizers torch transformers tyro".split()
+    "accelerate imagehash jinja2 matplotlib monai numba numpy opencv-python-headless peft pillow rich"
+    " safetensors scikit-image scipy tensorboard tokenizers torch transformers tyro".split()
 )
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
