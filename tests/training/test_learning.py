@@ -311,3 +311,44 @@ def test_mask_loss_by_hand() -> None:
     assert float(mask_loss(logits, truth)) == pytest.approx(np.log(2) + 1 - dice)
     sure = torch.tensor([[[50.0, -50.0]]])
     assert float(mask_loss(sure, truth)) == pytest.approx(0, abs=1e-6)
+
+
+def test_specks_below_the_smallest_component_are_not_in_the_scored_masks() -> None:
+    """The greedy mask is scored as it will be used: with a filter of 9 px the 2 x 2 speck is gone."""
+    policy = ToyPolicy(24)
+    truth = np.zeros((24, 24), bool)
+    truth[11:13, 2:22] = True
+    with torch.no_grad():
+        policy.table.copy_(torch.where(torch.from_numpy(truth), 9.0, -9.0))
+        policy.table[2:4, 2:4] = 9.0
+    batch = TrainBatch(["a"], [np.zeros((24, 24, 3), np.uint8)], [truth], [topology(truth)])
+    optimizer = torch.optim.SGD([policy.table], lr=0.0)
+    foreground = []
+    for smallest in (0, 9):
+        update = PPOUpdate(
+            policy, optimizer, MultiObjectiveReward(), replace(SETTINGS, min_component_px=smallest)
+        )
+        figures = update.collect(batch, [policy.table.detach()], torch.zeros(1, 1, dtype=torch.long)).metrics
+        foreground.append(figures["train/foreground"])
+    assert foreground == [pytest.approx(44 / 40), 1.0]
+
+
+def test_the_supervised_loss_beside_ppo_moves_what_no_reward_moves() -> None:
+    """A reward that pays next to nothing: with `sft_coef` the mask is learned all the same."""
+
+    class Nothing(MultiObjectiveReward):
+        def overlap_terms(self, tp, fp, fn):
+            return {"dice": 1e-6 * np.asarray(tp, float)}
+
+        def structure_terms(self, pred, gt, gt_topology=None):
+            return {}
+
+    dice = []
+    for coefficient in (0.0, 1.0):
+        policy = ToyPolicy()
+        optimizer = torch.optim.SGD([policy.table], lr=50.0)
+        update = PPOUpdate(policy, optimizer, Nothing(), replace(SETTINGS, sft_coef=coefficient, kl_coef=0.0))
+        update.checked = True
+        dice.append([update.step(drawn_batch(16, 1))["train/dice"] for _ in range(40)][-1])
+    assert dice[0] < 0.1
+    assert dice[1] > 0.9
