@@ -11,6 +11,7 @@ from vesselrl.experiment.config import get_preset
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.models.sa2va import DecodedMasks
+from vesselrl.scoring.metrics import dice
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo as ppo_module
@@ -343,12 +344,34 @@ def test_the_supervised_loss_beside_ppo_moves_what_no_reward_moves() -> None:
         def structure_terms(self, pred, gt, gt_topology=None):
             return {}
 
-    dice = []
+    learned = []
     for coefficient in (0.0, 1.0):
         policy = ToyPolicy()
         optimizer = torch.optim.SGD([policy.table], lr=50.0)
         update = PPOUpdate(policy, optimizer, Nothing(), replace(SETTINGS, sft_coef=coefficient, kl_coef=0.0))
         update.checked = True
-        dice.append([update.step(drawn_batch(16, 1))["train/dice"] for _ in range(40)][-1])
-    assert dice[0] < 0.1
-    assert dice[1] > 0.9
+        learned.append([update.step(drawn_batch(16, 1))["train/dice"] for _ in range(40)][-1])
+    assert learned[0] < 0.1
+    assert learned[1] > 0.9
+
+
+def test_a_rollout_keeps_the_policy_that_drew_it_and_the_credit_of_the_mask_in_use() -> None:
+    """Old log-probabilities are those of the logits; credit is that in the greedy mask, not in drawn ones."""
+    policy = ToyPolicy()
+    logits = 2 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    batch = drawn_batch(16, 1)
+    optimizer = torch.optim.SGD([policy.table], lr=0.0)
+    update = PPOUpdate(policy, optimizer, SimpleDiceReward(), replace(SETTINGS, temperature=1.5))
+    rollout = update.collect(batch, [logits], torch.zeros(1, 1, dtype=torch.long))
+    policy_then = torch.distributions.Bernoulli(logits=logits / 1.5)
+    wanted = torch.stack(
+        [policy_then.log_prob(torch.zeros(16, 16)), policy_then.log_prob(torch.ones(16, 16))]
+    )
+    assert torch.allclose(rollout.old_logprobs[0], wanted, atol=1e-5)
+    greedy, truth = (logits > 0).numpy(), batch.truths[0]
+    assert all(not np.array_equal(mask, greedy) for mask in rollout.masks[0].numpy())
+    for row, column in [(0, 0), (8, 3), (5, 5), (15, 2), (9, 9)]:
+        on, off = greedy.copy(), greedy.copy()
+        on[row, column], off[row, column] = True, False
+        worth = 10 * (dice(on, truth) - dice(off, truth))
+        assert float(rollout.credit[0][row, column]) == pytest.approx(worth, abs=1e-4)
