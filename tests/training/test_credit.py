@@ -9,9 +9,9 @@ from vesselrl.training.credit import (
     against_others,
     assign_credit,
     choose_regions,
+    on_minus_off,
     overlap_counts,
     overlap_credit,
-    region_gains,
     spread,
 )
 
@@ -114,7 +114,9 @@ def test_gains_are_on_minus_off() -> None:
     """Score by area: flipping a region that is on loses its area, so being on is worth it either way."""
     greedy = np.zeros((2, 4), bool)
     greedy[:, :2] = True
-    gains = region_gains([greedy, ~greedy], greedy, lambda mask: np.array([mask.sum(), 1.0]))
+    flipped = [{"area": float((greedy ^ region).sum()), "custom": 1.0} for region in (greedy, ~greedy)]
+    present = {"area": float(greedy.sum()), "custom": 1.0}
+    gains = on_minus_off(present, flipped, np.array([False, True]))
     assert gains.tolist() == [[4.0, 0.0], [4.0, 0.0]]
 
 
@@ -148,6 +150,21 @@ def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
     assert result.custom[1, 1] == pytest.approx(2.0)
     assert not result.structure.any()
     assert result.terms["custom"].tolist() == [2.0]
+
+
+def test_structure_is_scored_once_per_mask_and_once_per_region(truth: np.ndarray) -> None:
+    """As docs/rewards.md promises to whoever brings a slow function: drawn masks, greedy mask, regions."""
+    calls = []
+
+    def counted(pred: np.ndarray, gt: np.ndarray) -> float:
+        calls.append(1)
+        return 0.0
+
+    reward = SimpleDiceReward(custom=counted)
+    masks = np.stack([noisy(truth, seed) for seed in range(3)])
+    result = assign_credit(masks, truth, truth, topology(truth), reward, EVEN, 5, np.random.default_rng(0))
+    assert result.num_regions == 5
+    assert len(calls) == 3 + 1 + 5
 
 
 def test_regions_are_connected_and_shared_between_components_and_departures() -> None:

@@ -49,6 +49,9 @@ class Toy:
     def values(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight.detach().clone()}
 
+    def restore(self, values: dict[str, torch.Tensor]) -> None:
+        self.weight.data.copy_(values["weight"])
+
     def step(self, batch: object) -> dict[str, float]:
         self.weight.data += 1
         self.optimizer.state[self.weight] = {"step": 1}

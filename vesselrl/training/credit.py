@@ -11,7 +11,6 @@ credit of all their pixels. Regions are where a drawn mask departs from the gree
 lost) and the greedy mask's own components (a speck that could go).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,16 +86,12 @@ def assign_credit(
         for name, value in values.items():
             terms.setdefault(name, []).append(value)
 
-    def score(mask: np.ndarray) -> np.ndarray:
-        values = reward.structure_terms(mask, truth, truth_topology)
-        custom = values.pop("custom", 0.0)
-        return np.array([sum(values.values()), custom], np.float32)
-
+    greedy_structure = reward.structure_terms(greedy, truth, truth_topology)
     # Without structure terms there is nothing for a region to earn.
-    has_structure = bool(reward.structure_terms(truth, truth, truth_topology))
-    regions = choose_regions(masks, greedy, num_regions if has_structure else 0, rng)
-    gains = region_gains(regions, greedy, score)
+    regions = choose_regions(masks, greedy, num_regions if greedy_structure else 0, rng)
     additions = np.array([not greedy[region].any() for region in regions], bool)
+    flipped = [reward.structure_terms(greedy ^ region, truth, truth_topology) for region in regions]
+    gains = on_minus_off(greedy_structure, flipped, additions)
     masses = np.array([undecided[region].sum() for region in regions])
     arrays = {name: np.array(values) for name, values in terms.items()}
     greedy_counts = overlap_counts(greedy, truth)
@@ -107,7 +102,7 @@ def assign_credit(
         custom=spread(regions, gains[:, 1], truth.shape),
         rewards=np.sum(list(arrays.values()), axis=0),
         terms=arrays,
-        greedy_reward=float(greedy_overlap + score(greedy).sum()),
+        greedy_reward=float(greedy_overlap + sum(greedy_structure.values())),
         greedy_counts=greedy_counts,
         num_regions=len(regions),
     )
@@ -141,22 +136,23 @@ def total_overlap(reward: CreditedReward, tp: int, fp: int, fn: int) -> float:
     return float(sum(reward.overlap_terms(tp, fp, fn).values()))
 
 
-def region_gains(
-    regions: list[np.ndarray], greedy: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
+def on_minus_off(
+    present: dict[str, float], flipped: list[dict[str, float]], additions: np.ndarray
 ) -> np.ndarray:
-    """(N, T): what each of N regions is worth being on rather than off, by T scores.
+    """(N, 2): what N regions are worth being on rather than off, by topology and length, and by custom.
 
     Args:
-        regions: boolean masks (H, W), each wholly on or wholly off in the greedy mask; flipped alone.
-        greedy: (H, W) bool, what they are flipped in.
-        score: mask (H, W) -> T numbers.
+        present: structure terms of the greedy mask.
+        flipped: the same with each region flipped alone.
+        additions: (N,) bool, regions that are off in the greedy mask; the others are on.
     """
-    present = score(greedy)
-    gains = np.zeros((len(regions), len(present)), np.float32)
-    for gain, region in zip(gains, regions, strict=True):
-        flipped = score(greedy ^ region) - present
-        gain[:] = -flipped if greedy[region].any() else flipped
-    return gains
+
+    def parts(terms: dict[str, float]) -> tuple[float, float]:
+        shape = sum(value for name, value in terms.items() if name != "custom")
+        return shape, terms.get("custom", 0.0)
+
+    gains = np.array([parts(terms) for terms in flipped]).reshape(-1, 2) - parts(present)
+    return np.where(additions[:, None], gains, -gains).astype(np.float32)
 
 
 def against_others(gains: np.ndarray, additions: np.ndarray, masses: np.ndarray) -> np.ndarray:

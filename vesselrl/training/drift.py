@@ -95,8 +95,7 @@ class DriftGuard:
 
     def _go_back(self, number: int, sign: str) -> None:
         good_step, values = self._good
-        for name, parameter in self.learner.trainable.items():
-            parameter.data.copy_(values[name])
+        self.learner.restore(values)
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         self._history.forget_recent()

@@ -111,8 +111,7 @@ class AdapterLearner(Learner):
 
     def restore(self, values: dict[str, torch.Tensor]) -> None:
         """Puts adapters back."""
-        for name, parameter in self.trainable.items():
-            parameter.data.copy_(values[name])
+        self.policy.restore(values)
 
     def distance(self) -> float:
         """Euclidean distance of the adapters from their start."""

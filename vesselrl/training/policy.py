@@ -129,17 +129,18 @@ class MaskPolicy:
     def at(self, values: dict[str, Tensor]) -> Iterator[None]:
         """The model with other adapter values, for the length of a `with` block."""
         now = self.values()
-        self._write(values)
+        self.restore(values)
         try:
             yield
         finally:
-            self._write(now)
+            self.restore(now)
 
     def at_start(self) -> AbstractContextManager[None]:
         """The model with its starting adapter, for the length of a `with` block."""
         return self.at(self.start)
 
-    def _write(self, values: dict[str, Tensor]) -> None:
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Puts trainable values back."""
         for name, parameter in self.trainable.items():
             parameter.data.copy_(values[name])
 
