@@ -110,15 +110,18 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(Predict, rest, "predict")
+    from vesselrl.evaluation.held_out import run_folder, run_settings, smallest_component
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
 
+    settings = run_settings(run_folder(args.lora_weights))
     predictor = Predictor.from_pretrained(
         args.base_model,
         args.lora_weights,
         use_bf16=args.use_bf16,
         prompt=args.prompt,
         threshold=args.threshold,
+        min_component_px=smallest_component(args.min_component_px, settings),
     )
     with bar("predicting") as progress:
         rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))

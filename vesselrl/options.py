@@ -27,6 +27,8 @@ class Evaluate:
     output_dir: str | None = None
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
+    # Smallest component in px that masks keep; none: the run's own, or 0 = all.
+    min_component_px: int | None = None
     # none: the run's own.
     prompt: str | None = None
     patient_pattern: str | None = None
@@ -56,6 +58,8 @@ class Predict:
     lora_weights: str | None = None
     output_dir: str = "output/predictions"
     threshold: float = 0.5
+    # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
+    min_component_px: int | None = None
     prompt: str = "Please segment the blood vessel."
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False

@@ -1,21 +1,14 @@
 """Credit assignment against brute force: flip one pixel or one region, score again."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from vesselrl.scoring.masks import drop_small_components
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
-from vesselrl.training.credit import (
-    against_others,
-    assign_credit,
-    choose_regions,
-    on_minus_off,
-    overlap_counts,
-    overlap_credit,
-    spread,
-)
-
-EVEN = np.ones((24, 24), np.float32)  # every pixel is undecided
+from vesselrl.training.credit import assign_credit, overlap_counts, overlap_credit
 
 
 @pytest.fixture
@@ -64,27 +57,41 @@ def gap(truth: np.ndarray) -> np.ndarray:
     return mask
 
 
-def test_region_credit_is_the_change_of_the_whole_region(truth: np.ndarray) -> None:
-    """A bar that closes a gap: its pixels share R(with) - R(without) of the structure terms."""
-    reward = MultiObjectiveReward()
+def probability(greedy: np.ndarray) -> np.ndarray:
+    """So sure that no lower threshold shows anything else."""
+    return np.where(greedy, 0.95, 0.02).astype(np.float32)
+
+
+def keep_all(mask: np.ndarray) -> np.ndarray:
+    return mask
+
+
+def credit_of(sample: np.ndarray, on: np.ndarray, truth: np.ndarray, reward, count: int, used=keep_all):
+    rng = np.random.default_rng(0)
+    return assign_credit(sample[None], on, truth, topology(truth), reward, used, count, rng)
+
+
+@pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice"])
+def test_the_credit_of_a_region_adds_up_to_what_flipping_it_changes(
+    truth: np.ndarray, reward_type: str
+) -> None:
+    """A bar that closes a gap, and the smaller of the two pieces that it joins: R(with) - R(without)."""
+    reward = get_reward_function(reward_type, custom=lambda pred, gt: float(pred.sum()) / 100)
     greedy = truth & ~gap(truth)
-    wanted = sum(reward.structure_terms(truth, truth).values()) - sum(
-        reward.structure_terms(greedy, truth).values()
-    )
-    assert wanted > 0
-    result = assign_credit(
-        truth[None], greedy, truth, topology(truth), reward, EVEN, 9, np.random.default_rng(0)
-    )
-    assert result.num_regions == 2  # the gap, and the smaller of the two pieces
-    assert result.structure[gap(truth)] == pytest.approx(wanted, abs=1e-5)
+    result = credit_of(truth, probability(greedy), truth, reward, 9)
+    credit = result.overlap + result.structure + result.custom
+    without = reward(greedy, truth)[0]
+    assert result.num_regions == 2
+    assert credit[gap(truth)].sum() == pytest.approx(reward(truth, truth)[0] - without, abs=1e-4)
+    piece = np.zeros_like(truth)
+    piece[10:13, 2:6] = True
+    assert credit[piece].sum() == pytest.approx(without - reward(greedy & ~piece, truth)[0], abs=1e-4)
+    assert (result.structure[gap(truth)] > 0).all() == (reward_type == "multi_objective")
 
 
 def test_region_credit_of_a_lost_piece_is_on_minus_off(truth: np.ndarray) -> None:
     """The sample drops a piece that the greedy mask has; the credit still says what being ON is worth."""
-    sample = truth & ~gap(truth)
-    result = assign_credit(
-        sample[None], truth, truth, topology(truth), MultiObjectiveReward(), EVEN, 4, np.random.default_rng(0)
-    )
+    result = credit_of(truth & ~gap(truth), probability(truth), truth, MultiObjectiveReward(), 4)
     assert result.num_regions == 1  # the tree itself is never flipped
     assert np.array_equal(result.structure > 0, gap(truth))
 
@@ -93,44 +100,49 @@ def test_a_speck_of_the_greedy_mask_is_tried_without_it(truth: np.ndarray) -> No
     """No sample differs, yet the speck is found: R(on) - R(off) < 0."""
     greedy = truth.copy()
     greedy[20:22, 3:5] = True
-    reward = MultiObjectiveReward()
-    result = assign_credit(
-        greedy[None], greedy, truth, topology(truth), reward, EVEN, 4, np.random.default_rng(0)
-    )
+    result = credit_of(greedy, probability(greedy), truth, MultiObjectiveReward(), 4)
     assert result.num_regions == 1
     assert np.array_equal(result.structure < 0, greedy & ~truth)
 
 
-def test_regions_are_measured_against_the_others_of_their_kind() -> None:
-    """By hand: additions 6, 1 and 2 of mass 1, 1 and 3; the means of the others are 7/4, 3 and 7/2."""
-    gains, additions = np.array([6.0, 1.0, 2.0, 5.0]), np.array([True, True, True, False])
-    masses = np.array([1.0, 1.0, 3.0, 2.0])
-    result = against_others(gains, additions, masses)
-    assert result == pytest.approx([4.25, -2.0, -1.5, 5.0])  # the lone removal keeps its gain
-    assert against_others(gains[:0], additions[:0], masses[:0]).shape == (0,)
+def test_a_link_earns_what_it_saves_from_removal(truth: np.ndarray) -> None:
+    """Pieces below 20 px are removed: the gap's 9 px bring back the 12 px behind it, and earn them too."""
+    reward = MultiObjectiveReward()
+    used = partial(drop_small_components, min_px=20)
+    greedy = truth & ~gap(truth)
+    tree = used(greedy)
+    assert np.count_nonzero(greedy & ~tree) == 12
+    greedy[20:22, 3:5] = True  # a speck, which is removed before and after
+    on = probability(greedy)
+    on[gap(truth)] = 0.3
+    result = credit_of(greedy, on, truth, reward, 9, used)  # no sample closes the gap: a link does
+    # The link, once per level; the piece that is removed anyway is not flipped.
+    assert result.num_regions == 2
+    credit = result.overlap + result.structure
+    wanted = reward(truth, truth)[0] - reward(tree, truth)[0]
+    assert credit[gap(truth)].sum() == pytest.approx(wanted, abs=1e-4)
+    assert result.greedy_reward == pytest.approx(reward(tree, truth)[0], abs=1e-5)
+    assert result.greedy_counts == overlap_counts(tree, truth)
+    # Pixels of the removed piece keep their own credit, and it pays to put them back.
+    assert (result.overlap[greedy & ~tree & truth] > 0).all()
+    assert not result.structure[greedy & ~tree].any()
 
 
-def test_gains_are_on_minus_off() -> None:
-    """Score by area: flipping a region that is on loses its area, so being on is worth it either way."""
-    greedy = np.zeros((2, 4), bool)
-    greedy[:, :2] = True
-    flipped = [{"area": float((greedy ^ region).sum()), "custom": 1.0} for region in (greedy, ~greedy)]
-    present = {"area": float(greedy.sum()), "custom": 1.0}
-    gains = on_minus_off(present, flipped, np.array([False, True]))
-    assert gains.tolist() == [[4.0, 0.0], [4.0, 0.0]]
-
-
-def test_regions_that_overlap_share_their_mean() -> None:
-    left, both = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
-    left[:, :1], both[:, :2] = True, True
-    credit = spread([left, both], np.array([6.0, 1.0]), (2, 4))
-    assert credit.tolist() == [[3.5, 1.0, 0.0, 0.0]] * 2
+def test_drawn_masks_are_scored_as_they_are_used(truth: np.ndarray) -> None:
+    sample = truth.copy()
+    sample[20:22, 3:5] = True
+    reward = MultiObjectiveReward()
+    used = partial(drop_small_components, min_px=20)
+    assert credit_of(sample, probability(truth), truth, reward, 0, used).rewards == pytest.approx([6.15])
+    assert credit_of(sample, probability(truth), truth, reward, 0).rewards[0] < 6.1
 
 
 def test_rewards_and_terms_add_up(truth: np.ndarray) -> None:
     reward = MultiObjectiveReward()
     samples = np.stack([noisy(truth, seed) for seed in range(3)])
-    result = assign_credit(samples, truth, truth, topology(truth), reward, EVEN, 2, np.random.default_rng(0))
+    result = assign_credit(
+        samples, probability(truth), truth, topology(truth), reward, keep_all, 2, np.random.default_rng(0)
+    )
     for k, sample in enumerate(samples):
         assert result.rewards[k] == pytest.approx(reward(sample, truth)[0], abs=1e-6)
         assert sum(values[k] for values in result.terms.values()) == pytest.approx(result.rewards[k])
@@ -144,11 +156,9 @@ def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
     sample = truth.copy()
     sample[:4, :4] = True
     reward = SimpleDiceReward(custom=corner, custom_weight=2.0)
-    result = assign_credit(
-        sample[None], truth, truth, topology(truth), reward, EVEN, 4, np.random.default_rng(0)
-    )
-    assert result.custom[1, 1] == pytest.approx(2.0)
-    assert not result.structure.any()
+    result = credit_of(sample, probability(truth), truth, reward, 4)
+    assert result.custom[:4, :4].sum() == pytest.approx(2.0)
+    assert np.count_nonzero(result.custom) == 16
     assert result.terms["custom"].tolist() == [2.0]
 
 
@@ -162,24 +172,13 @@ def test_structure_is_scored_once_per_mask_and_once_per_region(truth: np.ndarray
 
     reward = SimpleDiceReward(custom=counted)
     masks = np.stack([noisy(truth, seed) for seed in range(3)])
-    result = assign_credit(masks, truth, truth, topology(truth), reward, EVEN, 5, np.random.default_rng(0))
+    on, rng = probability(truth), np.random.default_rng(0)
+    result = assign_credit(masks, on, truth, topology(truth), reward, keep_all, 5, rng)
     assert result.num_regions == 5
     assert len(calls) == 3 + 1 + 5
 
 
-def test_regions_are_connected_and_shared_between_components_and_departures() -> None:
-    greedy = np.zeros((20, 20), bool)
-    greedy[0:10, 0:10] = True  # the tree: more than half of the mask
-    greedy[15, 15] = greedy[16, 16] = True  # 8-connected pair
-    greedy[19, 0] = True
-    sample = greedy.copy()
-    sample[12, 2:6] = sample[5, 12] = True
-    regions = choose_regions(sample[None], greedy, 9, np.random.default_rng(0))
-    assert sorted(int(region.sum()) for region in regions) == [1, 1, 2, 4]
-    pairs = [choose_regions(sample[None], greedy, 2, np.random.default_rng(seed)) for seed in range(20)]
-    assert all([bool(greedy[region].all()) for region in pair] == [True, False] for pair in pairs)
-    assert len(choose_regions(greedy[None], greedy, 2, np.random.default_rng(0))) == 2  # no departures
-    assert choose_regions(sample[None], greedy, 0, np.random.default_rng(0)) == []
-    assert (
-        choose_regions(np.zeros((1, 3, 3), bool), np.zeros((3, 3), bool), 5, np.random.default_rng(0)) == []
-    )
+def test_without_structure_terms_no_region_is_scored(truth: np.ndarray) -> None:
+    result = credit_of(noisy(truth, 1), probability(truth), truth, SimpleDiceReward(), 5)
+    assert result.num_regions == 0
+    assert not result.structure.any()

@@ -46,6 +46,7 @@ from vesselrl.experiment.runs import check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
+from vesselrl.scoring.masks import drop_small_components
 from vesselrl.scoring.rewards import Reward
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class EvaluationPlan:
         side: side of the split: test, val, train or all.
         output_dir: where results go; None: `evaluation` in the run folder, or `output/evaluation`.
         threshold: probability above which a pixel is vessel.
+        min_component_px: smallest component that masks keep, in px; None: the run's own, or 0 = all.
         prompt: the question; None: the run's own.
         patient_pattern: for file names, see `find_samples`; None: the run's own.
         patient_aliases: CSV file, see `find_samples`; None: the run's own.
@@ -80,6 +82,7 @@ class EvaluationPlan:
     side: str = "test"
     output_dir: str | None = None
     threshold: float = 0.5
+    min_component_px: int | None = None
     prompt: str | None = None
     patient_pattern: str | None = None
     patient_aliases: str | None = None
@@ -142,12 +145,18 @@ def evaluate_held_out(
     threshold = curve.best.threshold if curve else None
     done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
 
-    extra = {"plan": vars(plan), "flips": plan.flips, "threshold": plan.threshold}
-    evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
+    smallest = smallest_component(plan.min_component_px, settings)
+    extra = {
+        "plan": vars(plan),
+        "flips": plan.flips,
+        "threshold": plan.threshold,
+        "min_component_px": smallest,
+    }
+    evaluation = replace(_score(done, done.masks, smallest, samples, reward), marks=marks)
     path, _ = write_evaluation(folder, name, evaluation, extra)
     others: dict[str, Any] = {}
     if curve:
-        tuned = replace(_score(done, done.tuned_masks, samples, reward), marks=marks)
+        tuned = replace(_score(done, done.tuned_masks, smallest, samples, reward), marks=marks)
         extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
         tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
         curve_path = folder / f"{name}_thresholds.json"
@@ -184,11 +193,32 @@ def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray
     return with_flips(predict, plan.threshold) if plan.flips else predict
 
 
+def smallest_component(asked: int | None, settings: dict) -> int:
+    """Smallest component in px that masks keep: as asked, or as the run was trained and validated.
+
+    Raises:
+        DataError: a negative number is asked for.
+    """
+    if asked is not None and asked < 0:
+        raise DataError(f"--min_component_px is {asked}; give a number of pixels, 0 or more.")
+    return settings.get("min_component_px", 0) if asked is None else asked
+
+
 def _score(
-    done: Predictions, masks: dict[str, PackedMask | None], samples: list[Sample], reward: Reward
+    done: Predictions,
+    masks: dict[str, PackedMask | None],
+    min_component_px: int,
+    samples: list[Sample],
+    reward: Reward,
 ) -> Evaluation:
-    """Scores one set of masks of a finished pass."""
-    evaluation = evaluate_masks(samples, unpacked(masks), unpacked(done.truths), reward)
+    """Scores one set of masks of a finished pass, without components that are too small."""
+    whole = unpacked(masks)
+
+    def used(sample: Sample) -> np.ndarray | None:
+        mask = whole(sample)
+        return None if mask is None else drop_small_components(mask, min_component_px)
+
+    evaluation = evaluate_masks(samples, used, unpacked(done.truths), reward)
     return replace(evaluation, calibration=done.calibration)
 
 

@@ -12,6 +12,8 @@ DEFAULT_LEARNING_RATE = 5e-5
 EMBEDDED_LEARNING_RATE = 2e-3
 # The U-Net control is trained from random weights; tests/training/test_target_difficulty.py.
 UNET_LEARNING_RATE = 4e-3
+# Share of it that PPO gets after a supervised stage: it refines what has been learned.
+RL_RATE_SHARE = 0.1
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
 
@@ -89,8 +91,10 @@ class TrainConfig:
     batch_size: int = 2
     # Peak learning rate; none: 5e-5, or the embedded miniature's or the U-Net control's own.
     learning_rate: float | None = None
+    # Peak learning rate of PPO after the supervised stage of sft+rl; none: a tenth of the other.
+    rl_learning_rate: float | None = None
     weight_decay: float = 0.01
-    # Share of the steps that warm up, then a half cosine down to 0.
+    # Share of a stage's steps that warm up, then a half cosine down to 0.
     warmup_share: float = 0.05
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -113,6 +117,10 @@ class TrainConfig:
     reward_fn: str | None = None
     reward_fn_weight: float = 1.0
 
+    # Smallest component in px that masks keep, in training, validation and test, and when this run predicts;
+    # 0 keeps all.
+    min_component_px: int = 0
+
     # ---- PPO ----
 
     # Masks drawn per image.
@@ -132,15 +140,12 @@ class TrainConfig:
     # Regions per image that are flipped and rescored for topology, length and your own reward.
     num_regions: int = 96
     # Factor on their credit; 1: overlap and structure count as the reward's weights say.
-    structure_weight: float = 0.5
-    # Smallest component in px that masks keep when they are scored in training; use it where masks are used
-    # with such a filter. 0 keeps all.
-    min_component_px: int = 0
+    structure_weight: float = 2.0
     # expected: both actions of a pixel count, as often as they would be drawn; sampled: the drawn one.
     pixel_action: Literal["expected", "sampled"] = "expected"
-    # plain: the policy gradient. success: overlap credit divided by the probability of the better action, so
-    # that confident mistakes are learned from.
-    advantage: Literal["plain", "success"] = "plain"
+    # success: credit divided by the probability of the better action, so that confident mistakes are learned
+    # from. plain: the policy gradient, which dies out there.
+    advantage: Literal["success", "plain"] = "success"
     # weighted: the reward as it is. constrained: its structure terms, with Dice, recall and precision kept
     # above dice_floor, recall_target and precision_target on average, by multipliers that are learned.
     objective: Literal["weighted", "constrained"] = "weighted"
@@ -178,6 +183,7 @@ class TrainConfig:
         minimums = dict.fromkeys(at_least_1, 1) | {
             "num_samples": 2,
             "num_regions": 0,
+            "min_component_px": 0,
             "sanity_overfit": 0,
             "gpu": 0,
             "seed": 0,
@@ -203,8 +209,13 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
-        if self.learning_rate is not None and not self.learning_rate >= 0:
-            raise ValueError(f"--learning_rate is {self.learning_rate}; give 0 or more.")
+        for name in ("learning_rate", "rl_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
+        if self.rl_learning_rate is not None and self.stage != "sft+rl":
+            raise ValueError(
+                f"--rl_learning_rate is for --stage sft+rl; with --stage {self.stage} use --learning_rate."
+            )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
         if self.fold is not None and not (
@@ -271,6 +282,14 @@ class TrainConfig:
         if self.stage != "sft+rl":
             return self.stage
         return "sft" if epoch <= num_epochs - max(1, num_epochs // 3) else "rl"
+
+    def rate_of_stage(self, stage: str) -> float:
+        """The peak learning rate of `sft` or `rl`."""
+        if self.stage != "sft+rl" or stage == "sft":
+            return self.peak_learning_rate
+        if self.rl_learning_rate is not None:
+            return self.rl_learning_rate
+        return RL_RATE_SHARE * self.peak_learning_rate
 
     def to_dict(self) -> dict:
         """Plain values for JSON."""

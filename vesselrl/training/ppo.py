@@ -134,7 +134,7 @@ class PPOUpdate:
                 rollout.old_logprobs.append(action_logprobs(image_logits, s.temperature))
                 rollout.weight.append(undecided_weight(image_logits, s.temperature))
             started = time.perf_counter()
-            credits = self._score(batch, rollout, logits)
+            credits = self._score(batch, rollout)
             rollout.metrics["time/reward"] = time.perf_counter() - started
             rollout.metrics.update(rollout_figures(credits))
             if self.goals is not None:
@@ -144,24 +144,21 @@ class PPOUpdate:
             )
             for credit, masks, old in zip(credits, rollout.masks, rollout.old_logprobs, strict=True):
                 on = old[1].exp()
-                parts = (credit.overlap, credit.structure, credit.custom)
-                overlap, structure, custom = (torch.from_numpy(part).to(on.device) for part in parts)
-                if s.advantage == "success":
-                    overlap = success_normalised(overlap, on)
-                rollout.credit.append(overlap + s.structure_weight * (structure + custom))
+                structure = credit.structure + credit.custom
+                earned = torch.from_numpy(credit.overlap + s.structure_weight * structure).to(on.device)
+                rollout.credit.append(success_normalised(earned, on) if s.advantage == "success" else earned)
                 rollout.share_on.append(on[None] if s.pixel_action == "expected" else masks.float())
         return rollout
 
-    def _score(self, batch: TrainBatch, rollout: Rollout, logits: list[Tensor]) -> list[Credit]:
+    def _score(self, batch: TrainBatch, rollout: Rollout) -> list[Credit]:
         used = partial(drop_small_components, min_px=self.config.min_component_px)
-        greedy = [used((image_logits > 0).cpu().numpy()) for image_logits in logits]
-        samples = [np.stack([used(mask) for mask in one.cpu().numpy()]) for one in rollout.masks]
-        undecided = [one.cpu().numpy() for one in rollout.weight]
+        samples = [one.cpu().numpy() for one in rollout.masks]
+        probabilities = [old[1].exp().cpu().numpy() for old in rollout.old_logprobs]
         rewarded, seeds = self.goals or self.reward, self.rng.spawn(len(samples))
-        images = zip(samples, greedy, batch.truths, batch.topologies, undecided, seeds, strict=True)
+        images = zip(samples, probabilities, batch.truths, batch.topologies, seeds, strict=True)
         jobs = [
-            self.pool.submit(assign_credit, m, g, t, top, rewarded, u, self.config.num_regions, seed)
-            for m, g, t, top, u, seed in images
+            self.pool.submit(assign_credit, m, p, t, top, rewarded, used, self.config.num_regions, seed)
+            for m, p, t, top, seed in images
         ]
         return [job.result() for job in jobs]
 

@@ -11,6 +11,7 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
+from vesselrl.inference.predictor import Prediction
 from vesselrl.models.lora import check_scope
+from vesselrl.scoring.masks import drop_small_components
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
@@ -36,7 +39,7 @@ from vesselrl.training.control_learners import FrangiLearner, UNetLearner
 from vesselrl.training.diagnosis import Diagnosis
 from vesselrl.training.drift import DriftGuard
 from vesselrl.training.learner import AdapterLearner, Learner
-from vesselrl.training.learning_rate import warm_cosine
+from vesselrl.training.learning_rate import staged_warm_cosine
 from vesselrl.training.monitor import Monitor, check_wandb
 from vesselrl.training.run_data import SHEET_FILE, RunData, prepare_data, training_batches
 from vesselrl.training.setup import check_reward, load_policy, select_device
@@ -193,22 +196,23 @@ class _Training:
         return self._epochs(monitor)
 
     def _epochs(self, monitor: Monitor) -> Evaluation | None:
+        stages = self._stages()
+        # The schedule's factors are the rates themselves.
         optimizer = torch.optim.AdamW(
-            self.learner.trainable.values(),
-            lr=self.config.peak_learning_rate,
-            weight_decay=self.config.weight_decay,
+            self.learner.trainable.values(), lr=1.0, weight_decay=self.config.weight_decay
         )
         guard = DriftGuard(self.learner, optimizer, headline(self.best)["dice"], monitor.note)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: (
-                guard.rate_factor * warm_cosine(step, self.batches.num_steps, self.config.warmup_share)
-            ),
+            lambda step: guard.rate_factor * staged_warm_cosine(step, stages, self.config.warmup_share),
         )
         updates = self.learner.updates(optimizer, self.reward)
-        step, end_of_epoch, latest = 0, 0, None
+        step, end_of_epoch, latest, stage = 0, 0, None, None
         for epoch in range(1, self.batches.num_epochs + 1):
-            update = updates[self.config.stage_of_epoch(epoch, self.batches.num_epochs)]
+            previous, stage = stage, self.config.stage_of_epoch(epoch, self.batches.num_epochs)
+            if previous not in (None, stage):
+                optimizer.state.clear()  # the moments of another loss say nothing about this one
+            update = updates[stage]
             end_of_epoch += self.batches.num_batches(epoch)
             for batch in self.batches.epoch(epoch):
                 step += 1
@@ -226,6 +230,15 @@ class _Training:
                 self._save(f"checkpoint_epoch_{epoch}")
         return latest
 
+    def _stages(self) -> list[tuple[int, float]]:
+        """Number of steps and peak learning rate of each stage."""
+        epochs = range(1, self.batches.num_epochs + 1)
+        by_stage = groupby(epochs, lambda epoch: self.config.stage_of_epoch(epoch, self.batches.num_epochs))
+        return [
+            (sum(map(self.batches.num_batches, group)), self.config.rate_of_stage(stage))
+            for stage, group in by_stage
+        ]
+
     def _evaluate(self, side: str, monitor: Monitor, label: str) -> Evaluation:
         samples, marks = getattr(self.data, side), getattr(self.data, f"{side}_marks")
 
@@ -233,8 +246,14 @@ class _Training:
             dataset, index = self.pixels[sample.key]
             return dataset[index][:2]
 
-        result = evaluate(self.learner.predict, samples, load, self.reward, monitor.bar(label))
+        result = evaluate(self._predict, samples, load, self.reward, monitor.bar(label))
         return replace(result, marks=marks)
+
+    def _predict(self, image: np.ndarray) -> Prediction:
+        """Segments one image as masks of this run are used."""
+        prediction = self.learner.predict(image)
+        used = drop_small_components(prediction.mask, self.config.min_component_px)
+        return prediction._replace(mask=used)
 
     def _validate(self, step: int, monitor: Monitor) -> Evaluation:
         result = self._evaluate("val", monitor, "validation")
@@ -270,9 +289,9 @@ class _Training:
             dataset, index = self.pixels[key]
             image, truth, _ = dataset[index]
             with self.learner.at(self.learner.start):
-                first = self.learner.predict(image).mask
+                first = self._predict(image).mask
             with self.learner.at(self.best_values):
-                last = self.learner.predict(image).mask
+                last = self._predict(image).mask
             cases.append(Case(key, image, truth, first, last, rank))
         panels = [(case.key, case.image, case.truth, case.before, case.after) for case in cases]
         plot_panels(panels, self.folder.path / "panel.png")
