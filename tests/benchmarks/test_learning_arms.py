@@ -57,6 +57,12 @@ def test_a_reduced_suite_has_a_folder_of_its_own_and_less_to_do(name: str) -> No
     assert reduced.settings["num_epochs"] < full.settings["num_epochs"]
 
 
+@pytest.mark.parametrize("suite", list(learning_arms.SUITES.values()), ids=lambda suite: suite.name)
+def test_every_training_is_validated_without_specks(suite: Suite) -> None:
+    assert suite.settings["min_component_px"] == learning_arms.MIN_COMPONENT_PX
+    assert not any("min_component_px" in (arm.settings or {}) for arm in learning_arms.ARMS)
+
+
 def test_unknown_suites_and_no_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="--suite is 'drive'; choose one of synthetic"):
         get_suite("drive")

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vesselrl.cli import main
 from vesselrl.data.annotations import DataError, find_samples
@@ -100,6 +102,43 @@ def test_the_threshold_moves_the_masks(run: Path) -> None:
         foreground[threshold] = sum(row["foreground"] for row in done.evaluation.rows)
         assert json.loads(done.path.read_text())["extra"]["threshold"] == threshold
     assert foreground[0.02] > foreground[0.5] > foreground[0.98]
+
+
+def test_small_components_are_removed_as_in_the_run_or_as_asked(run: Path) -> None:
+    def masks(**plan) -> tuple[list[float], list[float], int]:
+        done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), **plan))
+        kept = json.loads(done.path.read_text())["extra"]["min_component_px"]
+        return (
+            [row["foreground"] for row in done.evaluation.rows],
+            [row["foreground"] for row in done.tuned.rows],
+            kept,
+        )
+
+    plain, tuned, kept = masks()
+    assert kept == 0
+    assert all(plain)
+    assert all(tuned)
+    change_settings(run, lambda args: args.update(min_component_px=10**6))
+    nothing = [0.0] * len(plain)
+    assert masks() == (nothing, nothing, 10**6)
+    assert masks(min_component_px=0) == (plain, tuned, 0)
+    with pytest.raises(DataError, match="--min_component_px is -1"):
+        masks(min_component_px=-1)
+
+
+def test_predicting_removes_what_the_run_removed(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    def predicted(*options: str) -> int:
+        image = next((angiograms / "images").iterdir())
+        out = tmp_path / "out"
+        arguments = ["--image", str(image), "--lora_weights", str(run), "--output_dir", str(out)]
+        base = json.loads((run / "config.json").read_text())["args"]["model_path"]
+        assert main(["predict", *arguments, "--base_model", base, *options]) == 0
+        return int(np.asarray(Image.open(next(out.glob("*_mask.png")))).sum())
+
+    assert predicted() > 0
+    change_settings(run, lambda args: args.update(min_component_px=10**6))
+    assert predicted() == 0
+    assert predicted("--min_component_px", "0") > 0
 
 
 def test_the_reward_is_the_one_of_the_run(run: Path) -> None:

@@ -47,7 +47,8 @@ def test_the_best_pair_and_the_best_threshold_alone() -> None:
         (0.3, 0.5, 0.7), (0, 10, 20), ((1.0, 2.0, 5.0), (3.0, 4.0, 5.0), (3.0, 5.0, 1.0))
     )
     assert grid.best() == (PostProcessing(0.5, 20), 5.0)  # of three, the threshold nearest to 0.5
-    assert grid.best(with_component=False) == (PostProcessing(0.5, 0), 3.0)
+    assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
+    assert grid.best(10) == (PostProcessing(0.7, 10), 5.0)
     equal = PostProcessingGrid((0.5,), (0, 10, 20), ((1.0, 2.0, 2.0),))
     assert equal.best()[0].min_component_px == 10
     assert PostProcessingGrid.from_json(grid.to_json()) == grid

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models.config import CheckpointError
@@ -58,6 +59,17 @@ def test_probabilities_are_the_sigmoid_of_the_logits_without_overflow(
 def test_a_threshold_outside_0_to_1_is_refused(predictor: Predictor, threshold: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         Predictor(predictor.model, predictor.processor, threshold=threshold)
+
+
+def test_small_components_are_removed_from_the_mask_alone(predictor: Predictor, image: np.ndarray) -> None:
+    whole = predictor.predict(image)
+    smaller = Predictor(predictor.model, predictor.processor, min_component_px=30).predict(image)
+    labels, count = ndimage.label(whole.mask, np.ones((3, 3)))
+    areas = ndimage.sum(whole.mask, labels, range(1, count + 1))
+    assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= 30)))
+    assert np.array_equal(smaller.probabilities, whole.probabilities)
+    with pytest.raises(ValueError, match="min_component_px is -3"):
+        Predictor(predictor.model, predictor.processor, min_component_px=-3)
 
 
 def test_a_batch_of_different_sizes_gives_what_single_images_give(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vesselrl.training.learning_rate import warm_cosine
+from vesselrl.training.learning_rate import staged_warm_cosine, warm_cosine
 
 
 def test_warm_up_then_half_a_cosine() -> None:
@@ -17,3 +17,11 @@ def test_it_ends_at_zero_and_stays_there() -> None:
 
 def test_one_step_is_enough() -> None:
     assert warm_cosine(0, 1, 0.05) == 1.0
+
+
+def test_each_stage_warms_up_and_falls_on_its_own() -> None:
+    """10 steps at a peak of 2, then 100 at 0.1, each with a tenth of warm-up; by hand."""
+    stages = [(10, 2.0), (100, 0.1)]
+    rates = [staged_warm_cosine(step, stages, 0.1) for step in (0, 1, 10, 19, 20, 65, 110, 200)]
+    assert rates == pytest.approx([2.0, 2.0, 0.01, 0.1, 0.1, 0.05, 0.0, 0.0])
+    assert staged_warm_cosine(9, stages, 0.1) < 0.1  # the first stage has all but ended

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from vesselrl.evaluation.evaluate import read_evaluation
 from vesselrl.experiment.config import get_preset
+from vesselrl.training.batches import TrainBatch
 from vesselrl.training.checks import LearningError
+from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.train import TrainResult, train
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -124,6 +127,40 @@ def test_ppo_after_supervised_steps_measures_kl_to_where_it_began(
     )
     first = next(line for line in metrics_of(done) if "train/first_ratio_gap" in line)
     assert abs(first["train/kl_ref"]) <= 1e-6
+
+
+def test_ppo_after_supervised_steps_has_a_rate_and_moments_of_its_own(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = []
+    step = PPOUpdate.step
+
+    def looked_at(self: PPOUpdate, batch: TrainBatch) -> dict[str, float]:
+        moments.append(len(self.optimizer.state))
+        return step(self, batch)
+
+    monkeypatch.setattr(PPOUpdate, "step", looked_at)
+    done = short_run(
+        tiny_checkpoint, angiograms, tmp_path, stage="sft+rl", num_epochs=3, learning_rate=1e-3, log_freq=1
+    )
+    lines = [line for line in metrics_of(done) if "train/learning_rate" in line]
+    peaks = {
+        is_ppo: max(x["train/learning_rate"] for x in lines if ("train/policy_loss" in x) == is_ppo)
+        for is_ppo in (False, True)
+    }
+    assert peaks == pytest.approx({False: 1e-3, True: 1e-4})
+    assert moments[0] == 0  # those of the supervised loss are gone
+    assert all(moments[1:])
+
+
+def test_small_components_are_gone_in_validation_and_test(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """Larger than any image: nothing is left of any mask, before and after, and in the pictures."""
+    done = short_run(tiny_checkpoint, angiograms, tmp_path, num_epochs=1, min_component_px=10**6)
+    for name in ("val_before", "val_latest", "test_before", "test_after"):
+        rows = read_evaluation(done.folder / f"{name}.json").rows
+        assert [row["foreground"] for row in rows] == [0.0] * len(rows)
 
 
 def test_starting_from_an_adapter_keeps_its_split(

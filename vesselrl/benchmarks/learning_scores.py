@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.benchmarks.learning_arms import BY_NAME, EQUAL_RECALL, Arm
+from vesselrl.benchmarks.learning_arms import BY_NAME, EQUAL_RECALL, MIN_COMPONENT_PX, Arm
 from vesselrl.data.annotations import Sample, load_image, load_mask
 from vesselrl.data.splits import Split
 from vesselrl.evaluation.evaluate import describe_reward
@@ -35,7 +35,7 @@ from vesselrl.evaluation.postprocessing import (
     score_postprocessing,
 )
 from vesselrl.evaluation.predictions import evaluate_masks
-from vesselrl.evaluation.probabilities import count_pixels, failed_counts
+from vesselrl.evaluation.probabilities import THRESHOLDS as CURVE_THRESHOLDS
 from vesselrl.evaluation.results import (
     Evaluation,
     read_evaluation,
@@ -45,9 +45,9 @@ from vesselrl.evaluation.results import (
     write_json,
 )
 from vesselrl.evaluation.statistics import patient_means
-from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, threshold_curve
+from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, curve_of_counts
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.scoring.metrics import score_mask
+from vesselrl.scoring.metrics import counts, score_mask
 from vesselrl.scoring.rewards import MultiObjectiveReward
 from vesselrl.scoring.spec import METRIC_SPEC
 from vesselrl.scoring.truth import known_truth
@@ -108,7 +108,8 @@ class ArmScorer:
         source = EQUAL_RECALL[control]
         point = self.curve(source).at_recall(rl_val.summary["metrics"]["recall"]["patient_mean"])
         name = f"test_at_recall_of_{rl_arm}"
-        return self.scores(control, name, "test", source, PostProcessing(point.threshold)), point
+        post = PostProcessing(point.threshold, MIN_COMPONENT_PX)
+        return self.scores(control, name, "test", source, post), point
 
     def scores(self, arm: str, name: str, side: str, source: str, post: PostProcessing) -> Evaluation:
         """Scores on one side, read from ARM/NAME.json where they are there and still hold."""
@@ -133,13 +134,11 @@ class ArmScorer:
         return grid
 
     def curve(self, source: str) -> ThresholdCurve:
-        """Validation recall and precision of one source by threshold."""
+        """Validation recall and precision of one source by threshold, without small components."""
         images = self.images(source, "val")
-        counted = [
-            failed_counts(i.truth) if i.probabilities is None else count_pixels(i.probabilities, i.truth)
-            for i in images
-        ]
-        return threshold_curve(counted, [image.patient for image in images])
+        counted = [tuple(np.transpose([counts(mask, image.truth)[:3] for mask in masks_by_threshold(image)]))
+                   for image in images]  # fmt: skip
+        return curve_of_counts(counted, [image.patient for image in images])
 
     def test_curve(self, source: str) -> dict[str, list[float]]:
         """Test means over patients by threshold, for the figure; lists beside `thresholds`."""
@@ -152,7 +151,9 @@ class ArmScorer:
         for threshold in THRESHOLDS:
             rows = [
                 score_mask(
-                    predicted_mask(i, PostProcessing(threshold)), i.truth, known_truth(i.truth).topology
+                    predicted_mask(i, PostProcessing(threshold, MIN_COMPONENT_PX)),
+                    i.truth,
+                    known_truth(i.truth).topology,
                 )
                 for i in images
             ]
@@ -204,6 +205,14 @@ def load_predictor(run: Path) -> Predict:
     return make_predictor(EvaluationPlan(lora_weights=str(run)), settings)
 
 
+def masks_by_threshold(image: PredictedImage) -> list[np.ndarray]:
+    """The masks of one image at all thresholds of a `ThresholdCurve`, without small components."""
+    return [
+        predicted_mask(image, PostProcessing(float(threshold), MIN_COMPONENT_PX))
+        for threshold in CURVE_THRESHOLDS
+    ]
+
+
 def score_images(
     samples: Sequence[Sample], images: dict[str, PredictedImage], post: PostProcessing
 ) -> Evaluation:
@@ -231,16 +240,23 @@ def choose_source(arm: Arm, scorers: Sequence[ArmScorer], there: Sequence[str]) 
     candidates = [source for source in arm.sources if source in there]
 
     def reward(source: str) -> float:
-        return float(np.mean([scorer.grid(source).best(arm.post == "component")[1] for scorer in scorers]))
+        return float(np.mean([scorer.grid(source).best(tuned_size(arm))[1] for scorer in scorers]))
 
     return candidates[0] if len(candidates) == 1 else max(candidates, key=reward)
 
 
 def choose_post(arm: Arm, scorer: ArmScorer, source: str) -> PostProcessing:
-    """The post-processing of an arm for one seed, chosen on validation; threshold 0.5 where none is tuned."""
-    if arm.post == "none":
+    """The post-processing of an arm for one seed, chosen on validation where it is tuned."""
+    if arm.post == "raw":
         return PostProcessing()
-    return scorer.grid(source).best(with_component=arm.post == "component")[0]
+    if arm.post == "fixed":
+        return PostProcessing(min_component_px=MIN_COMPONENT_PX)
+    return scorer.grid(source).best(tuned_size(arm))[0]
+
+
+def tuned_size(arm: Arm) -> int | None:
+    """The component size at which the threshold is tuned; None: both are."""
+    return None if arm.post == "component" else MIN_COMPONENT_PX
 
 
 def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:

@@ -55,16 +55,16 @@ class PostProcessingGrid:
     sizes_px: tuple[int, ...]
     rewards: tuple[tuple[float, ...], ...]
 
-    def best(self, with_component: bool = True) -> tuple[PostProcessing, float]:
-        """The pair of highest reward, and that reward; without component, the best threshold alone.
+    def best(self, size_px: int | None = None) -> tuple[PostProcessing, float]:
+        """The pair of highest reward, and that reward; with a size given, the best threshold for it.
 
         Of equal pairs the threshold nearest to 0.5, then the smallest size, is taken.
         """
-        sizes = self.sizes_px if with_component else self.sizes_px[:1]
         pairs = [
             (self.rewards[row][column], -abs(threshold - 0.5), -size, threshold)
             for row, threshold in enumerate(self.thresholds)
-            for column, size in enumerate(sizes)
+            for column, size in enumerate(self.sizes_px)
+            if size_px in (None, size)
         ]
         reward, _, negative_size, threshold = max(pairs)
         return PostProcessing(threshold, -negative_size), reward

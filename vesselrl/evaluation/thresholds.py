@@ -158,11 +158,22 @@ def threshold_curve(
     Raises:
         ValueError: there is no image.
     """
-    if not counted:
+    return curve_of_counts([_counts_above(one) for one in counted], patients, num_failed)
+
+
+def curve_of_counts(
+    counts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], patients: Sequence[str], num_failed: int = 0
+) -> ThresholdCurve:
+    """The curve of images whose masks are counted at all `THRESHOLDS`: tp, fp and fn, one patient per image.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not counts:
         raise ValueError(
             "There are no images to choose a threshold on. Use a split with validation patients."
         )
-    tp, fp, fn = (np.stack(part) for part in zip(*map(_counts_above, counted), strict=True))
+    tp, fp, fn = (np.stack(part) for part in zip(*counts, strict=True))
     scores = {
         "dice": dice_from_counts(tp, fp, fn),
         "recall": recall_from_counts(tp, fn),
@@ -172,7 +183,7 @@ def threshold_curve(
     for column, threshold in enumerate(THRESHOLDS):
         means = {name: _patient_mean(table[:, column], patients) for name, table in scores.items()}
         points.append(CurvePoint(round(float(threshold), 2), **means))
-    return ThresholdCurve(tuple(points), len(counted), len(set(patients)), num_failed)
+    return ThresholdCurve(tuple(points), len(counts), len(set(patients)), num_failed)
 
 
 def _counts_above(counts: ProbabilityCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
