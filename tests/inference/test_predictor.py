@@ -63,10 +63,12 @@ def test_a_threshold_outside_0_to_1_is_refused(predictor: Predictor, threshold: 
 
 def test_small_components_are_removed_from_the_mask_alone(predictor: Predictor, image: np.ndarray) -> None:
     whole = predictor.predict(image)
-    smaller = Predictor(predictor.model, predictor.processor, min_component_px=30).predict(image)
     labels, count = ndimage.label(whole.mask, np.ones((3, 3)))
     areas = ndimage.sum(whole.mask, labels, range(1, count + 1))
-    assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= 30)))
+    least = int(areas.min()) + 1
+    smaller = Predictor(predictor.model, predictor.processor, min_component_px=least).predict(image)
+    assert not np.array_equal(smaller.mask, whole.mask)
+    assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= least)))
     assert np.array_equal(smaller.probabilities, whole.probabilities)
     with pytest.raises(ValueError, match="min_component_px is -3"):
         Predictor(predictor.model, predictor.processor, min_component_px=-3)
