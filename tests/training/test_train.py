@@ -163,6 +163,32 @@ def test_small_components_are_gone_in_validation_and_test(
         assert [row["foreground"] for row in rows] == [0.0] * len(rows)
 
 
+def test_ones_own_reward_can_be_seen_to_move(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the function returned, in every validation, in the rows and in the tables; also at weight 0."""
+    (tmp_path / "own_terms.py").write_text(
+        "def half(pred, gt):\n    return 0.5 * float(pred[:, : pred.shape[1] // 2].mean())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = short_run(
+        tiny_checkpoint, angiograms, tmp_path, num_epochs=1, reward_fn="own_terms:half", reward_fn_weight=4.0
+    )
+    rows = read_evaluation(done.folder / "val_before.json").rows
+    assert all(0 < row["custom_score"] <= 0.5 for row in rows)
+    logged = [line["val/custom_score"] for line in metrics_of(done) if "val/custom_score" in line]
+    assert len(logged) >= 2
+    for table in (done.validation, done.test):
+        assert [line["metric"] for line in table][-1] == "custom_score"
+    unpaid = short_run(
+        tiny_checkpoint, angiograms, tmp_path, num_epochs=1, reward_fn="own_terms:half", reward_fn_weight=0.0
+    )
+    again = read_evaluation(unpaid.folder / "val_before.json").rows
+    assert [row["custom_score"] for row in again] == pytest.approx([row["custom_score"] for row in rows])
+    plain = short_run(tiny_checkpoint, angiograms, tmp_path, num_epochs=1)
+    assert "custom_score" not in plain.info["initial_metrics"]
+
+
 def test_starting_from_an_adapter_keeps_its_split(
     result: TrainResult, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
 ) -> None:

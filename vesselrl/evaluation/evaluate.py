@@ -48,7 +48,8 @@ def evaluate(
         predict: image uint8 (H, W, 3) -> object with `.mask`, bool (H, W) of the same size, or None = failed.
         samples: objects with `key`, `patient`, `sequence` (pseudonyms), each key once.
         load: sample -> (image, true mask).
-        reward: (predicted mask, true mask) -> (float, terms); stored as column `reward`.
+        reward: (predicted mask, true mask) -> (float, terms); stored as column `reward`, and what
+            a user's own function returned, `custom_score`, as a column of that name.
         progress: called with (images done, images in all) after every image.
 
     Raises:
@@ -106,7 +107,10 @@ def _score(prediction: Any, truth: np.ndarray, reward: Callable | None, key: str
     scores: dict[str, Any] = {"failed": failed, "truth_hash": _mask_hash(truth)}
     scores |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
     if reward is not None:
-        scores["reward"] = float(reward(pred, truth)[0])
+        value, details = reward(pred, truth)
+        scores["reward"] = float(value)
+        if "custom_score" in details:  # the user wants to see whether it moves
+            scores["custom_score"] = float(details["custom_score"])
     return scores
 
 

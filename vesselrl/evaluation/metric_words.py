@@ -7,6 +7,7 @@ from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION
 # column -> (name, meaning)
 WORDS = {
     "reward": ("Reward", "what training raised: overlap, recall, precision, vessel tree and length in one"),
+    "custom_score": ("Own reward", "what your own function returned, before its weight"),
     "dice": ("Dice", "overlap of prediction and truth, 0 to 1; 1 is the same mask"),
     "iou": ("IoU", "overlap divided by union, 0 to 1; stricter than Dice, ranks alike"),
     "recall": ("Recall", "share of the true vessel pixels that were found (sensitivity)"),

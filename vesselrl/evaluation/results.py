@@ -32,6 +32,7 @@ UNIT_METRICS = frozenset(
     | {"nsd", "recall_thin", "recall_medium", "recall_thick", "topology_score"}
 )
 LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95", "length_error"})
+UNBOUNDED = frozenset({"reward", "custom_score"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
 MAX_FAILED_SHARE = 0.05
 _REQUIRED = ("rows", "metric_spec", "image_list_hash", "label_hash")
@@ -43,7 +44,8 @@ class Evaluation:
 
     Attributes:
         rows: one dict per image: `key`, `patient`, `sequence`, `failed` (bool), `truth_hash`, then every
-            metric of `score_mask` and, if a reward was given, `reward`. nan means undefined.
+            metric of `score_mask` and, if a reward was given, `reward`, with `custom_score` where a user's
+            own function is part of it. nan means undefined.
         summary: `n_images`, `n_patients`, `n_failed` and `metrics`: name -> dict with `image_mean`,
             `patient_mean` (the headline), `low`, `high` (95 %), `n_images`, `n_patients`, `n_undefined`,
             `reason`.
@@ -121,7 +123,7 @@ def summarise(
     metrics = {}
     for name in metric_names(rows):
         values = np.array([row[name] for row in rows], dtype=np.float64)
-        bounds = (-math.inf if name == "reward" else 0.0, 1.0 if name in UNIT_METRICS else math.inf)
+        bounds = (-math.inf if name in UNBOUNDED else 0.0, 1.0 if name in UNIT_METRICS else math.inf)
         interval = dict(vars(bootstrap_interval(values, patients, bounds=bounds)))
         defined = values[~np.isnan(values)]
         image_mean = float(defined.mean()) if len(defined) else math.nan
@@ -180,8 +182,8 @@ def before_after_table(
     Args:
         before: scores before the change.
         after: scores after it.
-        metrics: columns to compare; default: every column both have (`reward` only if it means the same in
-            both).
+        metrics: columns to compare; default: every column both have (`reward` and `custom_score` only if
+            they mean the same in both).
 
     Raises:
         ValueError: image lists, labels or metric specifications differ, or `reward` is asked for and differs.
@@ -194,7 +196,7 @@ def before_after_table(
     same_reward = before.reward_spec == after.reward_spec
     if metrics is None:
         shared = [name for name in after.metrics if name in before.metrics]
-        metrics = [name for name in shared if name != "reward" or same_reward]
+        metrics = [name for name in shared if name not in UNBOUNDED or same_reward]
     elif "reward" in metrics and not same_reward:
         raise ValueError(
             f"The rewards cannot be compared: before is {before.reward_spec}, after is {after.reward_spec}. "

@@ -89,8 +89,8 @@ class Reward:
 
         Returns:
             The reward, and a dict with dice, recall, precision (in [0, 1]; where the truth is empty recall is
-            1 in spec "default" and 0 in "seed") and every weighted term as `<name>_term`. The terms add up to
-            the reward.
+            1 in spec "default" and 0 in "seed"), every weighted term as `<name>_term`, and what the custom
+            function returned as custom_score. The terms add up to the reward.
 
         Raises:
             ValueError: not masks, or of different size.
@@ -102,6 +102,11 @@ class Reward:
         terms.update(self.structure_terms(pred, gt, gt_topology))
         details = {name: float(score) for name, score in self.overlap_scores(tp, fp, fn).items()}
         details.update({f"{name}_term": term for name, term in terms.items()})
+        if self.custom is not None:
+            weight = self.custom_weight
+            details["custom_score"] = (
+                terms["custom"] / weight if weight else _call_custom(self.custom, pred, gt)
+            )
         return math.fsum(terms.values()), details
 
     def overlap_scores(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:

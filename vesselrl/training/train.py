@@ -182,8 +182,9 @@ class _Training:
         self._draw()
         self.folder.write_json("training_info.json", info)
         write_run_report(self.folder.path)
-        validation = before_after_table(before, self.best, HEADLINE)
-        test = before_after_table(tested["before"], tested["after"], HEADLINE) if tested else []
+        names = tuple(headline(before))
+        validation = before_after_table(before, self.best, names)
+        test = before_after_table(tested["before"], tested["after"], names) if tested else []
         marks = dict.fromkeys((*self.data.val_marks, *self.data.test_marks))
         return TrainResult(self.folder.path, validation, test, info, tuple(marks))
 
@@ -302,5 +303,6 @@ class _Training:
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
-    """Patient-macro means of the headline metrics."""
-    return {name: evaluation.summary["metrics"][name]["patient_mean"] for name in HEADLINE}
+    """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
+    metrics = evaluation.summary["metrics"]
+    return {name: metrics[name]["patient_mean"] for name in (*HEADLINE, "custom_score") if name in metrics}
