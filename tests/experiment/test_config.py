@@ -49,7 +49,8 @@ def test_the_miniature_learns_faster_than_a_real_model() -> None:
 
 TOO_SMALL = {
     "num_epochs": 0, "batch_size": 0, "num_passes": 0, "log_freq": 0, "val_freq": 0, "save_freq": 0,
-    "num_workers": 0, "num_samples": 1, "num_regions": -1, "sanity_overfit": -1, "gpu": -1,
+    "num_workers": 0, "num_samples": 1, "num_regions": -1, "min_component_px": -1,
+    "sanity_overfit": -1, "gpu": -1,
     "max_train_samples": 0, "max_val_samples": 0, "lora_rank": 0, "lora_alpha": 0,
 }  # fmt: skip
 NOT_POSITIVE = ("clip", "temperature", "max_grad_norm")
@@ -143,3 +144,20 @@ def test_an_unknown_preset_lists_those_that_exist() -> None:
 def test_settings_survive_json(name: str) -> None:
     values = json.loads(json.dumps(PRESETS[name].to_dict()))
     assert TrainConfig(**values | {"lora_scope": tuple(values["lora_scope"])}) == PRESETS[name]
+
+
+def test_ppo_after_a_supervised_stage_has_a_tenth_of_the_rate_or_its_own() -> None:
+    both = TrainConfig(stage="sft+rl", learning_rate=1e-2)
+    assert (both.rate_of_stage("sft"), both.rate_of_stage("rl")) == pytest.approx((1e-2, 1e-3))
+    assert TrainConfig(stage="sft+rl", rl_learning_rate=3e-4).rate_of_stage("rl") == 3e-4
+    assert TrainConfig(stage="rl", learning_rate=1e-2).rate_of_stage("rl") == 1e-2
+    with pytest.raises(ValueError, match=r"^--rl_learning_rate is for --stage sft\+rl"):
+        TrainConfig(stage="rl", rl_learning_rate=1e-3)
+    with pytest.raises(ValueError, match="--rl_learning_rate is nan; give 0 or more"):
+        TrainConfig(stage="sft+rl", rl_learning_rate=NAN)
+
+
+def test_a_supervised_epoch_sweeps_as_often_as_ppo_passes() -> None:
+    config = TrainConfig(stage="sft+rl", num_epochs=3, num_passes=4)
+    assert [config.num_sweeps(epoch, 3) for epoch in (1, 2, 3)] == [4, 4, 1]
+    assert TrainConfig(control="unet", num_passes=4).num_sweeps(1, 1) == 4

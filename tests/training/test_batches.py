@@ -31,6 +31,25 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own(dataset: VesselDataset
     assert source.num_steps == 8
 
 
+def test_sweeps_go_through_an_epoch_again_in_another_order(dataset: VesselDataset) -> None:
+    source = BatchSource(dataset, 3, seed=1, num_epochs=2, sweeps=lambda epoch: 3 if epoch == 1 else 1)
+    first, second = keys(source, 1), keys(source, 2)
+    assert source.num_steps == 3 * 4 + 4
+    assert (source.num_batches(1), source.num_batches(2)) == (12, 4)
+    orders = [tuple(first[:10]), tuple(first[10:20]), tuple(first[20:]), tuple(second)]
+    assert len(set(orders)) == 4
+    assert {frozenset(order) for order in orders} == {frozenset(sample.key for sample in dataset.samples)}
+    once = BatchSource(dataset, 3, seed=1, num_epochs=2)
+    assert (tuple(keys(once, 1)), tuple(keys(once, 2))) == (orders[0], orders[3])
+
+
+def test_every_sweep_is_augmented_anew(angiograms: Path) -> None:
+    dataset = VesselDataset(find_samples(angiograms)[:4], augmentation=get_augmentation("strong"), seed=3)
+    one, other = BatchSource(dataset, 4, seed=3, sweeps=lambda epoch: 2).epoch(1)
+    later = dict(zip(other.keys, other.truths, strict=True))
+    assert any(not np.array_equal(truth, later[key]) for key, truth in zip(one.keys, one.truths, strict=True))
+
+
 def test_easy_images_come_first_and_all_are_open_in_the_second_half(dataset: VesselDataset) -> None:
     difficulties = [index / 9 for index in range(10)]
     source = BatchSource(dataset, 2, seed=1, num_epochs=4, difficulties=difficulties)

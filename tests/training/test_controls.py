@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def bars(height: int, width: int) -> TrainBatch:
 
 
 def test_gradients_reach_the_unet_and_its_loss_falls() -> None:
-    learner = UNetLearner(TrainConfig(control="unet", num_passes=1), "cpu")
+    learner = UNetLearner(TrainConfig(control="unet"), "cpu")
     optimizer = torch.optim.AdamW(learner.trainable.values(), lr=4e-3)
     update = learner.updates(optimizer, reward=None)["sft"]
     assert learner.distance() == 0
@@ -83,13 +84,13 @@ def test_gradients_reach_the_unet_and_its_loss_falls() -> None:
     assert dice(learner.predict(batch.images[0]).mask, batch.truths[0]) > 0.9
 
 
-def test_the_unet_shows_each_pass_flipped_with_its_truth() -> None:
+def test_the_unet_shows_each_image_flipped_with_its_truth() -> None:
     """A net cannot learn images whose masks are flipped otherwise; here the pair is looked at itself."""
-    learner = UNetLearner(TrainConfig(control="unet", num_passes=20), "cpu")
+    learner = UNetLearner(TrainConfig(control="unet"), "cpu")
     update = learner.updates(torch.optim.AdamW(learner.trainable.values()), reward=None)["sft"]
     seen = []
     learner.model.logits = lambda image: seen.append(image) or torch.zeros(image.shape[:2])
-    truths = [truth for _, batch in update.passes(bars(40, 56)) for truth in batch]
+    truths = [truth for _ in range(20) for truth in update.forward(bars(40, 56))[1]]
     assert len(seen) == len(truths) == 40
     assert len({truth.numpy().tobytes() for truth in truths}) == 4
     assert all(
@@ -123,12 +124,8 @@ def test_order_and_passes_are_those_of_the_model(
     step = SupervisedSteps.step
 
     def recorded(self: SupervisedSteps, batch: TrainBatch) -> dict[str, float]:
-        shown = []
-        passes = type(self).passes
-        self.passes = lambda batch: (shown.append(one) or one for one in passes(self, batch))
-        figures = step(self, batch)
-        seen.append((tuple(batch.keys), len(shown), [image.tobytes() for image in batch.images]))
-        return figures
+        seen.append((tuple(batch.keys), [image.tobytes() for image in batch.images]))
+        return step(self, batch)
 
     monkeypatch.setattr(SupervisedSteps, "step", recorded)
     settings = {"num_epochs": 2, "batch_size": 6, "num_passes": 3, "augment": "light", "val_freq": 100}
@@ -138,8 +135,10 @@ def test_order_and_passes_are_those_of_the_model(
         orders.append(list(seen))
         seen.clear()
     assert orders[0] == orders[1]
-    assert len(orders[0]) == 2 * -(-16 // 6)
-    assert {number for _, number, _ in orders[0]} == {3}
+    assert len(orders[0]) == 2 * 3 * -(-16 // 6)
+    shown = Counter(key for keys, _ in orders[0] for key in keys)
+    assert len(shown) == 16
+    assert set(shown.values()) == {2 * 3}  # epochs x passes, as often as PPO looks at each
 
 
 # ---- The filter

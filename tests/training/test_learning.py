@@ -361,7 +361,9 @@ def test_a_rollout_keeps_the_policy_that_drew_it_and_the_credit_of_the_mask_in_u
     logits = 2 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     batch = drawn_batch(16, 1)
     optimizer = torch.optim.SGD([policy.table], lr=0.0)
-    update = PPOUpdate(policy, optimizer, SimpleDiceReward(), replace(SETTINGS, temperature=1.5))
+    update = PPOUpdate(
+        policy, optimizer, SimpleDiceReward(), replace(SETTINGS, temperature=1.5, advantage="plain")
+    )
     rollout = update.collect(batch, [logits], torch.zeros(1, 1, dtype=torch.long))
     policy_then = torch.distributions.Bernoulli(logits=logits / 1.5)
     wanted = torch.stack(

@@ -114,7 +114,9 @@ def test_other_stages(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, s
     done = short_run(tiny_checkpoint, angiograms, tmp_path, stage=stage, num_epochs=2)
     steps = [line for line in metrics_of(done) if "train/grad_norm" in line]
     kinds = ["sft" if "train/reward" not in line else "rl" for line in steps]
-    assert kinds == (["sft"] * 4 if stage == "sft" else ["sft", "sft", "rl", "rl"])
+    # 2 batches an epoch; a supervised epoch goes through them twice, PPO passes twice over each.
+    assert kinds == (["sft"] * 8 if stage == "sft" else ["sft"] * 4 + ["rl"] * 2)
+    assert done.info["total_steps"] == len(kinds)
     assert done.info["adapter_delta_norm"] > 0
 
 
@@ -210,7 +212,7 @@ def test_sanity_overfit_trains_and_validates_on_the_same_images(
 ) -> None:
     monkeypatch.setattr("vesselrl.training.run_data.SANITY_STEPS", 4)
     done = short_run(tiny_checkpoint, angiograms, tmp_path, sanity_overfit=2, stage="sft")
-    assert done.info["total_steps"] == 4
+    assert done.info["total_steps"] == 4 * 2  # each batch is gone through twice
     assert done.test == []
     assert done.info["counts"]["train"]["used"] == done.info["counts"]["val"]["used"] == 2
     assert math.isfinite(done.info["best_val_dice"])

@@ -125,7 +125,8 @@ class TrainConfig:
 
     # Masks drawn per image.
     num_samples: int = 4
-    # Passes over a batch of drawn masks.
+    # How often an epoch looks at each image: PPO passes so often over the masks drawn for it, a supervised
+    # epoch goes so often through all images, each time in another order.
     num_passes: int = 2
     clip: float = 0.2
     # Weight of the divergence from the starting policy.
@@ -209,13 +210,6 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
-        for name in ("learning_rate", "rl_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
-        if self.rl_learning_rate is not None and self.stage != "sft+rl":
-            raise ValueError(
-                f"--rl_learning_rate is for --stage sft+rl; with --stage {self.stage} use --learning_rate."
-            )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
         if self.fold is not None and not (
@@ -231,9 +225,20 @@ class TrainConfig:
             )
         if self.curriculum and self.num_epochs < 2:
             raise ValueError("--curriculum needs --num_epochs of at least 2: one epoch opens all images.")
+        self._check_stages()
+        self._check_control()
+
+    def _check_stages(self) -> None:
+        """Refuses a stage without an epoch, and rates that are none or not used."""
         if self.stage == "sft+rl" and self.num_epochs < 2:
             raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
-        self._check_control()
+        for name in ("learning_rate", "rl_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
+        if self.rl_learning_rate is not None and self.stage != "sft+rl":
+            raise ValueError(
+                f"--rl_learning_rate is for --stage sft+rl; with --stage {self.stage} use --learning_rate."
+            )
 
     def _check_control(self) -> None:
         """Refuses what contradicts a control, and a supervised loss where no step is supervised."""
@@ -282,6 +287,10 @@ class TrainConfig:
         if self.stage != "sft+rl":
             return self.stage
         return "sft" if epoch <= num_epochs - max(1, num_epochs // 3) else "rl"
+
+    def num_sweeps(self, epoch: int, num_epochs: int) -> int:
+        """How often an epoch, counted from 1 of `num_epochs`, goes through its images."""
+        return self.num_passes if self.stage_of_epoch(epoch, num_epochs) == "sft" else 1
 
     def rate_of_stage(self, stage: str) -> float:
         """The peak learning rate of `sft` or `rl`."""

@@ -1,6 +1,6 @@
 """Training batches in a fixed, seeded order; the same for every stage, so that controls see the same data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,7 @@ class BatchSource:
         num_epochs: of the whole training.
         difficulties: of the images, in the order of the data set: easy ones first, see `open_samples`; None
             shows every image in every epoch.
+        sweeps: how often an epoch, counted from 1, goes through its images, each time in another order.
     """
 
     def __init__(
@@ -49,17 +50,19 @@ class BatchSource:
         seed: int,
         num_epochs: int = 1,
         difficulties: Sequence[float] | None = None,
+        sweeps: Callable[[int], int] = lambda epoch: 1,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.num_epochs = num_epochs
         self.difficulties = difficulties
+        self.sweeps = sweeps
         self._topologies: dict[str, Topology] = {}
 
     def num_batches(self, epoch: int) -> int:
         """Batches of one epoch, counted from 1."""
-        return -(-len(self._open(epoch)) // self.batch_size)
+        return self.sweeps(epoch) * -(-len(self._open(epoch)) // self.batch_size)
 
     @cached_property
     def num_steps(self) -> int:
@@ -67,10 +70,19 @@ class BatchSource:
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
     def epoch(self, epoch: int) -> Iterator[TrainBatch]:
-        """The batches of one epoch, in an order that depends on the seed and the epoch alone."""
-        order = self._order(epoch)
+        """The batches of one epoch, in an order that depends on the seed and the epoch alone.
+
+        The first sweep is the same whatever the number of sweeps.
+        """
+        for sweep in range(self.sweeps(epoch)):
+            yield from self._sweep(epoch, epoch + sweep * self.num_epochs)
+
+    def _sweep(self, epoch: int, number: int) -> Iterator[TrainBatch]:
+        """One sweep; its number, like no other's, decides order and augmentation."""
+        opened = self._open(epoch)
+        order = [opened[k] for k in epoch_order(len(opened), self.seed, number)]
         for start in range(0, len(order), self.batch_size):
-            items = [self.dataset.augmented(index, epoch) for index in order[start : start + self.batch_size]]
+            items = [self.dataset.augmented(k, number) for k in order[start : start + self.batch_size]]
             yield TrainBatch(
                 keys=[sample.key for _, _, sample in items],
                 images=[image for image, _, _ in items],
@@ -83,10 +95,6 @@ class BatchSource:
         if self.difficulties is None:
             return range(len(self.dataset))
         return open_samples(self.difficulties, epoch, self.num_epochs)
-
-    def _order(self, epoch: int) -> list[int]:
-        opened = self._open(epoch)
-        return [opened[k] for k in epoch_order(len(opened), self.seed, epoch)]
 
     def _topology(self, key: str, mask: np.ndarray) -> Topology:
         if not self.dataset.augmentation.is_none:

@@ -1,6 +1,6 @@
 """The controls in the training loop: a U-Net that takes steps, and a filter that is set once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,19 +60,18 @@ class UNetLearner(Learner):
 
 
 class UNetUpdate(SupervisedSteps):
-    """Supervised steps of the U-Net; every pass shows each image flipped at random."""
+    """Supervised steps of the U-Net; every step shows each image flipped at random."""
 
     def __init__(self, learner: UNetLearner, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         super().__init__(list(learner.trainable.values()), optimizer, config)
         self.learner = learner
         self.rng = np.random.default_rng([config.seed, 3])
 
-    def passes(self, batch: TrainBatch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Logits and truths of each pass."""
-        for _ in range(self.config.num_passes):
-            pairs = [self._flipped(*pair) for pair in zip(batch.images, batch.truths, strict=True)]
-            logits = [self.learner.model.logits(image) for image, _ in pairs]
-            yield logits, [self.truth(mask, self.learner.model.device) for _, mask in pairs]
+    def forward(self, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits and truths of a batch."""
+        pairs = [self._flipped(*pair) for pair in zip(batch.images, batch.truths, strict=True)]
+        logits = [self.learner.model.logits(image) for image, _ in pairs]
+        return logits, [self.truth(mask, self.learner.model.device) for _, mask in pairs]
 
     def check_gradients(self) -> None:
         """Every weight has a gradient."""

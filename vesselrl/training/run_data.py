@@ -4,6 +4,7 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -159,12 +160,15 @@ def look_for_duplicates(config: TrainConfig, split: Split) -> tuple[str, ...]:
 def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
     """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json.
 
-    A sanity run has as many epochs as it takes to make `SANITY_STEPS`, without augmentation or curriculum.
+    A sanity run has epochs enough for `SANITY_STEPS` batches, without augmentation or curriculum.
     """
     if config.sanity_overfit:
         num_epochs = math.ceil(SANITY_STEPS / math.ceil(len(data.train) / config.batch_size))
-        dataset = VesselDataset(data.train)
-        return BatchSource(dataset, config.batch_size, config.seed, max(config.num_epochs, num_epochs))
+        num_epochs = max(config.num_epochs, num_epochs)
+        return BatchSource(
+            VesselDataset(data.train), config.batch_size, config.seed, num_epochs,
+            sweeps=partial(config.num_sweeps, num_epochs=num_epochs),
+        )  # fmt: skip
     plan = get_augmentation(config.augment)
     logger.info("augmentation: %s", plan)
     dataset = VesselDataset(data.train, augmentation=plan, seed=config.seed)
@@ -173,7 +177,8 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
         table = difficulty_table(data.train, lambda sample: (load_image(sample), load_mask(sample)))
         run.write_json("difficulty.json", table)
         difficulties = [table[sample.key]["difficulty"] for sample in data.train]
-    batches = BatchSource(dataset, config.batch_size, config.seed, config.num_epochs, difficulties)
+    sweeps = partial(config.num_sweeps, num_epochs=config.num_epochs)
+    batches = BatchSource(dataset, config.batch_size, config.seed, config.num_epochs, difficulties, sweeps)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // config.batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
     Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)

@@ -5,7 +5,7 @@ They are the controls that reinforcement learning must beat, and the miniature's
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,12 +73,12 @@ SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class SupervisedSteps(ABC):
-    """Supervised steps of any model: the passes over a batch, with the self-checks at the first.
+    """Supervised steps of any model, one pass over a batch each, with the self-checks at the first.
 
     Args:
         parameters: that are trained.
         optimizer: of these.
-        config: loss, number of passes and largest gradient.
+        config: loss and largest gradient.
     """
 
     def __init__(
@@ -91,35 +91,33 @@ class SupervisedSteps(ABC):
         self.checked = False
 
     @abstractmethod
-    def passes(self, batch: TrainBatch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """For each pass, the logits and truths of the images, all (H, W)."""
+    def forward(self, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """The logits and truths of the images, all (H, W)."""
 
     @abstractmethod
     def distance(self) -> float:
         """How far the model has moved from its start."""
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
-        """The passes over one batch; returns the figures of the last.
+        """One update on a batch; returns its figures.
 
         Raises:
             LearningError: at the first step, when the model does not move; later, when a loss is not finite.
         """
         started = time.perf_counter()
-        for logits, truths in self.passes(batch):
-            loss = torch.cat(
-                [self.loss(one[None], truth[None]) for one, truth in zip(logits, truths, strict=True)]
-            )
-            loss = loss.mean()
-            checks.check_finite(loss)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if not self.checked:
-                self.check_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-            self.optimizer.step()
-            if not self.checked:
-                checks.check_changed(self.distance())
-                self.checked = True
+        logits, truths = self.forward(batch)
+        losses = [self.loss(one[None], truth[None]) for one, truth in zip(logits, truths, strict=True)]
+        loss = torch.cat(losses).mean()
+        checks.check_finite(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not self.checked:
+            self.check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        if not self.checked:
+            checks.check_changed(self.distance())
+            self.checked = True
         return {
             "train/loss": float(loss.detach()),
             "train/grad_norm": float(norm),
@@ -141,21 +139,21 @@ class SupervisedSteps(ABC):
 
 
 class SupervisedUpdate(SupervisedSteps):
-    """Supervised steps of the adapters: the same adapters, data order and number of passes as `PPOUpdate`."""
+    """Supervised steps of the adapters: the same adapters, images and number of passes as `PPOUpdate`."""
 
     def __init__(self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
         super().__init__(list(policy.trainable.values()), optimizer, config)
         self.policy = policy
 
-    def passes(self, batch: TrainBatch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The same images at every pass; LoRA dropout is on, the frozen model has none."""
+    def forward(self, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits and truths of a batch; LoRA dropout is on, the frozen model has none."""
         self.policy.peft_model.train()
         inputs = self.policy.prepare(batch.images)
         truths = [self.truth(mask, self.policy.model.device) for mask in batch.truths]
-        for _ in range(self.config.num_passes):
-            decoded = self.policy.decode(inputs, batch.keys)
-            yield self.policy.logits(decoded, decoded.best(), inputs), truths
+        decoded = self.policy.decode(inputs, batch.keys)
+        logits = self.policy.logits(decoded, decoded.best(), inputs)
         self.policy.peft_model.eval()
+        return logits, truths
 
     def check_gradients(self) -> None:
         """Every adapter has a gradient, and nothing else has."""
