@@ -334,27 +334,6 @@ def test_specks_below_the_smallest_component_are_not_in_the_scored_masks() -> No
     assert foreground == [pytest.approx(44 / 40), 1.0]
 
 
-def test_the_supervised_loss_beside_ppo_moves_what_no_reward_moves() -> None:
-    """A reward that pays next to nothing: with `sft_coef` the mask is learned all the same."""
-
-    class Nothing(MultiObjectiveReward):
-        def overlap_terms(self, tp, fp, fn):
-            return {"dice": 1e-6 * np.asarray(tp, float)}
-
-        def structure_terms(self, pred, gt, gt_topology=None):
-            return {}
-
-    learned = []
-    for coefficient in (0.0, 1.0):
-        policy = ToyPolicy()
-        optimizer = torch.optim.SGD([policy.table], lr=50.0)
-        update = PPOUpdate(policy, optimizer, Nothing(), replace(SETTINGS, sft_coef=coefficient, kl_coef=0.0))
-        update.checked = True
-        learned.append([update.step(drawn_batch(16, 1))["train/dice"] for _ in range(40)][-1])
-    assert learned[0] < 0.1
-    assert learned[1] > 0.9
-
-
 def test_a_rollout_keeps_the_policy_that_drew_it_and_the_credit_of_the_mask_in_use() -> None:
     """Old log-probabilities are those of the logits; credit is that in the greedy mask, not in drawn ones."""
     policy = ToyPolicy()

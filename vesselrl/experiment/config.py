@@ -132,8 +132,6 @@ class TrainConfig:
     # Weight of the divergence from the starting policy.
     kl_coef: float = 0.01
     entropy_coef: float = 0.0
-    # Weight of the supervised loss beside PPO's: it holds what it taught while PPO works on the rest.
-    sft_coef: float = 0.0
     # Divides the logits when masks are drawn; larger explores more.
     temperature: float = 1.0
     # Smoothness of the random field that masks are drawn with, in px; 0: independent pixels.
@@ -202,7 +200,6 @@ class TrainConfig:
         for name in (
             "kl_coef",
             "entropy_coef",
-            "sft_coef",
             "correlation_px",
             "structure_weight",
             "weight_decay",

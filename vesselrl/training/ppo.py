@@ -7,8 +7,7 @@ advantage estimation. The order of a step:
 2. draw K correlated masks per image, keep the per-pixel log-probabilities of both actions;
 3. score them: exact credit for overlap, region credit for topology, length and a user's reward;
 4. add both up, in units of the reward: the advantages;
-5. at least two passes of the clipped loss, with a KL term to the frozen starting policy and, on request, the
-   supervised loss.
+5. at least two passes of the clipped loss, with a KL term to the frozen starting policy.
 """
 
 import time
@@ -39,7 +38,6 @@ from vesselrl.training.ppo_math import (
     success_normalised,
     undecided_weight,
 )
-from vesselrl.training.supervised import mask_loss
 
 
 @dataclass
@@ -49,7 +47,6 @@ class Rollout:
     Attributes:
         choice: (B, P) candidate mask that was used, kept for all passes.
         masks: (K, H, W) bool. old_logprobs: (2, H, W), of off and on. weight, credit: (H, W).
-        truths: (H, W) float in {0, 1}.
         share_on: (K, H, W) drawn actions, or (1, H, W) where both count as often as they would be drawn.
         metrics: flat figures for the log.
         reward_varies: whether any pixel earned anything.
@@ -61,7 +58,6 @@ class Rollout:
     credit: list[Tensor] = field(default_factory=list)
     share_on: list[Tensor] = field(default_factory=list)
     weight: list[Tensor] = field(default_factory=list)
-    truths: list[Tensor] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     reward_varies: bool = True
 
@@ -124,7 +120,6 @@ class PPOUpdate:
     def collect(self, batch: TrainBatch, logits: list[Tensor], choice: Tensor) -> Rollout:
         """Samples, scores and credits K masks per image; no gradient flows here."""
         s, rollout = self.config, Rollout(choice)
-        rollout.truths = [torch.from_numpy(t).to(choice.device, torch.float32) for t in batch.truths]
         with torch.no_grad():
             for image_logits in logits:
                 masks = sample_masks(
@@ -186,8 +181,6 @@ class PPOUpdate:
             kl = bernoulli_kl(image_logits, reference[k], weight, s.temperature)
             entropy = bernoulli_entropy(image_logits, weight, s.temperature)
             total = total + policy.loss + s.kl_coef * kl - s.entropy_coef * entropy
-            if s.sft_coef > 0:
-                total = total + s.sft_coef * mask_loss(image_logits[None], rollout.truths[k][None]).sum()
             rows.append(
                 {
                     "policy_loss": policy.loss,
