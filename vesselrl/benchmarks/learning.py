@@ -141,7 +141,7 @@ def score_at_equal_recall(
     for rl_arm in (name for name in RL_ARMS if name in results):
         for control in (name for name in EQUAL_RECALL if name in results):
             pairs = list(zip(scorers, results[rl_arm], strict=True))
-            done = [scorer.at_recall_of(control, rl_arm, result.val) for scorer, result in pairs]
+            done = [scorer.at_recall_of(control, rl_arm, result) for scorer, result in pairs]
             gaps = [
                 patient_mean(result.val, "recall") - point.recall
                 for (_, result), (_, point) in zip(pairs, done, strict=True)

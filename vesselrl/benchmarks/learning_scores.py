@@ -103,12 +103,16 @@ class ArmScorer:
         val, test = (self.scores(arm.name, side, side, source, post) for side in ("val", "test"))
         return ArmResult(val, test, source, post)
 
-    def at_recall_of(self, control: str, rl_arm: str, rl_val: Evaluation) -> tuple[Evaluation, CurvePoint]:
-        """C1 or C3 where its validation recall is that of an RL arm: test scores, and the point chosen."""
-        source = EQUAL_RECALL[control]
-        point = self.curve(source).at_recall(rl_val.summary["metrics"]["recall"]["patient_mean"])
+    def at_recall_of(self, control: str, rl_arm: str, rl_result: ArmResult) -> tuple[Evaluation, CurvePoint]:
+        """C1 or C3 where its validation recall is that of an RL arm: test scores, and the point chosen.
+
+        The control gets the arm's component size, so that no filter is taken for what was learned.
+        """
+        source, size_px = EQUAL_RECALL[control], rl_result.post.min_component_px
+        recall = rl_result.val.summary["metrics"]["recall"]["patient_mean"]
+        point = self.curve(source, size_px).at_recall(recall)
         name = f"test_at_recall_of_{rl_arm}"
-        post = PostProcessing(point.threshold, MIN_COMPONENT_PX)
+        post = PostProcessing(point.threshold, size_px)
         return self.scores(control, name, "test", source, post), point
 
     def scores(self, arm: str, name: str, side: str, source: str, post: PostProcessing) -> Evaluation:
@@ -133,11 +137,13 @@ class ArmScorer:
         write_json(path, {"origin": origin} | grid.to_json())
         return grid
 
-    def curve(self, source: str) -> ThresholdCurve:
-        """Validation recall and precision of one source by threshold, without small components."""
+    def curve(self, source: str, size_px: int) -> ThresholdCurve:
+        """Validation recall and precision of one source by threshold, without components below a size."""
         images = self.images(source, "val")
-        counted = [tuple(np.transpose([counts(mask, image.truth)[:3] for mask in masks_by_threshold(image)]))
-                   for image in images]  # fmt: skip
+        counted = []
+        for image in images:
+            masks = masks_by_threshold(image, size_px)
+            counted.append(tuple(np.transpose([counts(mask, image.truth)[:3] for mask in masks])))
         return curve_of_counts(counted, [image.patient for image in images])
 
     def test_curve(self, source: str) -> dict[str, list[float]]:
@@ -205,11 +211,10 @@ def load_predictor(run: Path) -> Predict:
     return make_predictor(EvaluationPlan(lora_weights=str(run)), settings)
 
 
-def masks_by_threshold(image: PredictedImage) -> list[np.ndarray]:
-    """The masks of one image at all thresholds of a `ThresholdCurve`, without small components."""
+def masks_by_threshold(image: PredictedImage, size_px: int) -> list[np.ndarray]:
+    """The masks of one image at all thresholds of a `ThresholdCurve`, without components below a size."""
     return [
-        predicted_mask(image, PostProcessing(float(threshold), MIN_COMPONENT_PX))
-        for threshold in CURVE_THRESHOLDS
+        predicted_mask(image, PostProcessing(float(threshold), size_px)) for threshold in CURVE_THRESHOLDS
     ]
 
 
