@@ -137,6 +137,7 @@ def evaluate_held_out(
     folder, name = result_place(plan, run)
     check_writable(folder)
     samples, validation, marks = choose_samples(plan, run, settings)
+    smallest = smallest_component(plan.min_component_px, settings)
     reward = make_reward(TrainConfig.from_dict(settings))
     observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
     predict = make_predictor(plan, settings)
@@ -145,7 +146,6 @@ def evaluate_held_out(
     threshold = curve.best.threshold if curve else None
     done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
 
-    smallest = smallest_component(plan.min_component_px, settings)
     extra = {
         "plan": vars(plan),
         "flips": plan.flips,
