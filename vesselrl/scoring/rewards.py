@@ -127,7 +127,9 @@ class Reward:
         pred, gt = as_mask_pair(pred, gt)
         terms = self._shape_terms(pred, gt, gt_topology)
         if self.custom is not None:
-            terms["custom"] = self.custom_weight * _call_custom(self.custom, pred, gt)
+            # At weight 0 it is worth nothing and may be slow.
+            weight = self.custom_weight
+            terms["custom"] = weight * _call_custom(self.custom, pred, gt) if weight else 0.0
         return terms
 
     def _shape_terms(

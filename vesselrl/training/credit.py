@@ -38,10 +38,8 @@ class Credit:
 
     Attributes:
         overlap: (H, W) float32, R(on) - R(off) of the overlap terms, exact.
-        structure: (H, W) float32, per pixel, what a region's flip changes in the reward without the user's
-            term, less the overlap credit of its pixels; the mean over the scored regions that hold the pixel,
-            0 outside them.
-        custom: (H, W) float32, the same of the user's own term, with nothing taken off.
+        structure: (H, W) float32, per pixel, what a region's flip changes in the reward, less the overlap
+            credit of its pixels; the mean over the scored regions that hold the pixel, 0 outside them.
         rewards: (K,) float, whole reward of each sample.
         terms: name -> (K,) weighted terms of the reward.
         greedy_reward: reward of the mask that is used.
@@ -51,7 +49,6 @@ class Credit:
 
     overlap: np.ndarray
     structure: np.ndarray
-    custom: np.ndarray
     rewards: np.ndarray
     terms: dict[str, np.ndarray]
     greedy_reward: float
@@ -103,47 +100,33 @@ def assign_credit(
     regions = choose_regions(masks, greedy, on, num_regions if has_structure else 0, rng)
     # What is removed anyway changes nothing by being flipped; its overlap credit goes on teaching.
     regions = [region for region in regions if present[region].any() or not greedy[region].any()]
-    shares = [
-        region_shares(present_terms, score(used(greedy ^ region)), region, present, overlap)
-        for region in regions
-    ]
-    shape, custom = np.array(shares, np.float32).reshape(-1, 2).T
+    greedy_reward = sum(present_terms.values())
+    shares = []
+    for region in regions:
+        gain = sum(score(used(greedy ^ region)).values()) - greedy_reward
+        shares.append(region_share(gain, region, present, overlap))
     return Credit(
         overlap=overlap,
-        structure=spread(regions, shape, truth.shape),
-        custom=spread(regions, custom, truth.shape),
+        structure=spread(regions, np.array(shares, np.float32), truth.shape),
         rewards=np.sum(list(arrays.values()), axis=0),
         terms=arrays,
-        greedy_reward=float(sum(present_terms.values())),
+        greedy_reward=greedy_reward,
         greedy_counts=counts,
         num_regions=len(regions),
     )
 
 
-def region_shares(
-    present: dict[str, float],
-    flipped: dict[str, float],
-    region: np.ndarray,
-    mask: np.ndarray,
-    overlap: np.ndarray,
-) -> tuple[float, float]:
+def region_share(gain: float, region: np.ndarray, mask: np.ndarray, overlap: np.ndarray) -> float:
     """What each pixel of a region earns by the region's being on rather than off, beyond its overlap credit.
 
     Args:
-        present: terms of the reward of the mask.
-        flipped: the same with the region flipped.
+        gain: R(region flipped) - R(mask).
         region: (H, W) bool.
         mask: (H, W) bool, on in the whole of a region, or off.
         overlap: (H, W), credit of single pixels.
-
-    Returns:
-        Share in all terms but the user's, and share in the user's.
     """
-    gains = {name: flipped[name] - value for name, value in present.items()}
-    sign = -1.0 if mask[region].any() else 1.0
-    custom = sign * gains.pop("custom", 0.0)
-    area = np.count_nonzero(region)
-    return (sign * sum(gains.values()) - float(overlap[region].sum())) / area, custom / area
+    on_minus_off = -gain if mask[region].any() else gain
+    return (on_minus_off - float(overlap[region].sum())) / np.count_nonzero(region)
 
 
 def overlap_counts(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:

@@ -134,13 +134,11 @@ class PPOUpdate:
             rollout.metrics.update(rollout_figures(credits))
             if self.goals is not None:
                 rollout.metrics.update(self.goals.update([credit.greedy_counts for credit in credits]))
-            rollout.reward_varies = any(
-                c.overlap.any() or c.structure.any() or c.custom.any() for c in credits
-            )
+            rollout.reward_varies = any(c.overlap.any() or c.structure.any() for c in credits)
             for credit, masks, old in zip(credits, rollout.masks, rollout.old_logprobs, strict=True):
                 on = old[1].exp()
-                structure = credit.structure + credit.custom
-                earned = torch.from_numpy(credit.overlap + s.structure_weight * structure).to(on.device)
+                total = credit.overlap + s.structure_weight * credit.structure
+                earned = torch.from_numpy(total).to(on.device)
                 rollout.credit.append(success_normalised(earned, on) if s.advantage == "success" else earned)
                 rollout.share_on.append(on[None] if s.pixel_action == "expected" else masks.float())
         return rollout
