@@ -317,7 +317,8 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     # The real thing: supervised, then PPO; with the embedded model under an hour on two CPU cores.
     "full": TrainConfig(
-        stage="sft+rl", num_epochs=3, max_train_samples=1000, max_val_samples=100, batch_size=1, val_freq=500
+        stage="sft+rl", num_epochs=3, max_train_samples=1000, max_val_samples=100, batch_size=1, num_passes=3,
+        val_freq=500,
     ),
     # Seconds: a random miniature on a few small drawn images, two updates; for tests and newcomers.
     "debug": TrainConfig(
