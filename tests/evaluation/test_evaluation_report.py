@@ -108,6 +108,15 @@ def test_a_patient_with_many_frames_counts_once(tmp_path: Path, made) -> None:
                                            ["P003", "3", "0", "0.900"]]  # fmt: skip
 
 
+@pytest.mark.parametrize("smallest", [0, 20])
+def test_a_rule_that_changes_the_masks_is_said_at_the_top(tmp_path: Path, made, smallest: int) -> None:
+    extra = EXTRA | {"min_component_px": smallest}
+    _, page = write_evaluation_report(write_evaluation(tmp_path, "test_base", made(DICE), extra)[0])
+    facts = "test_base, test patients, threshold 0.5"
+    assert (facts + ", components below 20 px left out" in page.read_text()) == (smallest == 20)
+    assert facts in page.read_text()
+
+
 def test_the_page_says_what_the_markdown_says(base: HeldOutResult) -> None:
     html, text = base.report_path.read_text(), base.report_path.with_suffix(".md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
