@@ -146,9 +146,9 @@ def test_settings_survive_json(name: str) -> None:
     assert TrainConfig(**values | {"lora_scope": tuple(values["lora_scope"])}) == PRESETS[name]
 
 
-def test_ppo_after_a_supervised_stage_has_a_tenth_of_the_rate_or_its_own() -> None:
+def test_ppo_after_a_supervised_stage_has_a_fortieth_of_the_rate_or_its_own() -> None:
     both = TrainConfig(stage="sft+rl", learning_rate=1e-2)
-    assert (both.rate_of_stage("sft"), both.rate_of_stage("rl")) == pytest.approx((1e-2, 1e-3))
+    assert (both.rate_of_stage("sft"), both.rate_of_stage("rl")) == pytest.approx((1e-2, 2.5e-4))
     assert TrainConfig(stage="sft+rl", rl_learning_rate=3e-4).rate_of_stage("rl") == 3e-4
     assert TrainConfig(stage="rl", learning_rate=1e-2).rate_of_stage("rl") == 1e-2
     with pytest.raises(ValueError, match=r"^--rl_learning_rate is for --stage sft\+rl"):
