@@ -3,9 +3,7 @@
 The loop in `train.py` is one for all: a Sa2VA with adapters here, the controls in `control_learners.py`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from vesselrl.scoring.rewards import Reward
 from vesselrl.training.batches import TrainBatch
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
+from vesselrl.training.restorable import Restorable
 from vesselrl.training.supervised import SupervisedUpdate
 
 
@@ -30,7 +29,7 @@ class Update(Protocol):
         """Changes the learner and returns the figures of the step."""
 
 
-class Learner(ABC):
+class Learner(Restorable):
     """Something that is trained.
 
     Attributes:
@@ -52,24 +51,6 @@ class Learner(ABC):
     @abstractmethod
     def updates(self, optimizer: torch.optim.Optimizer, reward: Reward) -> dict[str, Update]:
         """The steps by stage, `sft` or `rl`."""
-
-    @abstractmethod
-    def values(self) -> Any:
-        """A copy of what training changes."""
-
-    @abstractmethod
-    def restore(self, values: Any) -> None:
-        """Puts back what `values` gave."""
-
-    @contextmanager
-    def at(self, values: Any) -> Iterator[None]:
-        """The learner with other values, for the length of a `with` block."""
-        now = self.values()
-        self.restore(values)
-        try:
-            yield
-        finally:
-            self.restore(now)
 
     @abstractmethod
     def distance(self) -> float:

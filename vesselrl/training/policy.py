@@ -6,8 +6,7 @@ twigs instead of specks while every pixel keeps exactly its own probability. Log
 per pixel.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ from vesselrl.models.lora import adapter_parameters
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
 from vesselrl.training.feature_store import FeatureStore
+from vesselrl.training.restorable import Restorable
 
 
-class MaskPolicy:
+class MaskPolicy(Restorable):
     """The trainable model: images in, mask logits at native size out.
 
     What frozen parts say about an image never changes. It is computed once and kept: the [SEG] state where
@@ -124,16 +124,6 @@ class MaskPolicy:
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
-
-    @contextmanager
-    def at(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """The model with other adapter values, for the length of a `with` block."""
-        now = self.values()
-        self.restore(values)
-        try:
-            yield
-        finally:
-            self.restore(now)
 
     def at_start(self) -> AbstractContextManager[None]:
         """The model with its starting adapter, for the length of a `with` block."""
