@@ -198,7 +198,7 @@ def test_the_glossary_has_every_logged_key_and_no_other(debug_run: Path) -> None
     logged = {key for line in lines for key in json.loads(line)}
     floors = ("dice", "recall", "precision")
     goals = Goals(MultiObjectiveReward(), dict.fromkeys(floors, 0.5))  # --objective constrained
-    logged |= goals.update([(1, 1, 1)]).keys()
+    logged |= goals.figures().keys()
     terms = goals.overlap_terms(1, 1, 1)
     logged |= {f"train/{kind}/{name}" for kind in ("reward", "reward_std") for name in terms}
     assert first_column(section(HOW_IT_WORKS, "Every logged key")) == logged

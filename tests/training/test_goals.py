@@ -6,49 +6,31 @@ import pytest
 from vesselrl.scoring.rewards import MultiObjectiveReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training.credit import overlap_credit
-from vesselrl.training.goals import LIMIT, MEMORY, RATE, Goals
+from vesselrl.training.goals import LIMIT, Goals
 
-MISSED = [(60, 20, 40)]  # tp, fp, fn: recall 0.6, precision 0.75
-KEPT = [(95, 5, 5)]
+MISSED = {"dice": 0.67, "recall": 0.83, "precision": 0.75}
+KEPT = {"dice": 0.95, "recall": 0.95, "precision": 0.95}
 
 
 def goals(**floors: float) -> Goals:
     return Goals(MultiObjectiveReward(), floors)
 
 
-def test_a_price_rises_while_its_floor_is_missed_and_falls_while_it_is_kept() -> None:
-    one = goals(recall=0.85, precision=0.7)
-    one.multipliers["precision"] = 2.0
-    figures = one.update(MISSED)
-    assert one.means == {"recall": pytest.approx(0.6), "precision": pytest.approx(0.75)}
-    assert figures == {
-        "train/price/recall": pytest.approx(RATE * 0.25),
-        "train/price/precision": pytest.approx(2 - RATE * 0.05),
+def test_a_price_rises_by_what_is_missed_and_falls_by_what_is_kept() -> None:
+    one = goals(recall=0.85, precision=0.74)
+    one.multipliers["precision"] = 4.0
+    one.validated(MISSED)  # recall 0.02 short: 2 points; precision 0.01 above: 1 point less
+    assert one.figures() == {
+        "train/price/recall": pytest.approx(2.0),
+        "train/price/precision": pytest.approx(3.0),
     }
 
 
-def test_the_running_mean_remembers() -> None:
-    one = goals(recall=0.85)
-    one.update(MISSED)
-    one.update(KEPT)
-    assert one.means["recall"] == pytest.approx(MEMORY * 0.6 + (1 - MEMORY) * 0.95)
-
-
 def test_prices_stay_between_zero_and_the_limit() -> None:
-    one = goals(recall=0.85)
-    for _ in range(1000):
-        one.update(MISSED)
-    assert one.multipliers["recall"] == LIMIT
-    other = goals(recall=0.5)
-    for _ in range(1000):
-        other.update(KEPT)
-    assert other.multipliers["recall"] == 0.0
-
-
-def test_the_batch_mean_counts_images_not_pixels() -> None:
-    one = goals(recall=0.85)
-    one.update([(10, 0, 0), (0, 0, 1000)])
-    assert one.means["recall"] == pytest.approx(0.5)
+    one = goals(recall=0.85, precision=0.7)
+    for _ in range(100):
+        one.validated(MISSED)
+    assert one.multipliers == {"recall": LIMIT, "precision": 0.0}
 
 
 def test_overlap_is_dice_and_price_times_score_above_the_floor() -> None:

@@ -155,6 +155,29 @@ def test_ppo_after_supervised_steps_has_a_rate_and_moments_of_its_own(
     assert all(moments[1:])
 
 
+def test_goals_are_priced_by_the_validation_before_ppo_and_by_each_one_since(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """By hand from the logged means; those of the supervised stage but the last set no price."""
+    floors = {"recall": 0.4, "precision": 0.1}
+    done = short_run(
+        tiny_checkpoint, angiograms, tmp_path, stage="sft+rl", num_epochs=3, num_passes=1, val_freq=1,
+        learning_rate=1e-3, objective="constrained", recall_target=floors["recall"],
+        precision_target=floors["precision"],
+    )  # fmt: skip
+    prices, validated, seen = dict.fromkeys(floors, 0.0), None, []
+    for line in metrics_of(done):
+        if "val/dice" in line:
+            validated = line
+        if "train/price/recall" in line:
+            for name, floor in floors.items():
+                price = prices[name] + 100 * (floor - validated[f"val/{name}"])
+                prices[name] = min(max(price, 0.0), 20.0)
+                assert line[f"train/price/{name}"] == pytest.approx(prices[name], abs=1e-9)
+            seen.append(tuple(prices.values()))
+    assert len(set(seen)) == 2  # two steps of PPO, a validation between
+
+
 def test_small_components_are_gone_in_validation_and_test(
     tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
 ) -> None:

@@ -147,7 +147,7 @@ class TrainConfig:
     # from. plain: the policy gradient, which dies out there.
     advantage: Literal["success", "plain"] = "success"
     # weighted: the reward as it is. constrained: its structure terms, with Dice, recall and precision kept
-    # above dice_floor, recall_target and precision_target on average, by multipliers that are learned.
+    # above dice_floor, recall_target and precision_target on validation patients, by prices set at val_freq.
     objective: Literal["weighted", "constrained"] = "weighted"
     dice_floor: float = 0.0
 

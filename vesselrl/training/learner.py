@@ -4,6 +4,7 @@ The loop in `train.py` is one for all: a Sa2VA with adapters here, the controls 
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ class Update(Protocol):
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
         """Changes the learner and returns the figures of the step."""
+
+    def validated(self, means: Mapping[str, float]) -> None:
+        """Takes notice of a validation's mean scores: the last before its first step, and all later ones."""
 
 
 class Learner(Restorable):

@@ -11,6 +11,7 @@ advantage estimation. The order of a step:
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,6 +113,11 @@ class PPOUpdate:
         rollout.metrics["time/step"] = time.perf_counter() - started
         return rollout.metrics
 
+    def validated(self, means: Mapping[str, float]) -> None:
+        """Sets the prices of the constrained objective."""
+        if self.goals is not None:
+            self.goals.validated(means)
+
     def _begin(self) -> dict[str, Tensor]:
         """The policy of this moment becomes the reference; returns its trainable values."""
         self.policy.freeze_reference()
@@ -133,7 +139,7 @@ class PPOUpdate:
             rollout.metrics["time/reward"] = time.perf_counter() - started
             rollout.metrics.update(rollout_figures(credits))
             if self.goals is not None:
-                rollout.metrics.update(self.goals.update([credit.greedy_counts for credit in credits]))
+                rollout.metrics.update(self.goals.figures())
             rollout.reward_varies = any(c.overlap.any() or c.structure.any() for c in credits)
             for credit, masks, old in zip(credits, rollout.masks, rollout.old_logprobs, strict=True):
                 on = old[1].exp()

@@ -211,9 +211,10 @@ class _Training:
         step, end_of_epoch, latest, stage = 0, 0, None, None
         for epoch in range(1, self.batches.num_epochs + 1):
             previous, stage = stage, self.config.stage_of_epoch(epoch, self.batches.num_epochs)
-            if previous not in (None, stage):
-                optimizer.state.clear()  # the moments of another loss say nothing about this one
             update = updates[stage]
+            if previous != stage:
+                optimizer.state.clear()  # the moments of another loss say nothing about this one
+                update.validated(headline(latest or self.best))
             end_of_epoch += self.batches.num_batches(epoch)
             for batch in self.batches.epoch(epoch):
                 step += 1
@@ -226,6 +227,7 @@ class _Training:
                 if due or step % self.config.val_freq == 0:
                     latest = self._validate(step, monitor)
                     if not last_of_run:  # the adapter of the last step is kept as it was validated
+                        update.validated(headline(latest))
                         guard.after_validation(step, headline(latest)["dice"])
             if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
                 self._save(f"checkpoint_epoch_{epoch}")
