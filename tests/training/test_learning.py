@@ -269,7 +269,7 @@ def test_reward_does_not_rise_when_credit_is_shuffled(seed: int, monkeypatch) ->
     def shuffled(*arguments):
         credit = assign(*arguments)
         order = rng.permutation(credit.overlap.size)
-        parts = {name: getattr(credit, name) for name in ("overlap", "structure", "custom")}
+        parts = {name: getattr(credit, name) for name in ("overlap", "structure")}
         return replace(
             credit, **{name: part.ravel()[order].reshape(part.shape) for name, part in parts.items()}
         )
