@@ -37,6 +37,20 @@ def test_a_custom_function_is_one_more_term(reward_type):
     assert mine.structure_terms(pred, TREE)["custom"] == details["custom_term"]
 
 
+def test_a_custom_function_of_weight_0_is_shown_but_not_paid_for_and_asked_once() -> None:
+    calls = []
+
+    def counted(pred, gt):
+        calls.append(1)
+        return 7.0
+
+    reward = SimpleDiceReward(custom=counted, custom_weight=0)
+    total, details = reward(TREE, TREE)
+    assert (total, details["custom_term"], details["custom_score"], len(calls)) == (10.0, 0.0, 7.0, 1)
+    assert reward.structure_terms(TREE, TREE) == {"custom": 0.0}
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("value", [1, 0.5, np.float32(2), np.array(3.0), torch.tensor(4.0)])
 def test_a_custom_function_may_return_any_finite_number(value):
     reward = SimpleDiceReward(custom=lambda pred, gt: value)
