@@ -12,8 +12,6 @@ from PIL import Image
 from vesselrl import cli
 from vesselrl.benchmarks.learning import benchmark_learning
 from vesselrl.benchmarks.learning_arms import ARMS
-from vesselrl.benchmarks.learning_scores import masks_by_threshold
-from vesselrl.evaluation.postprocessing import PredictedImage
 from vesselrl.evaluation.results import read_evaluation, read_extra
 from vesselrl.experiment.runs import RunError
 
@@ -198,15 +196,3 @@ def test_only_the_untouched_base_and_tuned_sizes_differ_in_the_smallest_componen
     tuned = {name: sizes.pop(name) for name in list(sizes) if name.endswith("_filtered")}
     assert len(tuned) == 3
     assert set(map(frozenset, sizes.values())) == {frozenset({20})}
-
-
-def test_recall_is_made_equal_on_masks_without_small_components() -> None:
-    """Vessel of 30 px at 0.9 and a true speck of 4 px at 0.6: the speck never counts as found."""
-    truth, values = np.zeros((20, 20), bool), np.full((20, 20), 0.05)
-    truth[3:6, 2:12] = truth[14:16, 14:16] = True
-    values[3:6, 2:12], values[14:16, 14:16] = 0.9, 0.6
-    masks = masks_by_threshold(PredictedImage(values, truth, "P1"), 20)
-    found = [int((mask & truth).sum()) for mask in masks]
-    assert found[:4] == [34] * 4  # the whole image is one component
-    assert set(found[10:88]) == {30}
-    assert found[95:] == [0] * 4

@@ -121,6 +121,8 @@ def test_small_components_are_removed_as_in_the_run_or_as_asked(run: Path) -> No
     change_settings(run, lambda args: args.update(min_component_px=10**6))
     nothing = [0.0] * len(plain)
     assert masks() == (nothing, nothing, 10**6)
+    curve = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve
+    assert (curve.best.recall, curve.best.threshold) == (0, 0.5)  # chosen on masks as they are used
     assert masks(min_component_px=0) == (plain, tuned, 0)
     with pytest.raises(DataError, match="--min_component_px is -1"):
         masks(min_component_px=-1)

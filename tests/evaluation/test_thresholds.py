@@ -8,8 +8,14 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from vesselrl.evaluation.calibration import calibration
-from vesselrl.evaluation.probabilities import THRESHOLDS, count_pixels, failed_counts
-from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, sweep_thresholds, threshold_curve
+from vesselrl.evaluation.probabilities import THRESHOLDS, count_pixels
+from vesselrl.evaluation.thresholds import (
+    CurvePoint,
+    ThresholdCurve,
+    counts_by_threshold,
+    sweep_thresholds,
+    threshold_curve,
+)
 
 
 def picture(seed, shape=(37, 53)):
@@ -23,7 +29,7 @@ def picture(seed, shape=(37, 53)):
 
 def test_the_curve_is_that_of_one_mask_per_threshold():
     pictures = [picture(seed) for seed in range(3)]
-    curve = threshold_curve([count_pixels(*one) for one in pictures], ["P1", "P1", "P2"])
+    curve = threshold_curve([counts_by_threshold(*one) for one in pictures], ["P1", "P1", "P2"])
     assert [point.threshold for point in curve.points] == [round(k / 100, 2) for k in range(1, 100)]
     for point, threshold in list(zip(curve.points, THRESHOLDS, strict=True))[::7]:
         for name, score in (("dice", f1_score), ("recall", recall_score), ("precision", precision_score)):
@@ -38,11 +44,35 @@ def test_a_planted_best_threshold_is_found():
     truth[:4] = True
     faint = np.where(truth, 0.32, 0.1).astype(np.float32)  # perfect from 0.10 to 0.31
     faint[7] = 0.3  # ... and now for 0.30 and 0.31 only
-    curve = threshold_curve([count_pixels(faint, truth)], ["P1"])
+    curve = threshold_curve([counts_by_threshold(faint, truth)], ["P1"])
     assert (curve.best.threshold, curve.best.dice) == (0.31, 1.0)
     assert curve.default.dice == 0
-    certain = threshold_curve([count_pixels(truth.astype(np.float32), truth)], ["P1"])
+    certain = threshold_curve([counts_by_threshold(truth.astype(np.float32), truth)], ["P1"])
     assert certain.best.threshold == 0.5  # all are equal; the nearest to 0.5
+
+
+def test_masks_are_counted_as_they_are_used():
+    """Vessel of 30 px at 0.9 and a true speck of 4 px at 0.6: without components below 20 px it is missed."""
+    truth, values = np.zeros((20, 20), bool), np.full((20, 20), 0.05)
+    truth[3:6, 2:12] = truth[14:16, 14:16] = True
+    values[3:6, 2:12], values[14:16, 14:16] = 0.9, 0.6
+    samples = [SimpleNamespace(patient="P1")]
+
+    def best(min_component_px):
+        return sweep_thresholds(
+            lambda image: SimpleNamespace(probabilities=values),
+            samples,
+            lambda sample: (np.zeros((20, 20, 3), np.uint8), truth),
+            min_component_px=min_component_px,
+        ).best
+
+    assert (best(0).threshold, best(0).recall) == (0.5, 1)
+    assert best(20).recall == 30 / 34
+    found, _, missed = counts_by_threshold(values, truth, 20)
+    assert set(found[:4]) == {34}  # the whole image is one component
+    assert set(found[10:88]) == {30}
+    assert set(found[95:]) == {0}
+    assert set(found + missed) == {34}
 
 
 def test_a_failed_prediction_is_empty_at_every_threshold():
@@ -59,7 +89,7 @@ def test_a_failed_prediction_is_empty_at_every_threshold():
 
     told = []
     curve = sweep_thresholds(predict, samples, load, lambda done, total: told.append((done, total)))
-    alone = threshold_curve([count_pixels(probabilities, truth)], ["P1"])
+    alone = threshold_curve([counts_by_threshold(probabilities, truth)], ["P1"])
     assert told == [(1, 2), (2, 2)]
     assert curve.n_failed == 1
     assert curve.best.dice == pytest.approx(alone.best.dice / 2)
@@ -69,10 +99,12 @@ def test_a_failed_prediction_is_empty_at_every_threshold():
 def test_empty_truths_count_in_dice_and_not_in_recall():
     nothing, truth = np.zeros((4, 4), bool), np.ones((4, 4), bool)
     quiet = np.full((4, 4), 0.2, np.float32)
-    curve = threshold_curve([count_pixels(quiet, nothing), failed_counts(truth)], ["P1", "P2"])
+    curve = threshold_curve(
+        [counts_by_threshold(quiet, nothing), counts_by_threshold(np.zeros((4, 4)), truth)], ["P1", "P2"]
+    )
     assert curve.default.dice == 0.5  # both empty 1, failed 0
     assert curve.default.recall == 0
-    assert np.isnan(threshold_curve([count_pixels(quiet, nothing)], ["P1"]).default.recall)
+    assert np.isnan(threshold_curve([counts_by_threshold(quiet, nothing)], ["P1"]).default.recall)
     with pytest.raises(ValueError, match="no images to choose a threshold on"):
         threshold_curve([], [])
 

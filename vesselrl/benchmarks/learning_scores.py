@@ -35,7 +35,6 @@ from vesselrl.evaluation.postprocessing import (
     score_postprocessing,
 )
 from vesselrl.evaluation.predictions import evaluate_masks
-from vesselrl.evaluation.probabilities import THRESHOLDS as CURVE_THRESHOLDS
 from vesselrl.evaluation.results import (
     Evaluation,
     read_evaluation,
@@ -45,9 +44,9 @@ from vesselrl.evaluation.results import (
     write_json,
 )
 from vesselrl.evaluation.statistics import patient_means
-from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, curve_of_counts
+from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, counts_by_threshold, threshold_curve
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.scoring.metrics import counts, score_mask
+from vesselrl.scoring.metrics import score_mask
 from vesselrl.scoring.rewards import MultiObjectiveReward
 from vesselrl.scoring.spec import METRIC_SPEC
 from vesselrl.scoring.truth import known_truth
@@ -142,9 +141,10 @@ class ArmScorer:
         images = self.images(source, "val")
         counted = []
         for image in images:
-            masks = masks_by_threshold(image, size_px)
-            counted.append(tuple(np.transpose([counts(mask, image.truth)[:3] for mask in masks])))
-        return curve_of_counts(counted, [image.patient for image in images])
+            failed = image.probabilities is None
+            probabilities = np.zeros(image.truth.shape) if failed else image.probabilities
+            counted.append(counts_by_threshold(probabilities, image.truth, size_px))
+        return threshold_curve(counted, [image.patient for image in images])
 
     def test_curve(self, source: str) -> dict[str, list[float]]:
         """Test means over patients by threshold, for the figure; lists beside `thresholds`."""
@@ -209,13 +209,6 @@ def load_predictor(run: Path) -> Predict:
         return control.predict
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
     return make_predictor(EvaluationPlan(lora_weights=str(run)), settings)
-
-
-def masks_by_threshold(image: PredictedImage, size_px: int) -> list[np.ndarray]:
-    """The masks of one image at all thresholds of a `ThresholdCurve`, without components below a size."""
-    return [
-        predicted_mask(image, PostProcessing(float(threshold), size_px)) for threshold in CURVE_THRESHOLDS
-    ]
 
 
 def score_images(

@@ -142,7 +142,7 @@ def evaluate_held_out(
     observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
     predict = make_predictor(plan, settings)
     count = _count_on(progress, len(samples) + len(validation))
-    curve = sweep_thresholds(predict, validation, load_pixels, count(0)) if validation else None
+    curve = sweep_thresholds(predict, validation, load_pixels, count(0), smallest) if validation else None
     threshold = curve.best.threshold if curve else None
     done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
 

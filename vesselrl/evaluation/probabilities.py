@@ -54,8 +54,3 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> ProbabilityCou
     total = np.bincount(bins, minlength=NUM_BINS)
     vessel = np.bincount(bins[in_vessel], minlength=NUM_BINS)
     return ProbabilityCounts(vessel, total - vessel, np.bincount(bins, values, minlength=NUM_BINS))
-
-
-def failed_counts(truth: np.ndarray) -> ProbabilityCounts:
-    """The counts of a failed prediction: probability 0 everywhere, an empty mask at every threshold."""
-    return count_pixels(np.zeros(truth.shape, np.float32), truth)

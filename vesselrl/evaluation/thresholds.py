@@ -1,8 +1,8 @@
 """The threshold above which a probability is vessel, chosen on validation patients.
 
-All thresholds are scored from one pass: each image is reduced to counts by probability, and cumulative sums
-give tp, fp and fn at 0.01, 0.02, ..., 0.99. The best threshold has the highest mean over patients of Dice; of
-equal ones the nearest to 0.5. Test images take no part in the choice.
+All thresholds are scored from one pass: each image is reduced to tp, fp and fn at 0.01, ..., 0.99 of its
+masks as they will be used, without small components where those are removed. The best threshold has the
+highest mean over patients of Dice; of equal ones the nearest to 0.5. Test images take no part in the choice.
 """
 
 import json
@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.evaluation.probabilities import (
-    THRESHOLDS,
-    ProbabilityCounts,
-    count_pixels,
-    failed_counts,
-)
+from vesselrl.evaluation.postprocessing import PostProcessing
+from vesselrl.evaluation.probabilities import THRESHOLDS, count_pixels
 from vesselrl.evaluation.statistics import patient_means
-from vesselrl.scoring.metrics import dice_from_counts, precision_from_counts, recall_from_counts
+from vesselrl.scoring.metrics import (
+    counts,
+    dice_from_counts,
+    precision_from_counts,
+    recall_from_counts,
+)
 
 FORMAT = "vesselrl thresholds 1"
 DEFAULT = 0.5
@@ -124,6 +125,7 @@ def sweep_thresholds(
     samples: Sequence[Any],
     load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
     progress: Callable[[int, int], None] | None = None,
+    min_component_px: int = 0,
 ) -> ThresholdCurve:
     """Predicts every image once and scores all thresholds; a failed prediction is an empty mask at each.
 
@@ -132,6 +134,7 @@ def sweep_thresholds(
         samples: validation samples, with `patient`.
         load: sample -> (image, true mask).
         progress: called with (images done, images in all) after every image.
+        min_component_px: smallest component that the masks keep.
 
     Raises:
         ValueError: no samples, or probabilities of the wrong shape or range.
@@ -142,38 +145,56 @@ def sweep_thresholds(
         image, truth = load(sample)
         prediction = predict(image)
         num_failed += prediction is None
-        counted.append(
-            failed_counts(truth) if prediction is None else count_pixels(prediction.probabilities, truth)
-        )
+        probabilities = np.zeros(truth.shape) if prediction is None else prediction.probabilities
+        counted.append(counts_by_threshold(probabilities, truth, min_component_px))
         if progress is not None:
             progress(len(counted), len(samples))
     return threshold_curve(counted, [sample.patient for sample in samples], num_failed)
 
 
+def counts_by_threshold(
+    probabilities: np.ndarray, truth: np.ndarray, min_component_px: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tp, fp and fn, each (99,), of one image's masks at all `THRESHOLDS`.
+
+    Args:
+        probabilities: (H, W) in [0, 1].
+        truth: bool (H, W).
+        min_component_px: smallest component that the masks keep.
+
+    Raises:
+        ValueError: the shapes differ, or a value is no probability.
+    """
+    by_probability = count_pixels(probabilities, truth)
+    if min_component_px > 1:
+        masks = (PostProcessing(float(one), min_component_px).mask(probabilities) for one in THRESHOLDS)
+        tp, fp, fn = np.transpose([counts(mask, truth)[:3] for mask in masks])
+        return tp, fp, fn
+    # Threshold k leaves bins k + 1 and above as vessel.
+    found, invented = (
+        np.cumsum(part[::-1])[::-1] for part in (by_probability.vessel, by_probability.background)
+    )
+    return found[1:], invented[1:], found[0] - found[1:]
+
+
 def threshold_curve(
-    counted: Sequence[ProbabilityCounts], patients: Sequence[str], num_failed: int = 0
+    counted: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], patients: Sequence[str], num_failed: int = 0
 ) -> ThresholdCurve:
     """The curve of images that are counted already, one patient name per image.
 
-    Raises:
-        ValueError: there is no image.
-    """
-    return curve_of_counts([_counts_above(one) for one in counted], patients, num_failed)
-
-
-def curve_of_counts(
-    counts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], patients: Sequence[str], num_failed: int = 0
-) -> ThresholdCurve:
-    """The curve of images whose masks are counted at all `THRESHOLDS`: tp, fp and fn, one patient per image.
+    Args:
+        counted: of `counts_by_threshold`.
+        patients: the image's own.
+        num_failed: failed predictions among them.
 
     Raises:
         ValueError: there is no image.
     """
-    if not counts:
+    if not counted:
         raise ValueError(
             "There are no images to choose a threshold on. Use a split with validation patients."
         )
-    tp, fp, fn = (np.stack(part) for part in zip(*counts, strict=True))
+    tp, fp, fn = (np.stack(part) for part in zip(*counted, strict=True))
     scores = {
         "dice": dice_from_counts(tp, fp, fn),
         "recall": recall_from_counts(tp, fn),
@@ -183,13 +204,7 @@ def curve_of_counts(
     for column, threshold in enumerate(THRESHOLDS):
         means = {name: _patient_mean(table[:, column], patients) for name, table in scores.items()}
         points.append(CurvePoint(round(float(threshold), 2), **means))
-    return ThresholdCurve(tuple(points), len(counts), len(set(patients)), num_failed)
-
-
-def _counts_above(counts: ProbabilityCounts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tp, fp and fn of the masks at all thresholds: threshold k leaves bins k + 1 and above as vessel."""
-    found, invented = (np.cumsum(part[::-1])[::-1] for part in (counts.vessel, counts.background))
-    return found[1:], invented[1:], found[0] - found[1:]
+    return ThresholdCurve(tuple(points), len(counted), len(set(patients)), num_failed)
 
 
 def _patient_mean(values: np.ndarray, patients: Sequence[str]) -> float:

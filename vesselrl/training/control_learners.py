@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vesselrl.data.annotations import Sample, load_image, load_mask
-from vesselrl.evaluation.probabilities import count_pixels
-from vesselrl.evaluation.thresholds import threshold_curve
+from vesselrl.evaluation.thresholds import counts_by_threshold, threshold_curve
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.rewards import Reward
@@ -108,7 +107,7 @@ class FrangiLearner(Learner):
             single = {s: vesselness(image, (s,)) for s in sorted({s for sigmas in SIGMAS for s in sigmas})}
             for sigmas, counts in counted.items():
                 response = np.maximum.reduce([single[s] for s in sigmas])
-                counts.append(count_pixels(Frangi(sigmas).cut(response).probabilities, truth))
+                counts.append(counts_by_threshold(Frangi(sigmas).cut(response).probabilities, truth))
             if progress is not None:
                 progress(number, len(samples))
         patients = [sample.patient for sample in samples]
