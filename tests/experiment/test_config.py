@@ -117,6 +117,25 @@ def test_stage_of_each_epoch(stage: str, num_epochs: int, expected: str) -> None
     assert " ".join(stages) == expected
 
 
+@pytest.mark.parametrize(
+    ("rl_epochs", "num_epochs", "expected"),
+    [(1, 5, "sft sft sft sft rl"), (3, 5, "sft sft rl rl rl"), (1, 10, "sft " * 8 + "rl rl")],
+)
+def test_ppo_gets_as_many_epochs_as_asked(rl_epochs: int, num_epochs: int, expected: str) -> None:
+    """A sanity run has more epochs than the settings say, and the same share of them."""
+    config = TrainConfig(stage="sft+rl", num_epochs=5, rl_epochs=rl_epochs)
+    stages = [config.stage_of_epoch(epoch, num_epochs) for epoch in range(1, num_epochs + 1)]
+    assert " ".join(stages) == expected
+
+
+def test_epochs_of_ppo_that_cannot_be_are_refused() -> None:
+    for rl_epochs in (0, 3, 4):
+        with pytest.raises(ValueError, match=f"--rl_epochs is {rl_epochs} of --num_epochs 3"):
+            TrainConfig(stage="sft+rl", rl_epochs=rl_epochs)
+    with pytest.raises(ValueError, match=r"--rl_epochs is for --stage sft\+rl; with --stage rl"):
+        TrainConfig(rl_epochs=1)
+
+
 # ---- Presets
 
 

@@ -79,8 +79,7 @@ class TrainConfig:
 
     # ---- Schedule ----
 
-    # sft: supervised (BCE + Dice). rl: PPO. sft+rl: supervised, and PPO for the last third of
-    # the epochs (at least one).
+    # sft: supervised (BCE + Dice). rl: PPO. sft+rl: supervised, and PPO for the last epochs.
     stage: Literal["sft", "rl", "sft+rl"] = "rl"
     # Loss of the supervised steps: BCE + soft Dice, or half of that and half of soft clDice.
     sft_loss: Literal["bce_dice", "bce_dice_cldice"] = "bce_dice"
@@ -88,6 +87,8 @@ class TrainConfig:
     # Frangi filter. It is supervised whatever the stage; adapters and PPO are not used.
     control: Literal["unet", "frangi"] | None = None
     num_epochs: int = 3
+    # Epochs of PPO at the end of sft+rl; none: a third of all, at least one.
+    rl_epochs: int | None = None
     # Images per step.
     batch_size: int = 2
     # Peak learning rate; none: 5e-5, or the embedded miniature's or the U-Net control's own.
@@ -230,6 +231,13 @@ class TrainConfig:
         """Refuses a stage without an epoch, and rates that are none or not used."""
         if self.stage == "sft+rl" and self.num_epochs < 2:
             raise ValueError("--stage sft+rl needs --num_epochs of at least 2, one for each stage.")
+        if self.rl_epochs is not None and self.stage != "sft+rl":
+            raise ValueError(f"--rl_epochs is for --stage sft+rl; with --stage {self.stage} leave it out.")
+        if self.rl_epochs is not None and not 1 <= self.rl_epochs < self.num_epochs:
+            raise ValueError(
+                f"--rl_epochs is {self.rl_epochs} of --num_epochs {self.num_epochs}; give at least 1, but "
+                "not all."
+            )
         for name in ("learning_rate", "rl_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
@@ -284,7 +292,9 @@ class TrainConfig:
             return "sft"
         if self.stage != "sft+rl":
             return self.stage
-        return "sft" if epoch <= num_epochs - max(1, num_epochs // 3) else "rl"
+        rl_epochs = self.rl_epochs or max(1, self.num_epochs // 3)
+        # Of a sanity run the same share.
+        return "sft" if epoch <= num_epochs - rl_epochs * num_epochs // self.num_epochs else "rl"
 
     def num_sweeps(self, epoch: int, num_epochs: int) -> int:
         """How often an epoch, counted from 1 of `num_epochs`, goes through its images."""
