@@ -46,8 +46,7 @@ from vesselrl.training.setup import check_reward, load_policy, select_device
 
 logger = logging.getLogger(__name__)
 
-# With Adam's own 0.999 the preset full loses Dice in the first thousand steps of seed 44; 0.95 was as good or
-# better with every seed tried (docs/results.md, Explorations).
+# On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
 BETAS = (0.9, 0.95)
 
 HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
