@@ -42,6 +42,7 @@ SECRETS = (
     "482716395",
 )
 TEXT_FILES = {".json", ".jsonl", ".csv", ".md", ".html", ".txt", ".log", ".svg"}
+ENCODED = re.compile(rb"base64,[A-Za-z0-9+/=\s]+")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -96,12 +97,13 @@ def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pyte
 
 def texts_of(content: bytes) -> Iterator[str]:
     """What can be read in a file: its bytes, escaped and compressed texts, and texts in embedded pictures."""
-    text = content.decode("utf-8", errors="replace")
+    # The letters of an encoded picture spell a short name by chance; what it holds is looked at below.
+    text = ENCODED.sub(b"", content).decode("utf-8", errors="replace")
     yield text
     yield content.decode("utf-16-le", errors="replace")
     yield re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
-    for encoded in re.findall(rb"base64,([A-Za-z0-9+/=\s]+)", content):
-        yield from texts_of(base64.b64decode(encoded))
+    for encoded in ENCODED.findall(content):
+        yield from texts_of(base64.b64decode(encoded.removeprefix(b"base64,")))
     start = content.find(PNG)
     while start >= 0:
         yield from png_texts(content[start + len(PNG) :])

@@ -110,7 +110,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(Predict, rest, "predict")
-    from vesselrl.evaluation.held_out import run_folder, run_settings, smallest_component
+    from vesselrl.evaluation.held_out import post_processing, run_folder, run_settings
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
 
@@ -120,8 +120,7 @@ def run_predict(rest: list[str]) -> int:
         args.lora_weights,
         use_bf16=args.use_bf16,
         prompt=args.prompt,
-        threshold=args.threshold,
-        min_component_px=smallest_component(args.min_component_px, settings),
+        post=post_processing(settings, args.threshold, args.min_component_px, args.close_gaps),
     )
     with bar("predicting") as progress:
         rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))

@@ -29,6 +29,8 @@ class Evaluate:
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: the run's own, or 0 = all.
     min_component_px: int | None = None
+    # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
+    close_gaps: float | None = None
     # none: the run's own.
     prompt: str | None = None
     patient_pattern: str | None = None
@@ -60,6 +62,8 @@ class Predict:
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
     min_component_px: int | None = None
+    # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
+    close_gaps: float | None = None
     prompt: str = "Please segment the blood vessel."
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False

@@ -25,7 +25,7 @@ def choices(folder: Path) -> dict[str, dict]:
         if path.name != "test_curve.json":
             extra = read_extra(path)
             chosen[f"{path.parent.name}/{path.stem}"] = {
-                name: extra[name] for name in ("source", "threshold", "min_component_px")
+                name: extra[name] for name in ("source", "threshold", "min_component_px", "close_gaps")
             }
     return chosen
 
@@ -69,7 +69,7 @@ def test_a_third_seed_trains_only_that_seed(training, output: Path) -> None:
 
 def test_a_killed_arm_is_trained_again_and_no_other(training, output: Path) -> None:
     kill(output, "rl_seed43")
-    scores = [output / "synthetic" / f"{name}_seed43" / "test.json" for name in ("rl", "rl_filtered")]
+    scores = [output / "synthetic" / f"{name}_seed43" / "test.json" for name in ("rl", "rl_post")]
     before = [path.stat().st_mtime_ns for path in scores]
     assert benchmark_learning("synthetic", 2, output).failures == {}
     assert training.trained == ["rl_seed43"]
@@ -92,7 +92,7 @@ def test_a_failed_arm_stops_no_other_and_the_exit_code_says_so(
     assert re.search(rf"error: sft_cldice_seed42 failed: exit code 3 .*{log} \(the last words\)", err)
     report = (output / "synthetic" / "report.md").read_text()
     assert (
-        "Left out: C4 supervised with soft clDice, supervised then PPO, supervised then PPO, filtered."
+        "Left out: C4 supervised with soft clDice, supervised then PPO, supervised then PPO, post-processed."
         in report
     )
     assert "| C7 best of C2 to C4" in report  # of those that are there
@@ -145,7 +145,7 @@ def test_validation_truths_do_choose(training, pretended, finished, tmp_path: Pa
     benchmark_learning("synthetic", 1, tmp_path / "output", data_root=str(changed))
     one, other = choices(finished[0] / "synthetic"), choices(tmp_path / "output" / "synthetic")
     moved = {name for name in other if other[name]["threshold"] != one[name]["threshold"]}
-    assert {"rl_filtered_seed42/test", "sft_tuned_seed42/test_at_recall_of_rl"} <= moved
+    assert {"rl_post_seed42/test", "sft_tuned_seed42/test_at_recall_of_rl"} <= moved
 
 
 # ---- The report
@@ -169,7 +169,7 @@ def test_the_verdicts_are_those_of_arms_made_good_and_bad(finished) -> None:
     verdicts = finished[1].verdicts
     assert len(verdicts) == 4 + 8  # E2 of four RL arms, E3 of each against C1 and C3
     by_start = {words.split(": ")[0]: words for words in verdicts}
-    good = by_start["E2, PPO, against C7 best of C2 to C4, filtered"]
+    good = by_start["E2, PPO, against C7 best of C2 to C4, post-processed"]
     assert ": holds: " in good
     assert good.endswith(" of 2 seeds.")
     equal = by_start["E3, PPO, against C3 supervised, tuned threshold at equal recall"]
@@ -193,6 +193,6 @@ def test_only_the_untouched_base_and_tuned_sizes_differ_in_the_smallest_componen
             continue
         sizes.setdefault(name.partition("_seed")[0], set()).add(values["min_component_px"])
     assert sizes.pop("base") == {0}
-    tuned = {name: sizes.pop(name) for name in list(sizes) if name.endswith("_filtered")}
+    tuned = {name: sizes.pop(name) for name in list(sizes) if name.endswith("_post")}
     assert len(tuned) == 3
     assert set(map(frozenset, sizes.values())) == {frozenset({20})}

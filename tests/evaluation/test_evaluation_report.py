@@ -110,11 +110,12 @@ def test_a_patient_with_many_frames_counts_once(tmp_path: Path, made) -> None:
 
 @pytest.mark.parametrize("smallest", [0, 20])
 def test_a_rule_that_changes_the_masks_is_said_at_the_top(tmp_path: Path, made, smallest: int) -> None:
-    extra = EXTRA | {"min_component_px": smallest}
+    extra = EXTRA | {"min_component_px": smallest, "close_gaps": smallest / 200}
     _, page = write_evaluation_report(write_evaluation(tmp_path, "test_base", made(DICE), extra)[0])
     facts = "test_base, test patients, threshold 0.5"
     assert (facts + ", components below 20 px left out" in page.read_text()) == (smallest == 20)
     assert facts in page.read_text()
+    assert ("left out, gaps closed above a probability of 0.1" in page.read_text()) == (smallest == 20)
 
 
 def test_the_page_says_what_the_markdown_says(base: HeldOutResult) -> None:

@@ -16,6 +16,7 @@ from vesselrl.evaluation.thresholds import (
     sweep_thresholds,
     threshold_curve,
 )
+from vesselrl.scoring.postprocessing import PostProcessing
 
 
 def picture(seed, shape=(37, 53)):
@@ -63,12 +64,12 @@ def test_masks_are_counted_as_they_are_used():
             lambda image: SimpleNamespace(probabilities=values),
             samples,
             lambda sample: (np.zeros((20, 20, 3), np.uint8), truth),
-            min_component_px=min_component_px,
+            post=PostProcessing(0.5, min_component_px),
         ).best
 
     assert (best(0).threshold, best(0).recall) == (0.5, 1)
     assert best(20).recall == 30 / 34
-    found, _, missed = counts_by_threshold(values, truth, 20)
+    found, _, missed = counts_by_threshold(values, truth, PostProcessing(min_component_px=20))
     assert set(found[:4]) == {34}  # the whole image is one component
     assert set(found[10:88]) == {30}
     assert set(found[95:]) == {0}

@@ -82,10 +82,12 @@ def test_a_negative_number_is_named(name: str, value: float) -> None:
     assert getattr(TrainConfig(**{name: 0}), name) == 0
 
 
+@pytest.mark.parametrize("name", ["warmup_share", "close_gaps"])
 @pytest.mark.parametrize("share", [-0.1, 1, NAN])
-def test_the_warm_up_is_a_share(share: float) -> None:
-    with pytest.raises(ValueError, match=f"--warmup_share is {share}"):
-        TrainConfig(warmup_share=share)
+def test_a_share_and_a_probability_are_below_1(name: str, share: float) -> None:
+    with pytest.raises(ValueError, match=f"--{name} is {share}"):
+        TrainConfig(**{name: share})
+    assert getattr(TrainConfig(**{name: 0}), name) == 0
 
 
 def test_two_stages_need_two_epochs() -> None:

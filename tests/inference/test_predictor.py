@@ -11,6 +11,7 @@ from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models.config import CheckpointError
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import upsample
+from vesselrl.scoring.postprocessing import PostProcessing
 
 
 def largest_gap(one: Prediction, other: Prediction) -> float:
@@ -35,7 +36,7 @@ def test_the_mask_is_where_probability_and_logit_pass_the_threshold(
     # The logits are shifted so that the threshold cuts through them.
     shift = float(np.median(predictor.predict(image).logits)) - np.log(threshold / (1 - threshold))
     shifted = ShiftedModel(predictor.model, shift)
-    result = Predictor(shifted, predictor.processor, threshold=threshold).predict(image)
+    result = Predictor(shifted, predictor.processor, post=PostProcessing(threshold)).predict(image)
     assert 0.1 < result.mask.mean() < 0.9
     assert (result.mask == (result.probabilities > np.float32(threshold))).mean() > 0.999  # but for rounding
     clear = np.abs(result.probabilities - threshold) > 1e-6
@@ -56,9 +57,9 @@ def test_probabilities_are_the_sigmoid_of_the_logits_without_overflow(
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, 85])
-def test_a_threshold_outside_0_to_1_is_refused(predictor: Predictor, threshold: float) -> None:
+def test_a_threshold_outside_0_to_1_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        Predictor(predictor.model, predictor.processor, threshold=threshold)
+        PostProcessing(threshold)
 
 
 def test_small_components_are_removed_from_the_mask_alone(predictor: Predictor, image: np.ndarray) -> None:
@@ -66,12 +67,12 @@ def test_small_components_are_removed_from_the_mask_alone(predictor: Predictor, 
     labels, count = ndimage.label(whole.mask, np.ones((3, 3)))
     areas = ndimage.sum(whole.mask, labels, range(1, count + 1))
     least = int(areas.min()) + 1
-    smaller = Predictor(predictor.model, predictor.processor, min_component_px=least).predict(image)
+    smaller = Predictor(
+        predictor.model, predictor.processor, post=PostProcessing(min_component_px=least)
+    ).predict(image)
     assert not np.array_equal(smaller.mask, whole.mask)
     assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= least)))
     assert np.array_equal(smaller.probabilities, whole.probabilities)
-    with pytest.raises(ValueError, match="min_component_px is -3"):
-        Predictor(predictor.model, predictor.processor, min_component_px=-3)
 
 
 def test_a_batch_of_different_sizes_gives_what_single_images_give(

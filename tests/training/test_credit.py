@@ -1,11 +1,9 @@
 """Credit assignment against brute force: flip one pixel or one region, score again."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
-from vesselrl.scoring.masks import drop_small_components
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
 from vesselrl.training.credit import assign_credit, overlap_counts, overlap_credit
@@ -62,13 +60,12 @@ def probability(greedy: np.ndarray) -> np.ndarray:
     return np.where(greedy, 0.95, 0.02).astype(np.float32)
 
 
-def keep_all(mask: np.ndarray) -> np.ndarray:
-    return mask
+PLAIN = PostProcessing()
 
 
-def credit_of(sample: np.ndarray, on: np.ndarray, truth: np.ndarray, reward, count: int, used=keep_all):
+def credit_of(sample: np.ndarray, on: np.ndarray, truth: np.ndarray, reward, count: int, post=PLAIN):
     rng = np.random.default_rng(0)
-    return assign_credit(sample[None], on, truth, topology(truth), reward, used, count, rng)
+    return assign_credit(sample[None], on, truth, topology(truth), reward, post, count, rng)
 
 
 @pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice"])
@@ -111,14 +108,14 @@ def test_a_speck_of_the_greedy_mask_is_tried_without_it(truth: np.ndarray) -> No
 def test_a_link_earns_what_it_saves_from_removal(truth: np.ndarray) -> None:
     """Pieces below 20 px are removed: the gap's 9 px bring back the 12 px behind it, and earn them too."""
     reward = MultiObjectiveReward()
-    used = partial(drop_small_components, min_px=20)
+    post = PostProcessing(min_component_px=20)
     greedy = truth & ~gap(truth)
-    tree = used(greedy)
+    tree = post.mask(probability(greedy))
     assert np.count_nonzero(greedy & ~tree) == 12
     greedy[20:22, 3:5] = True  # a speck, which is removed before and after
     on = probability(greedy)
     on[gap(truth)] = 0.3
-    result = credit_of(greedy, on, truth, reward, 9, used)  # no sample closes the gap: a link does
+    result = credit_of(greedy, on, truth, reward, 9, post)  # no sample closes the gap: a link does
     # The link, once per level; the piece that is removed anyway is not flipped.
     assert result.num_regions == 2
     credit = result.overlap + result.structure
@@ -131,12 +128,37 @@ def test_a_link_earns_what_it_saves_from_removal(truth: np.ndarray) -> None:
     assert not result.structure[greedy & ~tree].any()
 
 
+def test_a_gap_that_is_closed_anyway_keeps_its_overlap_credit(truth: np.ndarray) -> None:
+    """At 0.3 the gap is closed above 0.2 and left open above 0.4; only then a link earns the connection."""
+    reward = MultiObjectiveReward()
+    on = probability(truth & ~gap(truth))
+    on[gap(truth)] = 0.3
+    closed = credit_of(on > 0.5, on, truth, reward, 9, PostProcessing(close_gaps=0.2))
+    assert closed.greedy_reward == pytest.approx(6.15, abs=1e-6)
+    assert not closed.structure[gap(truth)].any()
+    assert (closed.overlap[gap(truth)] > 0).all()
+    left = credit_of(on > 0.5, on, truth, reward, 9, PostProcessing(close_gaps=0.4))
+    assert left.greedy_reward < 6.1
+    assert (left.structure[gap(truth)] > 0).all()
+
+
+def test_a_speck_that_will_be_removed_is_not_tried(truth: np.ndarray) -> None:
+    """Off in the greedy mask, on in a sample, 4 px: in or out, the mask that is used stays the same."""
+    sample = truth.copy()
+    sample[20:22, 3:5] = True
+    reward = MultiObjectiveReward()
+    removed = credit_of(sample, probability(truth), truth, reward, 9, PostProcessing(min_component_px=20))
+    assert removed.num_regions == 0
+    assert not removed.structure.any()
+    assert credit_of(sample, probability(truth), truth, reward, 9).num_regions == 1
+
+
 def test_drawn_masks_are_scored_as_they_are_used(truth: np.ndarray) -> None:
     sample = truth.copy()
     sample[20:22, 3:5] = True
     reward = MultiObjectiveReward()
-    used = partial(drop_small_components, min_px=20)
-    assert credit_of(sample, probability(truth), truth, reward, 0, used).rewards == pytest.approx([6.15])
+    post = PostProcessing(min_component_px=20)
+    assert credit_of(sample, probability(truth), truth, reward, 0, post).rewards == pytest.approx([6.15])
     assert credit_of(sample, probability(truth), truth, reward, 0).rewards[0] < 6.1
 
 
@@ -144,7 +166,7 @@ def test_rewards_and_terms_add_up(truth: np.ndarray) -> None:
     reward = MultiObjectiveReward()
     samples = np.stack([noisy(truth, seed) for seed in range(3)])
     result = assign_credit(
-        samples, probability(truth), truth, topology(truth), reward, keep_all, 2, np.random.default_rng(0)
+        samples, probability(truth), truth, topology(truth), reward, PLAIN, 2, np.random.default_rng(0)
     )
     for k, sample in enumerate(samples):
         assert result.rewards[k] == pytest.approx(reward(sample, truth)[0], abs=1e-6)
@@ -179,7 +201,7 @@ def test_structure_is_scored_once_per_mask_and_once_per_region(truth: np.ndarray
     reward = SimpleDiceReward(custom=counted)
     masks = np.stack([noisy(truth, seed) for seed in range(3)])
     on, rng = probability(truth), np.random.default_rng(0)
-    result = assign_credit(masks, on, truth, topology(truth), reward, keep_all, 5, rng)
+    result = assign_credit(masks, on, truth, topology(truth), reward, PLAIN, 5, rng)
     assert result.num_regions == 5
     assert len(calls) == 3 + 1 + 5
 

@@ -25,15 +25,15 @@ class Arm:
         sources: whose predictions it takes, its own if empty; of several, the one whose tuned masks have the
             highest validation reward.
         post: how masks are made: "raw" at threshold 0.5; "fixed" at 0.5 without components below
-            `MIN_COMPONENT_PX`; "threshold" as that, with the threshold tuned on validation; "component" with
-            the threshold and the smallest component tuned.
+            `MIN_COMPONENT_PX`; "threshold" as that, with the threshold tuned on validation; "tuned" with
+            threshold, smallest component and closing of gaps tuned.
     """
 
     name: str
     label: str
     settings: dict[str, Any] | None = field(default=None, hash=False)
     sources: tuple[str, ...] = ()
-    post: Literal["raw", "fixed", "threshold", "component"] = "fixed"
+    post: Literal["raw", "fixed", "threshold", "tuned"] = "fixed"
 
     @property
     def predicts(self) -> bool:
@@ -49,19 +49,19 @@ ARMS = (
     Arm("sft_cldice", "C4 supervised with soft clDice", {"stage": "sft", "sft_loss": "bce_dice_cldice"}),
     Arm("unet", "C5 U-Net from scratch", {"control": "unet"}),
     Arm("frangi", "C6 Frangi filter", {"control": "frangi"}),
-    Arm("sft_filtered", "C7 best of C2 to C4, filtered",
-        sources=("sft", "sft_cldice"), post="component"),
+    Arm("sft_post", "C7 best of C2 to C4, post-processed",
+        sources=("sft", "sft_cldice"), post="tuned"),
     Arm("rl", "PPO", {"stage": "rl"}),
-    Arm("rl_filtered", "PPO, filtered", sources=("rl",), post="component"),
+    Arm("rl_post", "PPO, post-processed", sources=("rl",), post="tuned"),
     Arm("sft_rl", "supervised then PPO", {"stage": "sft+rl"}),
-    Arm("sft_rl_filtered", "supervised then PPO, filtered",
-        sources=("sft_rl",), post="component"),
+    Arm("sft_rl_post", "supervised then PPO, post-processed",
+        sources=("sft_rl",), post="tuned"),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
 
-RL_ARMS = ("rl", "rl_filtered", "sft_rl", "sft_rl_filtered")
+RL_ARMS = ("rl", "rl_post", "sft_rl", "sft_rl_post")
 # The strongest of these on validation is the control that must be beaten.
-STRONG_CONTROLS = ("sft", "sft_tuned", "sft_cldice", "sft_filtered")
+STRONG_CONTROLS = ("sft", "sft_tuned", "sft_cldice", "sft_post")
 # Those that are compared at the recall of the RL arm, with their predictions.
 EQUAL_RECALL = {"base_tuned": "base", "sft_tuned": "sft"}
 

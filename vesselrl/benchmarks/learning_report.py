@@ -31,9 +31,9 @@ HOW_TO_READ = (
     "(bootstrap over patients). With several seeds an image's score is the mean over them first.",
     "A difference is paired, patient by patient; better or worse is said where its interval leaves out 0. "
     "The intervals are not adjusted for the number of comparisons.",
-    "Thresholds, component sizes, C7's source and the strongest control were chosen on validation images by "
+    "Post-processing, C7's source and the strongest control were chosen on validation images by "
     "the default reward. RL arms get the same choices as the controls.",
-    "Filtered: threshold and smallest component, tuned on validation.",
+    "Post-processed: threshold, smallest component and closing of gaps, tuned on validation.",
     "E2 holds where Dice is not lower by more than 0.005 (lower end of the interval above -0.005), β0 error "
     "is lower by at least 20 %, and β0 error, length error and reward are better with intervals that leave "
     "out 0, against the strongest of C2, C3, C4 and C7 on validation.",
@@ -123,13 +123,14 @@ def _seeds_table(outcome: Outcome, jobs: Sequence[Job]) -> Table:
     rows = []
     for name, results in outcome.results.items():
         for seed, result in zip(seeds, results, strict=True):
-            post = f"{result.source}, {result.post.threshold:g}, {result.post.min_component_px} px"
+            post = f"{result.source}, {result.post.threshold:g}, {result.post.min_component_px} px, "
+            post += f"gaps {result.post.close_gaps:g}"
             reward = number("reward", patient_mean(result.val, "reward"))
             rows.append((_label(name), str(seed), post, reward, *_scores(result.test)))
     header = (
         "arm",
         "seed",
-        "source, threshold, smallest component",
+        "source, threshold, smallest component, closing of gaps",
         "validation reward",
         *map(metric_name, SHOWN),
     )

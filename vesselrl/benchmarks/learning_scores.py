@@ -1,10 +1,10 @@
 """Scores of every arm of the learning benchmark, from one prediction of each image by each trained model.
 
-Whatever is chosen (threshold, component size, which control) is chosen on validation images. In the folder of
+Whatever is chosen (post-processing, which control) is chosen on validation images. In the folder of
 an arm and a seed:
 
     probabilities/SIDE_KEY.npy   float16, of the arms that predict
-    grid.json                    mean validation reward by threshold and component size
+    grid.json                    mean validation reward by post-processing
     val.json, test.json          scores of the arm, with the post-processing that was chosen
     test_at_recall_of_RL.json    scores of C1 and C3 at the validation recall of an RL arm
     test_curve.json              test scores by threshold, for the figure; nothing is chosen on it
@@ -15,7 +15,7 @@ What is there already is used again if it belongs to the same run and the same d
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from vesselrl.data.annotations import Sample, load_image, load_mask
 from vesselrl.data.splits import Split
 from vesselrl.evaluation.evaluate import describe_reward
 from vesselrl.evaluation.held_out import EvaluationPlan, make_predictor
-from vesselrl.evaluation.postprocessing import (
+from vesselrl.evaluation.postprocessing_grid import (
     THRESHOLDS,
-    PostProcessing,
     PostProcessingGrid,
     PredictedImage,
-    predicted_mask,
+    known_probabilities,
     score_postprocessing,
 )
 from vesselrl.evaluation.predictions import evaluate_masks
@@ -47,6 +46,7 @@ from vesselrl.evaluation.statistics import patient_means
 from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, counts_by_threshold, threshold_curve
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.scoring.metrics import score_mask
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward
 from vesselrl.scoring.spec import METRIC_SPEC
 from vesselrl.scoring.truth import known_truth
@@ -105,13 +105,13 @@ class ArmScorer:
     def at_recall_of(self, control: str, rl_arm: str, rl_result: ArmResult) -> tuple[Evaluation, CurvePoint]:
         """C1 or C3 where its validation recall is that of an RL arm: test scores, and the point chosen.
 
-        The control gets the arm's component size, so that no filter is taken for what was learned.
+        The control gets the arm's post-processing, so that none of it is taken for what was learned.
         """
-        source, size_px = EQUAL_RECALL[control], rl_result.post.min_component_px
+        source = EQUAL_RECALL[control]
         recall = rl_result.val.summary["metrics"]["recall"]["patient_mean"]
-        point = self.curve(source, size_px).at_recall(recall)
+        point = self.curve(source, rl_result.post).at_recall(recall)
         name = f"test_at_recall_of_{rl_arm}"
-        post = PostProcessing(point.threshold, size_px)
+        post = replace(rl_result.post, threshold=point.threshold)
         return self.scores(control, name, "test", source, post), point
 
     def scores(self, arm: str, name: str, side: str, source: str, post: PostProcessing) -> Evaluation:
@@ -136,14 +136,10 @@ class ArmScorer:
         write_json(path, {"origin": origin} | grid.to_json())
         return grid
 
-    def curve(self, source: str, size_px: int) -> ThresholdCurve:
-        """Validation recall and precision of one source by threshold, without components below a size."""
+    def curve(self, source: str, post: PostProcessing) -> ThresholdCurve:
+        """Validation recall and precision of one source by threshold, otherwise post-processed as given."""
         images = self.images(source, "val")
-        counted = []
-        for image in images:
-            failed = image.probabilities is None
-            probabilities = np.zeros(image.truth.shape) if failed else image.probabilities
-            counted.append(counts_by_threshold(probabilities, image.truth, size_px))
+        counted = [counts_by_threshold(known_probabilities(one), one.truth, post) for one in images]
         return threshold_curve(counted, [image.patient for image in images])
 
     def test_curve(self, source: str) -> dict[str, list[float]]:
@@ -157,7 +153,7 @@ class ArmScorer:
         for threshold in THRESHOLDS:
             rows = [
                 score_mask(
-                    predicted_mask(i, PostProcessing(threshold, MIN_COMPONENT_PX)),
+                    PostProcessing(threshold, MIN_COMPONENT_PX).mask(known_probabilities(i)),
                     i.truth,
                     known_truth(i.truth).topology,
                 )
@@ -228,7 +224,8 @@ def score_images(
     rows = []
     for row, sample in zip(scored.rows, samples, strict=True):
         image = images[sample.key]
-        structure = STRUCTURE(predicted_mask(image, post), image.truth, known_truth(image.truth).topology)[0]
+        used = post.mask(known_probabilities(image))
+        structure = STRUCTURE(used, image.truth, known_truth(image.truth).topology)[0]
         rows.append(row | {"topology_score": structure / 5, "length_error": abs(row["length_ratio"] - 1)})
     return summarise(rows, scored.metric_spec, scored.reward_spec)
 
@@ -238,7 +235,7 @@ def choose_source(arm: Arm, scorers: Sequence[ArmScorer], there: Sequence[str]) 
     candidates = [source for source in arm.sources if source in there]
 
     def reward(source: str) -> float:
-        return float(np.mean([scorer.grid(source).best(tuned_size(arm))[1] for scorer in scorers]))
+        return float(np.mean([best_post(arm, scorer.grid(source))[1] for scorer in scorers]))
 
     return candidates[0] if len(candidates) == 1 else max(candidates, key=reward)
 
@@ -249,12 +246,12 @@ def choose_post(arm: Arm, scorer: ArmScorer, source: str) -> PostProcessing:
         return PostProcessing()
     if arm.post == "fixed":
         return PostProcessing(min_component_px=MIN_COMPONENT_PX)
-    return scorer.grid(source).best(tuned_size(arm))[0]
+    return best_post(arm, scorer.grid(source))[0]
 
 
-def tuned_size(arm: Arm) -> int | None:
-    """The component size at which the threshold is tuned; None: both are."""
-    return None if arm.post == "component" else MIN_COMPONENT_PX
+def best_post(arm: Arm, grid: PostProcessingGrid) -> tuple[PostProcessing, float]:
+    """What is best on validation of what the arm may tune, and its reward there."""
+    return grid.best() if arm.post == "tuned" else grid.best(MIN_COMPONENT_PX, 0.0)
 
 
 def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:

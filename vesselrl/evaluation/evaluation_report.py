@@ -55,7 +55,7 @@ class StoredEvaluation:
 
     Attributes:
         name: of the files, e.g. `test_base`.
-        extra: `plan` (see `EvaluationPlan`), `threshold`, `flips` and `min_component_px`.
+        extra: `plan` (see `EvaluationPlan`), `threshold`, `flips`, `min_component_px` and `close_gaps`.
         given: scores at the plan's threshold.
         tuned: scores at the threshold `tuned_threshold`.
         sweep: the validation curve that chose it.
@@ -146,9 +146,10 @@ def evaluation_document(stored: StoredEvaluation) -> Document:
     side = SIDES.get(plan["side"], plan["side"])
     facts = [stored.name, f"{side} patients", f"threshold {stored.extra['threshold']:g}"]
     facts += ["mean over the image and its mirror images"] if stored.extra["flips"] else []
-    # Evaluations written before there was such a rule have none.
-    smallest = stored.extra.get("min_component_px", 0)
+    # Evaluations written before there were such rules have none.
+    smallest, level = stored.extra.get("min_component_px", 0), stored.extra.get("close_gaps", 0)
     facts += [f"components below {smallest} px left out"] if smallest else []
+    facts += [f"gaps closed above a probability of {level:g}"] if level else []
     return Document(
         title=f"Evaluation of {_model_name(plan)}",
         subtitle=", ".join(facts),

@@ -16,7 +16,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from vesselrl.experiment.runs import check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
-from vesselrl.scoring.masks import drop_small_components
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import Reward
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class EvaluationPlan:
         output_dir: where results go; None: `evaluation` in the run folder, or `output/evaluation`.
         threshold: probability above which a pixel is vessel.
         min_component_px: smallest component that masks keep, in px; None: the run's own, or 0 = all.
+        close_gaps: probability above which gaps are closed; None: the run's own, or 0 = none.
         prompt: the question; None: the run's own.
         patient_pattern: for file names, see `find_samples`; None: the run's own.
         patient_aliases: CSV file, see `find_samples`; None: the run's own.
@@ -83,6 +84,7 @@ class EvaluationPlan:
     output_dir: str | None = None
     threshold: float = 0.5
     min_component_px: int | None = None
+    close_gaps: float | None = None
     prompt: str | None = None
     patient_pattern: str | None = None
     patient_aliases: str | None = None
@@ -137,26 +139,24 @@ def evaluate_held_out(
     folder, name = result_place(plan, run)
     check_writable(folder)
     samples, validation, marks = choose_samples(plan, run, settings)
-    smallest = smallest_component(plan.min_component_px, settings)
+    post = post_processing(settings, plan.threshold, plan.min_component_px, plan.close_gaps)
     reward = make_reward(TrainConfig.from_dict(settings))
     observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
     predict = make_predictor(plan, settings)
     count = _count_on(progress, len(samples) + len(validation))
-    curve = sweep_thresholds(predict, validation, load_pixels, count(0), smallest) if validation else None
+    curve = sweep_thresholds(predict, validation, load_pixels, count(0), post) if validation else None
     threshold = curve.best.threshold if curve else None
-    done = predict_once(predict, samples, load_pixels, threshold, count(len(validation)))
+    done = predict_once(predict, samples, load_pixels, post, threshold, count(len(validation)))
 
     extra = {
         "plan": vars(plan),
         "flips": plan.flips,
-        "threshold": plan.threshold,
-        "min_component_px": smallest,
-    }
-    evaluation = replace(_score(done, done.masks, smallest, samples, reward), marks=marks)
+    } | asdict(post)
+    evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
     path, _ = write_evaluation(folder, name, evaluation, extra)
     others: dict[str, Any] = {}
     if curve:
-        tuned = replace(_score(done, done.tuned_masks, smallest, samples, reward), marks=marks)
+        tuned = replace(_score(done, done.tuned_masks, samples, reward), marks=marks)
         extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
         tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
         curve_path = folder / f"{name}_thresholds.json"
@@ -184,7 +184,7 @@ def _refresh_run_report(run: Path) -> None:
 
 def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray], Any]:
     """The plan's model as a function of an image, with flips if the plan wants them."""
-    options: dict[str, Any] = {"threshold": plan.threshold, "use_bf16": plan.use_bf16}
+    options: dict[str, Any] = {"post": PostProcessing(plan.threshold), "use_bf16": plan.use_bf16}
     prompt = plan.prompt or settings.get("prompt")
     if prompt:
         options["prompt"] = prompt
@@ -193,32 +193,29 @@ def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray
     return with_flips(predict, plan.threshold) if plan.flips else predict
 
 
-def smallest_component(asked: int | None, settings: dict) -> int:
-    """Smallest component in px that masks keep: as asked, or as the run was trained and validated.
+def post_processing(
+    settings: dict,
+    threshold: float = 0.5,
+    min_component_px: int | None = None,
+    close_gaps: float | None = None,
+) -> PostProcessing:
+    """How masks are made: as asked, or (None) as the run with these settings was trained and validated.
 
     Raises:
-        DataError: a negative number is asked for.
+        ValueError: a value out of range.
     """
-    if asked is not None and asked < 0:
-        raise DataError(f"--min_component_px is {asked}; give a number of pixels, 0 or more.")
-    return settings.get("min_component_px", 0) if asked is None else asked
+    if min_component_px is None:
+        min_component_px = settings.get("min_component_px", 0)
+    if close_gaps is None:
+        close_gaps = settings.get("close_gaps", 0.0)
+    return PostProcessing(threshold, min_component_px, close_gaps)
 
 
 def _score(
-    done: Predictions,
-    masks: dict[str, PackedMask | None],
-    min_component_px: int,
-    samples: list[Sample],
-    reward: Reward,
+    done: Predictions, masks: dict[str, PackedMask | None], samples: list[Sample], reward: Reward
 ) -> Evaluation:
-    """Scores one set of masks of a finished pass, without components that are too small."""
-    whole = unpacked(masks)
-
-    def used(sample: Sample) -> np.ndarray | None:
-        mask = whole(sample)
-        return None if mask is None else drop_small_components(mask, min_component_px)
-
-    evaluation = evaluate_masks(samples, used, unpacked(done.truths), reward)
+    """Scores one set of masks of a finished pass."""
+    evaluation = evaluate_masks(samples, unpacked(masks), unpacked(done.truths), reward)
     return replace(evaluation, calibration=done.calibration)
 
 

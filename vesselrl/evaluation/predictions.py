@@ -1,6 +1,6 @@
 """Predicting each image once, and scoring masks that are there already.
 
-`predict_once` keeps of every prediction what the later steps need: the mask as it came, a second mask at
+`predict_once` keeps of every prediction what the later steps need: the mask as it is used, a second one at
 another threshold, and the counts by probability. `evaluate_masks` scores such masks, or those of a second
 observer, by the same `evaluate` as a model.
 """
@@ -17,6 +17,7 @@ from vesselrl.evaluation.evaluate import EvaluatedSample, evaluate
 from vesselrl.evaluation.probabilities import count_pixels, no_pixels
 from vesselrl.evaluation.results import Evaluation, check_unique
 from vesselrl.scoring.masks import as_mask
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Predictions:
 
     Attributes:
         truths: true masks.
-        masks: predicted masks as the model gave them; None = failed.
+        masks: predicted masks, post-processed; None = failed.
         tuned_masks: those at the second threshold; empty without one.
         calibration: of the probabilities, see `calibration.py`; None if every prediction failed.
     """
@@ -59,6 +60,7 @@ def predict_once(
     predict: Callable[[np.ndarray], Any],
     samples: Sequence[EvaluatedSample],
     load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    post: PostProcessing = THRESHOLD_ONLY,
     tuned_threshold: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
@@ -68,6 +70,7 @@ def predict_once(
         predict: image uint8 (H, W, 3) -> object with `.mask` and `.probabilities`, (H, W), or None = failed.
         samples: objects with `key`, each key once.
         load: sample -> (image, true mask).
+        post: what is done to the masks; its threshold was the predictor's.
         tuned_threshold: a second threshold to keep the masks of.
         progress: called with (images done, images in all) after every image.
 
@@ -96,11 +99,12 @@ def predict_once(
                     f"{prediction.probabilities.shape}, the true mask {truth.shape}, the image "
                     f"{image.shape[:2]}. All must have the size of the original image."
                 )
-            done.masks[key] = PackedMask.pack(mask)
+            finish = post.finisher(prediction.probabilities)
+            done.masks[key] = PackedMask.pack(finish(mask))
             counted += count_pixels(prediction.probabilities, truth)
             if tuned_threshold is not None:
                 mask = prediction.probabilities > np.float32(tuned_threshold)
-                done.tuned_masks[key] = PackedMask.pack(mask)
+                done.tuned_masks[key] = PackedMask.pack(finish(mask))
         if progress is not None:
             progress(len(done.masks), len(samples))
     failed = [key for key, mask in done.masks.items() if mask is None]

@@ -1,8 +1,8 @@
 """The threshold above which a probability is vessel, chosen on validation patients.
 
 All thresholds are scored from one pass: each image is reduced to tp, fp and fn at 0.01, ..., 0.99 of its
-masks as they will be used, without small components where those are removed. The best threshold has the
-highest mean over patients of Dice; of equal ones the nearest to 0.5. Test images take no part in the choice.
+masks as they will be used, with the rest of the post-processing done. The best threshold has the highest mean
+over patients of Dice; of equal ones the nearest to 0.5. Test images take no part in the choice.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.evaluation.postprocessing import PostProcessing
 from vesselrl.evaluation.probabilities import THRESHOLDS, count_pixels
 from vesselrl.evaluation.statistics import patient_means
 from vesselrl.scoring.metrics import (
@@ -23,6 +22,7 @@ from vesselrl.scoring.metrics import (
     precision_from_counts,
     recall_from_counts,
 )
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 FORMAT = "vesselrl thresholds 1"
 DEFAULT = 0.5
@@ -125,7 +125,7 @@ def sweep_thresholds(
     samples: Sequence[Any],
     load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
     progress: Callable[[int, int], None] | None = None,
-    min_component_px: int = 0,
+    post: PostProcessing = THRESHOLD_ONLY,
 ) -> ThresholdCurve:
     """Predicts every image once and scores all thresholds; a failed prediction is an empty mask at each.
 
@@ -134,7 +134,7 @@ def sweep_thresholds(
         samples: validation samples, with `patient`.
         load: sample -> (image, true mask).
         progress: called with (images done, images in all) after every image.
-        min_component_px: smallest component that the masks keep.
+        post: what is done to a mask after the threshold; its own threshold is not used.
 
     Raises:
         ValueError: no samples, or probabilities of the wrong shape or range.
@@ -146,28 +146,28 @@ def sweep_thresholds(
         prediction = predict(image)
         num_failed += prediction is None
         probabilities = np.zeros(truth.shape) if prediction is None else prediction.probabilities
-        counted.append(counts_by_threshold(probabilities, truth, min_component_px))
+        counted.append(counts_by_threshold(probabilities, truth, post))
         if progress is not None:
             progress(len(counted), len(samples))
     return threshold_curve(counted, [sample.patient for sample in samples], num_failed)
 
 
 def counts_by_threshold(
-    probabilities: np.ndarray, truth: np.ndarray, min_component_px: int = 0
+    probabilities: np.ndarray, truth: np.ndarray, post: PostProcessing = THRESHOLD_ONLY
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tp, fp and fn, each (99,), of one image's masks at all `THRESHOLDS`.
 
     Args:
         probabilities: (H, W) in [0, 1].
         truth: bool (H, W).
-        min_component_px: smallest component that the masks keep.
+        post: what is done to a mask after the threshold; its own threshold is not used.
 
     Raises:
         ValueError: the shapes differ, or a value is no probability.
     """
     by_probability = count_pixels(probabilities, truth)
-    if min_component_px > 1:
-        masks = (PostProcessing(float(one), min_component_px).mask(probabilities) for one in THRESHOLDS)
+    if post.changes_masks:
+        masks = post.masks(probabilities, THRESHOLDS)
         tp, fp, fn = np.transpose([counts(mask, truth)[:3] for mask in masks])
         return tp, fp, fn
     # Threshold k leaves bins k + 1 and above as vessel.

@@ -122,6 +122,8 @@ class TrainConfig:
     # Smallest component in px that masks keep, in training, validation and test, and when this run predicts;
     # 0 keeps all.
     min_component_px: int = 0
+    # Probability above which a gap between two components is closed, likewise; 0 closes none.
+    close_gaps: float = 0.0
 
     # ---- PPO ----
 
@@ -209,6 +211,8 @@ class TrainConfig:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; give 0 or more.")
+        if not 0 <= self.close_gaps < 1:
+            raise ValueError(f"--close_gaps is {self.close_gaps}; give 0, or a probability below 1.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share is {self.warmup_share}; give a share from 0 to below 1.")
         if self.fold is not None and not (

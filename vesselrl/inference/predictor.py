@@ -11,14 +11,14 @@ from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import load_adapter, merge_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
-from vesselrl.scoring.masks import drop_small_components
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 
 class Prediction(NamedTuple):
     """One image's result in its own pixels, all (H, W).
 
     Attributes:
-        mask: bool, probability > threshold, without components that are too small.
+        mask: bool, probability > threshold, then post-processed.
         probabilities: float32 in [0, 1].
         logits: float32; probability = 1 / (1 + exp(-logit)).
     """
@@ -35,11 +35,7 @@ class Predictor:
         model: native Sa2VA, with or without an adapter inside.
         processor: of the same checkpoint.
         prompt: the question put to the model.
-        threshold: probability above which a pixel is vessel, between 0 and 1.
-        min_component_px: smallest 8-connected component that the mask keeps, in px; 0 keeps all.
-
-    Raises:
-        ValueError: the threshold is not between 0 and 1, or min_component_px is negative.
+        post: how masks are made of probabilities.
     """
 
     def __init__(
@@ -47,18 +43,12 @@ class Predictor:
         model: Sa2VA,
         processor: Sa2VAProcessor,
         prompt: str = DEFAULT_PROMPT,
-        threshold: float = 0.5,
-        min_component_px: int = 0,
+        post: PostProcessing = THRESHOLD_ONLY,
     ) -> None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"The threshold is {threshold}; give a probability between 0 and 1.")
-        if min_component_px < 0:
-            raise ValueError(f"min_component_px is {min_component_px}; give 0 or more.")
         self.model = model
         self.processor = processor
         self.prompt = prompt
-        self.threshold = threshold
-        self.min_component_px = min_component_px
+        self.post = post
 
     @classmethod
     def from_pretrained(
@@ -67,7 +57,7 @@ class Predictor:
         lora_weights: str | Path | None = None,
         device: str | None = None,
         use_bf16: bool = False,
-        **kwargs: str | float,
+        **kwargs: str | PostProcessing,
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
@@ -76,7 +66,7 @@ class Predictor:
             lora_weights: adapter folder such as RUN/best_lora; a run folder means its best_lora.
             device: `cpu`, `cuda` or `cuda:1`; None takes a GPU when there is one.
             use_bf16: vision tower and language model in bfloat16; SAM2 stays in float32.
-            **kwargs: prompt, threshold, min_component_px.
+            **kwargs: prompt, post.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_sa2va(base_model, where, torch.bfloat16 if use_bf16 else torch.float32)
@@ -100,9 +90,10 @@ class Predictor:
         for logits in self.model(inputs):
             values = logits.float().cpu().numpy()
             # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-            cut = np.float32(np.log(self.threshold / (1 - self.threshold)))
-            mask = drop_small_components(values > cut, self.min_component_px)
-            results.append(Prediction(mask, expit(values), values))
+            cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
+            probabilities = expit(values)
+            mask = self.post.finisher(probabilities)(values > cut)
+            results.append(Prediction(mask, probabilities, values))
         return results
 
 

@@ -1,23 +1,23 @@
 """What a pixel earns: R(on) - R(off) for the mask of one image as it is used, in units of the reward.
 
-The mask that is used is the greedy one (threshold 0.5), after the removal of small components where that is
-asked for. Drawn masks score lower in everything, so that a target for recall looks missed in them when it is
-met: credit that is taken in drawn masks makes a policy bloat.
+The mask that is used is the greedy one (threshold 0.5), after the removal of small components and the closing
+of gaps where those are asked for. Drawn masks score lower in everything, so that a target for recall looks
+missed in them when it is met: credit that is taken in drawn masks makes a policy bloat.
 
 Overlap terms depend on pixel counts, so the effect of one pixel is exact for all pixels at the price of four
 evaluations: it depends only on the pixel's truth and its value. Topology, length and a user's own reward have
-no such form. For them, connected regions are flipped one at a time, small components removed again, and the
-mask scored anew. What a region earns beyond its pixels' overlap credit is shared out evenly among its pixels,
-so that the credit of a region adds up to what flipping it is worth. A link that saves a cut-off vessel from
-removal earns all of that vessel; a speck that will be removed anyway earns nothing.
+no such form. For them, connected regions are flipped one at a time, the mask is post-processed again and
+scored anew. What a region earns beyond its pixels' overlap credit is shared out evenly among its pixels, so
+that the credit of a region adds up to what flipping it is worth. A link that saves a cut-off vessel from
+removal earns all of that vessel; a speck that is removed anyway, or a gap that is closed anyway, is left out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.topology import Topology
 from vesselrl.training.regions import choose_regions, spread
 
@@ -62,7 +62,7 @@ def assign_credit(
     truth: np.ndarray,
     truth_topology: Topology,
     reward: CreditedReward,
-    used: Callable[[np.ndarray], np.ndarray],
+    post: PostProcessing,
     num_regions: int,
     rng: np.random.Generator,
 ) -> Credit:
@@ -74,21 +74,19 @@ def assign_credit(
         truth: (H, W) bool.
         truth_topology: of the truth, computed once.
         reward: splits into `overlap_terms` and `structure_terms`.
-        used: what becomes of a mask (H, W) before it is used and scored.
+        post: what becomes of a mask before it is used and scored.
         num_regions: regions scored for the image; 0 for none.
         rng: chooses the regions.
     """
+    used = post.finisher(on)
 
     def score(mask: np.ndarray) -> dict[str, float]:
         overlap = reward.overlap_terms(*overlap_counts(mask, truth))
         values = {name: float(value) for name, value in overlap.items()}
         return values | reward.structure_terms(mask, truth, truth_topology)
 
-    terms: dict[str, list[float]] = {}
-    for mask in masks:
-        for name, value in score(used(mask)).items():
-            terms.setdefault(name, []).append(value)
-    arrays = {name: np.array(values) for name, values in terms.items()}
+    drawn = [score(used(mask)) for mask in masks]
+    terms = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
 
     greedy = on > 0.5
     present = used(greedy)
@@ -98,21 +96,24 @@ def assign_credit(
     # Without structure terms there is nothing that a region earns beyond its pixels.
     has_structure = len(present_terms) > len(reward.overlap_terms(*counts))
     regions = choose_regions(masks, greedy, on, num_regions if has_structure else 0, rng)
-    # What is removed anyway changes nothing by being flipped; its overlap credit goes on teaching.
-    regions = [region for region in regions if present[region].any() or not greedy[region].any()]
     greedy_reward = sum(present_terms.values())
-    shares = []
+    tried, shares = [], []
     for region in regions:
-        gain = sum(score(used(greedy ^ region)).values()) - greedy_reward
-        shares.append(region_share(gain, region, present, overlap))
+        flipped = used(greedy ^ region)
+        # What is removed or closed anyway changes nothing; its overlap credit goes on teaching.
+        if np.array_equal(flipped, present):
+            continue
+        gain = sum(score(flipped).values()) - greedy_reward
+        tried.append(region)
+        shares.append(region_share(gain, region, greedy, overlap))
     return Credit(
         overlap=overlap,
-        structure=spread(regions, np.array(shares, np.float32), truth.shape),
-        rewards=np.sum(list(arrays.values()), axis=0),
-        terms=arrays,
+        structure=spread(tried, np.array(shares, np.float32), truth.shape),
+        rewards=np.sum(list(terms.values()), axis=0),
+        terms=terms,
         greedy_reward=greedy_reward,
         greedy_counts=counts,
-        num_regions=len(regions),
+        num_regions=len(tried),
     )
 
 

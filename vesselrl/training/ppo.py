@@ -14,16 +14,15 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vesselrl.evaluation.held_out import post_processing
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.lora import adapter_delta_norm
 from vesselrl.models.processing import Sa2VAInputs
-from vesselrl.scoring.masks import drop_small_components
 from vesselrl.scoring.metrics import dice_from_counts
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import checks
@@ -76,6 +75,7 @@ class PPOUpdate:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.rng = np.random.default_rng([config.seed, 2])
         self.pool = ThreadPoolExecutor(max_workers=config.num_workers)
+        self.post = post_processing(config.to_dict())
         self.goals = Goals(reward, config.floors) if config.objective == "constrained" else None
         self.checked = False
 
@@ -150,13 +150,12 @@ class PPOUpdate:
         return rollout
 
     def _score(self, batch: TrainBatch, rollout: Rollout) -> list[Credit]:
-        used = partial(drop_small_components, min_px=self.config.min_component_px)
         samples = [one.cpu().numpy() for one in rollout.masks]
         probabilities = [old[1].exp().cpu().numpy() for old in rollout.old_logprobs]
         rewarded, seeds = self.goals or self.reward, self.rng.spawn(len(samples))
         images = zip(samples, probabilities, batch.truths, batch.topologies, seeds, strict=True)
         jobs = [
-            self.pool.submit(assign_credit, m, p, t, top, rewarded, used, self.config.num_regions, seed)
+            self.pool.submit(assign_credit, m, p, t, top, rewarded, self.post, self.config.num_regions, seed)
             for m, p, t, top, seed in images
         ]
         return [job.result() for job in jobs]

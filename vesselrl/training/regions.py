@@ -10,7 +10,7 @@ Three kinds, all connected, all wholly on or wholly off in the greedy mask:
 import cv2
 import numpy as np
 
-from vesselrl.scoring.topology import topology
+from vesselrl.scoring.gaps import FainterMask
 
 # Probabilities at which a vessel is followed beyond the greedy mask.
 LINK_LEVELS = (0.1, 0.25)
@@ -61,30 +61,11 @@ def labelled(mask: np.ndarray, max_area: int | None = None) -> list[tuple[np.nda
 
 
 def find_links(greedy: np.ndarray, on: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Where the centreline of the mask at a lower threshold leaves the greedy mask, as wide as it is there.
-
-    Drawn masks rarely cross a gap in one piece. Here each connected part of the centreline outside the greedy
-    mask is a region, with the pixels that are nearest to it and no further from it than the wider mask's
-    edge.
-    """
+    """Where the greedy mask may go on; drawn masks rarely cross a gap in one piece."""
     found = []
     for level in LINK_LEVELS:
-        wide = on > level
-        centre = topology(wide).skeleton & ~greedy
-        total, parts = cv2.connectedComponents(centre.astype(np.uint8), connectivity=8)
-        if total == 1:
-            continue
-        half_width = cv2.distanceTransform(wide.astype(np.uint8), cv2.DIST_L2, 5)
-        distance, nearest = cv2.distanceTransformWithLabels(
-            (~centre).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        # What the nearest centreline pixel is part of, and how wide the mask is there.
-        part_of, reach = np.zeros(nearest.max() + 1, np.int32), np.zeros(nearest.max() + 1, np.float32)
-        part_of[nearest[centre]] = parts[centre]
-        reach[nearest[centre]] = half_width[centre]
-        inside = (distance <= reach[nearest]) & wide & ~greedy
-        labels = np.where(inside, part_of[nearest], 0)
-        found += [(labels, k) for k in range(1, total)]
+        labels, count = FainterMask(on, level).links(greedy)
+        found += [(labels, k) for k in range(1, count + 1)]
     return found
 
 

@@ -24,13 +24,13 @@ from vesselrl.data.dataset import VesselDataset
 from vesselrl.evaluation.cases import Case, choose_cases, write_cases
 from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
 from vesselrl.evaluation.figures import plot_curves, plot_panels
+from vesselrl.evaluation.held_out import post_processing
 from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
 from vesselrl.inference.predictor import Prediction
 from vesselrl.models.lora import check_scope
-from vesselrl.scoring.masks import drop_small_components
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
@@ -141,6 +141,7 @@ class _Training:
         self.reward = reward
         self.origin = origin
         self.counts = counts
+        self.post = post_processing(config.to_dict())
         self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
                        for k, s in enumerate(dataset.samples)}  # fmt: skip
         self.best: Evaluation | None = None
@@ -258,8 +259,8 @@ class _Training:
     def _predict(self, image: np.ndarray) -> Prediction:
         """Segments one image as masks of this run are used."""
         prediction = self.learner.predict(image)
-        used = drop_small_components(prediction.mask, self.config.min_component_px)
-        return prediction._replace(mask=used)
+        finish = self.post.finisher(prediction.probabilities)
+        return prediction._replace(mask=finish(prediction.mask))
 
     def _validate(self, step: int, monitor: Monitor) -> Evaluation:
         result = self._evaluate("val", monitor, "validation")
