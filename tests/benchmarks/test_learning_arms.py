@@ -58,9 +58,10 @@ def test_a_reduced_suite_has_a_folder_of_its_own_and_less_to_do(name: str) -> No
 
 
 @pytest.mark.parametrize("suite", list(learning_arms.SUITES.values()), ids=lambda suite: suite.name)
-def test_every_training_is_validated_without_specks(suite: Suite) -> None:
-    assert suite.settings["min_component_px"] == learning_arms.MIN_COMPONENT_PX
-    assert not any("min_component_px" in (arm.settings or {}) for arm in learning_arms.ARMS)
+def test_every_training_is_validated_without_specks_and_gaps(suite: Suite) -> None:
+    for name in ("min_component_px", "close_gaps"):
+        assert suite.settings[name] == getattr(learning_arms.FIXED_POST, name) > 0
+        assert not any(name in (arm.settings or {}) for arm in learning_arms.ARMS)
 
 
 def test_unknown_suites_and_no_seeds_are_refused() -> None:

@@ -7,11 +7,13 @@ the controls that reinforcement learning must beat.
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from vesselrl.scoring.postprocessing import PostProcessing
+
 SPLIT_SEED = 42
 FIRST_SEED = 42  # of the trainings: 42, 43, ...
-# Of every training and of all masks but the untouched base's: specks are easily removed, so nobody shall win
-# by having fewer of them.
-MIN_COMPONENT_PX = 20
+# Of every training and of all masks but the untouched base's: specks are easily removed and gaps easily
+# closed, so nobody shall win by having fewer of them.
+FIXED_POST = PostProcessing(min_component_px=20, close_gaps=0.05)
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Arm:
         settings: fields of `TrainConfig` that its training changes; None: nothing is trained.
         sources: whose predictions it takes, its own if empty; of several, the one whose tuned masks have the
             highest validation reward.
-        post: how masks are made: "raw" at threshold 0.5; "fixed" at 0.5 without components below
-            `MIN_COMPONENT_PX`; "threshold" as that, with the threshold tuned on validation; "tuned" with
-            threshold, smallest component and closing of gaps tuned.
+        post: how masks are made: "raw" at threshold 0.5; "fixed" by `FIXED_POST`; "threshold" as that, with
+            the threshold tuned on validation; "tuned" with threshold, smallest component and closing of gaps
+            tuned.
     """
 
     name: str
@@ -94,7 +96,12 @@ class Suite:
 
 # ---- Every size ----
 
-ALL = {"batch_size": 1, "num_passes": 2, "min_component_px": MIN_COMPONENT_PX}
+ALL = {
+    "batch_size": 1,
+    "num_passes": 2,
+    "min_component_px": FIXED_POST.min_component_px,
+    "close_gaps": FIXED_POST.close_gaps,
+}
 SUITES = {
     "synthetic": Suite(
         "synthetic", "the built-in synthetic target domain",

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.benchmarks.learning_arms import BY_NAME, EQUAL_RECALL, MIN_COMPONENT_PX, Arm
+from vesselrl.benchmarks.learning_arms import BY_NAME, EQUAL_RECALL, FIXED_POST, Arm
 from vesselrl.data.annotations import Sample, load_image, load_mask
 from vesselrl.data.splits import Split
 from vesselrl.evaluation.evaluate import describe_reward
@@ -153,7 +153,7 @@ class ArmScorer:
         for threshold in THRESHOLDS:
             rows = [
                 score_mask(
-                    PostProcessing(threshold, MIN_COMPONENT_PX).mask(known_probabilities(i)),
+                    replace(FIXED_POST, threshold=threshold).mask(known_probabilities(i)),
                     i.truth,
                     known_truth(i.truth).topology,
                 )
@@ -245,13 +245,15 @@ def choose_post(arm: Arm, scorer: ArmScorer, source: str) -> PostProcessing:
     if arm.post == "raw":
         return PostProcessing()
     if arm.post == "fixed":
-        return PostProcessing(min_component_px=MIN_COMPONENT_PX)
+        return FIXED_POST
     return best_post(arm, scorer.grid(source))[0]
 
 
 def best_post(arm: Arm, grid: PostProcessingGrid) -> tuple[PostProcessing, float]:
     """What is best on validation of what the arm may tune, and its reward there."""
-    return grid.best() if arm.post == "tuned" else grid.best(MIN_COMPONENT_PX, 0.0)
+    if arm.post == "tuned":
+        return grid.best()
+    return grid.best(FIXED_POST.min_component_px, FIXED_POST.close_gaps)
 
 
 def _stored(path: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
