@@ -110,7 +110,8 @@ def test_settings_cannot_be_changed_by_accident() -> None:
         ("sft", 2, "sft sft"),
         ("sft+rl", 2, "sft rl"),
         ("sft+rl", 3, "sft sft rl"),
-        ("sft+rl", 6, "sft sft sft sft rl rl"),
+        ("sft+rl", 6, "sft sft sft sft sft rl"),
+        ("sft+rl", 13, "sft " * 11 + "rl rl"),
     ],
 )
 def test_stage_of_each_epoch(stage: str, num_epochs: int, expected: str) -> None:

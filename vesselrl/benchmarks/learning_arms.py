@@ -105,8 +105,8 @@ ALL = {
 SUITES = {
     "synthetic": Suite(
         "synthetic", "the built-in synthetic target domain",
-        num_train=500, num_val=100,
-        settings=ALL | {"num_epochs": 3, "val_freq": 500},
+        num_train=250, num_val=100,
+        settings=ALL | {"num_epochs": 6, "val_freq": 250},
     ),
     # train_017 and train_030 are frames of runs that the test half shows as well.
     "coronary80": Suite(

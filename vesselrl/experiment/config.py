@@ -87,7 +87,7 @@ class TrainConfig:
     # Frangi filter. It is supervised whatever the stage; adapters and PPO are not used.
     control: Literal["unet", "frangi"] | None = None
     num_epochs: int = 3
-    # Epochs of PPO at the end of sft+rl; none: a third of all, at least one.
+    # Epochs of PPO at the end of sft+rl; none: a sixth of all, at least one.
     rl_epochs: int | None = None
     # Images per step.
     batch_size: int = 2
@@ -296,7 +296,7 @@ class TrainConfig:
             return "sft"
         if self.stage != "sft+rl":
             return self.stage
-        rl_epochs = self.rl_epochs or max(1, self.num_epochs // 3)
+        rl_epochs = self.rl_epochs or max(1, self.num_epochs // 6)
         # Of a sanity run the same share.
         return "sft" if epoch <= num_epochs - rl_epochs * num_epochs // self.num_epochs else "rl"
 
