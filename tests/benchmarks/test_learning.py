@@ -62,6 +62,18 @@ def test_a_second_call_trains_nothing_and_says_the_same(training, finished, outp
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # scores were read, not made again
 
 
+def test_what_was_chosen_from_another_grid_is_chosen_again(training, output: Path) -> None:
+    """Of the untouched base too, which no change of settings makes anybody delete."""
+    path = output / "synthetic" / "base_seed42" / "grid.json"
+    right = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({"origin": right["origin"] | {"grid": [[0.5], [0], [0.0]]}, "rewards": [[1.0]]})
+    )
+    benchmark_learning("synthetic", 2, output)
+    assert json.loads(path.read_text()) == right
+    assert training.trained == []
+
+
 def test_a_third_seed_trains_only_that_seed(training, output: Path) -> None:
     benchmark_learning("synthetic", 3, output)
     assert sorted(training.trained) == sorted(f"{name}_seed44" for name in TRAINED)

@@ -15,7 +15,7 @@ What is there already is used again if it belongs to the same run and the same d
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from vesselrl.data.splits import Split
 from vesselrl.evaluation.evaluate import describe_reward
 from vesselrl.evaluation.held_out import EvaluationPlan, make_predictor
 from vesselrl.evaluation.postprocessing_grid import (
+    GAP_LEVELS,
+    SIZES_PX,
     THRESHOLDS,
     PostProcessingGrid,
     PredictedImage,
@@ -188,6 +190,8 @@ class ArmScorer:
             "run": None if run is None else run.name,
             "metric_spec": METRIC_SPEC,
             "reward_spec": describe_reward(REWARD),
+            "fixed_post": asdict(FIXED_POST),
+            "grid": [list(values) for values in (THRESHOLDS, SIZES_PX, GAP_LEVELS)],
         }
 
     def _predictor(self, source: str) -> Predict:
