@@ -36,10 +36,28 @@ class FainterMask:
         Returns:
             (H, W) int32 with labels 1 to n, 0 elsewhere and in `mask`, and n.
         """
+        pixels, parts, count = self._links(mask)
+        labels = np.zeros(mask.shape, np.int32)
+        labels.flat[pixels] = parts
+        return labels, count
+
+    def close(self, mask: np.ndarray) -> np.ndarray:
+        """A mask with the links that touch two or more of its 8-connected components, bool (H, W)."""
+        pixels, parts, count = self._links(mask)
+        lowest, highest = _components_around(mask)
+        first, last = np.full(count + 1, np.inf), np.zeros(count + 1)
+        np.minimum.at(first, parts, lowest.ravel()[pixels])
+        np.maximum.at(last, parts, highest.ravel()[pixels])
+        closed = mask.copy()
+        closed.flat[pixels[(last > first)[parts]]] = True
+        return closed
+
+    def _links(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Flat indices of the pixels of all links, the link of each, counted from 1, and their number."""
         centre = self._skeleton & ~mask
         total, parts = cv2.connectedComponents(centre.astype(np.uint8), connectivity=8)
         if total == 1:
-            return parts, 0
+            return np.zeros(0, np.intp), np.zeros(0, np.int32), 0
         distance, nearest = cv2.distanceTransformWithLabels(
             (~centre).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
         )
@@ -47,20 +65,10 @@ class FainterMask:
         part_of, reach = np.zeros(nearest.max() + 1, np.int32), np.zeros(nearest.max() + 1, np.float32)
         part_of[nearest[centre]] = parts[centre]
         reach[nearest[centre]] = self._half_width[centre]
-        inside = (distance <= reach[nearest]) & self._mask & ~mask
-        return np.where(inside, part_of[nearest], 0), total - 1
-
-    def close(self, mask: np.ndarray) -> np.ndarray:
-        """A mask with the links that touch two or more of its 8-connected components, bool (H, W)."""
-        labels, count = self.links(mask)
-        if count == 0:
-            return mask
-        lowest, highest = _components_around(mask)
-        first, last = np.full(count + 1, np.inf), np.zeros(count + 1)
-        inside = labels > 0
-        np.minimum.at(first, labels[inside], lowest[inside])
-        np.maximum.at(last, labels[inside], highest[inside])
-        return mask | (last > first)[labels]
+        beyond = np.flatnonzero(self._mask & ~mask)
+        nearest = nearest.ravel()[beyond]
+        inside = distance.ravel()[beyond] <= reach[nearest]
+        return beyond[inside], part_of[nearest[inside]], total - 1
 
 
 def _components_around(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
