@@ -122,7 +122,12 @@ def test_stage_of_each_epoch(stage: str, num_epochs: int, expected: str) -> None
 
 @pytest.mark.parametrize(
     ("rl_epochs", "num_epochs", "expected"),
-    [(1, 5, "sft sft sft sft rl"), (3, 5, "sft sft rl rl rl"), (1, 10, "sft " * 8 + "rl rl")],
+    [
+        (1, 5, "sft sft sft sft rl"),
+        (3, 5, "sft sft rl rl rl"),
+        (1, 10, "sft " * 8 + "rl rl"),
+        (1, 2, "sft rl"),
+    ],
 )
 def test_ppo_gets_as_many_epochs_as_asked(rl_epochs: int, num_epochs: int, expected: str) -> None:
     """A sanity run has more epochs than the settings say, and the same share of them."""

@@ -148,10 +148,7 @@ def evaluate_held_out(
     threshold = curve.best.threshold if curve else None
     done = predict_once(predict, samples, load_pixels, post, threshold, count(len(validation)))
 
-    extra = {
-        "plan": vars(plan),
-        "flips": plan.flips,
-    } | asdict(post)
+    extra = {"plan": vars(plan), "flips": plan.flips} | asdict(post)
     evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
     path, _ = write_evaluation(folder, name, evaluation, extra)
     others: dict[str, Any] = {}

@@ -297,8 +297,9 @@ class TrainConfig:
         if self.stage != "sft+rl":
             return self.stage
         rl_epochs = self.rl_epochs or max(1, self.num_epochs // 6)
-        # Of a sanity run the same share.
-        return "sft" if epoch <= num_epochs - rl_epochs * num_epochs // self.num_epochs else "rl"
+        # Of a sanity run the same share, at least one.
+        rl_epochs = max(1, rl_epochs * num_epochs // self.num_epochs)
+        return "sft" if epoch <= num_epochs - rl_epochs else "rl"
 
     def num_sweeps(self, epoch: int, num_epochs: int) -> int:
         """How often an epoch, counted from 1 of `num_epochs`, goes through its images."""
