@@ -34,6 +34,7 @@ from vesselrl.options import (
     Merge,
     Predict,
     Pretrain,
+    Resume,
 )
 
 if TYPE_CHECKING:
@@ -81,13 +82,20 @@ def run_train(rest: list[str]) -> int:
     """Fine-tune with PPO or supervised; --preset quick, full or debug.
 
     A preset is a set of defaults that the options change; `--preset quick --help` shows them.
+    `--resume_from RUN`, alone, goes on with an interrupted run.
     """
+    argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
+    if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
+        folder = Path(parse(Resume, rest, "train").resume_from)
+        from vesselrl.training.train import resume
+
+        print_result(resume(folder, argv, bars))
+        return 0
     preset, options = take_preset(rest)
     config = parse(TrainConfig, options, "train", get_preset(preset) if preset else None)
     from vesselrl.training.train import train
 
-    result = train(config, ["vesselrl", "train", *rest], console if console.is_terminal else None)
-    print_result(result)
+    print_result(train(config, argv, bars))
     return 0
 
 
@@ -291,7 +299,7 @@ def run_part(verb: str, parts: dict[str, Callable[[list[str]], int]], arguments:
 def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
     """Options to one of the dataclasses above; the prototype's underscore names and hyphens both work."""
     given = {} if default is None else {"default": default}
-    about = inspect.getdoc(run_train if verb == "train" else kind)
+    about = inspect.getdoc(run_train if kind is TrainConfig else kind)
     return tyro.cli(
         kind, args=arguments, prog=f"vesselrl {verb}", description=about, use_underscores=True, **given
     )

@@ -12,6 +12,14 @@ BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Go on with an interrupted training after its last validation, with its own settings."""
+
+    # Folder of the interrupted run.
+    resume_from: str
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Score models on held-out patients; JSON and CSV per model."""
 

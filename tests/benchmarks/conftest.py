@@ -66,25 +66,31 @@ def see(arm: str, seed: int) -> Callable[[np.ndarray], SimpleNamespace]:
 class PretendedTraining:
     """In place of the subprocess: writes the few files of a run that the benchmark reads.
 
-    `trained` has the arms in the order they were asked for; an arm in `failing` ends with exit code 3, one in
-    `killed` leaves a run folder without its last file.
+    `trained` has the arms in the order they were asked for, `resumed` the run folders to go on with; an arm
+    in `failing` ends with exit code 3, one in `killed` leaves a run folder without its last file.
     """
 
     def __init__(self) -> None:
         self.trained: list[str] = []
+        self.resumed: list[Path] = []
         self.failing: set[str] = set()
         self.killed: set[str] = set()
         self.num_passes: dict[str, int] = {}
 
     def __call__(self, arguments: list[str], log_file: Path) -> int:
-        with PARSING:
-            config = cli.parse(TrainConfig, arguments[1:], "train")
-        name = Path(config.output_dir).name
+        if arguments[1] == "--resume_from":
+            run = Path(arguments[2])
+            config = TrainConfig.from_dict(json.loads((run / "config.json").read_text())["args"])
+            self.resumed.append(run)
+        else:
+            with PARSING:
+                config = cli.parse(TrainConfig, arguments[1:], "train")
+            run = Path(config.output_dir) / f"sa2va_lora_ppo_20261122_{next(RUN_NUMBERS):06d}"
+            run.mkdir()
+            (run / "config.json").write_text(json.dumps({"args": config.to_dict()}))
+        name = run.parent.name
         self.trained.append(name)
         log_file.write_text("first line\nthe last words\n")
-        run = Path(config.output_dir) / f"sa2va_lora_ppo_20261122_{next(RUN_NUMBERS):06d}"
-        run.mkdir()
-        (run / "config.json").write_text(json.dumps({"args": config.to_dict()}))
         if name in self.failing:
             return 3
         if name in self.killed:

@@ -14,6 +14,7 @@ from vesselrl.benchmarks.learning import benchmark_learning
 from vesselrl.benchmarks.learning_arms import ARMS
 from vesselrl.evaluation.results import read_evaluation, read_extra
 from vesselrl.experiment.runs import RunError
+from vesselrl.training.resuming import STATE_FILE
 
 TRAINED = [arm.name for arm in ARMS if arm.settings is not None]
 
@@ -88,6 +89,24 @@ def test_a_killed_arm_is_trained_again_and_no_other(training, output: Path) -> N
     assert list((output / "synthetic" / "rl_seed43").rglob("left_over")) == []
     after = [path.stat().st_mtime_ns for path in scores]
     assert all(new > old for new, old in zip(after, before, strict=True))  # scored again
+
+
+@pytest.mark.parametrize("same_settings", [True, False])
+def test_an_arm_that_was_cut_off_goes_on_if_its_settings_are_the_same(
+    training, output: Path, same_settings: bool
+) -> None:
+    kill(output, "rl_seed43")
+    arm = output / "synthetic" / "rl_seed43"
+    (run,) = (path.parent for path in arm.glob("*/config.json"))
+    (run / STATE_FILE).touch()
+    document = json.loads((arm / "arm.json").read_text())
+    document["settings"]["kl_coef"] += 0 if same_settings else 1
+    (arm / "arm.json").write_text(json.dumps(document))
+    assert benchmark_learning("synthetic", 2, output).failures == {}
+    assert training.trained == ["rl_seed43"]
+    assert training.resumed == ([run] if same_settings else [])
+    assert run.exists() == same_settings
+    assert ("seconds" in json.loads((arm / "arm.json").read_text())) != same_settings
 
 
 def test_a_failed_arm_stops_no_other_and_the_exit_code_says_so(

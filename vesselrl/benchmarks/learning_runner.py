@@ -1,7 +1,8 @@
 """Trains the arms of the learning benchmark, each in a process of its own, and can be interrupted.
 
 OUTPUT/SUITE/ARM_seedS/ holds `arm.json` (the settings), `train.log` and the run folder of the training. An
-arm is finished when its run folder has a training_info.json; what is unfinished is removed and trained anew.
+arm is finished when its run folder has a training_info.json; one that was cut off goes on after its last
+validation, or is removed and trained anew where there was none.
 """
 
 import json
@@ -21,6 +22,7 @@ from vesselrl.benchmarks.learning_data import SuiteData
 from vesselrl.evaluation.results import write_json
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunError
+from vesselrl.training.resuming import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -122,28 +124,41 @@ def train_jobs(jobs: Sequence[Job], workers: int) -> dict[str, str]:
 
 
 def train_arm(job: Job) -> str:
-    """Trains one arm from the start; returns what went wrong, "" if nothing did."""
-    if job.folder.exists():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
-    write_json(job.folder / ARM_FILE, {"settings": job.settings})
-    logger.info("%s: training", job.folder.name)
+    """Trains one arm, or what is left of it; returns what went wrong, "" if nothing did."""
+    interrupted = interrupted_run(job)
+    if interrupted is None:
+        if job.folder.exists():
+            shutil.rmtree(job.folder)
+        job.folder.mkdir(parents=True)
+        write_json(job.folder / ARM_FILE, {"settings": job.settings})
+        arguments = command(job.config)
+    else:
+        arguments = ["train", "--resume_from", str(interrupted)]
+    logger.info("%s: %s", job.folder.name, "training" if interrupted is None else "going on")
     started = time.monotonic()
-    code = run_training(command(job.config), job.folder / LOG_FILE)
+    code = run_training(arguments, job.folder / LOG_FILE)
     seconds = time.monotonic() - started
     log = job.folder / LOG_FILE
     if code != 0:
         return f"exit code {code} after {seconds:.0f} s, see {log}{_last_words(log)}"
     if job.run is None:
         return f"it ended without a training_info.json, see {log}{_last_words(log)}"
-    write_json(job.folder / ARM_FILE, {"settings": job.settings, "seconds": round(seconds)})
+    # How long an arm took that was cut off is not known.
+    timing = {"seconds": round(seconds)} if interrupted is None else {}
+    write_json(job.folder / ARM_FILE, {"settings": job.settings} | timing)
     logger.info("%s: done in %.0f s", job.folder.name, seconds)
     return ""
 
 
+def interrupted_run(job: Job) -> Path | None:
+    """The run folder of a training with these settings that was cut off; None if there is none."""
+    found = sorted(job.folder.glob(f"*/{STATE_FILE}"))
+    return found[-1].parent if found and read_arm(job)["settings"] == job.settings else None
+
+
 def run_training(arguments: Sequence[str], log_file: Path) -> int:
     """Runs one command line of vesselrl with one thread; returns its exit code."""
-    with log_file.open("w", encoding="utf-8") as log:
+    with log_file.open("a", encoding="utf-8") as log:
         return subprocess.run(
             [sys.executable, "-m", "vesselrl", *arguments],
             stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | ONE_THREAD,
@@ -198,8 +213,13 @@ def read_info(run: Path) -> dict:
 
 
 def training_seconds(job: Job) -> float | None:
-    """How long a finished training took; None if it was cut off after its last file."""
-    return json.loads((job.folder / ARM_FILE).read_text(encoding="utf-8")).get("seconds")
+    """How long a finished training took; None if it was cut off on its way."""
+    return read_arm(job).get("seconds")
+
+
+def read_arm(job: Job) -> dict:
+    """The arm.json of a job that has begun."""
+    return json.loads((job.folder / ARM_FILE).read_text(encoding="utf-8"))
 
 
 def _check_settings(job: Job) -> None:
@@ -213,7 +233,7 @@ def _check_settings(job: Job) -> None:
         return
     if job.run is None:
         return
-    before, now = json.loads(path.read_text(encoding="utf-8"))["settings"], job.settings
+    before, now = read_arm(job)["settings"], job.settings
     defaults = TrainConfig().to_dict()  # a setting that was added since had its default then
     names = [name for name in now if before.get(name, defaults.get(name)) != now[name]]
     if names:

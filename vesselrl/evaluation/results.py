@@ -272,10 +272,18 @@ def read_evaluation(path: Path) -> Evaluation:
         ValueError: the file is not such a JSON file, or its rows no longer match its stored hashes.
         FileNotFoundError: there is no such file.
     """
-    document = _read_document(path)
+    return evaluation_from_json(_read_document(path), path)
+
+
+def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluation:
+    """The evaluation of what `Evaluation.to_json` gave; summary and hashes are computed anew from the rows.
+
+    Raises:
+        ValueError: something is missing, or the rows do not match their hashes; the message names `source`.
+    """
     missing = [name for name in _REQUIRED if not document.get(name)]
     if missing:
-        raise ValueError(f"{path} is incomplete: {', '.join(missing)} is missing. Run the evaluation again.")
+        raise ValueError(f"{source} lacks {', '.join(missing)}. Run the evaluation again.")
     rows = [
         {name: math.nan if value is None else value for name, value in row.items()}
         for row in document["rows"]
@@ -287,7 +295,7 @@ def read_evaluation(path: Path) -> Evaluation:
     for field in ("image_list_hash", "label_hash"):
         if getattr(evaluation, field) != document[field]:
             raise ValueError(
-                f"{path} was changed: its rows do not match its {field}. Run the evaluation again."
+                f"{source} was changed: its rows do not match its {field}. Run the evaluation again."
             )
     return evaluation
 

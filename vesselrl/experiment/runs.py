@@ -81,9 +81,14 @@ class RunFolder:
             partial.unlink(missing_ok=True)
         return path
 
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per line, with the step that it belongs to."""
+        return self.path / "metrics.jsonl"
+
     def append_metrics(self, values: dict) -> None:
         """Adds one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
 
 

@@ -69,19 +69,25 @@ class BatchSource:
         """Batches of all epochs."""
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
-    def epoch(self, epoch: int) -> Iterator[TrainBatch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
         """The batches of one epoch, in an order that depends on the seed and the epoch alone.
 
         The first sweep is the same whatever the number of sweeps.
-        """
-        for sweep in range(self.sweeps(epoch)):
-            yield from self._sweep(epoch, epoch + sweep * self.num_epochs)
 
-    def _sweep(self, epoch: int, number: int) -> Iterator[TrainBatch]:
+        Args:
+            epoch: counted from 1.
+            skip: batches at its beginning that are left out.
+        """
+        per_sweep = self.num_batches(epoch) // self.sweeps(epoch)
+        for sweep in range(skip // per_sweep, self.sweeps(epoch)):
+            yield from self._sweep(epoch, epoch + sweep * self.num_epochs, skip % per_sweep)
+            skip = 0
+
+    def _sweep(self, epoch: int, number: int, skip: int) -> Iterator[TrainBatch]:
         """One sweep; its number, like no other's, decides order and augmentation."""
         opened = self._open(epoch)
         order = [opened[k] for k in epoch_order(len(opened), self.seed, number)]
-        for start in range(0, len(order), self.batch_size):
+        for start in range(skip * self.batch_size, len(order), self.batch_size):
             items = [self.dataset.augmented(k, number) for k in order[start : start + self.batch_size]]
             yield TrainBatch(
                 keys=[sample.key for _, _, sample in items],

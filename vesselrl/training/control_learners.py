@@ -1,7 +1,8 @@
 """The controls in the training loop: a U-Net that takes steps, and a filter that is set once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,15 @@ class UNetUpdate(SupervisedSteps):
         pairs = [self._flipped(*pair) for pair in zip(batch.images, batch.truths, strict=True)]
         logits = [self.learner.model.logits(image) for image, _ in pairs]
         return logits, [self.truth(mask, self.learner.model.device) for _, mask in pairs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the self-checks and of the flips."""
+        return super().state_dict() | {"flips": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.rng.bit_generator.state = state["flips"]
 
     def check_gradients(self) -> None:
         """Every weight has a gradient."""

@@ -7,6 +7,7 @@ the miniature: far outside what those that gained have shown.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,6 +78,20 @@ class Diagnosis:
         self.validations.append(dict(scores))
         answers = {code: rule(self.validations) for code, rule in VALIDATION_RULES.items()}
         return list(self._new(step, answers, 0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far, ready for JSON."""
+        return {
+            "history": self.history.state_dict(),
+            "validations": self.validations,
+            "last_seen": self._last_seen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self.history.load_state_dict(state["history"])
+        self.validations = list(state["validations"])
+        self._last_seen = dict(state["last_seen"])
 
     def _new(self, step: int, answers: dict[str, Answer], quiet_steps: int) -> Iterable[Finding]:
         for code, answer in answers.items():

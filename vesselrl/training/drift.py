@@ -5,7 +5,8 @@ as good once another window of steps has passed without a sign.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,6 +93,25 @@ class DriftGuard:
             self._go_back(
                 number, f"The validation Dice has fallen to {dice:.3f}, {self.start_dice:.3f} at the start."
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The corrections so far, and the values to go back to."""
+        return {
+            "start_dice": self.start_dice,
+            "rate_factor": self.rate_factor,
+            "num_corrections": self.num_corrections,
+            "history": self._history.state_dict(),
+            "good": self._good,
+            "candidate": self._candidate,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self.start_dice = state["start_dice"]
+        self.rate_factor = state["rate_factor"]
+        self.num_corrections = state["num_corrections"]
+        self._history.load_state_dict(state["history"])
+        self._good, self._candidate = tuple(state["good"]), tuple(state["candidate"])
 
     def _go_back(self, number: int, sign: str) -> None:
         good_step, values = self._good

@@ -45,6 +45,15 @@ class History:
         values = self._recent.get(key, ())
         return np.array(values) if len(values) == self.length else None
 
+    def state_dict(self) -> dict[str, dict[str, list[float]]]:
+        """All values, ready for JSON."""
+        return {"first": self._first, "recent": {key: list(values) for key, values in self._recent.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, list[float]]]) -> None:
+        """Puts back what `state_dict` gave."""
+        self._first = {key: list(values) for key, values in state["first"].items()}
+        self._recent = {key: deque(values, maxlen=self.length) for key, values in state["recent"].items()}
+
     def forget_recent(self) -> None:
         """Drops the latest values and keeps the first: after the run has been set back."""
         self._recent.clear()

@@ -32,6 +32,12 @@ class Update(Protocol):
     def validated(self, means: Mapping[str, float]) -> None:
         """Takes notice of a validation's mean scores: the last before its first step, and all later ones."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What its next step depends on, apart from learner and optimizer: see resuming.py."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+
 
 class Learner(Restorable):
     """Something that is trained.

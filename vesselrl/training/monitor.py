@@ -4,9 +4,11 @@ What the figures say about the run, the findings of `diagnosis.py`, goes to the 
 """
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -35,6 +37,7 @@ class Monitor:
         log_freq: steps between log lines; every step is stored.
         wandb_settings: resolved settings to start a wandb run with; None starts none.
         diagnosis: reads all figures; None for one with the usual limits.
+        resumed_at: step that an interrupted run goes on from; what TensorBoard has of later ones is hidden.
 
     Attributes:
         findings: what was noticed so far, in order.
@@ -51,6 +54,7 @@ class Monitor:
         log_freq: int = 10,
         wandb_settings: dict | None = None,
         diagnosis: Diagnosis | None = None,
+        resumed_at: int | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -60,7 +64,9 @@ class Monitor:
         self.findings: list[Finding] = []
         self._diagnosis = diagnosis or Diagnosis()
         self._reward_s = self._step_s = 0.0
-        self._board = SummaryWriter(str(run.path / "tensorboard"))
+        self._board = SummaryWriter(
+            str(run.path / "tensorboard"), purge_step=None if resumed_at is None else resumed_at + 1
+        )
         self._wandb = start_wandb(run.name, wandb_settings) if wandb_settings is not None else None
         self._progress = new_progress(console)
         self._training = self._progress.add_task("training", total=total_steps)
@@ -101,6 +107,26 @@ class Monitor:
         """Tells of a finding: a warning in the log and an entry of diagnosis.json."""
         logger.warning("%s", finding)
         self.findings.append(finding)
+        self._write_findings()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was noticed and added up so far, and how long metrics.jsonl is."""
+        return {
+            "grad_norm_max": self.grad_norm_max,
+            "reward_s": self._reward_s,
+            "step_s": self._step_s,
+            "findings": [asdict(finding) for finding in self.findings],
+            "diagnosis": self._diagnosis.state_dict(),
+            "metrics_bytes": self.run.metrics_file.stat().st_size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave; what metrics.jsonl got after that is cut off."""
+        self.grad_norm_max = state["grad_norm_max"]
+        self._reward_s, self._step_s = state["reward_s"], state["step_s"]
+        self.findings = [Finding(**finding) for finding in state["findings"]]
+        self._diagnosis.load_state_dict(state["diagnosis"])
+        os.truncate(self.run.metrics_file, state["metrics_bytes"])
         self._write_findings()
 
     def _write_findings(self) -> None:

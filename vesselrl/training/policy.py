@@ -56,16 +56,16 @@ class MaskPolicy(Restorable):
         self.keys_repeat = keys_repeat
         self._states: dict[str, Tensor] = {}
         self.start = self.values()
-        self._reference_values = self.start
+        self.reference_values = self.start
         self._reference: dict[str, Tensor] = {}
 
     def values(self) -> dict[str, Tensor]:
         """A copy of the trainable values."""
         return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
 
-    def freeze_reference(self) -> None:
-        """Makes the policy of this moment the reference; PPO does so when it begins."""
-        self._reference_values = self.values()
+    def freeze_reference(self, values: dict[str, Tensor] | None = None) -> None:
+        """Makes these values the reference, by default those of this moment; PPO does so when it begins."""
+        self.reference_values = self.values() if values is None else values
         self._reference.clear()
 
     def prepare(self, images: list[np.ndarray]) -> Sa2VAInputs:
@@ -119,7 +119,7 @@ class MaskPolicy(Restorable):
         The candidates are those that the current policy chose, so that a changed choice is no divergence.
         """
         if any(key not in self._reference for key in keys):
-            with torch.no_grad(), self.at(self._reference_values):
+            with torch.no_grad(), self.at(self.reference_values):
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class PPOUpdate:
         self.reward = reward
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.rng = np.random.default_rng([config.seed, 2])
+        self.rng = region_rng(config.seed)
         self.pool = ThreadPoolExecutor(max_workers=config.num_workers)
         self.post = post_processing(config.to_dict())
         self.goals = Goals(reward, config.floors) if config.objective == "constrained" else None
@@ -117,6 +118,25 @@ class PPOUpdate:
         """Sets the prices of the constrained objective."""
         if self.goals is not None:
             self.goals.validated(means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Self-checks, reference policy, random generators and prices."""
+        return {
+            "checked": self.checked,
+            "reference": self.policy.reference_values,
+            "masks_drawn": self.generator.get_state(),
+            "regions_chosen": self.rng.bit_generator.seed_seq.n_children_spawned,
+            "prices": {} if self.goals is None else self.goals.multipliers,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self.checked = state["checked"]
+        self.policy.freeze_reference(state["reference"])
+        self.generator.set_state(state["masks_drawn"])
+        self.rng = region_rng(self.config.seed, state["regions_chosen"])
+        if self.goals is not None:
+            self.goals.multipliers = dict(state["prices"])
 
     def _begin(self) -> dict[str, Tensor]:
         """The policy of this moment becomes the reference; returns its trainable values."""
@@ -212,6 +232,11 @@ class PPOUpdate:
             checks.check_seg_embedding(
                 self.policy.model.seg_prompts(inputs), self.policy.model.seg_prompts(swapped)
             )
+
+
+def region_rng(seed: int, num_spawned: int = 0) -> np.random.Generator:
+    """The generator whose children choose regions, one child per image, after so many of them."""
+    return np.random.default_rng(np.random.SeedSequence([seed, 2], n_children_spawned=num_spawned))
 
 
 def rollout_figures(credits: list[Credit]) -> dict[str, float]:

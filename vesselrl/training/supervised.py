@@ -6,6 +6,7 @@ They are the controls that reinforcement learning must beat, and the miniature's
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,6 +127,14 @@ class SupervisedSteps(ABC):
 
     def validated(self, means: Mapping[str, float]) -> None:  # noqa: B027  (nothing is meant)
         """The loss stays the same whatever the scores."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the self-checks are done."""
+        return {"checked": self.checked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` gave."""
+        self.checked = state["checked"]
 
     @abstractmethod
     def check_gradients(self) -> None:

@@ -9,13 +9,15 @@
 """
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -24,7 +26,8 @@ from vesselrl.data.dataset import VesselDataset
 from vesselrl.evaluation.cases import Case, choose_cases, write_cases
 from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
 from vesselrl.evaluation.figures import plot_curves, plot_panels
-from vesselrl.evaluation.held_out import post_processing
+from vesselrl.evaluation.held_out import post_processing, run_settings
+from vesselrl.evaluation.results import evaluation_from_json
 from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_reward import make_reward
 from vesselrl.experiment.config import TrainConfig
@@ -37,17 +40,14 @@ from vesselrl.training.batches import BatchSource
 from vesselrl.training.checks import LearningError
 from vesselrl.training.control_learners import FrangiLearner, UNetLearner
 from vesselrl.training.diagnosis import Diagnosis
-from vesselrl.training.drift import DriftGuard
 from vesselrl.training.learner import AdapterLearner, Learner
-from vesselrl.training.learning_rate import staged_warm_cosine
+from vesselrl.training.loop import TrainingLoop
 from vesselrl.training.monitor import Monitor, check_wandb
+from vesselrl.training.resuming import STATE_FILE, check_origins, origins, read_state, write_state
 from vesselrl.training.run_data import SHEET_FILE, RunData, prepare_data, training_batches
 from vesselrl.training.setup import check_reward, load_policy, select_device
 
 logger = logging.getLogger(__name__)
-
-# On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
-BETAS = (0.9, 0.95)
 
 HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
@@ -84,26 +84,63 @@ def train(config: TrainConfig, argv: list[str], console: Console | None = None) 
             folder is removed again.
         LearningError: the run does not learn.
     """
-    reward = make_reward(config)
-    check_scope(config.lora_scope)
-    if config.use_wandb:
-        check_wandb()
+    reward = check_settings(config)
     run = RunFolder.create(config.output_dir)
     with ExitStack() as bad_input:
         bad_input.callback(run.remove)
         logger.info("run folder %s", run.path)
-        data = prepare_data(config, run)
-        check_reward(reward, data)
-        device = select_device(config.gpu)
-        learner = make_learner(config, device)
-        counts = data.counts | {"trainable": learner.counts}
-        for component, count in counts["trainable"].items():
-            logger.info("trainable in %s: %s values", component, f"{count:,}")
-        batches = training_batches(config, data, run)
-        origin = provenance(argv, device)
-        run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
+        training = prepare(config, reward, run, argv)
+        facts = {"counts": training.counts, "provenance": training.provenance}
+        run.write_json("config.json", {"args": config.to_dict()} | facts)
         bad_input.pop_all()  # from here on the folder stays
-    return _Training(config, run, data, batches, learner, reward, origin, counts).run(console)
+    if training.num_steps:
+        logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
+    return training.run(console)
+
+
+def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
+    """Goes on with an interrupted training after its last validation, with its own settings.
+
+    On a CPU it ends with the values that it would have had without the interruption.
+
+    Args:
+        folder: of the run.
+        argv: the command line, stored beside the first one.
+        console: as for `train`.
+
+    Raises:
+        RunError: the run has finished, or had not come to its first validation, or images or model have
+            changed since. What the folder holds is left as it is.
+        DataError, CheckpointError, RewardError, LearningError: as for `train`.
+    """
+    state, run = read_state(folder), RunFolder(folder)
+    config = TrainConfig.from_dict(run_settings(folder))
+    with TemporaryDirectory() as scratch:  # nothing is written to the run before all is known to fit
+        training = prepare(config, check_settings(config), RunFolder(Path(scratch)), argv)
+    check_origins(state["origins"], training.origins)
+    training.folder = run
+    return training.run(console, state)
+
+
+def check_settings(config: TrainConfig) -> Reward:
+    """The reward; raises what is wrong with settings that need no data to be judged."""
+    reward = make_reward(config)
+    check_scope(config.lora_scope)
+    if config.use_wandb:
+        check_wandb()
+    return reward
+
+
+def prepare(config: TrainConfig, reward: Reward, run: RunFolder, argv: list[str]) -> "_Training":
+    """Data, model and batches of a training; what there is to say about the data is written to `run`."""
+    data = prepare_data(config, run)
+    check_reward(reward, data)
+    device = select_device(config.gpu)
+    learner = make_learner(config, device)
+    for component, count in learner.counts.items():
+        logger.info("trainable in %s: %s values", component, f"{count:,}")
+    batches = training_batches(config, data, run)
+    return _Training(config, run, data, batches, learner, reward, provenance(argv, device))
 
 
 def make_learner(config: TrainConfig, device: str) -> Learner:
@@ -130,8 +167,7 @@ class _Training:
         batches: BatchSource,
         learner: Learner,
         reward: Reward,
-        origin: dict,
-        counts: dict,
+        provenance: dict,
     ) -> None:
         self.config = config
         self.folder = run
@@ -139,25 +175,33 @@ class _Training:
         self.batches = batches
         self.learner = learner
         self.reward = reward
-        self.origin = origin
-        self.counts = counts
+        self.provenance = provenance
+        self.counts = data.counts | {"trainable": learner.counts}
         self.post = post_processing(config.to_dict())
         self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
                        for k, s in enumerate(dataset.samples)}  # fmt: skip
+        self.before: Evaluation | None = None
+        self.latest: Evaluation | None = None
         self.best: Evaluation | None = None
-        self.best_values = learner.start
+        self.best_step, self.best_values = 0, learner.start
+        self.origins = {} if isinstance(learner, FrangiLearner) else origins(data, learner.start)
         self.num_steps = 0 if isinstance(learner, FrangiLearner) else batches.num_steps
 
-    def run(self, console: Console | None) -> TrainResult:
+    def run(self, console: Console | None, state: Mapping[str, Any] | None = None) -> TrainResult:
+        """The whole training, or what is left of it after the state of an interrupted one."""
         settings = self.config.to_dict() if self.config.use_wandb else None
         diagnosis = Diagnosis(self.config.max_grad_norm)
+        resumed_at = None if state is None else state["loop"]["step"]
         with Monitor(
-            self.folder, self.num_steps, console, self.config.log_freq, settings, diagnosis
+            self.folder, self.num_steps, console, self.config.log_freq, settings, diagnosis, resumed_at
         ) as monitor:
-            if (sheet := self.folder.path / SHEET_FILE).exists():
-                monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
-            before = self._validate(0, monitor)
-            after = self._learn(monitor) or before
+            if state is None:
+                if (sheet := self.folder.path / SHEET_FILE).exists():
+                    monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
+                self.before = self._validate(0, monitor)
+            else:
+                self._go_on(state, monitor)
+            self._learn(monitor, state)
             self._save(f"final_{self.learner.kind}")
             delta_norm = self.learner.distance()
             if delta_norm == 0 and self.num_steps:
@@ -170,8 +214,8 @@ class _Training:
         info = {
             "args": self.config.to_dict(),
             "counts": self.counts,
-            "initial_metrics": headline(before),
-            "final_metrics": headline(after),
+            "initial_metrics": headline(self.before),
+            "final_metrics": headline(self.latest),
             "best_metrics": headline(self.best),
             "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
             "best_val_dice": headline(self.best)["dice"],
@@ -181,70 +225,63 @@ class _Training:
             "reward_time_share": monitor.reward_time_share,
             "findings": [asdict(finding) for finding in monitor.findings],
             "metric_spec": METRIC_SPEC,
-            "provenance": self.origin,
+            "provenance": self.provenance,
         }
         self._draw()
         self.folder.write_json("training_info.json", info)
         write_run_report(self.folder.path)
-        names = tuple(headline(before))
-        validation = before_after_table(before, self.best, names)
+        (self.folder.path / STATE_FILE).unlink(missing_ok=True)
+        names = tuple(headline(self.before))
+        validation = before_after_table(self.before, self.best, names)
         test = before_after_table(tested["before"], tested["after"], names) if tested else []
         marks = dict.fromkeys((*self.data.val_marks, *self.data.test_marks))
         return TrainResult(self.folder.path, validation, test, info, tuple(marks))
 
-    def _learn(self, monitor: Monitor) -> Evaluation | None:
-        """Takes the steps, or lets a filter choose its settings; returns the last validation."""
+    def _learn(self, monitor: Monitor, state: Mapping[str, Any] | None) -> None:
+        """Takes the steps, or lets a filter choose its settings."""
         if isinstance(self.learner, FrangiLearner):
             self.learner.choose(self.data.train, monitor.bar("filter"))
             self.best = None  # the training images have chosen; validation must not choose again
-            return self._validate(1, monitor)
-        return self._epochs(monitor)
-
-    def _epochs(self, monitor: Monitor) -> Evaluation | None:
-        stages = self._stages()
-        # The schedule's factors are the rates themselves.
-        optimizer = torch.optim.AdamW(
-            self.learner.trainable.values(), lr=1.0, betas=BETAS, weight_decay=self.config.weight_decay
+            self._validate(1, monitor)
+            return
+        loop = TrainingLoop(
+            self.config, self.learner, self.batches, self.reward, monitor, headline(self.before)
         )
-        guard = DriftGuard(self.learner, optimizer, headline(self.best)["dice"], monitor.note)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: guard.rate_factor * staged_warm_cosine(step, stages, self.config.warmup_share),
-        )
-        updates = self.learner.updates(optimizer, self.reward)
-        step, end_of_epoch, latest, stage = 0, 0, None, None
-        for epoch in range(1, self.batches.num_epochs + 1):
-            previous, stage = stage, self.config.stage_of_epoch(epoch, self.batches.num_epochs)
-            update = updates[stage]
-            if previous != stage:
-                optimizer.state.clear()  # the moments of another loss say nothing about this one
-                update.validated(headline(latest or self.best))
-            end_of_epoch += self.batches.num_batches(epoch)
-            for batch in self.batches.epoch(epoch):
-                step += 1
-                rate = schedule.get_last_lr()[0]
-                figures = guard.step(step, update, batch)
-                schedule.step()
-                monitor.log_step(step, figures | {"train/learning_rate": rate, "train/epoch": float(epoch)})
-                last_of_run = step == self.batches.num_steps
-                due = last_of_run or (step == end_of_epoch and not self.config.sanity_overfit)
-                if due or step % self.config.val_freq == 0:
-                    latest = self._validate(step, monitor)
-                    if not last_of_run:  # the adapter of the last step is kept as it was validated
-                        update.validated(headline(latest))
-                        guard.after_validation(step, headline(latest)["dice"])
-            if epoch % self.config.save_freq == 0 and not self.config.sanity_overfit:
-                self._save(f"checkpoint_epoch_{epoch}")
-        return latest
+        if state is not None:
+            loop.load_state_dict(state["loop"])
+        keep = partial(self._keep_state, loop, monitor)
+        if state is None:
+            keep()
+        loop.run(lambda step: headline(self._validate(step, monitor)), keep, self._save)
 
-    def _stages(self) -> list[tuple[int, float]]:
-        """Number of steps and peak learning rate of each stage."""
-        epochs = range(1, self.batches.num_epochs + 1)
-        by_stage = groupby(epochs, lambda epoch: self.config.stage_of_epoch(epoch, self.batches.num_epochs))
-        return [
-            (sum(map(self.batches.num_batches, group)), self.config.rate_of_stage(stage))
-            for stage, group in by_stage
-        ]
+    def _keep_state(self, loop: TrainingLoop, monitor: Monitor) -> None:
+        """Writes down all that an interrupted run needs to go on from here."""
+        evaluations = {"before": self.before, "best": self.best, "latest": self.latest}
+        state = {
+            "origins": self.origins,
+            "provenance": self.provenance,
+            "evaluations": {name: evaluation.to_json() for name, evaluation in evaluations.items()},
+            "best_step": self.best_step,
+            "best_values": self.best_values,
+            "monitor": monitor.state_dict(),
+            "loop": loop.state_dict(),
+        }
+        write_state(self.folder.path, state)
+
+    def _go_on(self, state: Mapping[str, Any], monitor: Monitor) -> None:
+        """Puts back what was validated so far."""
+        step, here = state["loop"]["step"], self.provenance
+        logger.info("going on after step %d of %d", step, self.num_steps)
+        self.provenance = dict(state["provenance"])
+        self.provenance["resumed"] = [*self.provenance.get("resumed", ()), {"step": step} | here]
+        monitor.load_state_dict(state["monitor"])
+        source = self.folder.path / STATE_FILE
+        evaluations = {
+            name: evaluation_from_json(each, source) for name, each in state["evaluations"].items()
+        }
+        self.before, self.latest = evaluations["before"], evaluations["latest"]
+        with self.learner.at(state["best_values"]):  # what lies in the folder may be of a later step
+            self._keep_best(state["best_step"], evaluations["best"])
 
     def _evaluate(self, side: str, monitor: Monitor, label: str) -> Evaluation:
         samples, marks = getattr(self.data, side), getattr(self.data, f"{side}_marks")
@@ -267,14 +304,18 @@ class _Training:
         means = headline(result)
         monitor.log_validation(step, means)
         if self.best is None or means["reward"] > headline(self.best)["reward"]:
-            self.best = result
-            self.best_values = self.learner.values()
-            self._save(f"best_{self.learner.kind}")
-            write_evaluation(self.folder.path, "val_best", result, {"step": step})
+            self._keep_best(step, result)
         write_evaluation(
             self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}
         )
+        self.latest = result
         return result
+
+    def _keep_best(self, step: int, result: Evaluation) -> None:
+        """The learner as it is now becomes the best."""
+        self.best_step, self.best, self.best_values = step, result, self.learner.values()
+        self._save(f"best_{self.learner.kind}")
+        write_evaluation(self.folder.path, "val_best", result, {"step": step})
 
     def _test(self, monitor: Monitor) -> dict[str, Evaluation]:
         """Scores the untouched model and the best adapter on the test images, once."""

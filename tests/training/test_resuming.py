@@ -1,0 +1,205 @@
+"""An interrupted training goes on as if nothing had happened."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vesselrl import cli
+from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.runs import RunError
+from vesselrl.training import train as training
+from vesselrl.training.monitor import Monitor
+from vesselrl.training.resuming import STATE_FILE, read_state, write_state
+
+PLACES = ("model_path", "data_root", "output_dir")
+# Two epochs of supervised steps, then two of PPO, validated in the midst of each.
+STAGES = {
+    "stage": "sft+rl", "num_epochs": 4, "rl_epochs": 2, "batch_size": 1, "num_passes": 2, "val_freq": 3,
+    "learning_rate": 1e-2, "rl_learning_rate": 5e-3, "lora_dropout": 0.1, "augment": "light",
+    "curriculum": True,
+}  # fmt: skip
+FLOORS = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
+UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3}
+# Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
+# state of the run that goes with them.
+WAYS = {
+    "two stages": (STAGES, (1, 9, 15)),
+    "floors": (FLOORS, (4, 4.5)),
+    "unet": (UNET, (4,)),
+}
+
+
+def settings(tiny_checkpoint: Path, angiograms: Path, output: Path) -> dict[str, str]:
+    return dict(zip(PLACES, map(str, (tiny_checkpoint, angiograms, output)), strict=True))
+
+
+def train_and_copy(places: dict, changes: dict, cuts: tuple, copies: Path) -> training.TrainResult:
+    """A whole run; on its way the folder is copied as it would be left behind by a cut at that moment."""
+
+    def copy(folder: Path, moment: float) -> None:
+        if moment in cuts:
+            shutil.copytree(folder, copies / str(moment))
+
+    def log_step(self: Monitor, step: int, figures: dict[str, float]) -> None:
+        Monitor_log_step(self, step, figures)
+        copy(self.run.path, step)
+
+    def keep(folder: Path, state: dict) -> Path:
+        copy(folder, state["loop"]["step"] + 0.5)
+        return write_state(folder, state)
+
+    Monitor_log_step = Monitor.log_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "log_step", log_step)
+        patch.setattr(training, "write_state", keep)
+        return training.train(get_preset("debug", **places, **changes), ["first"])
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    (one,), (two,) = (list(folder.glob("*.safetensors")) for folder in (first, second))
+    one, two = load_file(one), load_file(two)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, way: str
+) -> None:
+    """Every figure, every weight and every score is the same to the last bit."""
+    changes, cuts = WAYS[way]
+    places = settings(tiny_checkpoint, angiograms, tmp_path / "whole")
+    whole = train_and_copy(places, changes, cuts, tmp_path / "cut")
+    assert not (whole.folder / STATE_FILE).exists()
+    kind = whole.folder / ("best_control" if way == "unet" else "best_lora")
+    for cut in cuts:
+        folder = tmp_path / "cut" / str(cut)
+        assert read_state(folder)["loop"]["step"] < cut
+        done = training.resume(folder, ["second"])
+        assert done.folder == folder
+        assert metrics(folder) == metrics(whole.folder)
+        for name in (
+            kind.name,
+            kind.name.replace("best", "final"),
+            "checkpoint_epoch_1",
+            "checkpoint_epoch_3",
+        ):
+            assert same_weights(folder / name, whole.folder / name), name
+        for name in ("val_before", "val_best", "val_latest", "test_before", "test_after"):
+            first, second = (json.loads((f / f"{name}.json").read_text()) for f in (folder, whole.folder))
+            assert (first["rows"], first["marks"]) == (second["rows"], second["marks"]), name
+        same = ("initial_metrics", "final_metrics", "best_metrics", "test_metrics", "total_steps", "findings")
+        same += ("grad_norm_max", "adapter_delta_norm", "counts", "args")
+        assert {k: done.info[k] for k in same} == {k: whole.info[k] for k in same}
+        assert done.info["provenance"]["command"] == ["first"]
+        assert [one["command"] for one in done.info["provenance"]["resumed"]] == [["second"]]
+        assert not (folder / STATE_FILE).exists()
+
+
+def test_the_best_adapter_of_a_lost_validation_is_not_kept(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """On a GPU the steps that were lost do not come out the same to the last bit."""
+    places = settings(tiny_checkpoint, angiograms, tmp_path / "whole")
+    train_and_copy(places, FLOORS, (2.5,), tmp_path / "cut")
+    folder = tmp_path / "cut" / "2.5"
+    best = {name.replace(".default", ""): value for name, value in read_state(folder)["best_values"].items()}
+    file = folder / "best_lora" / "adapter_model.safetensors"
+    file.write_bytes(b"of a validation that is lost")
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.TrainingLoop, "run", lambda *_: kept.append(load_file(file)))
+        training.resume(folder, ["second"])
+    assert kept[0].keys() == best.keys()
+    assert all(torch.equal(kept[0][name], best[name]) for name in best)
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was cut off after its first step."""
+    output = tmp_path_factory.mktemp("runs")
+    data = shutil.copytree(angiograms, output / "data")
+    places = settings(tiny_checkpoint, data, output)
+    train_and_copy(places, {"learning_rate": 1e-2}, (1,), output / "cut")
+    return output / "cut" / "1"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_other_images_or_another_model_are_refused_and_nothing_is_touched(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(cut, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    config["args"]["seed"] += 1  # adapters begin with other random values
+    config["args"]["max_train_samples"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    before = contents(folder)
+    with pytest.raises(RunError, match="training images, values of the adapters") as error:
+        training.resume(folder, [])
+    assert "validation images" not in str(error.value)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("broken", ["cut short", "no state in it", "not there", "finished"])
+def test_what_cannot_be_resumed_is_said_and_left_alone(cut: Path, tmp_path: Path, broken: str) -> None:
+    folder = shutil.copytree(cut, tmp_path / "run")
+    file = folder / STATE_FILE
+    if broken == "cut short":
+        file.write_bytes(file.read_bytes()[:5000])
+    elif broken == "no state in it":
+        shutil.copy(folder / "best_lora" / "adapter_model.safetensors", file)
+    else:
+        file.unlink()
+    if broken == "finished":
+        (folder / "training_info.json").write_text("{}")
+    words = {"not there": "first validation", "finished": "has finished"}.get(broken, "cannot be read")
+    before = contents(folder)
+    with pytest.raises(RunError, match=words):
+        training.resume(folder, [])
+    assert contents(folder) == before
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Also tensors that occur twice, of any type, and an older file stays until the new one is complete."""
+    weight = torch.randn(3, 2)
+    state = {
+        "twice": [weight, {"inside": weight}],
+        "column": weight[:, 0],
+        "count": torch.tensor(7.0),
+        "bits": torch.arange(5, dtype=torch.uint8),
+        "plain": {"big": 2**100, "none": None, "text": "a", "nan": float("nan"), "tenth": 0.1},
+    }
+    write_state(tmp_path, state)
+    again = read_state(tmp_path)
+    assert torch.equal(again["twice"][0], weight)
+    assert again["twice"][1]["inside"] is again["twice"][0]
+    for name in ("column", "count", "bits"):
+        assert torch.equal(again[name], state[name])
+        assert again[name].dtype == state[name].dtype
+    assert str(again["plain"]) == str(state["plain"])
+    with pytest.raises(TypeError):
+        write_state(tmp_path, {"no JSON": object()})
+    assert torch.equal(read_state(tmp_path)["count"], state["count"])
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+
+
+def test_the_command_line_resumes(cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(cut, tmp_path / "run")
+    assert cli.main(["train", "--resume_from", str(folder), "--num_epochs", "9"]) == 2
+    assert "num_epochs" in capsys.readouterr().err
+    assert (folder / STATE_FILE).exists()
+    assert cli.main(["train", f"--resume_from={folder}"]) == 0
+    assert (folder / "report.html").exists()
+    assert cli.main(["train", "--resume_from", str(folder)]) == 1
+    assert "has finished" in capsys.readouterr().err
