@@ -10,6 +10,7 @@ from typing import Any
 
 _HOME = {
     "MultiObjectiveReward": "vesselrl.scoring.rewards",
+    "PostProcessing": "vesselrl.scoring.postprocessing",
     "Predictor": "vesselrl.inference.predictor",
     "RecallFocusedReward": "vesselrl.scoring.rewards",
     "SimpleDiceReward": "vesselrl.scoring.rewards",
@@ -19,6 +20,7 @@ _HOME = {
 
 __all__ = [
     "MultiObjectiveReward",
+    "PostProcessing",
     "Predictor",
     "RecallFocusedReward",
     "SimpleDiceReward",

@@ -118,7 +118,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(Predict, rest, "predict")
-    from vesselrl.evaluation.held_out import post_processing, run_folder, run_settings
+    from vesselrl.evaluation.run_settings import post_processing, run_folder, run_settings
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
 

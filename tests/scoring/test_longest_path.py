@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import shortest_path
 
 from vesselrl.data.synthetic import TARGET, draw_sequence
-from vesselrl.evaluation.run_reward import import_function
+from vesselrl.evaluation.run_settings import import_function
 from vesselrl.scoring.rewards import SimpleDiceReward
 from vesselrl.scoring.topology import topology
 

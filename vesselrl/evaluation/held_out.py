@@ -12,7 +12,6 @@ gave the best Dice on the validation patients. Files, for an adapter called best
 With test-time flips every name has `_flips` after best_lora: their scores never replace those without.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,7 +38,7 @@ from vesselrl.evaluation.predictions import (
 )
 from vesselrl.evaluation.results import Evaluation, write_evaluation, write_json
 from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.run_reward import make_reward
+from vesselrl.evaluation.run_settings import make_reward, post_processing, run_folder, run_settings
 from vesselrl.evaluation.thresholds import ThresholdCurve, sweep_thresholds
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import check_writable
@@ -190,24 +189,6 @@ def make_predictor(plan: EvaluationPlan, settings: dict) -> Callable[[np.ndarray
     return with_flips(predict, plan.threshold) if plan.flips else predict
 
 
-def post_processing(
-    settings: dict,
-    threshold: float = 0.5,
-    min_component_px: int | None = None,
-    close_gaps: float | None = None,
-) -> PostProcessing:
-    """How masks are made: as asked, or (None) as the run with these settings was trained and validated.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-    if min_component_px is None:
-        min_component_px = settings.get("min_component_px", 0)
-    if close_gaps is None:
-        close_gaps = settings.get("close_gaps", 0.0)
-    return PostProcessing(threshold, min_component_px, close_gaps)
-
-
 def _score(
     done: Predictions, masks: dict[str, PackedMask | None], samples: list[Sample], reward: Reward
 ) -> Evaluation:
@@ -295,21 +276,3 @@ def _validation(plan: EvaluationPlan, validation: Sequence[Sample]) -> list[Samp
     if reason:
         logger.info("No score at a tuned threshold: %s.", reason)
     return [] if reason else list(validation)
-
-
-def run_folder(lora_weights: str | None) -> Path | None:
-    """The run an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
-    if lora_weights is None:
-        return None
-    folder = Path(lora_weights)
-    return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
-
-
-def run_settings(run: Path | None) -> dict:
-    """The settings that a run was trained with; empty without a run."""
-    if run is None or not (run / "config.json").exists():
-        return {}
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise DataError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None

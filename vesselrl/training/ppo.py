@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vesselrl.evaluation.held_out import post_processing
+from vesselrl.evaluation.run_settings import post_processing
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.lora import adapter_delta_norm
 from vesselrl.models.processing import Sa2VAInputs

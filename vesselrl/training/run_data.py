@@ -21,8 +21,8 @@ from vesselrl.data.findings import CODES, DataReport
 from vesselrl.data.in_sample import base_trained_on
 from vesselrl.data.near_duplicates import check_near_duplicates
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
-from vesselrl.evaluation.held_out import run_folder
 from vesselrl.evaluation.marks import marks_of
+from vesselrl.evaluation.run_settings import run_folder
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import RunFolder
 from vesselrl.training.batches import BatchSource

@@ -26,10 +26,9 @@ from vesselrl.data.dataset import VesselDataset
 from vesselrl.evaluation.cases import Case, choose_cases, write_cases
 from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
 from vesselrl.evaluation.figures import plot_curves, plot_panels
-from vesselrl.evaluation.held_out import post_processing, run_settings
 from vesselrl.evaluation.results import evaluation_from_json
 from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.run_reward import make_reward
+from vesselrl.evaluation.run_settings import make_reward, post_processing, run_settings
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.runs import RunFolder, provenance
 from vesselrl.inference.predictor import Prediction
