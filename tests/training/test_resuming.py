@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from vesselrl import cli
 from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.runs import RunError
+from vesselrl.training import drift
 from vesselrl.training import train as training
+from vesselrl.training.drift import DriftGuard
 from vesselrl.training.monitor import Monitor
 from vesselrl.training.resuming import STATE_FILE, read_state, write_state
 
@@ -28,7 +30,7 @@ UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3
 # state of the run that goes with them.
 WAYS = {
     "two stages": (STAGES, (1, 9, 15)),
-    "floors": (FLOORS, (4, 4.5)),
+    "floors, going wrong": (FLOORS, (4, 4.5)),
     "unet": (UNET, (4,)),
 }
 
@@ -70,15 +72,31 @@ def same_weights(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture
+def goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two corrections: one before the cut after step 4, one after it; an adapter is good after one step."""
+    after_validation = DriftGuard.after_validation
+
+    def go_back(self: DriftGuard, number: int, dice: float) -> None:
+        after_validation(self, number, -1.0 if number in (3, 5) else dice)
+
+    monkeypatch.setattr(DriftGuard, "after_validation", go_back)
+    monkeypatch.setattr(drift, "WINDOW", 1)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(
-    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, way: str
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, way: str, request: pytest.FixtureRequest
 ) -> None:
     """Every figure, every weight and every score is the same to the last bit."""
     changes, cuts = WAYS[way]
+    if way == "floors, going wrong":
+        request.getfixturevalue("goes_wrong")
     places = settings(tiny_checkpoint, angiograms, tmp_path / "whole")
     whole = train_and_copy(places, changes, cuts, tmp_path / "cut")
     assert not (whole.folder / STATE_FILE).exists()
+    corrections = [one for one in whole.info["findings"] if one["code"] == "correction"]
+    assert len(corrections) == (2 if way == "floors, going wrong" else 0)
     kind = whole.folder / ("best_control" if way == "unet" else "best_lora")
     for cut in cuts:
         folder = tmp_path / "cut" / str(cut)

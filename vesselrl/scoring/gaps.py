@@ -2,12 +2,16 @@
 
 A faint stretch of vessel leaves a gap of a few pixels at the usual threshold; what lies behind it is cut off.
 The fainter mask, at a lower threshold, often goes on there, but is too wide everywhere else. So only its
-links are taken: the parts of its centreline outside the mask, as wide as it is there.
+links are taken: the parts of its centreline outside the mask, as wide as it is there. And of the links, where
+gaps are closed, only the shortest ways across: the fainter mask has twigs and loops that no vessel has.
 """
 
 import cv2
 import numpy as np
 
+from vesselrl.scoring import paths
+from vesselrl.scoring.backend import compiled_kernels
+from vesselrl.scoring.neighbourhood import NEIGHBOURS
 from vesselrl.scoring.topology import topology
 
 
@@ -36,43 +40,49 @@ class FainterMask:
         Returns:
             (H, W) int32 with labels 1 to n, 0 elsewhere and in `mask`, and n.
         """
-        pixels, parts, count = self._links(mask)
+        ways = self._skeleton & ~mask
+        count, parts = cv2.connectedComponents(ways.astype(np.uint8), connectivity=8)
+        pixels, nearest = self._around(ways, mask)
         labels = np.zeros(mask.shape, np.int32)
-        labels.flat[pixels] = parts
-        return labels, count
+        labels.flat[pixels] = parts.flat[nearest]
+        return labels, count - 1
 
     def close(self, mask: np.ndarray) -> np.ndarray:
-        """A mask with the links that touch two or more of its 8-connected components, bool (H, W)."""
-        pixels, parts, count = self._links(mask)
-        lowest, highest = _components_around(mask)
-        first, last = np.full(count + 1, np.inf), np.zeros(count + 1)
-        np.minimum.at(first, parts, lowest.ravel()[pixels])
-        np.maximum.at(last, parts, highest.ravel()[pixels])
+        """A mask whose 8-connected components are joined wherever the fainter mask joins them, bool (H, W).
+
+        Along the shortest ways on its centreline, as wide as the fainter mask is there, and no more of them
+        than it takes: two ways between the same two components would make a loop.
+        """
         closed = mask.copy()
-        closed.flat[pixels[(last > first)[parts]]] = True
+        closed.flat[self._around(self._paths(mask), mask)[0]] = True
         return closed
 
-    def _links(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """Flat indices of the pixels of all links, the link of each, counted from 1, and their number."""
-        centre = self._skeleton & ~mask
-        total, parts = cv2.connectedComponents(centre.astype(np.uint8), connectivity=8)
-        if total == 1:
-            return np.zeros(0, np.intp), np.zeros(0, np.int32), 0
+    def _paths(self, mask: np.ndarray) -> np.ndarray:
+        """The pixels of the centreline that join components of a mask, bool (H, W)."""
+        count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+        framed, width = np.pad(labels, 1), mask.shape[1] + 2
+        ways = np.flatnonzero(np.pad(self._skeleton & ~mask, 1)).astype(np.int32)
+        steps = np.array([row * width + column for row, column in NEIGHBOURS], np.int32)
+        find = (compiled_kernels() or paths).spanning_paths
+        taken = ways[find(ways, framed.ravel(), steps, count - 1)]
+        on_path = np.zeros(framed.shape, bool)
+        on_path.flat[taken] = True
+        return on_path[1:-1, 1:-1]
+
+    def _around(self, centre: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat indices of the pixels beyond a mask that parts of the centreline stand for, and of which one.
+
+        A pixel belongs to the centreline pixel that is nearest to it, if it is no further from it than the
+        edge of the fainter mask is.
+        """
+        if not centre.any():
+            return np.zeros(0, np.intp), np.zeros(0, np.intp)
         distance, nearest = cv2.distanceTransformWithLabels(
             (~centre).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
         )
-        # What the nearest centreline pixel is part of, and how wide the fainter mask is there.
-        part_of, reach = np.zeros(nearest.max() + 1, np.int32), np.zeros(nearest.max() + 1, np.float32)
-        part_of[nearest[centre]] = parts[centre]
-        reach[nearest[centre]] = self._half_width[centre]
+        place = np.zeros(nearest.max() + 1, np.intp)
+        place[nearest[centre]] = np.flatnonzero(centre)
         beyond = np.flatnonzero(self._mask & ~mask)
-        nearest = nearest.ravel()[beyond]
-        inside = distance.ravel()[beyond] <= reach[nearest]
-        return beyond[inside], part_of[nearest[inside]], total - 1
-
-
-def _components_around(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest label of the mask's components around each pixel, 3 x 3; inf and 0 without any."""
-    labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)[1].astype(np.float32)
-    square = np.ones((3, 3), np.uint8)
-    return cv2.erode(np.where(mask, labels, np.float32(np.inf)), square), cv2.dilate(labels, square)
+        stands_for = place[nearest.flat[beyond]]
+        inside = distance.flat[beyond] <= self._half_width.flat[stands_for]
+        return beyond[inside], stands_for[inside]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
+from vesselrl.scoring import paths
 from vesselrl.scoring.neighbourhood import NEIGHBOURS
 
 logger = logging.getLogger(__name__)
@@ -184,3 +185,6 @@ def distances_to_border(border, positions):
             away += 1
         distances[i] = np.sqrt(best)
     return distances
+
+
+spanning_paths = _compiled(paths.spanning_paths)
