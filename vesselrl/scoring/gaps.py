@@ -63,10 +63,10 @@ class FainterMask:
         framed, width = np.pad(labels, 1), mask.shape[1] + 2
         ways = np.flatnonzero(np.pad(self._skeleton & ~mask, 1)).astype(np.int32)
         steps = np.array([row * width + column for row, column in NEIGHBOURS], np.int32)
-        find = (compiled_kernels() or paths).spanning_paths
-        taken = ways[find(ways, framed.ravel(), steps, count - 1)]
+        search = compiled_kernels() or paths
+        claims = search.claim_ways(ways, framed.ravel(), steps)
         on_path = np.zeros(framed.shape, bool)
-        on_path.flat[taken] = True
+        on_path.flat[ways[search.spanning_paths(*claims, count - 1)]] = True
         return on_path[1:-1, 1:-1]
 
     def _around(self, centre: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

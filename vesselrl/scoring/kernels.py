@@ -187,4 +187,5 @@ def distances_to_border(border, positions):
     return distances
 
 
+claim_ways = _compiled(paths.claim_ways)
 spanning_paths = _compiled(paths.spanning_paths)
