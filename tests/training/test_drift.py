@@ -60,9 +60,9 @@ class Toy:
             raise figures
         return figures
 
-    def run(self) -> None:
+    def run(self, first: int = 1) -> None:
         """Steps until the figures are used up."""
-        for number, figures in enumerate(list(self.figures), start=1):
+        for number, figures in enumerate(list(self.figures), start=first):
             self.figures = iter([figures])
             self.guard.step(number, self, None)
 
@@ -90,6 +90,21 @@ def test_a_severe_sign_takes_the_run_back_to_where_it_was_good(sign: str) -> Non
     assert "step 60" in finding.advice
     assert toy.weight.item() == 3 * WINDOW + (5 * WINDOW - finding.step)
     assert toy.guard.rate_factor == 0.5
+
+
+@pytest.mark.parametrize("cut", [3 * WINDOW + 5, 4 * WINDOW + 5, 5 * WINDOW])
+def test_after_an_interruption_the_run_is_taken_back_as_without_it(cut: int) -> None:
+    figures = noisy(HEALTHY, 4 * WINDOW) + [HEALTHY | BAD["jump"]] * WINDOW + noisy(HEALTHY, WINDOW)
+    whole, before, after = Toy(figures), Toy(figures[:cut]), Toy(figures[cut:])
+    whole.run()
+    before.run()
+    after.restore(before.values())
+    after.guard.load_state_dict(before.guard.state_dict())
+    after.run(cut + 1)
+    assert len(whole.findings) == 2  # the bad steps, and their last few among healthy ones
+    assert before.findings + after.findings == whole.findings
+    assert after.values() == whole.values()
+    assert after.guard.state_dict() == whole.guard.state_dict()
 
 
 def test_the_moments_of_the_optimizer_are_forgotten() -> None:

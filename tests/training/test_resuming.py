@@ -27,10 +27,10 @@ STAGES = {
 FLOORS = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3}
 # Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
-# state of the run that goes with them.
+# state of the run that goes with them; 4.75: after that, before the checkpoint of the epoch.
 WAYS = {
     "two stages": (STAGES, (1, 9, 15)),
-    "floors, going wrong": (FLOORS, (4, 4.5)),
+    "floors, going wrong": (FLOORS, (4, 4.5, 4.75)),
     "unet": (UNET, (4,)),
 }
 
@@ -52,7 +52,9 @@ def train_and_copy(places: dict, changes: dict, cuts: tuple, copies: Path) -> tr
 
     def keep(folder: Path, state: dict) -> Path:
         copy(folder, state["loop"]["step"] + 0.5)
-        return write_state(folder, state)
+        path = write_state(folder, state)
+        copy(folder, state["loop"]["step"] + 0.75)
+        return path
 
     Monitor_log_step = Monitor.log_step
     with pytest.MonkeyPatch.context() as patch:
@@ -74,11 +76,11 @@ def same_weights(first: Path, second: Path) -> bool:
 
 @pytest.fixture
 def goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two corrections: one before the cut after step 4, one after it; an adapter is good after one step."""
+    """Two corrections: before the cut in step 4, and with it; an adapter is good after one step."""
     after_validation = DriftGuard.after_validation
 
     def go_back(self: DriftGuard, number: int, dice: float) -> None:
-        after_validation(self, number, -1.0 if number in (3, 5) else dice)
+        after_validation(self, number, -1.0 if number in (3, 4) else dice)
 
     monkeypatch.setattr(DriftGuard, "after_validation", go_back)
     monkeypatch.setattr(drift, "WINDOW", 1)
@@ -104,12 +106,8 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
         done = training.resume(folder, ["second"])
         assert done.folder == folder
         assert metrics(folder) == metrics(whole.folder)
-        for name in (
-            kind.name,
-            kind.name.replace("best", "final"),
-            "checkpoint_epoch_1",
-            "checkpoint_epoch_3",
-        ):
+        final = kind.name.replace("best", "final")
+        for name in (kind.name, final, *(f"checkpoint_epoch_{epoch}" for epoch in (1, 2, 3))):
             assert same_weights(folder / name, whole.folder / name), name
         for name in ("val_before", "val_best", "val_latest", "test_before", "test_after"):
             first, second = (json.loads((f / f"{name}.json").read_text()) for f in (folder, whole.folder))
