@@ -18,18 +18,18 @@ from vesselrl.training.monitor import Monitor
 from vesselrl.training.resuming import STATE_FILE, read_state, write_state
 
 PLACES = ("model_path", "data_root", "output_dir")
-# Two epochs of supervised steps, then two of PPO, validated in the midst of each.
+# Ten supervised steps in two epochs, then eight of PPO in two, validated in the midst of each.
 STAGES = {
     "stage": "sft+rl", "num_epochs": 4, "rl_epochs": 2, "batch_size": 1, "num_passes": 2, "val_freq": 3,
     "learning_rate": 1e-2, "rl_learning_rate": 5e-3, "lora_dropout": 0.1, "augment": "light",
-    "curriculum": True,
+    "curriculum": True, "objective": "constrained",
 }  # fmt: skip
 FLOORS = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3}
 # Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
 # state of the run that goes with them; 4.75: after that, before the checkpoint of the epoch.
 WAYS = {
-    "two stages": (STAGES, (1, 9, 15)),
+    "two stages": (STAGES, (1, 9, 10.75, 15)),
     "floors, going wrong": (FLOORS, (4, 4.5, 4.75)),
     "unet": (UNET, (4,)),
 }
