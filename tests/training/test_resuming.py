@@ -1,5 +1,6 @@
 """An interrupted training goes on as if nothing had happened."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from vesselrl import cli
 from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.runs import RunError
-from vesselrl.training import drift
+from vesselrl.training import drift, resuming
 from vesselrl.training import train as training
 from vesselrl.training.drift import DriftGuard
 from vesselrl.training.monitor import Monitor
@@ -186,7 +187,12 @@ def test_what_cannot_be_resumed_is_said_and_left_alone(cut: Path, tmp_path: Path
     assert contents(folder) == before
 
 
-def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+def full_disk(tensors: dict, path: Path, metadata: dict) -> None:
+    path.write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also tensors that occur twice, of any type, and an older file stays until the new one is complete."""
     weight = torch.randn(3, 2)
     state = {
@@ -206,6 +212,10 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert str(again["plain"]) == str(state["plain"])
     with pytest.raises(TypeError):
         write_state(tmp_path, {"no JSON": object()})
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "save_file", full_disk)
+        with pytest.raises(RunError, match="No space left .* Make room, then go on with --resume_from"):
+            write_state(tmp_path, {"count": torch.tensor(8.0)})
     assert torch.equal(read_state(tmp_path)["count"], state["count"])
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 

@@ -32,6 +32,9 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> Path:
     Args:
         folder: of the run.
         state: dicts, lists, plain values and tensors, in each other as wanted; keys are strings.
+
+    Raises:
+        RunError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, "", tensors, {})
@@ -40,6 +43,10 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> Path:
     try:
         save_file(tensors, partial, metadata={"state": json.dumps(plain)})
         os.replace(partial, path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{path} cannot be written ({error}). Make room, then go on with --resume_from {folder}."
+        ) from None
     finally:
         partial.unlink(missing_ok=True)
     return path
