@@ -17,7 +17,7 @@ from vesselrl.scoring.truth import known_truth
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SIZES_PX = (0, 20, 40, 80, 160)
-GAP_LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1)
+GAP_LEVELS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class PredictedImage(NamedTuple):
