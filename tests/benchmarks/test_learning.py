@@ -203,7 +203,7 @@ def test_the_verdicts_are_those_of_arms_made_good_and_bad(finished) -> None:
     good = by_start["E2, PPO, against C7 best of C2 to C4, post-processed"]
     assert ": holds: " in good
     assert good.endswith(" of 2 seeds.")
-    equal = by_start["E3, PPO, against C3 supervised, tuned threshold at equal recall"]
+    equal = by_start["E3, PPO, against C1 base, tuned threshold at equal recall"]
     assert ": holds: " in equal
 
 
