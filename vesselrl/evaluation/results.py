@@ -283,7 +283,9 @@ def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluatio
     """
     missing = [name for name in _REQUIRED if not document.get(name)]
     if missing:
-        raise ValueError(f"{source} lacks {', '.join(missing)}. Run the evaluation again.")
+        raise ValueError(
+            f"{source} is incomplete: {', '.join(missing)} is missing. Run the evaluation again."
+        )
     rows = [
         {name: math.nan if value is None else value for name, value in row.items()}
         for row in document["rows"]
