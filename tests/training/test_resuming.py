@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from vesselrl import cli
 from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.runs import RunError
-from vesselrl.training import drift, resuming
+from vesselrl.models import export
+from vesselrl.training import drift
 from vesselrl.training import train as training
 from vesselrl.training.drift import DriftGuard
 from vesselrl.training.monitor import Monitor
@@ -213,7 +214,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(TypeError):
         write_state(tmp_path, {"no JSON": object()})
     with monkeypatch.context() as patch:
-        patch.setattr(resuming, "save_file", full_disk)
+        patch.setattr(export, "save_file", full_disk)
         with pytest.raises(RunError, match=r"No space left .* Make room, then go on with --resume_from"):
             write_state(tmp_path, {"count": torch.tensor(8.0)})
     assert torch.equal(read_state(tmp_path)["count"], state["count"])

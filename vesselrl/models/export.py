@@ -109,11 +109,16 @@ def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dty
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a safetensors file that appears only when complete."""
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that appears only when complete, with words of one's own in its header."""
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: dict) -> None:

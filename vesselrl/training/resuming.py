@@ -7,7 +7,6 @@ run has finished. Data, model and settings are not in it; that they are the same
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vesselrl.experiment.runs import RunError
+from vesselrl.models.export import save_tensors
 from vesselrl.training.feature_store import tensor_hash
 from vesselrl.training.run_data import RunData
 
@@ -39,16 +38,12 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> Path:
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(state, "", tensors, {})
     path = folder / STATE_FILE
-    partial = path.with_name(f".{STATE_FILE}.partial")
     try:
-        save_file(tensors, partial, metadata={"state": json.dumps(plain)})
-        os.replace(partial, path)
+        save_tensors(tensors, path, {"state": json.dumps(plain)})
     except (SafetensorError, OSError) as error:
         raise RunError(
             f"{path} cannot be written ({error}). Make room, then go on with --resume_from {folder}."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
