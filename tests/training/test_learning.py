@@ -334,6 +334,23 @@ def test_specks_below_the_smallest_component_are_not_in_the_scored_masks() -> No
     assert foreground == [pytest.approx(44 / 40), 1.0]
 
 
+def test_the_temperature_draws_masks_and_closes_no_gaps() -> None:
+    """A gap at 0.12 is closed above 0.05 in the scored mask, but drawn at 0.0003 at temperature 0.25."""
+    policy = ToyPolicy(24)
+    truth = np.zeros((24, 24), bool)
+    truth[11:13, 2:22] = True
+    with torch.no_grad():
+        policy.table.copy_(torch.where(torch.from_numpy(truth), 9.0, -9.0))
+        policy.table[11:13, 10:12] = -2.0
+    batch = TrainBatch(["a"], [np.zeros((24, 24, 3), np.uint8)], [truth], [topology(truth)])
+    optimizer = torch.optim.SGD([policy.table], lr=0.0)
+    for temperature in (1.0, 0.25):
+        settings = replace(SETTINGS, close_gaps=0.05, temperature=temperature)
+        update = PPOUpdate(policy, optimizer, MultiObjectiveReward(), settings)
+        figures = update.collect(batch, [policy.table.detach()], torch.zeros(1, 1, dtype=torch.long)).metrics
+        assert figures["train/foreground"] == 1.0
+
+
 def test_a_rollout_keeps_the_policy_that_drew_it_and_the_credit_of_the_mask_in_use() -> None:
     """Old log-probabilities are those of the logits; credit is that in the greedy mask, not in drawn ones."""
     policy = ToyPolicy()

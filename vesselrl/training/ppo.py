@@ -155,7 +155,7 @@ class PPOUpdate:
                 rollout.old_logprobs.append(action_logprobs(image_logits, s.temperature))
                 rollout.weight.append(undecided_weight(image_logits, s.temperature))
             started = time.perf_counter()
-            credits = self._score(batch, rollout)
+            credits = self._score(batch, rollout.masks, logits)
             rollout.metrics["time/reward"] = time.perf_counter() - started
             rollout.metrics.update(rollout_figures(credits))
             if self.goals is not None:
@@ -169,9 +169,10 @@ class PPOUpdate:
                 rollout.share_on.append(on[None] if s.pixel_action == "expected" else masks.float())
         return rollout
 
-    def _score(self, batch: TrainBatch, rollout: Rollout) -> list[Credit]:
-        samples = [one.cpu().numpy() for one in rollout.masks]
-        probabilities = [old[1].exp().cpu().numpy() for old in rollout.old_logprobs]
+    def _score(self, batch: TrainBatch, masks: list[Tensor], logits: list[Tensor]) -> list[Credit]:
+        samples = [one.cpu().numpy() for one in masks]
+        # Masks are used as the model gives them: the temperature is for drawing alone, not for closing gaps.
+        probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
         rewarded, seeds = self.goals or self.reward, self.rng.spawn(len(samples))
         images = zip(samples, probabilities, batch.truths, batch.topologies, seeds, strict=True)
         jobs = [
