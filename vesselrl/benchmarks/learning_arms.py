@@ -106,7 +106,7 @@ SUITES = {
     "synthetic": Suite(
         "synthetic", "the built-in synthetic target domain",
         num_train=250, num_val=100,
-        settings=ALL | {"num_epochs": 6, "val_freq": 250},
+        settings=ALL | {"num_epochs": 4, "val_freq": 250},
     ),
     # train_017 and train_030 are frames of runs that the test half shows as well.
     "coronary80": Suite(
