@@ -1,5 +1,7 @@
 """The command line: verbs, presets, spellings, exit codes, and what it imports."""
 
+import inspect
+import itertools
 import logging
 import re
 import subprocess
@@ -62,6 +64,16 @@ def test_every_verb_answers_help(verb: str, capsys: pytest.CaptureFixture) -> No
     positional = {"data_root"} if verb in ("data check", "data show") else set()
     named = [field.name for field in fields(settings) if field.name not in positional]
     assert [name for name in named if f"--{name}" not in out] == []
+
+
+@pytest.mark.parametrize("verb", PARTS)
+def test_every_option_has_a_comment_of_its_own(verb: str) -> None:
+    """Help shows the comment over a field; for a field without one, that of the field before."""
+    lines = [line.strip() for line in inspect.getsource(PARTS[verb]).splitlines()]
+    above = {line.partition(":")[0]: before for before, line in itertools.pairwise(lines)}
+    names = [field.name for field in fields(PARTS[verb])]
+    assert [name for name in names if not above[name].startswith("# ")] == []
+    assert [name for name in names if above[name].startswith("# ----")] == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "--help"]])

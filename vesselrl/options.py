@@ -27,11 +27,11 @@ class Evaluate:
     base_model: BaseModel = None
     # Adapter or run folders, each is scored; none: the untouched base.
     lora_weights: tuple[str, ...] = ()
-    # none: the run's own data.
+    # Data folder; none: the run's own data.
     data_root: str | None = None
     # Side of the patient split.
     split: Literal["test", "val", "train", "all"] = "test"
-    # none: `evaluation` in the run folder.
+    # Folder for the results; none: `evaluation` in the run folder.
     output_dir: str | None = None
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
@@ -39,8 +39,9 @@ class Evaluate:
     min_component_px: int | None = None
     # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
     close_gaps: float | None = None
-    # none: the run's own.
+    # The question; none: the run's own.
     prompt: str | None = None
+    # Regular expression with the groups patient, sequence, frame; none: the run's own.
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient; none: the run's own.
     patient_aliases: str | None = None
@@ -62,16 +63,19 @@ class Predict:
 
     # Image file or folder of images.
     image: str
-    # none: the embedded miniature.
+    # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
     # Adapter or run folder; none: the untouched base.
     lora_weights: str | None = None
+    # Folder for the results.
     output_dir: str = "output/predictions"
+    # Probability above which a pixel is vessel.
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
     min_component_px: int | None = None
     # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
     close_gaps: float | None = None
+    # The question put to the model.
     prompt: str = "Please segment the blood vessel."
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
@@ -85,7 +89,7 @@ class Merge:
     lora_weights: str
     # New folder for the merged model.
     output_model: str
-    # none: the embedded miniature.
+    # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
     # Of the written weights; keep: each tensor's own.
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
@@ -109,13 +113,19 @@ class DataDraw:
 
     # New folder.
     root: str
+    # target: thin low-contrast vessels, for training; source: the easier ones of the embedded miniature.
     domain: Literal["source", "target"] = "target"
+    # Patients.
     num_patients: int = 12
+    # Sequences of each patient.
     num_sequences: int = 2
+    # Frames of each sequence.
     num_frames: int = 5
     # Side of the images in px.
     size: int = 256
+    # Another seed draws other patients.
     seed: int = 0
+    # annotations: annotations.json and masks/; nested: another form of annotations.json; masks: masks/ alone.
     layout: Literal["annotations", "nested", "masks"] = "annotations"
 
 
@@ -123,11 +133,13 @@ class DataDraw:
 class DataCheck:
     """Look at every record, image and mask of a data set; exit code 2 if something must be repaired."""
 
+    # Data folder.
     data_root: tyro.conf.Positional[str]
     # Print the findings as JSON.
     json: bool = False
     # New folder for a repaired copy; the data set itself is never changed.
     fix: str | None = None
+    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
@@ -137,15 +149,19 @@ class DataCheck:
 class DataShow:
     """Write a contact sheet: images with the outline of their masks, as training sees them."""
 
-    # none: the built-in synthetic angiograms.
+    # Data folder; none: the built-in synthetic angiograms.
     data_root: tyro.conf.Positional[str | None] = None
+    # The picture that is written.
     output: str = "output/contact_sheet.png"
+    # Images on it.
     num_images: int = 12
+    # Random changes of the images and their masks, as in training.
     augment: Literal["none", "light", "strong"] = "none"
     # Of the augmentation.
     seed: int = 42
     # Decides which patients are the training side.
     split_seed: int = 42
+    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
@@ -169,7 +185,9 @@ class BenchCaching:
 
     # Data set; none: the built-in synthetic angiograms.
     data_root: str | None = None
+    # Images in an epoch.
     num_images: int = 12
+    # Rounds that the median is taken over.
     num_rounds: int = 3
     # Print the figures as JSON.
     json: bool = False
@@ -179,6 +197,7 @@ class BenchCaching:
 class BenchLearning:
     """Train PPO and all its controls on one data split, and judge on test patients whether it beats them."""
 
+    # Images, sizes and schedule; see docs/bench-learning.md.
     suite: Literal["synthetic", "coronary80", "chase_db1"] = "synthetic"
     # Trainings per arm; the seeds are 42, 43, ...
     seeds: int = 3
@@ -196,8 +215,11 @@ class BenchLearning:
 class Doctor:
     """Look at machine, packages, model folder and data before a long run."""
 
+    # Checkpoint folder; none: no model is looked at.
     base_model: BaseModel = None
+    # Data folder; none: no data is looked at.
     data_root: str | None = None
+    # Folder that runs would be written to.
     output_dir: str = "output"
 
 
@@ -207,5 +229,7 @@ class Pretrain:
 
     # New checkpoint folder.
     output_model: str
+    # Training steps.
     num_steps: int = 500
+    # Of weights, images and order.
     seed: int = 0

@@ -91,22 +91,31 @@ def test_a_killed_arm_is_trained_again_and_no_other(training, output: Path) -> N
     assert all(new > old for new, old in zip(after, before, strict=True))  # scored again
 
 
-@pytest.mark.parametrize("same_settings", [True, False])
+@pytest.mark.parametrize("since", ["nothing", "a new setting", "another value"])
 def test_an_arm_that_was_cut_off_goes_on_if_its_settings_are_the_same(
-    training, output: Path, same_settings: bool
+    training, output: Path, since: str
 ) -> None:
+    """Hours of training are never removed unasked: with another value it is an error."""
     kill(output, "rl_seed43")
     arm = output / "synthetic" / "rl_seed43"
     (run,) = (path.parent for path in arm.glob("*/config.json"))
     (run / STATE_FILE).touch()
     document = json.loads((arm / "arm.json").read_text())
-    document["settings"]["kl_coef"] += 0 if same_settings else 1
+    if since == "a new setting":  # one that a newer version brings had its default before
+        del document["settings"]["kl_coef"]
+    if since == "another value":
+        document["settings"]["kl_coef"] += 1
     (arm / "arm.json").write_text(json.dumps(document))
-    assert benchmark_learning("synthetic", 2, output).failures == {}
-    assert training.trained == ["rl_seed43"]
-    assert training.resumed == ([run] if same_settings else [])
-    assert run.exists() == same_settings
-    assert ("seconds" in json.loads((arm / "arm.json").read_text())) != same_settings
+    if since == "another value":
+        with pytest.raises(RunError, match=r"kl_coef 1.01, now 0.01.*Delete that folder"):
+            benchmark_learning("synthetic", 2, output)
+        assert training.trained == training.resumed == []
+    else:
+        assert benchmark_learning("synthetic", 2, output).failures == {}
+        assert training.trained == ["rl_seed43"]
+        assert training.resumed == [run]
+        assert "seconds" not in json.loads((arm / "arm.json").read_text())
+    assert run.exists()
 
 
 def test_a_failed_arm_stops_no_other_and_the_exit_code_says_so(

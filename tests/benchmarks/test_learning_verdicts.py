@@ -100,7 +100,7 @@ def test_e3_wants_one_gain_at_equal_recall() -> None:
 def test_e3_claims_nothing_at_unequal_recall() -> None:
     verdict = verdict_e3(made_contest(precision=(0.02, 0.01, 0.03)), -0.02)
     assert not verdict.holds
-    assert "validation recall differs by -0.020" in verdict.words
+    assert "validation recall differs by 0.020" in verdict.words
 
 
 # ---- Differences, seeds, the strongest control

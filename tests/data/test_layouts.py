@@ -227,7 +227,7 @@ def test_coco_needs_pycocotools_for_run_lengths_only(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "4", "Run-length masks need the package pycocotools. Install it: pip install 'vesselrl[coco]'."
+        "4", "Run-length masks need the package pycocotools. Install it: python -m pip install pycocotools."
     ]  # fmt: skip
 
 

@@ -90,6 +90,15 @@ def test_a_share_and_a_probability_are_below_1(name: str, share: float) -> None:
     assert getattr(TrainConfig(**{name: 0}), name) == 0
 
 
+def test_a_floor_for_dice_is_a_dice_and_belongs_to_the_constrained_objective() -> None:
+    for floor in (-0.1, 1.5, NAN):
+        with pytest.raises(ValueError, match=f"--dice_floor is {floor}"):
+            TrainConfig(objective="constrained", dice_floor=floor)
+    with pytest.raises(ValueError, match="--dice_floor is for --objective constrained"):
+        TrainConfig(dice_floor=0.8)
+    assert TrainConfig(objective="constrained", dice_floor=1).dice_floor == 1
+
+
 def test_two_stages_need_two_epochs() -> None:
     with pytest.raises(ValueError, match=r"--stage sft\+rl needs --num_epochs of at least 2"):
         TrainConfig(stage="sft+rl", num_epochs=1)

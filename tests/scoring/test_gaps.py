@@ -49,6 +49,16 @@ def test_a_gap_below_the_level_stays_open(faint: np.ndarray) -> None:
     assert np.array_equal(PostProcessing().mask(faint), mask)
 
 
+@pytest.mark.parametrize("shape", [(32, 128), (64, 64)])
+def test_a_fainter_mask_without_an_edge_closes_nothing(shape: tuple[int, int]) -> None:
+    """It has a centreline, but no width: a way across would be as wide as the image."""
+    values = np.full(shape, 0.3)
+    values[10:20, 5:20] = values[10:20, 30:60] = 0.9
+    mask = values > 0.5
+    assert np.array_equal(FainterMask(values, 0.2).close(mask), mask)
+    assert FainterMask(values, 0.2).links(mask)[1] == 0
+
+
 def test_an_end_is_not_prolonged(faint: np.ndarray) -> None:
     """One component and a twig: there is a link, but no gap."""
     faint[13:16, 22:26] = 0.9

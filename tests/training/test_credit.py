@@ -206,6 +206,17 @@ def test_structure_is_scored_once_per_mask_and_once_per_region(truth: np.ndarray
     assert len(calls) == 3 + 1 + 5
 
 
+def test_a_link_earns_what_it_saves_from_removal_with_dice_alone(truth: np.ndarray) -> None:
+    """No structure term, but masks are not used as they are: 9 px of a gap bring back the 12 px behind it."""
+    post, greedy = PostProcessing(min_component_px=20), truth & ~gap(truth)
+    on = probability(greedy)
+    on[gap(truth)] = 0.3
+    result = credit_of(greedy, on, truth, SimpleDiceReward(), 9, post)
+    whole, lost = truth.sum(), np.count_nonzero(truth & ~post.mask(probability(greedy)))
+    wanted = 10 - 10 * 2 * (whole - lost) / (2 * whole - lost)  # Dice of all, and of all but the lost piece
+    assert (result.overlap + result.structure)[gap(truth)].sum() == pytest.approx(wanted, abs=1e-4)
+
+
 def test_without_structure_terms_no_region_is_scored(truth: np.ndarray) -> None:
     result = credit_of(noisy(truth, 1), probability(truth), truth, SimpleDiceReward(), 5)
     assert result.num_regions == 0

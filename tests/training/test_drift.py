@@ -92,6 +92,22 @@ def test_a_severe_sign_takes_the_run_back_to_where_it_was_good(sign: str) -> Non
     assert toy.guard.rate_factor == 0.5
 
 
+@pytest.mark.parametrize("odd", [math.inf, 40.0])
+def test_one_odd_image_at_the_start_does_not_blind_the_area(odd: float) -> None:
+    """With one image per step the first figure is one image's: infinite, for one without any vessel."""
+    toy = Toy(
+        [HEALTHY | {"train/foreground": odd}, *noisy(HEALTHY, 4 * WINDOW), *[HEALTHY | BAD["bloat"]] * WINDOW]
+    )
+    toy.run()
+    assert [finding.code for finding in toy.findings] == ["correction"]
+
+
+def test_masks_that_were_far_too_large_at_the_start_may_come_nearer() -> None:
+    toy = Toy(noisy(HEALTHY | {"train/foreground": 6.0}, 5) + noisy(HEALTHY | {"train/foreground": 4.0}, 60))
+    toy.run()
+    assert toy.findings == []
+
+
 @pytest.mark.parametrize("cut", [3 * WINDOW + 5, 4 * WINDOW + 5, 5 * WINDOW])
 def test_after_an_interruption_the_run_is_taken_back_as_without_it(cut: int) -> None:
     figures = noisy(HEALTHY, 4 * WINDOW) + [HEALTHY | BAD["jump"]] * WINDOW + noisy(HEALTHY, WINDOW)

@@ -184,6 +184,17 @@ def test_a_learning_rate_of_zero_is_caught(tiny_checkpoint) -> None:
         make_update(tiny_checkpoint, rate=0.0).step(drawn_batch(64))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_language_model_that_does_not_see_the_image_stops_the_run(tiny_checkpoint, count) -> None:
+    """Also where a step has a single image, as in the preset full."""
+    update = make_update(tiny_checkpoint)
+    batch = drawn_batch(64, count)
+    blind = update.policy.model.seg_states(update.policy.prepare(batch.images))
+    update.policy.model.seg_states = lambda inputs: blind[: len(inputs.sizes)]
+    with pytest.raises(LearningError, match="does not see the image"):
+        update.step(batch)
+
+
 def test_checks_by_hand() -> None:
     check_first_ratio(1e-5, 0.0)
     for ratio_gap, kl in ((1e-3, 0.0), (0.0, 1e-3)):

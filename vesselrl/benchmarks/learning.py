@@ -17,7 +17,6 @@ import numpy as np
 
 from vesselrl.benchmarks.learning_arms import (
     ARMS,
-    BY_NAME,
     EQUAL_RECALL,
     RL_ARMS,
     STRONG_CONTROLS,
@@ -48,7 +47,8 @@ from vesselrl.experiment.runs import check_writable
 
 logger = logging.getLogger(__name__)
 
-CURVES = ("base", "sft", "sft_cldice", "rl", "sft_rl")
+# Arms that lie on the curve of their source, at `FIXED_POST` and any threshold.
+CURVES = ("base_tuned", "sft", "sft_cldice", "rl", "sft_rl")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def judge(results: dict[str, list[ArmResult]], equal: dict[tuple[str, str], Equa
         result = contest(pooled(at_recall.tests), together[arm])
         triples = zip(at_recall.tests, results[arm], at_recall.gaps, strict=True)
         alone = tuple(verdict_e3(contest(test, one.test), gap) for test, one, gap in triples)
-        verdict = verdict_e3(result, float(np.mean(at_recall.gaps)))
+        verdict = verdict_e3(result, float(np.mean(np.abs(at_recall.gaps))))
         outcome.claims.append(Claim("E3", arm, control, verdict, alone))
         outcome.at_recall[arm, control] = result
     return outcome
@@ -185,8 +185,8 @@ def average_curves(
 ) -> dict[str, dict[str, list[float]]]:
     """Test scores by threshold of the arms with a family of their own, as means over the seeds."""
     curves = {}
-    for name in (name for name in CURVES if name in results and BY_NAME[name].predicts):
-        seeds = [scorer.test_curve(name) for scorer in scorers]
+    for name in (name for name in CURVES if name in results):
+        seeds = [scorer.test_curve(results[name][0].source) for scorer in scorers]
         curves[name] = {
             column: np.mean([seed[column] for seed in seeds], axis=0).tolist() for column in seeds[0]
         }

@@ -134,12 +134,12 @@ def verdict_e3(result: Contest, recall_gap: float) -> Verdict:
 
     Args:
         result: of the RL arm against the control at its recall.
-        recall_gap: validation recall of the RL arm minus that of the control, mean over seeds; where no
-            threshold comes nearer than 0.01, nothing can be claimed.
+        recall_gap: by how much validation recall of the RL arm and of the control differ, mean over seeds
+            whatever the sign; where no threshold comes nearer than 0.01, nothing can be claimed.
     """
     equal = Condition(
         abs(recall_gap) <= RECALL_TOLERANCE,
-        f"validation recall differs by {recall_gap:+.3f} (test: {_words(result.differences['recall'])})",
+        f"validation recall differs by {abs(recall_gap):.3f} (test: {_words(result.differences['recall'])})",
     )
     gains = tuple(_better(result.differences[name]) for name in ("precision", "topology_score"))
     return Verdict(equal.holds and any(gain.holds for gain in gains), (equal, *gains))

@@ -189,7 +189,8 @@ def _front_sentences(outcome: Outcome) -> Iterable[str]:
         beaten, beats = outcome.beaten_by(name), outcome.beats(name)
         text = f"{_label(name)} (Dice {number('dice', dice)}, β0 error {number('beta0_error', beta0)}): "
         text += f"no worse in both and better in one than {', '.join(beats)}; " if beats else ""
-        text += f"beaten so by {', '.join(beaten)}." if beaten else "no control at any threshold beats it so."
+        none = "no control beats it so, nor C1 to C4 at other thresholds."
+        text += f"beaten so by {', '.join(beaten)}." if beaten else none
         yield text
 
 

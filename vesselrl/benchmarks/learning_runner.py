@@ -104,8 +104,8 @@ def train_jobs(jobs: Sequence[Job], workers: int) -> dict[str, str]:
         By name of the arm's folder, what went wrong.
 
     Raises:
-        RunError: a finished arm was trained with other settings, or a folder is not one of this benchmark;
-            nothing is trained then.
+        RunError: an arm was trained with other settings, to its end or to a validation, or a folder is not
+            one of this benchmark; nothing is trained then.
     """
     for job in jobs:
         _check_settings(job)
@@ -151,9 +151,9 @@ def train_arm(job: Job) -> str:
 
 
 def interrupted_run(job: Job) -> Path | None:
-    """The run folder of a training with these settings that was cut off; None if there is none."""
+    """The run folder of a training that was cut off after a validation; None if there is none."""
     found = sorted(job.folder.glob(f"*/{STATE_FILE}"))
-    return found[-1].parent if found and read_arm(job)["settings"] == job.settings else None
+    return found[-1].parent if found else None
 
 
 def run_training(arguments: Sequence[str], log_file: Path) -> int:
@@ -223,7 +223,10 @@ def read_arm(job: Job) -> dict:
 
 
 def _check_settings(job: Job) -> None:
-    """Refuses a folder of others, and a finished training with other settings than are asked for now."""
+    """Refuses a folder of others, and a training with other settings than are asked for now.
+
+    One that has neither finished nor validated is nothing to keep: it will be trained anew.
+    """
     path = job.folder / ARM_FILE
     if not path.is_file():
         if job.folder.exists():
@@ -231,7 +234,7 @@ def _check_settings(job: Job) -> None:
                 f"{job.folder} is no arm of this benchmark (no {ARM_FILE}). Give another --output_dir."
             )
         return
-    if job.run is None:
+    if job.run is None and interrupted_run(job) is None:
         return
     before, now = read_arm(job)["settings"], job.settings
     defaults = TrainConfig().to_dict()  # a setting that was added since had its default then

@@ -111,6 +111,6 @@ def _pycocotools() -> ModuleType:
         from pycocotools import mask
     except ImportError:
         raise DataError(
-            "Run-length masks need the package pycocotools. Install it: pip install 'vesselrl[coco]'."
+            "Run-length masks need the package pycocotools. Install it: python -m pip install pycocotools."
         ) from None
     return mask

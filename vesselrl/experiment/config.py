@@ -56,8 +56,9 @@ class TrainConfig:
     base_trained_on: str = "none"
     # Run or adapter folder to start from; its data split is used again.
     init_lora: str | None = None
-    # Largest numbers of images; none: all. The choice goes round the patients.
+    # Largest number of training images; none: all. The choice goes round the patients.
     max_train_samples: int | None = None
+    # Largest number of validation images; none: all. The choice goes round the patients.
     max_val_samples: int | None = None
 
     # Random changes of the training images and their masks; see vesselrl/data/augment.py.
@@ -70,9 +71,11 @@ class TrainConfig:
     # small: r16 a32 on q,v; medium: r32 a64 on q,k,v,o;
     # large: r64 a128 on those and gate,up,down (language model).
     lora_preset: Literal["small", "medium", "large"] = "medium"
-    # Override the preset; none: the preset's own.
+    # Rank of the adapters; none: the preset's own.
     lora_rank: int | None = None
+    # Adapters count alpha / rank times; none: the preset's own.
     lora_alpha: int | None = None
+    # Share of an adapter's inputs that supervised steps leave out; none: the preset's own.
     lora_dropout: float | None = None
     # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
@@ -86,6 +89,7 @@ class TrainConfig:
     # Train a control instead of the model, on the same images: a U-Net from scratch, or the settings of a
     # Frangi filter. It is supervised whatever the stage; adapters and PPO are not used.
     control: Literal["unet", "frangi"] | None = None
+    # Epochs, of all stages together.
     num_epochs: int = 3
     # Epochs of PPO at the end of sft+rl; none: a sixth of all, at least one.
     rl_epochs: int | None = None
@@ -95,28 +99,39 @@ class TrainConfig:
     learning_rate: float | None = None
     # Peak learning rate of PPO after the supervised stage of sft+rl; none: a fortieth of the other.
     rl_learning_rate: float | None = None
+    # Of AdamW.
     weight_decay: float = 0.01
     # Share of a stage's steps that warm up, then a half cosine down to 0.
     warmup_share: float = 0.05
+    # Gradients of a larger norm are scaled down to it.
     max_grad_norm: float = 1.0
+    # Of adapters, order and drawn masks; the split has --split_seed.
     seed: int = 42
 
     # ---- Reward ----
 
+    # multi_objective: all terms below; simple_dice: Dice alone; recall_focused: 0.3 Dice, 0.7 recall.
     reward_type: Literal["multi_objective", "simple_dice", "recall_focused"] = "multi_objective"
     # default: bounded, with a precision guard. seed: the prototype's formula.
     reward_spec: Literal["default", "seed"] = "default"
+    # Weight of Dice.
     dice_weight: float = 0.5
+    # Weight of recall.
     recall_weight: float = 0.2
+    # Weight of clDice and of pieces, junctions and ends.
     topology_weight: float = 0.2
+    # Weight of the length of the centreline.
     length_weight: float = 0.1
+    # Recall that the recall term asks for.
     recall_target: float = 0.85
     # Below this precision the reward falls by precision_weight * 10 per unit (spec default only).
     precision_target: float = 0.85
+    # Of the precision guard.
     precision_weight: float = 0.75
     # Your own term, package.module:function with function(pred, gt) -> float on bool masks;
     # added to the reward.
     reward_fn: str | None = None
+    # Weight of your own term.
     reward_fn_weight: float = 1.0
 
     # Smallest component in px that masks keep, in training, validation and test, and when this run predicts;
@@ -132,9 +147,11 @@ class TrainConfig:
     # How often an epoch looks at each image: PPO passes so often over the masks drawn for it, a supervised
     # epoch goes so often through all images, each time in another order.
     num_passes: int = 2
+    # PPO keeps the probability of a pixel's action within 1 - clip to 1 + clip of what it was.
     clip: float = 0.2
     # Weight of the divergence from the starting policy.
     kl_coef: float = 0.01
+    # Weight of the entropy, which rewards undecided pixels.
     entropy_coef: float = 0.0
     # Divides the logits when masks are drawn; larger explores more.
     temperature: float = 1.0
@@ -152,14 +169,16 @@ class TrainConfig:
     # weighted: the reward as it is. constrained: its structure terms, with Dice, recall and precision kept
     # above dice_floor, recall_target and precision_target on validation patients, by prices set at val_freq.
     objective: Literal["weighted", "constrained"] = "weighted"
+    # Dice on validation that the constrained objective keeps.
     dice_floor: float = 0.0
 
     # ---- Run ----
 
-    # In steps; validation also runs at every epoch's end.
+    # Steps between lines of the log.
     log_freq: int = 10
+    # Steps between validations; there is one at every epoch's end too.
     val_freq: int = 100
-    # In epochs.
+    # Epochs between checkpoints.
     save_freq: int = 1
     # Index of the GPU; the CPU is used when there is none.
     gpu: int = 0
@@ -169,6 +188,7 @@ class TrainConfig:
     cache_gb: float = 20.0
     # Vision tower and language model in bfloat16; SAM2 stays in float32.
     use_bf16: bool = False
+    # Also log to Weights & Biases.
     use_wandb: bool = False
     # Train and validate on this many images to see whether the model can learn at all; 0: off.
     sanity_overfit: int = 0
@@ -228,6 +248,10 @@ class TrainConfig:
             )
         if self.curriculum and self.num_epochs < 2:
             raise ValueError("--curriculum needs --num_epochs of at least 2: one epoch opens all images.")
+        if not 0 <= self.dice_floor <= 1:
+            raise ValueError(f"--dice_floor is {self.dice_floor}; give a Dice from 0 to 1.")
+        if self.dice_floor > 0 and self.objective != "constrained":
+            raise ValueError("--dice_floor is for --objective constrained; leave it out otherwise.")
         self._check_stages()
         self._check_control()
 

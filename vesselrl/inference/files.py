@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vesselrl.data.entries import IMAGE_SUFFIXES
 from vesselrl.data.errors import DataError
 from vesselrl.data.images import read_rgb
 from vesselrl.data.patients import is_impersonal, names_a_person, pseudonyms
@@ -16,8 +17,6 @@ from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.overlay import overlay
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 def find_images(path: Path) -> list[Path]:
@@ -31,10 +30,12 @@ def find_images(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
     files = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
     )
     if not files:
-        raise DataError(f"{path} holds no image; known endings are {', '.join(SUFFIXES)}.")
+        raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
     return files
 
 

@@ -25,6 +25,8 @@ class FainterMask:
 
     def __init__(self, probabilities: np.ndarray, level: float) -> None:
         self._mask = probabilities > np.float32(level)
+        if self._mask.all():  # a mask without an edge has no width, and says nothing
+            self._mask = np.zeros_like(self._mask)
         self._skeleton = topology(self._mask).skeleton
         self._half_width = cv2.distanceTransform(self._mask.astype(np.uint8), cv2.DIST_L2, 5)
 
@@ -48,9 +50,9 @@ class FainterMask:
         return labels, count - 1
 
     def close(self, mask: np.ndarray) -> np.ndarray:
-        """A mask whose 8-connected components are joined wherever the fainter mask joins them, bool (H, W).
+        """A mask whose 8-connected components are joined where its centreline touches both, bool (H, W).
 
-        Along the shortest ways on its centreline, as wide as the fainter mask is there, and no more of them
+        Along the shortest ways on it, as wide as the fainter mask is there, and no more of them
         than it takes: two ways between the same two components would make a loop.
         """
         closed = mask.copy()

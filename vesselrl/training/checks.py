@@ -81,22 +81,20 @@ def check_gradients(model: nn.Module) -> None:
         )
 
 
-def check_seg_embedding(prompts: Tensor, swapped: Tensor) -> None:
-    """The [SEG] embedding depends on the image: swapping two images of a batch changes it.
+def check_seg_embedding(prompts: Tensor, negative: Tensor) -> None:
+    """The [SEG] embedding depends on the image: the negative of an image changes it.
 
     Args:
-        prompts: (B, P, C) for images in order.
-        swapped: (B, P, C) with the images in reverse order and the texts left alone.
+        prompts: (B, P, C) for the images.
+        negative: (B, P, C) for their negatives, with the texts left alone.
 
     Raises:
         LearningError: the embedding ignores the image.
     """
-    if len(prompts) < 2:
-        return
-    change = (prompts - swapped).norm() / prompts.norm()
+    change = (prompts - negative).norm() / prompts.norm()
     if not bool(change > 1e-4):
         raise LearningError(
-            f"Swapping two images changes the [SEG] embedding by only {float(change):.2g}: the language "
+            f"The negative of an image changes the [SEG] embedding by only {float(change):.2g}: the language "
             "model does not see the image. Check that <image> is in --prompt and that the tokenizer belongs "
             "to the checkpoint."
         )

@@ -93,8 +93,8 @@ def assign_credit(
     counts = overlap_counts(present, truth)
     overlap = overlap_credit(reward, *counts)[truth.astype(np.uint8), present.astype(np.uint8)]
     present_terms = score(present)
-    # Without structure terms there is nothing that a region earns beyond its pixels.
-    has_structure = len(present_terms) > len(reward.overlap_terms(*counts))
+    # Without structure terms, and with masks used as they are, a region earns what its pixels earn.
+    has_structure = post.changes_masks or len(present_terms) > len(reward.overlap_terms(*counts))
     regions = choose_regions(masks, greedy, on, num_regions if has_structure else 0, rng)
     greedy_reward = sum(present_terms.values())
     tried, shares = [], []

@@ -215,10 +215,9 @@ def gradient_explodes(history: History, max_grad_norm: float) -> Answer:
 
 def foreground_runs_away(history: History) -> Answer:
     """The predicted vessel area leaves the true one, either way."""
-    first, share = history.first("train/foreground"), _median(history, "train/foreground")
-    if share is None:
+    start, share = history.start("train/foreground"), _median(history, "train/foreground")
+    if share is None or start is None:
         return None
-    start = float(first[0])  # the masks of the first step are those of the untouched model
     seen = f"The masks hold {share:.2f} times the true vessel area, {start:.2f} times at the start"
     if share > 1.5 * max(start, 1):
         return f"{seen}: they bloat.", "Lower --learning_rate; if they still do, raise --precision_weight."

@@ -168,7 +168,7 @@ def distance(history: History) -> Sign:
 def spread(history: History) -> Sign:
     """How often all drawn masks of an image earn the same; 1 is always. No sign where Dice has gained."""
     values, dice = (history.recent(f"train/{name}") for name in ("zero_variance_groups", "dice"))
-    if values is None or dice is None or dice.mean() > history.first("train/dice")[0]:
+    if values is None or dice is None or dice.mean() > history.start("train/dice"):
         return None
     return float(
         values.mean()
@@ -178,13 +178,11 @@ def spread(history: History) -> Sign:
 def area(history: History) -> Sign:
     """Whether the predicted area has run away; 1 at three times, or a quarter, of the true one.
 
-    Where the untouched model, whose masks those of the first step are, was further off, it is measured
-    against that.
+    Where the masks of the first steps were further off, it is measured against those.
     """
-    values = history.recent("train/foreground")
-    if values is None:
+    values, first = history.recent("train/foreground"), history.start("train/foreground")
+    if values is None or first is None:
         return None
-    first = history.first("train/foreground")[0]
     share, start = (float(np.clip(one, 1e-6, 1e6)) for one in (np.median(values), first))
     bloat = math.log(share / max(start, 1)) / math.log(3)
     shrink = math.log(min(start, 1) / share) / math.log(4)

@@ -40,6 +40,15 @@ class History:
         values = self._first.get(key, ())
         return np.array(values) if len(values) == self.length else None
 
+    def start(self, key: str) -> float | None:
+        """The median of the first five values, those that are no number left out.
+
+        None before there are `length` of them, or if none is a number. One value would be that of one image.
+        """
+        first = self.first(key)
+        finite = [] if first is None else [value for value in first[:5] if np.isfinite(value)]
+        return float(np.median(finite)) if finite else None
+
     def recent(self, key: str) -> np.ndarray | None:
         """The latest values; None before there are `length` of them."""
         values = self._recent.get(key, ())

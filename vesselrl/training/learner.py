@@ -1,6 +1,6 @@
 """What one training trains, seen from the training loop: it predicts, steps, is put back, and is saved.
 
-The loop in `train.py` is one for all: a Sa2VA with adapters here, the controls in `control_learners.py`.
+The loop in `loop.py` is one for all: a Sa2VA with adapters here, the controls in `control_learners.py`.
 """
 
 from abc import abstractmethod

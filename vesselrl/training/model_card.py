@@ -30,8 +30,8 @@ def write_model_card(folder: Path, plan: PretrainPlan) -> Path:
         _ABOUT,
         "",
         (
-            f"- Rebuilt by: `vesselrl pretrain FOLDER --num_steps {plan.num_steps} --seed {plan.seed}` "
-            "(two CPU threads)"
+            f"- Rebuilt by: `vesselrl pretrain --output_model FOLDER --num_steps {plan.num_steps} "
+            f"--seed {plan.seed}` (two CPU threads)"
         ),
         f"- Plan: {asdict(plan)}",
         f"- Code: commit {git_commit()}",

@@ -47,7 +47,8 @@ class Rollout:
 
     Attributes:
         choice: (B, P) candidate mask that was used, kept for all passes.
-        masks: (K, H, W) bool. old_logprobs: (2, H, W), of off and on. weight, credit: (H, W).
+        masks: (K, H, W) bool. old_logprobs: (2, H, W), of off and on. weight: (H, W).
+        credit: (H, W), R(on) - R(off), scaled by `success_normalised` where that is asked for.
         share_on: (K, H, W) drawn actions, or (1, H, W) where both count as often as they would be drawn.
         metrics: flat figures for the log.
         reward_varies: whether any pixel earned anything.
@@ -229,9 +230,9 @@ class PPOUpdate:
             again = self.policy.logits(self.policy.decode(inputs, batch.keys), rollout.choice, inputs)
             _, figures = self._loss(again, rollout, reference)
             checks.check_first_ratio(figures["ratio_gap"], abs(figures["kl_ref"]))
-            swapped = self.policy.prepare(batch.images[::-1])
+            negative = self.policy.prepare([255 - image for image in batch.images])
             checks.check_seg_embedding(
-                self.policy.model.seg_prompts(inputs), self.policy.model.seg_prompts(swapped)
+                self.policy.model.seg_prompts(inputs), self.policy.model.seg_prompts(negative)
             )
 
 

@@ -100,7 +100,8 @@ def train(config: TrainConfig, argv: list[str], console: Console | None = None) 
 def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
-    On a CPU it ends with the values that it would have had without the interruption.
+    On a CPU it ends with the values that it would have had without the interruption; with several images per
+    step, up to the rounding of the reference policy's masks, which feel their neighbours in the batch.
 
     Args:
         folder: of the run.
