@@ -248,12 +248,16 @@ class TrainConfig:
             )
         if self.curriculum and self.num_epochs < 2:
             raise ValueError("--curriculum needs --num_epochs of at least 2: one epoch opens all images.")
+        self._check_floor()
+        self._check_stages()
+        self._check_control()
+
+    def _check_floor(self) -> None:
+        """Refuses a floor that is no Dice, or that nothing would keep."""
         if not 0 <= self.dice_floor <= 1:
             raise ValueError(f"--dice_floor is {self.dice_floor}; give a Dice from 0 to 1.")
         if self.dice_floor > 0 and self.objective != "constrained":
             raise ValueError("--dice_floor is for --objective constrained; leave it out otherwise.")
-        self._check_stages()
-        self._check_control()
 
     def _check_stages(self) -> None:
         """Refuses a stage without an epoch, and rates that are none or not used."""
