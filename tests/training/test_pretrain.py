@@ -32,7 +32,9 @@ def test_the_shipped_miniature_is_small_and_documented() -> None:
     card = (EMBEDDED / "README.md").read_text()
     digest = hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
     assert f"sha256 of model.safetensors: `{digest}`" in card
-    assert re.search(r"Rebuilt by: `vesselrl pretrain --output_model FOLDER --num_steps \d+ --seed \d+`", card)
+    assert re.search(
+        r"Rebuilt by: `vesselrl pretrain --output_model FOLDER --num_steps \d+ --seed \d+`", card
+    )
 
 
 def test_the_shipped_miniature_keeps_the_users_geometry() -> None:
