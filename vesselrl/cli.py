@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -324,11 +325,15 @@ def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> None:
-    """Patient means with intervals at the given and at the tuned threshold, and of a second observer."""
+    """Patient means with intervals as asked for, as tuned, and of a second observer."""
+    from vesselrl.evaluation.evaluation_report import TUNED_FILES
+    from vesselrl.evaluation.metric_words import masks_in_words
+
     columns = {f"threshold {threshold:g}": (result.evaluation, result.path)}
-    if result.tuned:
-        name = f"threshold {result.curve.best.threshold:g}, tuned on validation"
-        columns[name] = (result.tuned, result.tuned_path)
+    choices = result.tuning.choices if result.tuning else {}
+    for ending, chosen in choices.items():
+        name = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
+        columns[name] = (getattr(result, ending), getattr(result, f"{ending}_path"))
     if result.human:
         columns["human agreement"] = (result.human, result.human_path)
     table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")

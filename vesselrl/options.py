@@ -51,6 +51,9 @@ class Evaluate:
     use_bf16: bool = False
     # On the test side, also score at the threshold that is best on the validation patients.
     tune: bool = True
+    # Also score there with threshold, smallest component and closing of gaps that together have the highest
+    # reward on the validation patients.
+    tune_post: bool = False
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
     # Folder with a second observer's masks of the same images: the row "human agreement".

@@ -122,7 +122,7 @@ def test_small_components_are_removed_as_in_the_run_or_as_asked(run: Path) -> No
     change_settings(run, lambda args: args.update(min_component_px=10**6))
     nothing = [0.0] * len(plain)
     assert masks() == (nothing, nothing, 10**6)
-    curve = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve
+    curve = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve
     assert (curve.best.recall, curve.best.threshold) == (0, 0.5)  # chosen on masks as they are used
     assert masks(min_component_px=0) == (plain, tuned, 0)
     with pytest.raises(ValueError, match="min_component_px is -1"):
@@ -154,7 +154,7 @@ def test_gaps_are_closed_as_in_the_run_or_as_asked(run: Path, monkeypatch: pytes
 
     def foreground(**plan) -> set[tuple[float, float]]:
         done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), **plan))
-        assert done.curve.to_json()["thresholds"]
+        assert done.tuning.curve.to_json()["thresholds"]
         return {row["foreground"] * 64**2 for row in done.evaluation.rows}
 
     assert foreground() == {4 * 50}

@@ -9,6 +9,7 @@ import pytest
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.flips import with_flips
 from vesselrl.evaluation.predictions import PackedMask, evaluate_masks, predict_once, unpacked
+from vesselrl.scoring.postprocessing import PostProcessing
 
 
 def sample(number):
@@ -42,9 +43,9 @@ def test_one_pass_gives_what_two_evaluations_give(caplog):
         asked.append(image)
         return predict(image)
 
-    done = predict_once(counted, SAMPLES, load, tuned_threshold=0.6)
+    done = predict_once(counted, SAMPLES, load, variants={"higher": PostProcessing(0.6)})
     assert len(asked) == len(SAMPLES)
-    for masks, threshold in ((done.masks, 0.5), (done.tuned_masks, 0.6)):
+    for masks, threshold in ((done.masks, 0.5), (done.variants["higher"], 0.6)):
         stored = evaluate_masks(SAMPLES, unpacked(masks), unpacked(done.truths))
         direct = evaluate(lambda image, t=threshold: predict(image, t), SAMPLES, load)
         assert str(stored) == str(direct)
@@ -57,9 +58,9 @@ def test_one_pass_gives_what_two_evaluations_give(caplog):
 
 
 def test_if_all_fail_there_is_no_calibration():
-    done = predict_once(lambda image: None, SAMPLES, load, tuned_threshold=0.6)
+    done = predict_once(lambda image: None, SAMPLES, load, variants={"higher": PostProcessing(0.6)})
     assert done.calibration is None
-    assert set(done.tuned_masks.values()) == {None}
+    assert set(done.variants["higher"].values()) == {None}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (565, 584)])

@@ -15,6 +15,7 @@ from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.predictions import evaluate_masks, predict_once, unpacked
 from vesselrl.evaluation.results import write_evaluation
 from vesselrl.evaluation.thresholds import sweep_thresholds
+from vesselrl.scoring.postprocessing import PostProcessing
 
 NUM_TEST, NUM_VALIDATION = 8, 6
 
@@ -95,6 +96,7 @@ def test_the_tuned_threshold_is_better_where_it_was_chosen(angiograms):
     assert curve.default.dice == pytest.approx(score(validation, 0.5))
     assert curve.best.dice == pytest.approx(score(validation, curve.best.threshold))
     assert curve.best.dice > curve.default.dice
-    done = predict_once(darker_than_around, test, load, tuned_threshold=curve.best.threshold)
-    tuned = evaluate_masks(test, unpacked(done.tuned_masks), unpacked(done.truths))
+    best = PostProcessing(curve.best.threshold)
+    done = predict_once(darker_than_around, test, load, variants={"tuned": best})
+    tuned = evaluate_masks(test, unpacked(done.variants["tuned"]), unpacked(done.truths))
     assert tuned.summary["metrics"]["dice"]["image_mean"] == pytest.approx(score(test, curve.best.threshold))

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from vesselrl.data.annotations import DataError, find_samples, load_image, load_
 from vesselrl.data.splits import Split, read_split
 from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
 from vesselrl.evaluation.results import csv_text, read_evaluation
-from vesselrl.inference.predictor import Predictor
+from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.metrics import dice
 
 
@@ -44,14 +45,14 @@ def test_both_thresholds_from_one_prediction_of_each_image(
     assert names(run / "evaluation") == {f"{stem}.json", f"{stem}_tuned.json", f"{stem}_thresholds.json"}
     assert str(read_evaluation(result.tuned_path)) == str(result.tuned)  # with its calibration
     extra = json.loads(result.tuned_path.read_text())["extra"]
-    assert extra["threshold"] == result.curve.best.threshold
-    assert extra["threshold_chosen_on"] == "val"
+    assert extra["threshold"] == result.tuning.curve.best.threshold
+    assert extra["chosen_on"] == "val"
     monkeypatch.undo()
     again = evaluate_held_out(
         EvaluationPlan(lora_weights=str(run), threshold=extra["threshold"], tune=False, output_dir=str(run))
     )
     assert csv_text(again.evaluation.rows) == csv_text(result.tuned.rows)
-    assert "threshold_chosen_on" not in json.loads(again.path.read_text())["extra"]
+    assert "chosen_on" not in json.loads(again.path.read_text())["extra"]
     assert names(run) >= {f"{run.name}_{stem}.json"}
     assert not list(run.glob("*_tuned.json"))
 
@@ -62,7 +63,7 @@ def test_the_threshold_is_the_best_one_on_validation(
     result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
     curve = json.loads(result.curve_path.read_text())
     assert curve["side"] == "val"
-    assert curve["chosen"] == result.curve.best.threshold
+    assert curve["chosen"] == result.tuning.curve.best.threshold
     split = read_split(run / "data_split.json", find_samples(angiograms))
     predictor = Predictor.from_pretrained(tiny_checkpoint, run)
 
@@ -81,11 +82,48 @@ def test_the_threshold_is_the_best_one_on_validation(
     assert at[curve["chosen"]] == max(at.values())
 
 
+def test_post_processing_is_chosen_for_the_reward_on_validation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A false speck of 25 px must go, a true piece of 52 px beyond a gap at 0.07 must stay and be joined."""
+    asked = []
+
+    def predict(self: Predictor, image: np.ndarray) -> Prediction:
+        asked.append(1)
+        values = np.where(image.mean(axis=2) < 115, 0.9, 0.0005).astype(np.float32)  # vessels are dark
+        values[:, 44:47] = np.minimum(values[:, 44:47], 0.07)
+        values[2:7, 2:7] = 0.95
+        return Prediction(values > 0.5, values, np.zeros_like(values))
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), tune_post=True))
+    assert len(asked) == result.tuning.n_images + len(result.evaluation.rows)
+    chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
+    assert asdict(result.tuning.choices["tuned_post"]) == chosen
+    assert {row["beta0_error"] for row in result.evaluation.rows} == {2}
+    assert {row["beta0_error"] for row in result.tuned.rows} == {1}  # a low threshold closes the gap
+    assert {row["beta0_error"] for row in result.tuned_post.rows} == {0}
+    assert min(row["dice"] for row in result.tuned_post.rows) > 0.99
+    extra = json.loads(result.tuned_post_path.read_text())["extra"]
+    assert extra["chosen_on"] == "val"
+    assert extra.items() >= chosen.items()
+    grid = json.loads((run / "evaluation" / "test_best_lora_post_processing.json").read_text())
+    assert (grid["side"], grid["chosen"]) == ("val", chosen)
+    assert max(reward for *_, reward in grid["candidates"]) == pytest.approx(grid["reward"])
+    column = "threshold 0.5, components from 40 px, gaps closed above 0.001, tuned for reward"
+    for report in (result.report_path.with_suffix(".md"), run / "report.md"):
+        assert f"| {column} |" in report.read_text()
+    again = evaluate_held_out(EvaluationPlan(lora_weights=str(run), output_dir=str(run), **chosen))
+    assert csv_text(again.evaluation.rows) == csv_text(result.tuned_post.rows)
+    with pytest.raises(ValueError, match="leave out --no-tune"):
+        evaluate_held_out(EvaluationPlan(lora_weights=str(run), tune=False, tune_post=True))
+
+
 @pytest.mark.parametrize("side", ["val", "train", "all"])
 def test_on_other_sides_nothing_is_tuned(run: Path, side: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "vesselrl")
     result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side=side))
-    assert result.tuned is result.tuned_path is result.curve is result.curve_path is None
+    assert result.tuned is result.tuned_path is result.tuning is result.curve_path is None
     assert names(run / "evaluation") == {f"{side}_best_lora.json"}
     assert f"No score at a tuned threshold: the side is {side}" in caplog.text
 
@@ -107,14 +145,14 @@ def test_without_validation_nothing_is_tuned(
 
 
 def test_test_images_take_no_part_in_the_choice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve
+    chosen = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve
 
     def other_test(path: Path, samples: list) -> Split:
         split = read_split(path, samples)
         return Split(split.test, split.val, split.train, split.seed)
 
     monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", other_test)
-    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).curve == chosen
+    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve == chosen
 
 
 def test_flips_are_kept_apart(run: Path) -> None:

@@ -92,12 +92,11 @@ def test_a_severe_sign_takes_the_run_back_to_where_it_was_good(sign: str) -> Non
     assert toy.guard.rate_factor == 0.5
 
 
-@pytest.mark.parametrize("odd", [math.inf, 40.0])
-def test_one_odd_image_at_the_start_does_not_blind_the_area(odd: float) -> None:
+@pytest.mark.parametrize("odd", [[math.inf], [40.0], [math.inf] * 3])
+def test_odd_images_at_the_start_do_not_blind_the_area(odd: list[float]) -> None:
     """With one image per step the first figure is one image's: infinite, for one without any vessel."""
-    toy = Toy(
-        [HEALTHY | {"train/foreground": odd}, *noisy(HEALTHY, 4 * WINDOW), *[HEALTHY | BAD["bloat"]] * WINDOW]
-    )
+    first = [HEALTHY | {"train/foreground": area} for area in odd]
+    toy = Toy([*first, *noisy(HEALTHY, 4 * WINDOW), *[HEALTHY | BAD["bloat"]] * WINDOW])
     toy.run()
     assert [finding.code for finding in toy.findings] == ["correction"]
 

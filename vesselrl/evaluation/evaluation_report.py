@@ -10,7 +10,14 @@ from typing import Any
 
 from vesselrl.evaluation.document import Block, Document, Section, Table, to_markdown
 from vesselrl.evaluation.html import to_html
-from vesselrl.evaluation.metric_words import SIDES, images_text, metric_name, number, with_interval
+from vesselrl.evaluation.metric_words import (
+    SIDES,
+    images_text,
+    masks_in_words,
+    metric_name,
+    number,
+    with_interval,
+)
 from vesselrl.evaluation.report_sections import (
     FAILED_IS_EMPTY,
     HUMAN,
@@ -41,6 +48,8 @@ HOW_TO_READ = (
     FAILED_IS_EMPTY,
     "Columns side by side score the same images. Whether they differ by more than chance is not tested here.",
 )
+# What was chosen on validation, by the ending of its file.
+TUNED_FILES = {"tuned": "tuned", "tuned_post": "tuned for reward"}
 # What flatters an adapter on images that are not the test's.
 NOT_TEST = {
     "val": "These images also chose the adapter, so the scores flatter it; this is no test result.",
@@ -57,25 +66,22 @@ class StoredEvaluation:
         name: of the files, e.g. `test_base`.
         extra: `plan` (see `EvaluationPlan`), `threshold`, `flips`, `min_component_px` and `close_gaps`.
         given: scores at the plan's threshold.
-        tuned: scores at the threshold `tuned_threshold`.
-        sweep: the validation curve that chose it.
+        tuned: how masks are made, chosen on validation -> scores.
+        sweep: the validation curve that chose the threshold.
         human: the second observer against the first.
     """
 
     name: str
     extra: Mapping[str, Any]
     given: Evaluation
-    tuned: Evaluation | None
-    tuned_threshold: float | None
+    tuned: Mapping[str, Evaluation]
     sweep: Mapping[str, Any] | None
     human: Evaluation | None
 
     @property
     def columns(self) -> dict[str, Evaluation]:
         """Header -> scores of the same images."""
-        named = {f"threshold {self.extra['threshold']:g}": self.given}
-        if self.tuned:
-            named[f"threshold {self.tuned_threshold:g}, tuned"] = self.tuned
+        named = {masks_in_words(self.extra): self.given} | self.tuned
         if self.human:
             named["human agreement"] = self.human
         return named
@@ -84,7 +90,7 @@ class StoredEvaluation:
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
     """Write FOLDER/NAME.html and FOLDER/NAME.md beside FOLDER/NAME.json and return their paths.
 
-    Reads NAME.json and, where they exist and belong to the same evaluation, NAME_tuned.json,
+    Reads NAME.json and, where they exist and belong to the same evaluation, those of `TUNED_FILES`,
     NAME_thresholds.json and SIDE_human_agreement.json.
 
     Args:
@@ -108,18 +114,20 @@ def read_stored(path: Path) -> StoredEvaluation:
         raise ValueError(
             f"{path} is no evaluation of held-out patients: it has no plan. Give a file of vesselrl evaluate."
         )
-    tuned_path = path.with_name(f"{path.stem}_tuned.json")
     sweep_path = path.with_name(f"{path.stem}_thresholds.json")
     human_path = path.with_name(f"{extra['plan']['side']}_human_agreement.json")
-    tuned = tuned_threshold = sweep = human = None
-    # An earlier evaluation under the same name may have left files of another model or of other data.
-    if tuned_path.is_file() and (tuned_extra := read_extra(tuned_path)).get("plan") == extra["plan"]:
-        tuned, tuned_threshold = read_evaluation(tuned_path), tuned_extra["threshold"]
-        sweep = read_sweep(sweep_path) if sweep_path.is_file() else None
+    tuned: dict[str, Evaluation] = {}
+    for ending, words in TUNED_FILES.items():
+        tuned_path = path.with_name(f"{path.stem}_{ending}.json")
+        # An earlier evaluation under the same name may have left files of another model or of other data.
+        if tuned_path.is_file() and (tuned_extra := read_extra(tuned_path)).get("plan") == extra["plan"]:
+            tuned[f"{masks_in_words(tuned_extra)}, {words}"] = read_evaluation(tuned_path)
+    sweep = read_sweep(sweep_path) if tuned and sweep_path.is_file() else None
+    human = None
     if human_path.is_file():
         found = read_evaluation(human_path)
         human = None if set_mismatch(given, found, "model", "observer") else found
-    return StoredEvaluation(path.stem, extra, given, tuned, tuned_threshold, sweep, human)
+    return StoredEvaluation(path.stem, extra, given, tuned, sweep, human)
 
 
 def evaluation_document(stored: StoredEvaluation) -> Document:
@@ -144,12 +152,8 @@ def evaluation_document(stored: StoredEvaluation) -> Document:
         Section("Settings", (settings,)),
     ]
     side = SIDES.get(plan["side"], plan["side"])
-    facts = [stored.name, f"{side} patients", f"threshold {stored.extra['threshold']:g}"]
+    facts = [stored.name, f"{side} patients", masks_in_words(stored.extra)]
     facts += ["mean over the image and its mirror images"] if stored.extra["flips"] else []
-    # Evaluations written before there were such rules have none.
-    smallest, level = stored.extra.get("min_component_px", 0), stored.extra.get("close_gaps", 0)
-    facts += [f"components below {smallest} px left out"] if smallest else []
-    facts += [f"gaps closed above a probability of {level:g}"] if level else []
     return Document(
         title=f"Evaluation of {_model_name(plan)}",
         subtitle=", ".join(facts),
@@ -173,9 +177,7 @@ def _summary(stored: StoredEvaluation) -> tuple[str, ...]:
         sentences.append(NOT_TEST[plan["side"]])
     where = images_text(amounts["n_images"], amounts["n_patients"], plan["side"])
     sentences.append(f"Dice on {where}: {_dice(given)} at threshold {stored.extra['threshold']:g}.")
-    if stored.tuned:
-        at = f"at threshold {stored.tuned_threshold:g}, which was chosen on validation images"
-        sentences.append(f"Dice {at}: {_dice(stored.tuned)}.")
+    sentences += [f"Dice, {words} on validation images: {_dice(one)}." for words, one in stored.tuned.items()]
     if stored.human:
         sentences.append(f"Human agreement, a second person against the first: Dice {_dice(stored.human)}.")
     lowest = min(means, key=lambda patient: means[patient]["dice"])

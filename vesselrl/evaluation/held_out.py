@@ -1,13 +1,16 @@
 """Evaluates adapters on the held-out side of the split that they were trained with.
 
 On the test side each image is predicted once and scored twice: at the plan's threshold, and at the one that
-gave the best Dice on the validation patients. Files, for an adapter called best_lora:
+gave the best Dice on the validation patients; a third time with all post-processing chosen there, if asked
+for. Files, for an adapter called best_lora:
 
-    test_best_lora.json, .csv            at the plan's threshold (0.5)
-    test_best_lora_tuned.json, .csv      at the threshold chosen on validation
-    test_best_lora_thresholds.json       the validation curve and the choice
-    test_human_agreement.json, .csv      the second observer against the first, if there is one
-    test_best_lora.html, .md             all of these on one page
+    test_best_lora.json, .csv              at the plan's threshold (0.5)
+    test_best_lora_tuned.json, .csv        at the threshold chosen on validation
+    test_best_lora_thresholds.json         the validation curve and the choice
+    test_best_lora_tuned_post.json, .csv   with threshold, smallest component and closing of gaps chosen
+    test_best_lora_post_processing.json    every candidate's validation reward, and the choice
+    test_human_agreement.json, .csv        the second observer against the first, if there is one
+    test_best_lora.html, .md               all of these on one page
 
 With test-time flips every name has `_flips` after best_lora: their scores never replace those without.
 """
@@ -39,7 +42,7 @@ from vesselrl.evaluation.predictions import (
 from vesselrl.evaluation.results import Evaluation, write_evaluation, write_json
 from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_settings import make_reward, post_processing, run_folder, run_settings
-from vesselrl.evaluation.thresholds import ThresholdCurve, sweep_thresholds
+from vesselrl.evaluation.tuning import Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.runs import check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
@@ -72,6 +75,8 @@ class EvaluationPlan:
         base_trained_on: none, all or a file, see `vesselrl.data.in_sample`; None: the run's own, or none.
         use_bf16: vision tower and language model in bfloat16.
         tune: also score at the threshold that is best on validation; on the test side only.
+        tune_post: also score with threshold, smallest component and closing of gaps that together have the
+            highest reward on validation; on the test side only.
         flips: mean of the probabilities over the image and its three mirror images, in files of their own.
         second_masks: folder with a second observer's masks of the same images, scored as "human agreement".
     """
@@ -90,6 +95,7 @@ class EvaluationPlan:
     base_trained_on: str | None = None
     use_bf16: bool = False
     tune: bool = True
+    tune_post: bool = False
     flips: bool = False
     second_masks: str | None = None
 
@@ -106,7 +112,11 @@ class HeldOutResult:
     # At the threshold chosen on validation, on the same predictions.
     tuned: Evaluation | None = None
     tuned_path: Path | None = None
-    curve: ThresholdCurve | None = None
+    # With threshold, smallest component and closing of gaps chosen on validation, likewise.
+    tuned_post: Evaluation | None = None
+    tuned_post_path: Path | None = None
+    # What was chosen, and the threshold's curve.
+    tuning: Tuning | None = None
     curve_path: Path | None = None
     # The second observer against the first.
     human: Evaluation | None = None
@@ -131,6 +141,8 @@ def evaluate_held_out(
     """
     if plan.side not in SIDES:
         raise DataError(f"--split {plan.side} is unknown; choose one of {', '.join(SIDES)}.")
+    if plan.tune_post and not plan.tune:
+        raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if plan.lora_weights:
         check_adapter(adapter_folder(Path(plan.lora_weights)))
     run = run_folder(plan.lora_weights)
@@ -143,21 +155,23 @@ def evaluate_held_out(
     observed = second_observer(samples, plan.second_masks) if plan.second_masks else None
     predict = make_predictor(plan, settings)
     count = _count_on(progress, len(samples) + len(validation))
-    curve = sweep_thresholds(predict, validation, load_pixels, count(0), post) if validation else None
-    threshold = curve.best.threshold if curve else None
-    done = predict_once(predict, samples, load_pixels, post, threshold, count(len(validation)))
+    tuning = None
+    if validation:
+        asked = reward if plan.tune_post else None
+        tuning = tune(predict, validation, load_pixels, post, asked, count(0))
+    choices = tuning.choices if tuning else {}
+    done = predict_once(predict, samples, load_pixels, post, choices, count(len(validation)))
 
-    extra = {"plan": vars(plan), "flips": plan.flips} | asdict(post)
+    extra = {"plan": vars(plan), "flips": plan.flips}
     evaluation = replace(_score(done, done.masks, samples, reward), marks=marks)
-    path, _ = write_evaluation(folder, name, evaluation, extra)
+    path, _ = write_evaluation(folder, name, evaluation, extra | asdict(post))
     others: dict[str, Any] = {}
-    if curve:
-        tuned = replace(_score(done, done.tuned_masks, samples, reward), marks=marks)
-        extra |= {"threshold": threshold, "threshold_chosen_on": "val"}
-        tuned_path, _ = write_evaluation(folder, f"{name}_tuned", tuned, extra)
-        curve_path = folder / f"{name}_thresholds.json"
-        write_json(curve_path, curve.to_json() | {"flips": plan.flips})
-        others |= {"tuned": tuned, "tuned_path": tuned_path, "curve": curve, "curve_path": curve_path}
+    for ending, chosen in choices.items():
+        others[ending] = replace(_score(done, done.variants[ending], samples, reward), marks=marks)
+        facts = extra | asdict(chosen) | {"chosen_on": "val"}
+        others[f"{ending}_path"], _ = write_evaluation(folder, f"{name}_{ending}", others[ending], facts)
+    if tuning:
+        others |= {"tuning": tuning, "curve_path": _write_choice(folder, name, tuning, plan.flips)}
     if observed:
         human = observer_agreement(samples, observed, reward)
         human_path, _ = write_evaluation(folder, f"{plan.side}_human_agreement", human)
@@ -166,6 +180,15 @@ def evaluate_held_out(
     if run is not None and folder.resolve() == (run / "evaluation").resolve():
         _refresh_run_report(run)
     return HeldOutResult(evaluation, path, report_path, **others)
+
+
+def _write_choice(folder: Path, name: str, tuning: Tuning, flips: bool) -> Path:
+    """Writes what the choices were made by; returns the path of the threshold's curve."""
+    if tuning.grid:
+        write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": flips})
+    path = folder / f"{name}_thresholds.json"
+    write_json(path, tuning.curve.to_json() | {"flips": flips})
+    return path
 
 
 def _refresh_run_report(run: Path) -> None:

@@ -1,6 +1,8 @@
 """What the scores are called, what they mean in one sentence, and how many decimals they deserve."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION
 
@@ -83,6 +85,22 @@ def count(amount: int, noun: str) -> str:
     ('1 image', '2 images')
     """
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+def masks_in_words(facts: Mapping[str, Any]) -> str:
+    """How masks are made, from the fields of a `PostProcessing`; what is not done is left out.
+
+    >>> masks_in_words({"threshold": 0.5, "min_component_px": 20, "close_gaps": 0.002})
+    'threshold 0.5, components from 20 px, gaps closed above 0.002'
+    """
+    if facts.get("threshold") is None:
+        return "threshold unknown"
+    words = [f"threshold {facts['threshold']:g}"]
+    # Evaluations written before there were such rules have none.
+    smallest, level = facts.get("min_component_px"), facts.get("close_gaps")
+    words += [f"components from {smallest} px"] if smallest else []
+    words += [f"gaps closed above {level:g}"] if level else []
+    return ", ".join(words)
 
 
 def images_text(num_images: int, num_patients: int, side: str = "all") -> str:

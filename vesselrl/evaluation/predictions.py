@@ -1,7 +1,7 @@
 """Predicting each image once, and scoring masks that are there already.
 
-`predict_once` keeps of every prediction what the later steps need: the mask as it is used, a second one at
-another threshold, and the counts by probability. `evaluate_masks` scores such masks, or those of a second
+`predict_once` keeps of every prediction what the later steps need: the mask as it is used, others made of the
+same probabilities, and the counts by probability. `evaluate_masks` scores such masks, or those of a second
 observer, by the same `evaluate` as a model.
 """
 
@@ -46,13 +46,13 @@ class Predictions:
     Attributes:
         truths: true masks.
         masks: predicted masks, post-processed; None = failed.
-        tuned_masks: those at the second threshold; empty without one.
+        variants: name -> masks with other post-processing.
         calibration: of the probabilities, see `calibration.py`; None if every prediction failed.
     """
 
     truths: dict[str, PackedMask] = field(default_factory=dict)
     masks: dict[str, PackedMask | None] = field(default_factory=dict)
-    tuned_masks: dict[str, PackedMask | None] = field(default_factory=dict)
+    variants: dict[str, dict[str, PackedMask | None]] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
 
 
@@ -61,7 +61,7 @@ def predict_once(
     samples: Sequence[EvaluatedSample],
     load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
     post: PostProcessing = THRESHOLD_ONLY,
-    tuned_threshold: float | None = None,
+    variants: Mapping[str, PostProcessing] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Predicts every image once; the predictor sees the image and nothing else.
@@ -71,7 +71,7 @@ def predict_once(
         samples: objects with `key`, each key once.
         load: sample -> (image, true mask).
         post: what is done to the masks; its threshold was the predictor's.
-        tuned_threshold: a second threshold to keep the masks of.
+        variants: name -> other post-processing to keep the masks of.
         progress: called with (images done, images in all) after every image.
 
     Raises:
@@ -81,7 +81,8 @@ def predict_once(
     if not samples:
         raise ValueError("There is nothing to evaluate: got 0 samples. Check the split and max_val_samples.")
     check_unique([sample.key for sample in samples])
-    done = Predictions()
+    variants = variants or {}
+    done = Predictions(variants={name: {} for name in variants})
     counted = no_pixels()
     for sample in samples:
         key = sample.key
@@ -90,7 +91,9 @@ def predict_once(
         prediction = predict(image)
         done.truths[key] = PackedMask.pack(truth)
         if prediction is None:
-            done.masks[key] = done.tuned_masks[key] = None
+            done.masks[key] = None
+            for masks in done.variants.values():
+                masks[key] = None
         else:
             mask = as_mask(prediction.mask, name=f"{key}: predicted mask")
             if not mask.shape == truth.shape == prediction.probabilities.shape == image.shape[:2]:
@@ -99,12 +102,10 @@ def predict_once(
                     f"{prediction.probabilities.shape}, the true mask {truth.shape}, the image "
                     f"{image.shape[:2]}. All must have the size of the original image."
                 )
-            finish = post.finisher(prediction.probabilities)
-            done.masks[key] = PackedMask.pack(finish(mask))
+            done.masks[key] = PackedMask.pack(post.finisher(prediction.probabilities)(mask))
             counted += count_pixels(prediction.probabilities, truth)
-            if tuned_threshold is not None:
-                mask = prediction.probabilities > np.float32(tuned_threshold)
-                done.tuned_masks[key] = PackedMask.pack(finish(mask))
+            for name, other in variants.items():
+                done.variants[name][key] = PackedMask.pack(other.mask(prediction.probabilities))
         if progress is not None:
             progress(len(done.masks), len(samples))
     failed = [key for key, mask in done.masks.items() if mask is None]

@@ -21,7 +21,7 @@ MEAN_OVER_PATIENTS = (
     "Every score is the mean over patients of each patient's mean: a patient with many frames counts once."
 )
 FAILED_IS_EMPTY = "A failed prediction counts as an empty mask and is never left out."
-TUNED = "A tuned threshold was chosen on validation images."
+TUNED = "What is called tuned was chosen on validation images."
 HUMAN = (
     "Human agreement: a second person's masks, scored against the first person's; it shows how well two "
     "people agree on these images."

@@ -23,7 +23,7 @@ from vesselrl.evaluation.document import (
 )
 from vesselrl.evaluation.figures import curves_figure, read_metrics
 from vesselrl.evaluation.html import to_html
-from vesselrl.evaluation.metric_words import SIDES, WORDS, count, metric_name, number
+from vesselrl.evaluation.metric_words import SIDES, WORDS, count, masks_in_words, metric_name, number
 from vesselrl.evaluation.report_sections import (
     FAILED_IS_EMPTY,
     HUMAN,
@@ -45,10 +45,12 @@ STEP_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error"
 # column is called.
 BEST = "test_best_lora"
 LATER = {
-    BEST: "{threshold}",
-    f"{BEST}_tuned": "{threshold}, tuned",
-    f"{BEST}_flips": "with flips, {threshold}",
-    f"{BEST}_flips_tuned": "with flips, {threshold}, tuned",
+    BEST: "{masks}",
+    f"{BEST}_tuned": "{masks}, tuned",
+    f"{BEST}_tuned_post": "{masks}, tuned for reward",
+    f"{BEST}_flips": "with flips, {masks}",
+    f"{BEST}_flips_tuned": "with flips, {masks}, tuned",
+    f"{BEST}_flips_tuned_post": "with flips, {masks}, tuned for reward",
     "test_human_agreement": "human agreement",
 }
 LATER_CAPTION = (
@@ -218,10 +220,7 @@ def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section,
 
 def _label(name: str, path: Path) -> str:
     """What the column of a later evaluation is called."""
-    threshold = read_extra(path).get("threshold")
-    return LATER[name].format(
-        threshold="threshold unknown" if threshold is None else f"threshold {threshold:g}"
-    )
+    return LATER[name].format(masks=masks_in_words(read_extra(path)))
 
 
 def _case_section(run_folder: Path) -> tuple[Section, ...]:
