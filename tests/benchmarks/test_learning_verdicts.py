@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vesselrl.benchmarks.learning import judge
 from vesselrl.benchmarks.learning_comparison import (
     COMPARED,
     Contest,
@@ -13,8 +14,11 @@ from vesselrl.benchmarks.learning_comparison import (
     verdict_e2,
     verdict_e3,
 )
+from vesselrl.benchmarks.learning_outcome import EqualRecall
+from vesselrl.benchmarks.learning_scores import ArmResult
 from vesselrl.evaluation.results import Evaluation, summarise
 from vesselrl.evaluation.statistics import Difference
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY
 
 # (mean, low, high) of arm minus control; β0 relative. Together they satisfy E2.
 GOOD = {"dice": (-0.002, -0.0049, 0.001), "length_error": (-0.05, -0.09, -0.01), "reward": (0.2, 0.05, 0.4)}
@@ -104,6 +108,16 @@ def test_e3_claims_nothing_at_unequal_recall() -> None:
 
 
 # ---- Differences, seeds, the strongest control
+
+
+def test_unequal_recall_of_seeds_is_no_equal_recall_on_average() -> None:
+    """The arm is better in precision; its recall is off by 0.03 with each seed, once up and once down."""
+    arm = made(2, precision=[1.2, 1.3, 1.25, 1.2])
+    control = tuple(made(2, precision=[1.0, 1.1, 1.05, 1.0]))
+    results = {"rl": [ArmResult(one, one, "rl", THRESHOLD_ONLY) for one in arm]}
+    for gaps, holds in (((0.005, -0.005), True), ((0.03, -0.03), False)):
+        (claim,) = judge(results, {("rl", "base_tuned"): EqualRecall(control, (0.5, 0.5), gaps)}).claims
+        assert (claim.name, claim.verdict.holds) == ("E3", holds)
 
 
 def test_a_contest_is_arm_minus_control() -> None:
