@@ -110,6 +110,8 @@ def test_post_processing_is_chosen_for_the_reward_on_validation(
     grid = json.loads((run / "evaluation" / "test_best_lora_post_processing.json").read_text())
     assert (grid["side"], grid["chosen"]) == ("val", chosen)
     assert max(reward for *_, reward in grid["candidates"]) == pytest.approx(grid["reward"])
+    worst = min(row["reward"] for row in result.tuned_post.rows)
+    assert grid["reward"] == pytest.approx(worst, abs=0.1)  # nearly perfect on either side
     column = "threshold 0.5, components from 40 px, gaps closed above 0.001, tuned for reward"
     for report in (result.report_path.with_suffix(".md"), run / "report.md"):
         assert f"| {column} |" in report.read_text()
