@@ -256,6 +256,22 @@ def test_a_message_of_several_lines_becomes_one(
     assert capsys.readouterr().err == "error: first second\n"
 
 
+def test_too_little_memory_is_said_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import torch
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setitem(VERBS, "merge", lambda _: fail(torch.OutOfMemoryError("CUDA out of memory.")))
+    assert main(["merge"]) == 1
+    assert "memory does not suffice. Give --use_bf16" in capsys.readouterr().err
+    monkeypatch.setitem(VERBS, "merge", lambda _: fail(RuntimeError("another")))
+    with pytest.raises(RuntimeError, match="another"):
+        main(["merge"])
+
+
 def test_errors_of_the_program_itself_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(rest: list[str]) -> int:
         raise ZeroDivisionError

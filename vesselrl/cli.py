@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
+OUT_OF_MEMORY = (
+    "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
+    "--num_samples or a smaller --lora_scope."
+)
 logger = logging.getLogger("vesselrl")
 console = Console(highlight=False)
 
@@ -71,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        print(f"error: {OUT_OF_MEMORY} {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 def usage() -> str:
@@ -122,13 +131,14 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.evaluation.run_settings import post_processing, run_folder, run_settings
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
+    from vesselrl.models.processing import DEFAULT_PROMPT
 
     settings = run_settings(run_folder(args.lora_weights))
     predictor = Predictor.from_pretrained(
         args.base_model,
         args.lora_weights,
         use_bf16=args.use_bf16,
-        prompt=args.prompt,
+        prompt=args.prompt or settings.get("prompt", DEFAULT_PROMPT),
         post=post_processing(settings, args.threshold, args.min_component_px, args.close_gaps),
     )
     with bar("predicting") as progress:

@@ -31,6 +31,8 @@ class Evaluate:
     data_root: str | None = None
     # Side of the patient split.
     split: Literal["test", "val", "train", "all"] = "test"
+    # data_split.json of a run, whose sides are used; none: the run's own, or a new split by patient.
+    split_file: str | None = None
     # Folder for the results; none: `evaluation` in the run folder.
     output_dir: str | None = None
     # Probability above which a pixel is vessel.
@@ -78,8 +80,8 @@ class Predict:
     min_component_px: int | None = None
     # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
     close_gaps: float | None = None
-    # The question put to the model.
-    prompt: str = "Please segment the blood vessel."
+    # The question put to the model; none: that of the adapter's run, or the usual one.
+    prompt: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,20 @@ def test_one_listed_image_marks_its_whole_patient(samples, tmp_path, line, caplo
     assert base_trained_on(str(path), samples) == {"P002_S1_F0001", "P002_S1_F0002"}
     assert "1 of 3 patients: 2 of 6 images are in-sample" in caplog.text
     assert "LI" not in caplog.text
+
+
+def test_equal_names_in_a_folder_for_each_patient(samples, tmp_path):
+    """p1/1.jpg is of another patient than p2/1.jpg: the folder must be there, and decides."""
+    samples = [
+        replace(s, image_path=Path(f"/data/images/p{s.patient[-1]}/{s.frame[-1]}.jpg")) for s in samples
+    ]
+    path = tmp_path / "trained.txt"
+    path.write_text("images/p2/1.jpg\n")
+    assert base_trained_on(path, samples) == {"P002_S1_F0001", "P002_S1_F0002"}
+    for line in ("1.jpg", "images/elsewhere/1.jpg"):
+        path.write_text(f"# seen\n{line}\n")
+        with pytest.raises(DataError, match=r"Line 2 of trained\.txt may mean images of 3 patients"):
+            base_trained_on(path, samples)
 
 
 def test_files_that_tell_nothing(samples, tmp_path):

@@ -264,6 +264,28 @@ def test_read_notices_that_keys_mean_other_images(tmp_path):
     assert len(read_split(tmp_path / "split.json", [*moved, added]).train) > 0
 
 
+def test_read_notices_that_equal_names_lie_in_other_folders(tmp_path):
+    """p1/001.png has become p2/001.png, because the patients were numbered anew."""
+    samples = [
+        replace(sample, image_path=Path(f"/data/images/p{sample.patient[-1]}/{place % 3}.png"))
+        for place, sample in enumerate(make_samples([3] * 5))
+    ]
+    write_split(tmp_path / "split.json", split_by_patient(samples))
+    moved = [replace(s, image_path=Path("/mnt") / s.image_path.relative_to("/data")) for s in samples]
+    assert len(read_split(tmp_path / "split.json", moved).train) > 0
+    paths = [sample.image_path for sample in samples]
+    other = [replace(s, image_path=p) for s, p in zip(samples, paths[3:] + paths[:3], strict=True)]
+    with pytest.raises(DataError, match="its keys now stand for other images"):
+        read_split(tmp_path / "split.json", other)
+
+
+def test_doubts_are_read_back(tmp_path):
+    samples = make_samples([3] * 5)
+    split = replace(split_by_patient(samples), doubts=("NEAR DUPLICATES: two look alike.",))
+    write_split(tmp_path / "split.json", split)
+    assert read_split(tmp_path / "split.json", samples).doubts == split.doubts
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

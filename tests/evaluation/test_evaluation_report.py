@@ -40,7 +40,7 @@ def base(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempP
     with pytest.MonkeyPatch.context() as patch:  # 5 test patients, so that there are intervals
         patch.setattr(
             "vesselrl.evaluation.held_out.split_by_patient",
-            lambda samples: split_by_patient(samples, ratios=(0.2, 0.3, 0.5)),
+            lambda samples, shares: split_by_patient(samples, ratios=(0.2, 0.3, 0.5)),
         )
         return evaluate_held_out(plan)
 

@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,82 @@ def test_other_data_is_split_anew(run: Path, angiograms: Path, tmp_path: Path) -
     plan = EvaluationPlan(lora_weights=str(run), data_root=str(other), side="all")
     result = evaluate_held_out(plan).evaluation
     assert len(result.rows) == 12
+
+
+def test_a_copy_of_the_data_keeps_the_split_of_the_run(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    """A new split would score training patients as test."""
+    other = split_by_patient(find_samples(angiograms), seed=7)
+    write_split(run / "data_split.json", other)
+    copy = shutil.copytree(angiograms, tmp_path / "moved")
+    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), data_root=str(copy))).evaluation
+    assert keys(result) == {sample.key for sample in other.test}
+    assert result.marks == ()
+
+
+def test_where_no_split_tells_who_was_trained_on_the_result_says_so(
+    run: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "vesselrl.evaluation.held_out.split_by_patient",
+        lambda samples, shares: asked.append(shares) or split_by_patient(samples, shares=shares),
+    )
+    base = json.loads((run / "config.json").read_text())["args"]["model_path"]
+    alone = shutil.copytree(run / "best_lora", tmp_path / "alone" / "best_lora")
+    fewer = Path(shutil.copytree(angiograms, tmp_path / "fewer"))
+    for folder in ("images", "masks"):
+        min((fewer / folder).iterdir()).unlink()
+    places = {"base_model": base, "output_dir": str(tmp_path / "out")}
+    for weights, root in ((alone, angiograms), (run, fewer)):
+        plan = EvaluationPlan(lora_weights=str(weights), data_root=str(root), **places)
+        done = evaluate_held_out(plan)
+        assert [mark.split(":")[0] for mark in done.evaluation.marks] == ["UNKNOWN PATIENTS"]
+        assert "UNKNOWN PATIENTS" in done.report_path.read_text()
+        assert asked[-1].keys() == {sample.key for sample in find_samples(root)}  # dealt as training deals
+    known = replace(plan, lora_weights=str(alone), data_root=str(angiograms), output_dir=str(tmp_path / "b"))
+    result = evaluate_held_out(replace(known, split_file=str(run / "data_split.json"))).evaluation
+    assert keys(result) == split_keys(run, "test")
+    assert result.marks == ()
+
+
+def test_the_doubts_of_the_run_stay_with_its_results(run: Path) -> None:
+    content = json.loads((run / "data_split.json").read_text())
+    (run / "data_split.json").write_text(json.dumps(content | {"doubts": ["NEAR DUPLICATES: alike."]}))
+    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).evaluation.marks == (
+        "NEAR DUPLICATES: alike.",
+    )
+
+
+def test_the_result_of_another_model_is_not_replaced(
+    run: Path, angiograms: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(run / "best_lora", tmp_path / name / "best_lora")
+    shared = {"data_root": str(angiograms), "output_dir": str(tmp_path / "out"), "tune": False}
+    plan = EvaluationPlan(str(tiny_checkpoint), str(tmp_path / "first" / "best_lora"), **shared)
+    before = evaluate_held_out(plan).path.read_bytes()
+    with pytest.raises(RunError, match="holds the evaluation of another model"):
+        evaluate_held_out(replace(plan, lora_weights=str(tmp_path / "second" / "best_lora")))
+    assert evaluate_held_out(plan).path.read_bytes() == before
+
+
+def test_predict_asks_what_the_run_asked(
+    run: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_settings(run, lambda args: args.update(prompt="Find the coronary tree."))
+    asked, load = [], Predictor.from_pretrained
+    monkeypatch.setattr(
+        Predictor,
+        "from_pretrained",
+        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
+    )
+    base = json.loads((run / "config.json").read_text())["args"]["model_path"]
+    arguments = ["predict", "--base_model", base, "--image", str(next((angiograms / "images").iterdir()))]
+    arguments += ["--output_dir", str(tmp_path / "out")]
+    own, other = ["--lora_weights", str(run)], ["--prompt", "Segment."]
+    for options in ([], own, own + other):
+        assert main([*arguments, *options]) == 0
+    assert asked == ["Please segment the blood vessel.", "Find the coronary tree.", "Segment."]
 
 
 def test_results_of_several_runs_in_one_folder_do_not_replace_each_other(

@@ -37,6 +37,24 @@ def test_agreement_by_hand(root):
     assert back.label_hash != agreement.label_hash
 
 
+def test_equal_names_in_a_folder_for_each_patient(tmp_path):
+    """p1/001.png is another image than p2/001.png, and so are its second mask and that of the other."""
+    for number, patient in enumerate(("p1", "p2", "p3"), start=1):
+        for folder in ("images", "masks", "second"):
+            (tmp_path / folder / patient).mkdir(parents=True)
+        mask = np.zeros((8, 8), bool)
+        mask[number, :] = True
+        Image.fromarray(np.full((8, 8), 90, np.uint8)).save(tmp_path / "images" / patient / "001.png")
+        for folder in ("masks", "second"):
+            Image.fromarray(mask).save(tmp_path / folder / patient / "001.png")
+    first = find_samples(tmp_path, r"^(?P<patient>[^/]+)/")
+    agreement = observer_agreement(first, second_observer(first, tmp_path / "second"))
+    assert [row["dice"] for row in agreement.rows] == [1.0] * 3
+    (tmp_path / "second" / "p1" / "001.png").rename(tmp_path / "second" / "001.png")
+    with pytest.raises(DataError, match="the second observer has no mask of it"):
+        second_observer(first, tmp_path / "second")
+
+
 def test_observers_of_other_images_are_refused(root):
     first = find_samples(root, CHILD)
     others = second_observer(first, root / "masks_2nd")

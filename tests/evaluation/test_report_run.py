@@ -205,9 +205,23 @@ def test_calibration_and_later_settings_are_shown_where_present(run, made):
 def test_a_later_evaluation_of_other_labels_is_left_out(run, made):
     add_later(run, made, truth="corrected")
     text = write_run_report(run)[1].read_text()
-    assert "not those of the test: test_best_lora_tuned." in text
+    assert "not those of the rest: test_best_lora_tuned." in text
     assert "| score | better is | threshold 0.5 |\n" in text
     assert "## Threshold" not in text
+
+
+def test_a_later_evaluation_with_another_prompt_is_left_out(run, made):
+    """Its tuned threshold is that of another question."""
+    add_later(run, made)
+    folder = run / "evaluation"
+    for prompt, ending in (("Segment.", ""), ("Another?", "_tuned"), ("Segment.", "_tuned_post")):
+        facts = {"threshold": 0.5, "plan": {"base_model": None, "prompt": prompt}}
+        write_evaluation(folder, f"test_best_lora{ending}", made(AFTER), facts)
+    write_evaluation(folder, "test_human_agreement", made(BEFORE))
+    text = write_run_report(run)[1].read_text()
+    assert "are not those of the rest: test_best_lora_tuned." in text
+    header = "| score | better is | threshold 0.5 | threshold 0.5, tuned for reward | human agreement |"
+    assert header in text
 
 
 def test_a_run_without_test_says_so_and_an_unfinished_one_is_refused(run, tmp_path):

@@ -86,6 +86,17 @@ def check_data(
     return check_listing(root, listing, aliases, findings, num_threads)
 
 
+def foreground_shares(root: Path | str, **names: str | None) -> dict[str, float] | None:
+    """By key, the foreground shares that training stratifies its split by; None where a fault would stop it.
+
+    Args:
+        root: data root.
+        **names: patient_pattern and patient_aliases, as for `find_samples`.
+    """
+    report = check_data(root, **names)
+    return None if report.exit_code else report.foreground
+
+
 def check_listing(
     root: Path,
     listing: Listing,

@@ -10,7 +10,7 @@ from PIL import Image
 from vesselrl.data.annotations import find_samples
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.builtin import builtin_data
-from vesselrl.data.check import check_data
+from vesselrl.data.check import foreground_shares
 from vesselrl.data.dataset import VesselDataset
 from vesselrl.data.privacy import LABELS
 from vesselrl.data.splits import split_by_patient, take
@@ -85,7 +85,7 @@ def write_contact_sheet(
     path = Path(output)
     samples = find_samples(data_root or builtin_data("output"), **names)
     if len({sample.patient for sample in samples}) >= 3:
-        shares = _shares(data_root, **names) if data_root else None
+        shares = foreground_shares(data_root, **names) if data_root else None
         samples = split_by_patient(samples, split_seed, shares=shares).train
     dataset = VesselDataset(
         take(samples, num_images, split_seed), augmentation=get_augmentation(augment), seed=seed
@@ -95,12 +95,6 @@ def write_contact_sheet(
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(path)
     return path
-
-
-def _shares(data_root: str, **names: str | None) -> dict[str, float] | None:
-    """The foreground shares that training stratifies its split by; None where a fault would stop it."""
-    report = check_data(data_root, **names)
-    return None if report.exit_code else report.foreground
 
 
 def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from vesselrl.data.annotations import Sample
 from vesselrl.data.dealing import Group, deal, deal_fold
@@ -48,6 +48,8 @@ class Split:
     fold: tuple[int, int] | None = None
     # Mean foreground share of train, val and test, where the split is stratified by it.
     foreground: tuple[float, float, float] | None = None
+    # Sentences that every result on it carries, because patients of two sides may be the same.
+    doubts: tuple[str, ...] = ()
 
     @property
     def is_leaky(self) -> bool:
@@ -164,6 +166,7 @@ def write_split(path: Path | str, split: Split) -> None:
         "unit": split.unit,
         "leaky": split.is_leaky,
         "mark": split.mark,
+        "doubts": list(split.doubts),
         "seed": split.seed,
         "fold": None if split.fold is None else {"i": split.fold[0], "k": split.fold[1]},
         "ratios": dict(zip(SIDES, split.ratios, strict=True)),
@@ -211,6 +214,7 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
             "unit": content.get("unit", "patient"),
             "fold": None if fold is None else (fold["i"], fold["k"]),
             "foreground": None if foreground is None else tuple(foreground[side] for side in SIDES),
+            "doubts": tuple(str(doubt) for doubt in content.get("doubts", ())),
         }
         expected = content["sha256"]
     except (AttributeError, KeyError, TypeError):
@@ -316,27 +320,31 @@ def _group_in_order(samples: Iterable[Sample], name: str) -> dict[Hashable, list
     return {label: groups[label] for label in sorted(groups, key=order.__getitem__)}
 
 
+def relative_paths(samples: Sequence[Sample]) -> list[PurePath]:
+    """The paths of the images below the deepest folder that holds all of them."""
+    folder = os.path.commonpath([sample.image_path.parent for sample in samples]) if samples else ""
+    return [sample.image_path.relative_to(folder) for sample in samples]
+
+
 def _digests_of_paths(samples: Sequence[Sample]) -> dict[str, str]:
     """SHA-256 over the paths of the images of each patient, below the folder that holds all images."""
-    folder = os.path.commonpath([sample.image_path.parent for sample in samples]) if samples else ""
     paths: dict[str, list[str]] = defaultdict(list)
-    for sample in samples:
-        paths[sample.patient].append(sample.image_path.relative_to(folder).as_posix())
+    for sample, path in zip(samples, relative_paths(samples), strict=True):
+        paths[sample.patient].append(path.as_posix())
     return {
         patient: hashlib.sha256("\n".join(sorted(own)).encode()).hexdigest() for patient, own in paths.items()
     }
 
 
 def _fingerprint(split: Split, key_of: Callable[[Sample], str] = lambda sample: sample.key) -> str:
-    """SHA-256 over side, key and file name of every sample: it shows whether a key means the same image.
+    """SHA-256 over side, key and file of every sample: it shows whether a key means the same image.
 
-    File names carry patient names, so they enter only into this one sum over all of them.
+    The file is its path below the folder that holds all images: p1/001.png is another than p2/001.png.
+    Paths carry patient names, so they enter only into this one sum over all of them.
     """
-    lines = [
-        f"{side}\t{key_of(sample)}\t{sample.image_path.name}"
-        for side in SIDES
-        for sample in getattr(split, side)
-    ]
+    samples = [(side, sample) for side in SIDES for sample in getattr(split, side)]
+    paths = relative_paths([sample for _, sample in samples])
+    lines = [f"{side}\t{key_of(sample)}\t{path}" for (side, sample), path in zip(samples, paths, strict=True)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -98,8 +98,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
         raise CompareError(
             "These runs cannot share a table. "
             + ". ".join(problems)
-            + ". Evaluate them again on one data split, "
-            "or compare them in separate folders."
+            + ". Train them on one split (--split_file), or keep the runs of each data set in a folder of "
+            "their own and name it (--output_dir)."
         )
 
 

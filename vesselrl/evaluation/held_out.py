@@ -26,8 +26,9 @@ import numpy as np
 
 from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
+from vesselrl.data.check import foreground_shares
 from vesselrl.data.in_sample import base_trained_on
-from vesselrl.data.splits import read_split, split_by_patient
+from vesselrl.data.splits import Split, read_split, split_by_patient
 from vesselrl.evaluation.evaluation_report import write_evaluation_report
 from vesselrl.evaluation.flips import with_flips
 from vesselrl.evaluation.marks import marks_of
@@ -39,12 +40,12 @@ from vesselrl.evaluation.predictions import (
     predict_once,
     unpacked,
 )
-from vesselrl.evaluation.results import Evaluation, write_evaluation, write_json
+from vesselrl.evaluation.results import Evaluation, read_extra, write_evaluation, write_json
 from vesselrl.evaluation.run_report import write_run_report
 from vesselrl.evaluation.run_settings import make_reward, post_processing, run_folder, run_settings
 from vesselrl.evaluation.tuning import Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
-from vesselrl.experiment.runs import check_writable
+from vesselrl.experiment.runs import RunError, check_writable
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -54,6 +55,9 @@ from vesselrl.scoring.rewards import Reward
 logger = logging.getLogger(__name__)
 
 SIDES = ("test", "val", "train", "all")
+UNKNOWN_PATIENTS = (
+    "UNKNOWN PATIENTS: no data_split.json tells whether the adapter was trained on patients of these images."
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class EvaluationPlan:
         lora_weights: adapter or run folder; None: the untouched base.
         data_root: data folder; None: the run's own.
         side: side of the split: test, val, train or all.
+        split_file: a data_split.json to use; None: the run's own where it belongs to the data, or a new one.
         output_dir: where results go; None: `evaluation` in the run folder, or `output/evaluation`.
         threshold: probability above which a pixel is vessel.
         min_component_px: smallest component that masks keep, in px; None: the run's own, or 0 = all.
@@ -85,6 +90,7 @@ class EvaluationPlan:
     lora_weights: str | None = None
     data_root: str | None = None
     side: str = "test"
+    split_file: str | None = None
     output_dir: str | None = None
     threshold: float = 0.5
     min_component_px: int | None = None
@@ -136,7 +142,7 @@ def evaluate_held_out(
 
     Raises:
         DataError: unusable data, split or settings of the run.
-        RunError: the folder for the results cannot be written to.
+        RunError: the folder for the results cannot be written to, or holds those of another model.
         CheckpointError: unusable model or adapter.
     """
     if plan.side not in SIDES:
@@ -149,6 +155,8 @@ def evaluate_held_out(
     settings = run_settings(run)
     folder, name = result_place(plan, run)
     check_writable(folder)
+    if run is None:
+        _refuse_to_replace(folder / f"{name}.json", plan)
     samples, validation, marks = choose_samples(plan, run, settings)
     post = post_processing(settings, plan.threshold, plan.min_component_px, plan.close_gaps)
     reward = make_reward(TrainConfig.from_dict(settings))
@@ -251,6 +259,19 @@ def result_place(plan: EvaluationPlan, run: Path | None) -> tuple[Path, str]:
     return Path(plan.output_dir), f"{run.resolve().name}_{name}"
 
 
+def _refuse_to_replace(path: Path, plan: EvaluationPlan) -> None:
+    """Refuses to write over the result of another model, where the name does not tell them apart."""
+    if not path.is_file():
+        return
+    before = read_extra(path).get("plan") or {}
+    models = (before.get("base_model"), before.get("lora_weights")), (plan.base_model, plan.lora_weights)
+    first, second = ([model and Path(model).resolve() for model in pair] for pair in models)
+    if first != second:
+        raise RunError(
+            f"{path} holds the evaluation of another model. Give another --output_dir, or remove the file."
+        )
+
+
 def load_pixels(sample: Sample) -> tuple:
     """(image, mask) of a sample."""
     return load_image(sample), load_mask(sample)
@@ -261,8 +282,7 @@ def choose_samples(
 ) -> tuple[list[Sample], list[Sample], tuple[str, ...]]:
     """The samples of the wanted side, those to choose a threshold on, if any, and the marks of the former.
 
-    The run's own split is used where there is one. A threshold is chosen for the test side only; why not
-    otherwise is logged.
+    A threshold is chosen for the test side only; why not otherwise is logged.
     """
     stored = settings.get("data_root")
     own = plan.data_root is None or (
@@ -273,18 +293,43 @@ def choose_samples(
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    pattern = plan.patient_pattern or kept.get("patient_pattern")
-    samples = find_samples(root, pattern, plan.patient_aliases or kept.get("patient_aliases"))
+    names = {name: getattr(plan, name) or kept.get(name) for name in ("patient_pattern", "patient_aliases")}
+    samples = find_samples(root, **names)
     seen = base_trained_on(plan.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if plan.side == "all":
         return samples, _validation(plan, []), marks_of(None, samples, seen)
-    if run is not None and own:
-        split = read_split(run / "data_split.json", samples)
-    else:
+    split = split_of(plan, run if own else None, samples)
+    if split is None and run is not None:  # a copy of the run's data?
+        split = _split_of_copy(run, samples)
+    if split is None:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
-        split = split_by_patient(samples)
+        shares = foreground_shares(root, **names) if plan.data_root or stored else None
+        split = split_by_patient(samples, shares=shares)
+        if plan.lora_weights:
+            split = replace(split, doubts=(UNKNOWN_PATIENTS,))
+            logger.warning(UNKNOWN_PATIENTS)
     side = list(getattr(split, plan.side))
     return side, _validation(plan, split.val), marks_of(split, side, seen)
+
+
+def split_of(plan: EvaluationPlan, run: Path | None, samples: list[Sample]) -> Split | None:
+    """The split that was asked for, or that of the run whose data this is; None: there is none.
+
+    Raises:
+        DataError: it does not belong to this data any more.
+    """
+    if plan.split_file is not None:
+        return read_split(plan.split_file, samples)
+    return None if run is None else read_split(run / "data_split.json", samples)
+
+
+def _split_of_copy(run: Path, samples: list[Sample]) -> Split | None:
+    """The run's split if these are the images it was made from, in another place; None if they are others."""
+    try:
+        return read_split(run / "data_split.json", samples)
+    except DataError as error:
+        logger.info("these are not the images of the run: %s", error)
+        return None
 
 
 def _validation(plan: EvaluationPlan, validation: Sequence[Sample]) -> list[Sample]:

@@ -10,13 +10,14 @@ def marks_of(split: Split | None, samples: Sequence[Sample], seen: Collection[st
     """Sentences to show with every result on these samples; none for a clean set.
 
     Args:
-        split: that they are a side of, if they are.
+        split: that they are a side of, if they are; its doubts are among the sentences.
         samples: the images that are scored.
         seen: keys of images that the base model was trained on, as from `base_trained_on`.
     """
     marks = []
     if split is not None and split.is_leaky:
         marks.append(f"{split.mark}.")
+    marks += [] if split is None else split.doubts
     num_seen = sum(sample.key in seen for sample in samples)
     if num_seen:
         marks.append(

@@ -1,11 +1,13 @@
 """A second observer: how well two people agree on the same images, the ceiling for any model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vesselrl.data.annotations import DataError, Sample, load_mask
 from vesselrl.data.images import read_size
+from vesselrl.data.splits import relative_paths
 from vesselrl.evaluation.predictions import evaluate_masks
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.scoring.rewards import Reward
@@ -16,16 +18,21 @@ MASK_SUFFIXES = ("_mask.png", ".png", ".tif", ".tiff")
 def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sample]:
     """The same images with the masks of another folder, `<image>_mask.png` or `<image>.png`.
 
+    Masks may lie in folders as the images do; where images share a name, they must.
+
     Raises:
-        DataError: there is no such folder, an image has no mask in it, or a mask has another size.
+        DataError: there is no such folder, an image has no mask of its own in it, or a mask has another size.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Give the folder with the second observer's masks.")
     others = []
-    for sample in samples:
-        stem = sample.image_path.stem
-        path = next((p for end in MASK_SUFFIXES if (p := folder / f"{stem}{end}").is_file()), None)
+    shared = Counter(sample.image_path.stem for sample in samples)
+    for sample, below in zip(samples, relative_paths(samples), strict=True):
+        stems = [below.with_suffix("")]
+        stems += [sample.image_path.stem] if shared[sample.image_path.stem] == 1 else []
+        tried = (folder / f"{stem}{end}" for stem in stems for end in MASK_SUFFIXES)
+        path = next((path for path in tried if path.is_file()), None)
         if path is None:
             raise DataError(
                 f"{sample.key}: the second observer has no mask of it in {folder}. Name the masks as the "

@@ -53,6 +53,7 @@ LATER = {
     f"{BEST}_flips_tuned_post": "with flips, {masks}, tuned for reward",
     "test_human_agreement": "human agreement",
 }
+SAME_MODEL = ("base_model", "prompt")  # of an evaluation's plan
 LATER_CAPTION = (
     "The best adapter, evaluated later on the test images; mean over patients with its 95 % interval. "
     f"{TUNED} {HUMAN}"
@@ -194,7 +195,8 @@ def _findings_section(info: Mapping[str, Any]) -> tuple[Section, ...]:
 def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section, ...]:
     """The best adapter at other settings, its threshold and its calibration, as evaluated after training.
 
-    An evaluation of other images or labels than those of the run's test is left out, and that is said.
+    An evaluation of other images or labels than those of the run's test, or with another base model or prompt
+    than the one at the plan's threshold, is left out, and that is said.
     """
     folder = run_folder / "evaluation"
     paths = {name: folder / f"{name}.json" for name in LATER}
@@ -202,11 +204,19 @@ def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section,
     if not found:
         return ()
     reference = test or next(iter(found.values()))
-    left_out = [name for name, one in found.items() if set_mismatch(reference, one, "the test", name)]
+    plans = {name: read_extra(paths[name]).get("plan") for name in found}
+    current = plans.get(BEST) or plans.get(f"{BEST}_flips")
+    left_out = [
+        name
+        for name, one in found.items()
+        if set_mismatch(reference, one, "the test", name) or _another_model(plans[name], current)
+    ]
     columns = {_label(name, paths[name]): one for name, one in found.items() if name not in left_out}
     blocks = score_blocks(columns, LATER_CAPTION) if columns else ()
     if left_out:
-        note = "Left out, because images, labels or definitions are not those of the test"
+        note = (
+            "Left out, because images, labels, definitions or the model asked for are not those of the rest"
+        )
         blocks = (*blocks, Text(f"{note}: {', '.join(left_out)}."))
     sections = [Section("Test at other settings", blocks)]
     sweep_path = folder / f"{BEST}_thresholds.json"
@@ -216,6 +226,11 @@ def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section,
     if BEST in found and BEST not in left_out:
         sections += calibration_section(found[BEST].calibration)
     return tuple(sections)
+
+
+def _another_model(plan: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two evaluations asked another base model, or asked otherwise; a second observer has no plan."""
+    return bool(plan and other) and any(plan.get(what) != other.get(what) for what in SAME_MODEL)
 
 
 def _label(name: str, path: Path) -> str:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -66,7 +66,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     size = SMALL if config.model_path == RANDOM_MODEL else FULL
     root = Path(config.data_root) if config.data_root else builtin_data(config.output_dir, size)
     samples = find_samples(root, config.patient_pattern, config.patient_aliases)
-    split, doubts = make_split(config, samples, report)
+    split = make_split(config, samples, report)
     write_split(run.path / SPLIT_FILE, split)
     seed = config.split_seed
     train = take(list(split.train), config.sanity_overfit or config.max_train_samples, seed)
@@ -84,8 +84,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
         "split_unit": split.unit,
         "test_seen_by_base": sum(sample.key in seen for sample in test),
     }
-    doubts += CONTROL_MARKS[config.control]
-    marks = (marks_of(split, side, seen) + doubts for side in (val, test))
+    marks = (marks_of(split, side, seen) + CONTROL_MARKS[config.control] for side in (val, test))
     return RunData(train, val, test, counts, *marks)
 
 
@@ -109,19 +108,17 @@ def check_before_training(config: TrainConfig) -> DataReport:
     return report
 
 
-def make_split(
-    config: TrainConfig, samples: list[Sample], report: DataReport | None
-) -> tuple[Split, tuple[str, ...]]:
-    """The split: a given one, that of the run of `init_lora`, or a new one; and what is doubtful about it.
+def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | None) -> Split:
+    """The split, with what is doubtful about it: a given one, that of the run of `init_lora`, or a new one.
 
     Raises:
         DataError: too few patients, near duplicates on two sides, or options that contradict that run.
     """
     start = run_folder(config.init_lora)
     if config.split_file is not None:
-        split, doubts = read_split(config.split_file, samples), ()
+        split = replace(read_split(config.split_file, samples), doubts=())  # those of another training
     elif start is not None:
-        split, doubts = read_split(start / SPLIT_FILE, samples), ()
+        split = read_split(start / SPLIT_FILE, samples)
         given = (config.fold_numbers or split.fold, config.split_unit)
         if given != (split.fold, split.unit):
             raise DataError(
@@ -133,12 +130,13 @@ def make_split(
         shares = None if report is None else report.foreground
         fold = config.fold_numbers
         split = split_by_patient(samples, config.split_seed, shares=shares, fold=fold, unit=config.split_unit)
-        doubts = () if config.init_lora is None else (UNKNOWN_START,)
-    for doubt in doubts:
+        split = split if config.init_lora is None else replace(split, doubts=(UNKNOWN_START,))
+    for doubt in split.doubts:
         logger.warning(doubt)
     if config.data_root and not split.is_leaky:
-        doubts += look_for_duplicates(config, split)
-    return split, doubts
+        doubts = dict.fromkeys((*split.doubts, *look_for_duplicates(config, split)))
+        split = replace(split, doubts=tuple(doubts))
+    return split
 
 
 def look_for_duplicates(config: TrainConfig, split: Split) -> tuple[str, ...]:
