@@ -298,9 +298,7 @@ def choose_samples(
     seen = base_trained_on(plan.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if plan.side == "all":
         return samples, _validation(plan, []), marks_of(None, samples, seen)
-    split = split_of(plan, run if own else None, samples)
-    if split is None and run is not None:  # a copy of the run's data?
-        split = _split_of_copy(run, samples)
+    split = _known_split(plan, run, own, samples)
     if split is None:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
         shares = foreground_shares(root, **names) if plan.data_root or stored else None
@@ -312,22 +310,21 @@ def choose_samples(
     return side, _validation(plan, split.val), marks_of(split, side, seen)
 
 
-def split_of(plan: EvaluationPlan, run: Path | None, samples: list[Sample]) -> Split | None:
-    """The split that was asked for, or that of the run whose data this is; None: there is none.
+def _known_split(plan: EvaluationPlan, run: Path | None, own: bool, samples: list[Sample]) -> Split | None:
+    """The split that was asked for, or that of the run; None: there is none, or it is of other images.
 
     Raises:
-        DataError: it does not belong to this data any more.
+        DataError: the file that was asked for, or the run's for its own data, does not belong to this data.
     """
     if plan.split_file is not None:
         return read_split(plan.split_file, samples)
-    return None if run is None else read_split(run / "data_split.json", samples)
-
-
-def _split_of_copy(run: Path, samples: list[Sample]) -> Split | None:
-    """The run's split if these are the images it was made from, in another place; None if they are others."""
+    if run is None:
+        return None
     try:
-        return read_split(run / "data_split.json", samples)
+        return read_split(run / "data_split.json", samples)  # the data may have moved
     except DataError as error:
+        if own:
+            raise
         logger.info("these are not the images of the run: %s", error)
         return None
 
