@@ -69,17 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return VERBS[verb](rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 after wrong usage, which it has explained
         return int(stop.code or 0)
-    except EXPECTED as error:
+    except (*EXPECTED, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
         # One line for the user; the traceback for whoever asks for it.
-        if os.environ.get("VESSELRL_TRACEBACK"):
+        if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        advice = OUT_OF_MEMORY if out_of_memory else ""
+        print(f"error: {' '.join(f'{advice} {error}'.split())}", file=sys.stderr)
         return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
-            raise
-        print(f"error: {OUT_OF_MEMORY} {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
 
 
 def usage() -> str:

@@ -344,7 +344,10 @@ def _fingerprint(split: Split, key_of: Callable[[Sample], str] = lambda sample: 
     """
     samples = [(side, sample) for side in SIDES for sample in getattr(split, side)]
     paths = relative_paths([sample for _, sample in samples])
-    lines = [f"{side}\t{key_of(sample)}\t{path}" for (side, sample), path in zip(samples, paths, strict=True)]
+    lines = [
+        f"{side}\t{key_of(sample)}\t{path.as_posix()}"
+        for (side, sample), path in zip(samples, paths, strict=True)
+    ]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -204,14 +204,19 @@ def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section,
     if not found:
         return ()
     reference = test or next(iter(found.values()))
-    plans = {name: read_extra(paths[name]).get("plan") for name in found}
+    extras = {name: read_extra(paths[name]) for name in found}
+    plans = {name: extra.get("plan") for name, extra in extras.items()}
     current = plans.get(BEST) or plans.get(f"{BEST}_flips")
     left_out = [
         name
         for name, one in found.items()
         if set_mismatch(reference, one, "the test", name) or _another_model(plans[name], current)
     ]
-    columns = {_label(name, paths[name]): one for name, one in found.items() if name not in left_out}
+    columns = {
+        LATER[name].format(masks=masks_in_words(extras[name])): one
+        for name, one in found.items()
+        if name not in left_out
+    }
     blocks = score_blocks(columns, LATER_CAPTION) if columns else ()
     if left_out:
         note = (
@@ -231,11 +236,6 @@ def _later_sections(run_folder: Path, test: Evaluation | None) -> tuple[Section,
 def _another_model(plan: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether two evaluations asked another base model, or asked otherwise; a second observer has no plan."""
     return bool(plan and other) and any(plan.get(what) != other.get(what) for what in SAME_MODEL)
-
-
-def _label(name: str, path: Path) -> str:
-    """What the column of a later evaluation is called."""
-    return LATER[name].format(masks=masks_in_words(read_extra(path)))
 
 
 def _case_section(run_folder: Path) -> tuple[Section, ...]:

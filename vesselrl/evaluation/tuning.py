@@ -67,19 +67,23 @@ def tune(
         ValueError: no samples, or probabilities of the wrong shape or range.
     """
     kept: list[np.ndarray | None] = []
+    truths: list[np.ndarray] = []
 
-    def remember(image: np.ndarray) -> Any:
+    def predict_and_keep(image: np.ndarray) -> Any:
         prediction = predict(image)
-        if reward is not None:
-            kept.append(None if prediction is None else prediction.probabilities)
+        kept.append(None if prediction is None else prediction.probabilities)
         return prediction
 
-    curve = sweep_thresholds(remember, validation, load, progress, post)
-    grid = None
-    if reward is not None:
-        logger.info("scoring every way of post-processing on %d validation images", len(validation))
-        pairs = zip(kept, validation, strict=True)
-        grid = score_postprocessing(
-            [PredictedImage(one, load(sample)[1], sample.patient) for one, sample in pairs], reward
-        )
-    return Tuning(post, curve, grid, len(validation))
+    def load_and_keep(sample: Any) -> tuple[np.ndarray, np.ndarray]:
+        image, truth = load(sample)
+        truths.append(truth)
+        return image, truth
+
+    if reward is None:
+        curve = sweep_thresholds(predict, validation, load, progress, post)
+        return Tuning(post, curve, None, len(validation))
+    curve = sweep_thresholds(predict_and_keep, validation, load_and_keep, progress, post)
+    logger.info("scoring every way of post-processing on %d validation images", len(validation))
+    patients = [sample.patient for sample in validation]
+    images = [PredictedImage(*parts) for parts in zip(kept, truths, patients, strict=True)]
+    return Tuning(post, curve, score_postprocessing(images, reward), len(validation))
