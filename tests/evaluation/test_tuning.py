@@ -97,7 +97,7 @@ def test_post_processing_is_chosen_for_the_reward_on_validation(
 
     monkeypatch.setattr(Predictor, "predict", predict)
     result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), tune_post=True))
-    assert len(asked) == result.tuning.n_images + len(result.evaluation.rows)
+    assert len(asked) == result.tuning.curve.n_images + len(result.evaluation.rows)
     chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
     assert asdict(result.tuning.choices["tuned_post"]) == chosen
     assert {row["beta0_error"] for row in result.evaluation.rows} == {2}

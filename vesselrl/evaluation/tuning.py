@@ -23,13 +23,11 @@ class Tuning:
         post: how masks are made without tuning.
         curve: scores by threshold, with the rest of `post`.
         grid: reward by threshold, smallest component and closing of gaps; None: not asked for.
-        n_images: validation images.
     """
 
     post: PostProcessing
     curve: ThresholdCurve
     grid: PostProcessingGrid | None
-    n_images: int
 
     @property
     def choices(self) -> dict[str, PostProcessing]:
@@ -41,7 +39,7 @@ class Tuning:
         """Every candidate of the grid with its reward, and the choice."""
         best, reward = self.grid.best()
         chosen = {"side": "val", "chosen": asdict(best), "chosen_by": "mean over patients of the reward"}
-        return chosen | {"reward": reward, "n_images": self.n_images} | self.grid.to_json()
+        return chosen | {"reward": reward, "n_images": self.curve.n_images} | self.grid.to_json()
 
 
 def tune(
@@ -81,9 +79,9 @@ def tune(
 
     if reward is None:
         curve = sweep_thresholds(predict, validation, load, progress, post)
-        return Tuning(post, curve, None, len(validation))
+        return Tuning(post, curve, None)
     curve = sweep_thresholds(predict_and_keep, validation, load_and_keep, progress, post)
     logger.info("scoring every way of post-processing on %d validation images", len(validation))
     patients = [sample.patient for sample in validation]
     images = [PredictedImage(*parts) for parts in zip(kept, truths, patients, strict=True)]
-    return Tuning(post, curve, score_postprocessing(images, reward), len(validation))
+    return Tuning(post, curve, score_postprocessing(images, reward))
