@@ -1,0 +1,158 @@
+"""Records what vesselrl does today, and checks later that it still does the same.
+
+    python tests/golden/golden.py record [--only ITEM ...]
+    python tests/golden/golden.py check [--only ITEM ...] [--portable]
+
+`check` prints `equal ITEM`, or `DIFFERENT ITEM` with the first differences, and ends with 1 if anything
+differs that `MEANT` does not name. Everything is driven through what users see: verbs of the command line,
+files that they write, the public names of `vesselrl`, and `vesselrl.scoring.rewards`. Nothing else of the
+package is imported, so that modules may move. Charts are drawn in the run `sft` only: they take most of the
+time. Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
+
+Numbers agree up to 1e-6 relative or 1e-9 absolute, and are kept with eight digits. What stands below a key
+`bits` (hashes of trained weights and of predicted masks) and `machine` (state of the machine) holds on the
+recording machine only; `--portable` leaves it out. What a training does after its first step may there be
+different as well, as the rounding of one step decides the next.
+
+The text of an error is kept under `message`, apart from its exit code; logs and other text are not kept.
+"""
+
+# ruff: noqa: E402
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":  # before numpy and torch look at it; a collection of tests must change nothing
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "COLUMNS": "1000",
+    }
+    os.environ |= {"MPLBACKEND": "Agg", "WANDB_MODE": "disabled"}
+    os.environ.pop("VESSELRL_TRACEBACK", None)
+    sys.path.insert(0, str(ROOT))
+
+import argparse
+import fnmatch
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import vesselrl
+from tests.golden.items import ITEMS
+from tests.golden.workbench import drawing, prepare
+
+EXPECTED = Path(__file__).with_name("expected.json")
+# Differences on purpose: item, or pattern of its paths such as "bad_input/*/message" -> why.
+MEANT: dict[str, str] = {}
+# Keys of what holds on the recording machine only.
+ELSEWHERE = ("bits", "machine")
+
+
+def rounded(value: Any) -> Any:
+    """The value as it stands in JSON, floats with eight digits."""
+    if isinstance(value, dict):
+        return {str(key): rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def differences(expected: Any, got: Any, path: str, portable: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Where two values differ: path, expected, got."""
+    if portable and path.rpartition("/")[2] in ELSEWHERE:
+        return
+    is_number = [isinstance(one, int | float) and not isinstance(one, bool) for one in (expected, got)]
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in expected | got:
+            pair = expected.get(key, "(not there)"), got.get(key, "(not there)")
+            yield from differences(*pair, f"{path}/{key}", portable)
+    elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        for number, pair in enumerate(zip(expected, got, strict=True)):
+            yield from differences(*pair, f"{path}/{number}", portable)
+    elif all(is_number):
+        if not math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-9):
+            yield path, expected, got
+    elif expected != got or type(expected) is not type(got):
+        yield path, expected, got
+
+
+def judge(name: str, expected: Any, got: Any, portable: bool) -> bool:
+    """Prints how an item compares; whether nothing differs but what is meant to."""
+    found = list(differences(expected, got, name, portable))
+    meant = {
+        path: why
+        for path, *_ in found
+        for pattern, why in MEANT.items()
+        if pattern == name or fnmatch.fnmatch(path, pattern)
+    }
+    others = [one for one in found if one[0] not in meant]
+    for why in dict.fromkeys(meant.values()):
+        print(f"meant {name}: {why}")
+    if others:
+        print(f"DIFFERENT {name}: {len(others)} values")
+        for path, first, second in others[:8]:
+            print(f"  {path}\n    expected {str(first)[:300]}\n    got      {str(second)[:300]}")
+    elif not found:
+        print(f"equal {name}")
+    return not others
+
+
+def work(names: list[str]) -> Iterator[tuple[str, Any]]:
+    """The items one after the other, in a folder of their own."""
+    logging.getLogger().addHandler(logging.NullHandler())
+    home = os.getcwd()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        try:
+            prepare()
+            for name in names:
+                start = time.perf_counter()
+                with drawing(False):
+                    value = rounded(ITEMS[name]())
+                print(f"{time.perf_counter() - start:6.1f} s {name}", file=sys.stderr, flush=True)
+                yield name, value
+        finally:
+            os.chdir(home)
+
+
+def run_check(arguments: list[str]) -> int:
+    """Records or checks; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=("record", "check"))
+    parser.add_argument(
+        "--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS)
+    )
+    parser.add_argument(
+        "--portable", action="store_true", help="leave out what holds on the recording machine only"
+    )
+    args = parser.parse_args(arguments)
+    names = [name for name in ITEMS if name in args.only]  # in this order: some write into folders of others
+    print(f"package: {Path(vesselrl.__file__).parent}", file=sys.stderr)
+    expected = json.loads(EXPECTED.read_text(encoding="utf-8")) if EXPECTED.exists() else {}
+    if args.action == "check":
+        results = [judge(name, expected.get(name), value, args.portable) for name, value in work(names)]
+        return int(not all(results))
+    expected |= dict(work(names))
+    blocks = []
+    for name in filter(expected.get, ITEMS):
+        parts = [
+            f"  {json.dumps(key)}: {json.dumps(one, ensure_ascii=False, separators=(',', ':'))}"
+            for key, one in expected[name].items()
+        ]
+        blocks.append(f'"{name}": {{\n' + ",\n".join(parts) + "\n}")
+    EXPECTED.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
+    print(f"{EXPECTED.stat().st_size / 1000:.0f} kB in {EXPECTED.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_check(sys.argv[1:]))

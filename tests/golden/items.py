@@ -1,0 +1,313 @@
+"""The items of the golden check, as plain values; those of data and wrong use are in `input_items.py`."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import vesselrl
+from tests.golden.broken_input import draw_mask
+from tests.golden.input_items import (
+    bad_input,
+    broken_roots,
+    contact_sheets,
+    doctor,
+    drawn,
+    help_texts,
+    pseudonyms,
+)
+from tests.golden.workbench import (
+    DATA,
+    DECIMAL,
+    RUNS,
+    call,
+    drawing,
+    evaluation,
+    failure,
+    files,
+    merged_model,
+    metrics,
+    numbers_of_report,
+    pixels,
+    plain_text,
+    read,
+    run,
+    sha,
+    table,
+    train,
+    weights,
+)
+from vesselrl.scoring import rewards
+
+TRAINED = (*(name for name, options in RUNS.items() if "frangi" not in options), "frangi")
+PROGRESSES = ("val_before", "val_best", "val_latest", "test_before", "test_after")
+
+
+def splits() -> dict:
+    """Who is on which side, by seed, fold and unit."""
+    names = ("rl", "builtin", "seed 7", "seed 8", "fold", "frame", "people", "start", "split file", "sanity")
+    return {name: read(run(name) / "data_split.json") for name in names}
+
+
+def mask_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Predictions and truths of every kind, drawn here."""
+    tree = draw_mask(1)
+    rng = np.random.default_rng(5)
+    padded = np.pad(tree, 2)
+    moved = np.stack([padded[y : y + 64, x : x + 64] for y in range(1, 4) for x in range(1, 4)])
+    broken = tree.copy()
+    broken[:, [15, 16, 17, 44, 45]] = False
+    pairs = {"perfect": tree, "dilated": moved.any(0), "eroded": moved.all(0), "empty": tree & False}
+    pairs |= {"full": tree | True, "broken": broken, "shifted": np.roll(tree, (2, 3), (0, 1))}
+    pairs |= {"specks": tree | (rng.random(tree.shape) < 0.02), "noise": rng.random(tree.shape) < 0.3}
+    pairs |= {"other": draw_mask(3), "dust": (np.arange(4096) % 700 == 0).reshape(64, 64)}
+    found = {name: (mask, tree) for name, mask in pairs.items()}
+    return found | {"no truth": (tree, tree & False), "both empty": (tree & False, tree & False)}
+
+
+def reward_terms() -> dict:
+    """Every reward with every part of it."""
+    made = {
+        "default": vesselrl.MultiObjectiveReward(),
+        "seed": vesselrl.MultiObjectiveReward(spec="seed"),
+        "weights": rewards.MultiObjectiveReward(0.2, 0.3, 0.4, 0.6, recall_target=0.9, precision_target=0.7),
+        "dice": vesselrl.SimpleDiceReward(),
+        "dice seed": vesselrl.SimpleDiceReward(spec="seed"),
+        "recall": vesselrl.RecallFocusedReward(),
+        "recall seed": rewards.RecallFocusedReward(spec="seed", recall_weight=0.4),
+        "by name": vesselrl.get_reward_function("recall_focused", recall_weight=0.2, recall_target=0.5),
+        "custom": vesselrl.get_reward_function(
+            "simple_dice", custom=lambda pred, gt: pred.mean() - gt.mean(), custom_weight=3.0
+        ),
+    }
+    found: dict[str, Any] = {}
+    for name, reward in made.items():
+        scored = {pair: reward(*masks) for pair, masks in mask_pairs().items()}
+        found[name] = {pair: {"reward": total} | parts for pair, (total, parts) in scored.items()}
+        counts = np.array([[0.0, 5, 30], [0, 4, 9], [0, 0, 12]])
+        found[name]["terms of counts"] = {k: v.tolist() for k, v in reward.overlap_terms(*counts).items()}
+    return found
+
+
+def metric_values() -> dict:
+    """Every metric of the mask pairs, as a second observer is scored."""
+    rng = np.random.default_rng(3)
+    for number, (mask, truth) in enumerate(mask_pairs().values()):
+        for folder, array in (
+            ("images", rng.integers(0, 255, (64, 64))),
+            ("masks", truth * 255),
+            ("other", mask * 255),
+        ):
+            Path(f"pairs/{folder}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(f"pairs/{folder}/{number + 1}.png")
+    options = "--data_root pairs --split all --second_masks pairs/other --output_dir out/pairs"
+    code, _, message = call(f"evaluate {options}")
+    found = evaluation("out/pairs/all_human_agreement")
+    return {"code": code, "message": message, "observer": found, "names": list(mask_pairs())}
+
+
+def masks() -> dict:
+    """What the embedded miniature predicts, with and without post-processing, and `predict`."""
+    call("data draw --root large --num_patients 2 --num_sequences 1 --num_frames 1 --size 256 --seed 3")
+    found: dict[str, Any] = {}
+    paths = sorted(Path("large/images").iterdir()) + sorted(Path("data/images").iterdir())[:2]
+    images = [np.stack([pixels(path)] * 3, -1) if pixels(path).ndim == 2 else pixels(path) for path in paths]
+    for post in ((0.5, 0, 0.0), (0.3, 40, 0.0), (0.5, 20, 0.01), (0.7, 0, 0.05)):
+        predictor = vesselrl.Predictor.from_pretrained(post=vesselrl.PostProcessing(*post))
+        results = [predictor.predict(image) for image in images]
+        found[f"post {post}"] = {
+            "pixels": [int(one.mask.sum()) for one in results],
+            "bits": [sha(one.mask, one.probabilities, one.logits) for one in results],
+        }
+        quantiles = [
+            np.quantile(one.probabilities, (0.05, 0.5, 0.9, 0.99)).round(4).tolist() for one in results
+        ]
+        found["probabilities"] = [
+            [round(float(r.logits.mean()), 3), *q] for r, q in zip(results, quantiles, strict=True)
+        ]
+    merged = (
+        f"--base_model {merged_model()} --lora_weights RUN:embedded --min_component_px 9 --close_gaps 0.02"
+    )
+    ways = {"base": "", "merged": merged, "embedded": "--lora_weights RUN:embedded --threshold 0.4"}
+    ways["people"] = "--prompt Segment"
+    for name, options in ways.items():
+        image = "people/images" if name == "people" else "large/images"
+        code = call(f"predict --image {image} --output_dir out/predicted_{name} {options}")[0]
+        folder = Path(f"out/predicted_{name}")
+        names = files(folder)
+        found[f"predict {name}"] = {"code": code, "files": names} | {
+            "bits": {file: sha(pixels(folder / file)) for file in names if file.endswith(".png")}
+        }
+    return found
+
+
+def training(name: str) -> dict:
+    """Files, settings, figures, scores and weights of a run."""
+    folder = run(name)
+    info, config = read(folder / "training_info.json"), read(folder / "config.json")
+    same = info.pop("args") == config["args"] and info.pop("counts") == config["counts"]
+    findings = [[one["step"], one["code"]] for one in info.pop("findings")]
+    others = files(folder) if name == "rl" else sorted({*files(folder)} ^ {*files(run("rl"))})
+    found = {
+        "files" if name == "rl" else "other files": others,
+        "info": info,
+        "findings": findings,
+        "metrics": metrics(folder),
+    }
+    default = read(run("rl") / "config.json")["args"]
+    args = config["args"] if name == "rl" else {k: v for k, v in config["args"].items() if default[k] != v}
+    found |= {"config": config | {"args": args}, "config is the same in training_info": same}
+    names = PROGRESSES if name in ("sft", "unet") else ("val_best", "test_after")
+    found["scores"] = {
+        one: evaluation(folder / one, full=(name, one) == ("sft", "val_best")) for one in names
+    }
+    found["bits"] = {
+        path.name: weights(path) for path in sorted(folder.iterdir()) if list(path.glob("*.safetensors"))
+    }
+    extra = ("cases/cases.json", "difficulty.json", "frangi.json", "split.json")
+    found |= {one: read(folder / one) for one in extra if (folder / one).is_file()}
+    if (folder / "contact_sheet.png").exists():
+        found["contact sheet"] = sha(pixels(folder / "contact_sheet.png"))
+    return found
+
+
+def resuming() -> dict:
+    """Runs that a reward stopped at one of its calls, and that went on, beside the same runs in one piece."""
+    shared = f"{DATA} --reward_fn golden_reward:score --num_workers 1 --batch_size 1 --learning_rate 0.02"
+    ways = {
+        "two stages": "--stage sft+rl --num_epochs 2 --augment light --lora_dropout 0.1 --curriculum",
+        "constrained": "--objective constrained --dice_floor 0.2 --num_epochs 2",
+        "unet": "--control unet --num_epochs 2",
+    }
+    found = {}
+    for name, options in ways.items():
+        import golden_reward
+
+        golden_reward.calls, golden_reward.last = 0, math.inf
+        whole = train(f"whole {name}", f"{shared} {options}")
+        total = golden_reward.calls
+        golden_reward.calls, golden_reward.last = 0, total * 6 // 10
+        cut = train(f"cut {name}", f"{shared} {options}", code=1)
+        before = {"files": files(cut), "steps": metrics(cut)["step"]}
+        golden_reward.last = math.inf
+        code, _, _ = call(f"train --resume_from {cut}")
+        info = json.loads((cut / "training_info.json").read_text())
+        folders = [path for path in sorted(whole.iterdir()) if list(path.glob("*.safetensors"))]
+        same = {
+            "metrics": metrics(whole) == metrics(cut),
+            "weights": {path.name: weights(path) == weights(cut / path.name) for path in folders},
+            "scores": {one: table(whole / f"{one}.csv") == table(cut / f"{one}.csv") for one in PROGRESSES},
+        }
+        resumed = [one["step"] for one in info["provenance"]["resumed"]]
+        found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
+        found[name] |= {
+            "again": failure(f"train --resume_from {cut}"),
+            "last": {name: column[-1] for name, column in metrics(whole).items()},
+        }
+    found["no run"] = failure("train --resume_from data")
+    return found
+
+
+def evaluating() -> dict:
+    """Every file that `evaluate` writes, in its ways."""
+    shutil.copytree("data/images", "second/images")
+    Path("second/masks").mkdir()
+    for path in Path("data/masks").iterdir():
+        Image.fromarray(np.roll(pixels(path), 1, 0)).save(f"second/masks/{path.name}")
+    ways = {
+        "run": "--lora_weights RUN:sft --tune_post --second_masks second/masks --output_dir out/run",
+        "flips": "--lora_weights RUN:sft --flips --split val --threshold 0.4 --output_dir out/flips",
+        "post": "--lora_weights RUN:post --split train --no_tune --output_dir out/post",
+        "given": "--lora_weights RUN:both/final_lora --min_component_px 5 --close_gaps 0.3 "
+        "--output_dir out/given",
+        "base": f"{DATA} --split_file RUN:fold/data_split.json --base_trained_on all --output_dir out/base",
+        "new split": f"{DATA} --base_model {merged_model()} --split val --output_dir out/new",
+        "in place": "--lora_weights RUN:augment RUN:rl",
+    }
+    found: dict[str, Any] = {}
+    for name, options in ways.items():
+        options = re.sub(r"RUN:(\w+)/data_split", lambda found: f"{run(found[1])}/data_split", options)
+        code, out, message = call(f"evaluate {options}")
+        found[name] = {"code": code, "message": message, "decimals printed": len(DECIMAL.findall(out))}
+        if "--output_dir" not in options:
+            found[name]["report"] = numbers_of_report(run("augment") / "report.md")["html"]
+            continue
+        folder = Path(options.split()[-1])
+        found[name]["files"] = [plain_text(file) for file in files(folder)]
+        for path in sorted(folder.glob("*.json")):
+            if path.with_suffix(".csv").exists():
+                value: Any = evaluation(
+                    path.with_suffix(""), full=name == "run" and path.stem.endswith("_test_best_lora")
+                )
+            else:
+                value = read(path) if name == "run" else list(read(path))
+            found[name][plain_text(path.name)] = value
+        found[name]["report"] = {
+            plain_text(path.name): numbers_of_report(path) for path in folder.glob("*.md")
+        }
+    return found
+
+
+def comparing() -> dict:
+    """Tables of `compare`, with and without a baseline."""
+    names = ("rl", "sft", "both", "unet", "frangi", "embedded")
+    for number, name in enumerate(names):
+        shutil.copytree(run(name), f"compared/sa2va_lora_ppo_20200101_00000{number}", dirs_exist_ok=True)
+    found = {}
+    ways = ("", "--baseline sa2va_lora_ppo_20200101_000002 --rank_by cldice", "--rank_by hd95")
+    for options in ways:
+        with drawing(False):
+            code, out, message = call(f"compare --output_dir compared {options}")
+        folder = Path("compared/comparison")
+        rows = [[cell for cell in row if cell != "STAMP"] for row in table(folder / "comparison.csv")]
+        rows = rows if options != "--rank_by hd95" else [row[:12] for row in rows]
+        found[options] = {"code": code, "message": message, "table": rows, "files": files(folder)}
+        found[options]["decimals printed"] = len(DECIMAL.findall(out))
+        found[options]["ranking"] = re.findall(r"^\| (\d[^|]*) \| \w+_00000(\d) ", out, re.M)
+        found[options]["html"] = numbers_of_report(folder / "comparison.md")["html"]
+    return found
+
+
+def merging() -> dict:
+    """Merged models, their files and what merging says of them."""
+    found: dict[str, Any] = {"keep": {"files": files(merged_model()), "bits": weights(merged_model())}}
+    found["keep"]["dice"] = DECIMAL.findall(Path("merged.txt").read_text())
+    code, out, _ = call(
+        "merge --lora_weights RUN:embedded/final_lora --output_model merged16 --dtype bfloat16"
+    )
+    found["bfloat16"] = {"code": code, "dice": DECIMAL.findall(out)}
+    if Path("merged16").exists():
+        found["bfloat16"] |= {"bits": weights(Path("merged16")), "files": files(Path("merged16"))}
+    return found
+
+
+def reports() -> dict:
+    """Numbers of the reports of runs."""
+    return {name: numbers_of_report(run(name) / "report.md") for name in ("sft", "constrained", "frangi")}
+
+
+ITEMS: dict[str, Callable[[], Any]] = {
+    "rewards": reward_terms,
+    "drawn": drawn,
+    "splits": splits,
+    **{f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED},
+    "reports": reports,
+    "comparing": comparing,
+    "resuming": resuming,
+    "pseudonyms": pseudonyms,
+    "contact_sheets": contact_sheets,
+    "masks": masks,
+    "metric_values": metric_values,
+    "evaluating": evaluating,
+    "merging": merging,
+    "help": help_texts,
+    "doctor": doctor,
+    "bad_input": bad_input,
+    "broken_roots": broken_roots,
+}
