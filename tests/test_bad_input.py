@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from vesselrl.cli import main
 from vesselrl.data.privacy import MAPPING_FILE
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunFolder
+from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
 from vesselrl.training.run_data import prepare_data
 

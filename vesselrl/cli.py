@@ -20,8 +20,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vesselrl.errors import RunError
 from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
-from vesselrl.experiment.runs import RunError
 from vesselrl.options import (
     BenchCaching,
     BenchLearning,
@@ -125,12 +125,13 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(Predict, rest, "predict")
-    from vesselrl.evaluation.run_settings import post_processing, run_folder, run_settings
+    from vesselrl.evaluation.run_settings import post_processing
+    from vesselrl.experiment.run_folder import find_run, run_settings
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
     from vesselrl.models.processing import DEFAULT_PROMPT
 
-    settings = run_settings(run_folder(args.lora_weights))
+    settings = run_settings(find_run(args.lora_weights))
     predictor = Predictor.from_pretrained(
         args.base_model,
         args.lora_weights,
@@ -159,7 +160,8 @@ def run_merge(rest: list[str]) -> int:
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
+    from vesselrl.evaluation.compare import compare_runs
+    from vesselrl.evaluation.finished_runs import find_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)

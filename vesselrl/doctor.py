@@ -236,7 +236,8 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
         )
         return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
     try:
-        from vesselrl.models.config import CheckpointError, read_config
+        from vesselrl.errors import CheckpointError
+        from vesselrl.models.config import read_config
     except ImportError as error:
         return Check("config", "problem", f"cannot be checked: {error}", "Run: bash install_dependencies.sh")
     try:

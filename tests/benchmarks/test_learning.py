@@ -12,8 +12,8 @@ from PIL import Image
 from vesselrl import cli
 from vesselrl.benchmarks.learning import benchmark_learning
 from vesselrl.benchmarks.learning_arms import ARMS
+from vesselrl.errors import RunError
 from vesselrl.evaluation.results import read_evaluation, read_extra
-from vesselrl.experiment.runs import RunError
 from vesselrl.training.resuming import STATE_FILE
 
 TRAINED = [arm.name for arm in ARMS if arm.settings is not None]

@@ -11,9 +11,8 @@ from vesselrl.benchmarks import learning_arms, learning_runner
 from vesselrl.benchmarks.learning_arms import Suite, get_seeds, get_suite
 from vesselrl.benchmarks.learning_data import prepare_suite
 from vesselrl.benchmarks.learning_runner import command, plan_jobs, run_training, train_arm, train_jobs
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError, RunError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunError
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import re
 import pytest
 
 from vesselrl.data.aliases import read_aliases
-from vesselrl.data.errors import DataError
 from vesselrl.data.patients import pseudonyms
+from vesselrl.errors import DataError
 
 NAMES = [
     *[f"zhang_san_frame_{i:06d}" for i in range(3)],

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.polygons import mask_to_polygons
+from vesselrl.errors import DataError
 
 SIZE = (16, 12)  # width, height
 SQUARE = [2, 3, 6, 3, 6, 8, 2, 8]  # rows 3 to 7, columns 2 to 5

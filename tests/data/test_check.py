@@ -15,11 +15,12 @@ from PIL import Image
 
 from tests.data import broken_roots
 from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, Root, draw_mask, expected, faults, write_root
-from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.check import check_data
 from vesselrl.data.findings import CODES, SEVERITIES, DataReport, render
 from vesselrl.data.polygons import mask_to_polygons
 from vesselrl.data.synthetic import TARGET, draw_sequence
+from vesselrl.errors import DataError
 
 PLANTED = [(layout, name) for layout in LAYOUTS for name in faults(layout)]
 # Warnings that follow from a wrong mask beside polygons.

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.annotations import find_samples
 from vesselrl.data.augment import Augmentation, augment, get_augmentation
 from vesselrl.data.dataset import VesselDataset, epoch_order
+from vesselrl.errors import DataError
 
 PIXELS = 12 * 16 * (3 + 1)  # bytes of one image and its mask
 

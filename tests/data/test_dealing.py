@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.data.made_samples import make_samples, patients_of, sides, uneven_sizes
-from vesselrl.data.annotations import DataError
 from vesselrl.data.splits import split_by_patient
+from vesselrl.errors import DataError
 
 
 @pytest.mark.parametrize("stratified", [False, True])

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from vesselrl.data import images
-from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.annotations import find_samples, load_image, load_mask
+from vesselrl.errors import DataError
 
 SIZE = (16, 12)  # width, height
 PERSON = "LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011"

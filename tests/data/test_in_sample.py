@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vesselrl.data.annotations import DataError, Sample
+from vesselrl.data.annotations import Sample
 from vesselrl.data.in_sample import base_trained_on
+from vesselrl.errors import DataError
 
 
 @pytest.fixture

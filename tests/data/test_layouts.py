@@ -13,9 +13,10 @@ from PIL import Image
 from pycocotools import mask as pycocotools_mask
 
 from tests.data.broken_roots import NAMES, draw_mask, write_root
-from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
+from vesselrl.data.annotations import Sample, find_samples, load_image, load_mask
 from vesselrl.data.polygons import rasterise
 from vesselrl.data.run_lengths import encode_mask, read_run_lengths
+from vesselrl.errors import DataError
 
 SIZE = (16, 12)  # width, height
 SQUARE = [[2, 3], [6, 3], [6, 8], [2, 8]]

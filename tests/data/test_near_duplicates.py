@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from vesselrl.data.annotations import DataError, Sample, find_samples, load_image
+from vesselrl.data.annotations import Sample, find_samples, load_image
 from vesselrl.data.near_duplicates import (
     MAX_DISTANCE,
     MIN_CORRELATION,
@@ -19,6 +19,7 @@ from vesselrl.data.near_duplicates import (
 )
 from vesselrl.data.splits import Split, split_by_patient
 from vesselrl.data.synthetic import TARGET, draw_sequence
+from vesselrl.errors import DataError
 
 
 def make_sample(patient, frame=1):

@@ -12,9 +12,9 @@ from tests.data.broken_roots import draw_mask
 from vesselrl.data.annotations import find_samples
 from vesselrl.data.builtin import FULL, SEED, SMALL
 from vesselrl.data.check import check_data
-from vesselrl.data.errors import DataError
 from vesselrl.data.patients import is_impersonal, parse_by_pattern, parse_name, pseudonyms
 from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.errors import DataError
 
 TAIL = "1-2_3_0A1B2C3D_frame_000011"
 

@@ -3,8 +3,8 @@ import pytest
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from vesselrl.data.errors import DataError
 from vesselrl.data.polygons import mask_to_polygons, parse_polygons, rasterise
+from vesselrl.errors import DataError
 
 
 def dice(a, b):

@@ -10,9 +10,9 @@ from fnmatch import fnmatch
 
 import pytest
 
-from vesselrl.data.errors import DataError
 from vesselrl.data.patients import pseudonyms
 from vesselrl.data.privacy import MAPPING_FILE, Numbering
+from vesselrl.errors import DataError
 
 NAMES = [
     f"NAME_{chr(ord('A') + patient)}({1234567890 + patient})_1-{sequence}_3_0A1B2C3D_frame_{frame:06d}"

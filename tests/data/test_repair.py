@@ -13,10 +13,11 @@ from PIL import Image
 
 from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, WHOLE, Root, draw_mask, faults, write_root
 from vesselrl.data import repair
-from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.check import check_data
 from vesselrl.data.findings import DataReport, render
 from vesselrl.data.repair import repair_data
+from vesselrl.errors import DataError
 
 # Faults that leave nothing to mend: the image, or the whole label, cannot be known.
 LOST = {

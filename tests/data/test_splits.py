@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.made_samples import make_samples, patients_of, sides, uneven_sizes
-from vesselrl.data.annotations import DataError, Sample, find_samples
+from vesselrl.data.annotations import Sample, find_samples
 from vesselrl.data.builtin import SMALL, builtin_data
 from vesselrl.data.patients import pseudonyms
 from vesselrl.data.splits import SIDES, Split, read_split, split_by_patient, take, write_split
+from vesselrl.errors import DataError
 
 
 def test_a_split_by_frame_warns_and_is_marked_wherever_it_goes(tmp_path, caplog):

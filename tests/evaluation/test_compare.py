@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from vesselrl.cli import main
-from vesselrl.evaluation.compare import CompareError, Run, compare_runs, find_runs, load_runs
+from vesselrl.errors import CompareError
+from vesselrl.evaluation.compare import compare_runs
+from vesselrl.evaluation.finished_runs import Run, find_runs, load_runs
 from vesselrl.evaluation.report import markdown, write_comparison
 from vesselrl.evaluation.results import write_evaluation
 

@@ -13,15 +13,13 @@ import pytest
 from PIL import Image
 
 from vesselrl.cli import main
-from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.annotations import find_samples
 from vesselrl.data.splits import split_by_patient, write_split
-from vesselrl.evaluation.evaluate import Evaluation, read_evaluation
+from vesselrl.errors import CheckpointError, DataError, RunError
 from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
-from vesselrl.evaluation.results import csv_text
+from vesselrl.evaluation.results import Evaluation, csv_text, read_evaluation
 from vesselrl.experiment.config import get_preset
-from vesselrl.experiment.runs import RunError
 from vesselrl.inference.predictor import Prediction, Predictor
-from vesselrl.models.config import CheckpointError
 from vesselrl.training.train import train
 
 

@@ -9,9 +9,10 @@ import pytest
 from vesselrl.cli import main
 from vesselrl.data.annotations import find_samples
 from vesselrl.data.splits import split_by_patient
-from vesselrl.evaluation.compare import Run, compare_runs
-from vesselrl.evaluation.evaluate import Evaluation, read_evaluation
+from vesselrl.evaluation.compare import compare_runs
+from vesselrl.evaluation.finished_runs import Run
 from vesselrl.evaluation.marks import marks_of
+from vesselrl.evaluation.results import Evaluation, read_evaluation
 
 
 def test_a_clean_side_has_no_mark(angiograms: Path) -> None:

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from sklearn.metrics import f1_score
 
-from vesselrl.data.annotations import DataError, find_samples, load_mask
+from vesselrl.data.annotations import find_samples, load_mask
+from vesselrl.errors import DataError
 from vesselrl.evaluation.observers import observer_agreement, second_observer
 
 # Left and right eye of one child are one patient.

@@ -3,7 +3,8 @@
 import re
 from dataclasses import replace
 
-from vesselrl.evaluation.compare import Run, compare_runs
+from vesselrl.evaluation.compare import compare_runs
+from vesselrl.evaluation.finished_runs import Run
 from vesselrl.evaluation.report import markdown, write_comparison_report
 
 BASE = [0.70, 0.72, 0.60, 0.80, 0.66]

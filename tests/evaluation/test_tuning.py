@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.data.annotations import DataError, find_samples, load_image, load_mask
+from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.splits import Split, read_split
+from vesselrl.errors import DataError
 from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
 from vesselrl.evaluation.results import csv_text, read_evaluation
 from vesselrl.inference.predictor import Prediction, Predictor

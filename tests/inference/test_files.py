@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.cli import main
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError
 from vesselrl.inference.files import find_images, predict_files, write_prediction
 from vesselrl.inference.predictor import Prediction, Predictor
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vesselrl.cli import main
+from vesselrl.errors import CheckpointError
 from vesselrl.inference import merging
 from vesselrl.inference.merging import merge
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models import export
-from vesselrl.models.config import CheckpointError
 from vesselrl.scoring.metrics import dice
 
 MEMORY = "grounding_encoder.sam2_model.maskmem_tpos_enc"

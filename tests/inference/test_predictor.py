@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import ndimage
 
+from vesselrl.errors import CheckpointError
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
-from vesselrl.models.config import CheckpointError
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import upsample
 from vesselrl.scoring.postprocessing import PostProcessing

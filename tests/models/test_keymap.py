@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vesselrl.models.config import CheckpointError, Sa2VAConfig
+from vesselrl.errors import CheckpointError
+from vesselrl.models.config import Sa2VAConfig
 from vesselrl.models.keymap import is_unused, native_names, official_names
 from vesselrl.models.loading import native_state
 from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va

@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from vesselrl.models.config import CheckpointError, Sa2VAConfig
+from vesselrl.errors import CheckpointError
+from vesselrl.models.config import Sa2VAConfig
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import (
     LORA_PRESETS,

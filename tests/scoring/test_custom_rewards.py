@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vesselrl.scoring.rewards import (
-    MultiObjectiveReward,
-    RewardError,
-    SimpleDiceReward,
-    get_reward_function,
-)
+from vesselrl.errors import RewardError
+from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 
 REWARD_TYPES = ("multi_objective", "simple_dice", "recall_focused")
 

@@ -13,7 +13,8 @@ from skimage.morphology import thin
 
 import vesselrl.scoring
 from vesselrl.scoring import backend
-from vesselrl.scoring.topology import METRIC_SPEC, prototype_topology, topology
+from vesselrl.scoring.spec import METRIC_SPEC
+from vesselrl.scoring.topology import prototype_topology, topology
 
 BACKENDS = ("numba", "plain")
 

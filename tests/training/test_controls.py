@@ -12,7 +12,8 @@ from PIL import Image
 
 from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
-from vesselrl.evaluation.compare import compare_runs, load_runs
+from vesselrl.evaluation.compare import compare_runs
+from vesselrl.evaluation.finished_runs import load_runs
 from vesselrl.experiment.config import TrainConfig, get_preset
 from vesselrl.scoring.metrics import dice
 from vesselrl.training.batches import TrainBatch

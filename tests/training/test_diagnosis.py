@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunFolder
+from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.training.diagnosis import (
     FLAT_VALIDATIONS,
     STEP_RULES,

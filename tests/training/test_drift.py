@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, get_preset
 from vesselrl.training import supervised
-from vesselrl.training.checks import LearningError, NotFiniteError
 from vesselrl.training.diagnosis import Finding
 from vesselrl.training.drift import MAX_CORRECTIONS, WINDOW, DriftGuard
 from vesselrl.training.learning_rate import warm_cosine

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vesselrl.errors import LearningError
 from vesselrl.experiment.config import get_preset
 from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
@@ -17,7 +18,6 @@ from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo as ppo_module
 from vesselrl.training.batches import TrainBatch
 from vesselrl.training.checks import (
-    LearningError,
     check_first_ratio,
     check_gradients,
     check_samples_differ,

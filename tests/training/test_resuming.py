@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from vesselrl import cli
+from vesselrl.errors import RunError
 from vesselrl.experiment.config import get_preset
-from vesselrl.experiment.runs import RunError
 from vesselrl.models import export
 from vesselrl.training import drift
 from vesselrl.training import train as training

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from vesselrl.data.annotations import DataError, find_samples
+from vesselrl.data.annotations import find_samples
 from vesselrl.data.splits import Split, write_split
+from vesselrl.errors import DataError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunFolder
+from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.training.run_data import RunData, prepare_data
 
 

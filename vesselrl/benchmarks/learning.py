@@ -43,7 +43,7 @@ from vesselrl.benchmarks.learning_runner import (
     train_jobs,
 )
 from vesselrl.benchmarks.learning_scores import ArmResult, ArmScorer, choose_post, choose_source
-from vesselrl.experiment.runs import check_writable
+from vesselrl.experiment.run_folder import check_writable
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vesselrl.benchmarks.learning_arms import SPLIT_SEED, Suite
-from vesselrl.data.annotations import DataError, Sample, find_samples
+from vesselrl.data.annotations import Sample, find_samples
 from vesselrl.data.builtin import builtin_data
 from vesselrl.data.splits import SIDES, Split, read_split, split_by_patient, take, write_split
+from vesselrl.errors import DataError
 
 SPLIT_FILE = "data_split.json"
 

@@ -8,7 +8,7 @@ from vesselrl.benchmarks.learning_outcome import Outcome
 from vesselrl.benchmarks.learning_runner import Job, read_info
 from vesselrl.evaluation.metric_words import metric_name, with_interval
 from vesselrl.evaluation.results import Evaluation
-from vesselrl.experiment.runs import git_commit
+from vesselrl.experiment.run_folder import git_commit
 
 METRICS = ("dice", "recall", "precision", "cldice", "beta0_error", "length_ratio", "reward")
 HEADER = (

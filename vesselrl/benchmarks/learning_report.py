@@ -13,8 +13,9 @@ from vesselrl.evaluation.charts import svg
 from vesselrl.evaluation.document import Bullets, Chart, Document, Section, Table, Terms, Text, to_markdown
 from vesselrl.evaluation.html import to_html
 from vesselrl.evaluation.metric_words import WORDS, count, metric_name, number, with_interval
-from vesselrl.evaluation.results import Evaluation, write_text
+from vesselrl.evaluation.results import Evaluation
 from vesselrl.evaluation.statistics import Difference
+from vesselrl.experiment.run_folder import write_text
 
 SHOWN = ("dice", "recall", "precision", "cldice", "topology_score", "beta0_error", "beta1_error",
          "length_ratio", "length_error", "reward")  # fmt: skip

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from vesselrl.benchmarks.learning_arms import ARMS, SPLIT_SEED, Arm, Suite
 from vesselrl.benchmarks.learning_data import SuiteData
-from vesselrl.evaluation.results import write_json
+from vesselrl.errors import RunError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunError
+from vesselrl.experiment.run_folder import write_json
 from vesselrl.training.resuming import STATE_FILE
 
 logger = logging.getLogger(__name__)

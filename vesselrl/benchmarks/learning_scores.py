@@ -36,17 +36,11 @@ from vesselrl.evaluation.postprocessing_grid import (
     score_postprocessing,
 )
 from vesselrl.evaluation.predictions import evaluate_masks
-from vesselrl.evaluation.results import (
-    Evaluation,
-    read_evaluation,
-    read_extra,
-    summarise,
-    write_evaluation,
-    write_json,
-)
+from vesselrl.evaluation.results import Evaluation, read_evaluation, read_extra, summarise, write_evaluation
 from vesselrl.evaluation.statistics import patient_means
 from vesselrl.evaluation.thresholds import CurvePoint, ThresholdCurve, counts_by_threshold, threshold_curve
 from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.run_folder import write_json
 from vesselrl.scoring.metrics import score_mask
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward

@@ -26,7 +26,6 @@ import numpy as np
 
 from vesselrl.data.coco import coco_files, is_coco, list_coco, read_coco_files
 from vesselrl.data.entries import Entry, Listing, Outlines, read_json
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import Findings
 from vesselrl.data.folder_pairs import expected_layouts, list_pairs
 from vesselrl.data.images import read_mask, read_rgb, read_size
@@ -37,6 +36,7 @@ from vesselrl.data.privacy import MAPPING_FILE
 from vesselrl.data.record_list import FILE as ANNOTATIONS
 from vesselrl.data.record_list import list_records
 from vesselrl.data.run_lengths import RunLengths
+from vesselrl.errors import DataError
 
 __all__ = ["DataError", "Sample", "find_samples", "load_image", "load_mask", "rasterise"]
 

@@ -27,11 +27,11 @@ from vesselrl.data.annotations import (
     read_outlines,
 )
 from vesselrl.data.entries import LABEL_ENDINGS, Entry, FileNames, Listing
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import DataReport, Finding, Findings
 from vesselrl.data.images import read_rgb, read_traits
 from vesselrl.data.patients import Pseudonym
 from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.errors import DataError
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
 

@@ -21,10 +21,10 @@ from vesselrl.data.entries import (
     read_json,
     written_size,
 )
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import Findings
 from vesselrl.data.polygons import OnError, Size, describe, read_outline
 from vesselrl.data.run_lengths import read_run_lengths
+from vesselrl.errors import DataError
 
 NAME = "COCO"
 _NAMES = ["coco", "_annotations.coco", "annotations", "instances", "instances_default"]

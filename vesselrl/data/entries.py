@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from vesselrl.data.errors import DataError
 from vesselrl.data.patients import Pseudonym, is_impersonal
 from vesselrl.data.polygons import OnError, Size
 from vesselrl.data.run_lengths import RunLengths
+from vesselrl.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
 # Folders of raster labels, the first that exists is read; DRIVE's `mask/` is the field of view, not a label.

@@ -24,8 +24,8 @@ from vesselrl.data.entries import (
     list_images,
     without_drive_ending,
 )
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import Findings
+from vesselrl.errors import DataError
 
 NAME = "image and mask files"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError
 
 # What Pillow raises for files that are broken in one way or another.
 _BROKEN = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from vesselrl.data.annotations import Sample
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

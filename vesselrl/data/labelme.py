@@ -26,10 +26,10 @@ from vesselrl.data.entries import (
     read_json,
     written_size,
 )
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import Findings
 from vesselrl.data.images import decode_mask
 from vesselrl.data.polygons import OnError, Size, describe, mask_to_polygons, read_outline
+from vesselrl.errors import DataError
 
 NAME = "LabelMe"
 OPEN_SHAPES = ("point", "points", "line", "linestrip")

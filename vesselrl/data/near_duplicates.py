@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from vesselrl.data.annotations import Sample
-from vesselrl.data.errors import DataError
 from vesselrl.data.splits import SIDES, Split
+from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

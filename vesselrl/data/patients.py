@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from vesselrl.data.aliases import join_persons, read_aliases
-from vesselrl.data.errors import DataError
 from vesselrl.data.numbering import FileIdentity, number_files
 from vesselrl.data.privacy import Numbering, derive_salt, read_numbering, write_numbering
+from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

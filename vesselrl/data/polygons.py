@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import find_contours
 
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError
 
 Size = tuple[int, int]  # width, height
 OnError = Callable[[DataError], None]

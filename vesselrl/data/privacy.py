@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vesselrl.data.errors import DataError
+from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

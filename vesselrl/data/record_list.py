@@ -17,9 +17,9 @@ from vesselrl.data.entries import (
     path_below_images,
     written_size,
 )
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import Findings
 from vesselrl.data.polygons import OnError, Size, parse_polygons
+from vesselrl.errors import DataError
 
 FILE = "annotations.json"
 

@@ -31,13 +31,13 @@ from PIL import Image
 from vesselrl.data.annotations import list_entries, load_mask, name_patients
 from vesselrl.data.check import check_entry, check_listing
 from vesselrl.data.entries import Entry, FileNames
-from vesselrl.data.errors import DataError
 from vesselrl.data.findings import CODES, DataReport, Finding, Findings
 from vesselrl.data.images import read_rgb, read_size, threshold_mask
 from vesselrl.data.patients import Pseudonym
 from vesselrl.data.polygons import mask_to_polygons, resize_mask
 from vesselrl.data.privacy import MAPPING_FILE
 from vesselrl.data.record_list import FILE
+from vesselrl.errors import DataError
 
 TEXT = "blood vessel"  # where a record has none
 _REWRITTEN_IMAGES = {"rotated_image", "sixteen_bit_image", "alpha_image"}

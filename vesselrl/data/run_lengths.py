@@ -9,8 +9,8 @@ from types import ModuleType
 
 import numpy as np
 
-from vesselrl.data.errors import DataError
 from vesselrl.data.polygons import Size, describe
+from vesselrl.errors import DataError
 
 
 @dataclass(frozen=True)

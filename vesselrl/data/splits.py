@@ -22,8 +22,8 @@ from pathlib import Path, PurePath
 
 from vesselrl.data.annotations import Sample
 from vesselrl.data.dealing import Group, deal, deal_fold
-from vesselrl.data.errors import DataError
 from vesselrl.data.patients import person_of
+from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

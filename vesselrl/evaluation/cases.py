@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.evaluation.results import write_text
+from vesselrl.experiment.run_folder import write_text
 from vesselrl.scoring.metrics import dice
 from vesselrl.scoring.overlay import topology_errors
 

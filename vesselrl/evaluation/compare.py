@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vesselrl.errors import CompareError
 from vesselrl.evaluation.decision import adjust_for_runs, choose, gain_of
-from vesselrl.evaluation.finished_runs import CompareError, Run, check_comparable, find_runs, load_runs
+from vesselrl.evaluation.finished_runs import Run, check_comparable, find_runs, load_runs
 from vesselrl.evaluation.results import (
     LOWER_IS_BETTER,
     NO_DIRECTION,

@@ -36,9 +36,9 @@ from vesselrl.evaluation.results import (
     read_evaluation,
     read_extra,
     set_mismatch,
-    write_text,
 )
 from vesselrl.evaluation.thresholds import read_sweep
+from vesselrl.experiment.run_folder import write_text
 
 PATIENT_METRICS = ("dice", "cldice", "recall", "precision")
 HOW_TO_READ = (

@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vesselrl.errors import CompareError
 from vesselrl.evaluation.results import Evaluation, read_evaluation, set_mismatch
 
 logger = logging.getLogger(__name__)
 
 HUMAN_FILE = "test_human_agreement.json"
-
-
-class CompareError(ValueError):
-    """The runs cannot be compared; the message says which and why. The command ends with exit code 2."""
 
 
 @dataclass(frozen=True)

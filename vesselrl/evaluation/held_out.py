@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
+from vesselrl.data.annotations import Sample, find_samples, load_image, load_mask
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.check import foreground_shares
 from vesselrl.data.in_sample import base_trained_on
 from vesselrl.data.splits import Split, read_split, split_by_patient
+from vesselrl.errors import DataError, RunError
 from vesselrl.evaluation.evaluation_report import write_evaluation_report
 from vesselrl.evaluation.flips import with_flips
 from vesselrl.evaluation.marks import marks_of
@@ -40,12 +41,12 @@ from vesselrl.evaluation.predictions import (
     predict_once,
     unpacked,
 )
-from vesselrl.evaluation.results import Evaluation, read_extra, write_evaluation, write_json
+from vesselrl.evaluation.results import Evaluation, read_extra, write_evaluation
 from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.run_settings import make_reward, post_processing, run_folder, run_settings
+from vesselrl.evaluation.run_settings import make_reward, post_processing
 from vesselrl.evaluation.tuning import Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
-from vesselrl.experiment.runs import RunError, check_writable
+from vesselrl.experiment.run_folder import check_writable, find_run, run_settings, write_json
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -151,7 +152,7 @@ def evaluate_held_out(
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if plan.lora_weights:
         check_adapter(adapter_folder(Path(plan.lora_weights)))
-    run = run_folder(plan.lora_weights)
+    run = find_run(plan.lora_weights)
     settings = run_settings(run)
     folder, name = result_place(plan, run)
     check_writable(folder)

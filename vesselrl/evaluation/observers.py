@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vesselrl.data.annotations import DataError, Sample, load_mask
+from vesselrl.data.annotations import Sample, load_mask
 from vesselrl.data.images import read_size
 from vesselrl.data.splits import relative_paths
+from vesselrl.errors import DataError
 from vesselrl.evaluation.predictions import evaluate_masks
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.scoring.rewards import Reward

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vesselrl.evaluation.charts import Estimate, interval_figure, svg
-from vesselrl.evaluation.compare import Comparison, gain_of
+from vesselrl.evaluation.compare import Comparison
+from vesselrl.evaluation.decision import gain_of
 from vesselrl.evaluation.document import (
     Block,
     Bullets,
@@ -22,7 +23,8 @@ from vesselrl.evaluation.document import (
 )
 from vesselrl.evaluation.html import to_html
 from vesselrl.evaluation.metric_words import WORDS, count, metric_name, number, with_interval
-from vesselrl.evaluation.results import csv_text, write_text
+from vesselrl.evaluation.results import csv_text
+from vesselrl.experiment.run_folder import write_text
 
 CHARTED = ("dice", "cldice")  # beside the metric that ranks
 NO_VALUE = "-"

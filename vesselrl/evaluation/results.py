@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from vesselrl.evaluation.statistics import (
     paired_difference,
     patient_means,
 )
+from vesselrl.experiment.run_folder import write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
@@ -260,11 +260,6 @@ def write_evaluation(
     return json_path, csv_path
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write strict JSON as `write_text` does; nan becomes null, infinity is a ValueError."""
-    write_text(path, json.dumps(_nan_to_none(document), indent=1, allow_nan=False) + "\n")
-
-
 def read_evaluation(path: Path) -> Evaluation:
     """Read what `write_evaluation` wrote; the summary and the hashes are computed anew from the rows.
 
@@ -325,17 +320,6 @@ def _read_document(path: Path) -> dict[str, Any]:
             f"{path} is not an evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again."
         )
     return document
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all: temporary file, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

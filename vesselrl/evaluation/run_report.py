@@ -37,8 +37,9 @@ from vesselrl.evaluation.report_sections import (
     threshold_section,
 )
 from vesselrl.evaluation.result_sections import result_sections, summary_sentences
-from vesselrl.evaluation.results import Evaluation, read_evaluation, read_extra, set_mismatch, write_text
+from vesselrl.evaluation.results import Evaluation, read_evaluation, read_extra, set_mismatch
 from vesselrl.evaluation.thresholds import read_sweep
+from vesselrl.experiment.run_folder import write_text
 
 STEP_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 # Files that a later evaluation of the best adapter leaves in the run's folder `evaluation`, and what their

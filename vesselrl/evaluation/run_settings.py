@@ -1,31 +1,10 @@
 """What a run was trained with: its folder, its settings, its reward and how its masks are made."""
 
 import importlib
-import json
-from pathlib import Path
 
-from vesselrl.data.annotations import DataError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import CustomReward, Reward, get_reward_function
-
-
-def run_folder(lora_weights: str | None) -> Path | None:
-    """The run an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
-    if lora_weights is None:
-        return None
-    folder = Path(lora_weights)
-    return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
-
-
-def run_settings(run: Path | None) -> dict:
-    """The settings that a run was trained with; empty without a run."""
-    if run is None or not (run / "config.json").exists():
-        return {}
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise DataError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None
 
 
 def post_processing(

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.entries import IMAGE_SUFFIXES
-from vesselrl.data.errors import DataError
 from vesselrl.data.images import read_rgb
 from vesselrl.data.patients import is_impersonal, names_a_person, pseudonyms
 from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.errors import DataError
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.overlay import overlay
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vesselrl.errors import CheckpointError
 from vesselrl.inference.predictor import Predictor, adapter_folder
-from vesselrl.models.config import CheckpointError
 from vesselrl.models.export import copy_with_weights
 from vesselrl.models.loading import EMBEDDED, load_sa2va
 from vesselrl.models.lora import load_adapter, merge_adapter

@@ -12,16 +12,14 @@ from pathlib import Path
 
 from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
 
+from vesselrl.errors import CheckpointError
+
 SAM2_SIDECAR = "sam2_config.json"
 _TRANSFORMER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _NEEDED = {
     "vision_config": (*_TRANSFORMER, "image_size", "patch_size"),
     "llm_config": (*_TRANSFORMER, "num_key_value_heads", "vocab_size"),
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)

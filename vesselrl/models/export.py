@@ -1,6 +1,5 @@
 """Native models to folders in the official Sa2VA layout."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vesselrl.models.config import SAM2_SIDECAR, CheckpointError, Sa2VAConfig
+from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import write_json
+from vesselrl.models.config import SAM2_SIDECAR, Sa2VAConfig
 from vesselrl.models.keymap import is_unused, native_names, official_names, point_row
 from vesselrl.models.loading import shard_files
 from vesselrl.models.sa2va import Sa2VA
@@ -119,10 +120,3 @@ def save_tensors(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Writes a JSON file that appears only when complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

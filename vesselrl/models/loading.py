@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from vesselrl.models.config import CheckpointError, Sa2VAConfig, Sam2Dimensions, read_config, read_json
+from vesselrl.errors import CheckpointError
+from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions, read_config, read_json
 from vesselrl.models.keymap import is_unused, native_names, point_row
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA

@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vesselrl.models.config import CheckpointError, read_json
+from vesselrl.errors import CheckpointError
+from vesselrl.models.config import read_json
 from vesselrl.models.folded_lora import fold_adapters
 from vesselrl.models.sa2va import Sa2VA
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from vesselrl.experiment.run_folder import write_json
 from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions
-from vesselrl.models.export import save_sa2va, write_json
+from vesselrl.models.export import save_sa2va
 from vesselrl.models.sa2va import Sa2VA
 
 _SPECIAL = (

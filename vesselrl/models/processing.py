@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from vesselrl.models.config import CheckpointError, Sa2VAConfig
+from vesselrl.errors import CheckpointError
+from vesselrl.models.config import Sa2VAConfig
 
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)

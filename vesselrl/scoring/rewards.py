@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vesselrl.errors import RewardError
 from vesselrl.scoring.masks import as_mask_pair
 from vesselrl.scoring.metrics import (
     check_topology,
@@ -50,10 +51,6 @@ PRECISION_WEIGHT = 0.75
 
 # custom(pred, gt) -> number, both masks bool (H, W)
 CustomReward = Callable[[np.ndarray, np.ndarray], float]
-
-
-class RewardError(ValueError):
-    """A custom reward function failed, or returned something that is not a finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from vesselrl.experiment.runs import RunError
+from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.models.lora import adapter_parameters
 
 RATIO_TOLERANCE = 1e-4
 # Only the hyper-network of the chosen candidate mask receives a gradient.
 _CANDIDATE = re.compile(r"output_hypernetworks_mlps\.(\d)\.")
-
-
-class LearningError(RunError):
-    """The run is not learning; the message says what was found and what to change."""
-
-
-class NotFiniteError(LearningError):
-    """A loss or a gradient is nan or infinite; the weights are still those of before this update."""
 
 
 def check_first_ratio(ratio_gap: float, kl: float) -> None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vesselrl.data.annotations import Sample, load_image, load_mask
+from vesselrl.errors import LearningError
 from vesselrl.evaluation.thresholds import counts_by_threshold, threshold_curve
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training.batches import TrainBatch
-from vesselrl.training.checks import LearningError
 from vesselrl.training.control_models import SIGMAS, Frangi, UNet, vesselness
 from vesselrl.training.learner import Learner, Update
 from vesselrl.training.supervised import SupervisedSteps

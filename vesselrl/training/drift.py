@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.training.batches import TrainBatch
-from vesselrl.training.checks import LearningError, NotFiniteError, check_finite_gradients
+from vesselrl.training.checks import check_finite_gradients
 from vesselrl.training.diagnosis import Finding, comparable
 from vesselrl.training.history import History
 from vesselrl.training.learner import Learner, Update

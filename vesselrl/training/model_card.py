@@ -4,9 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from vesselrl.data.synthetic import SOURCE, TARGET, Domain, draw_sequence
-from vesselrl.evaluation.evaluate import Evaluation, evaluate
-from vesselrl.experiment.runs import file_sha256, git_commit
+from vesselrl.data.angiogram import Domain
+from vesselrl.data.synthetic import SOURCE, TARGET, draw_sequence
+from vesselrl.evaluation.evaluate import evaluate
+from vesselrl.evaluation.results import Evaluation
+from vesselrl.experiment.run_folder import file_sha256, git_commit
 from vesselrl.inference.predictor import Predictor
 from vesselrl.training.pretrain import IMAGE_PX, PretrainPlan
 

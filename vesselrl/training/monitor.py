@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vesselrl.experiment.runs import RunFolder
+from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.training.diagnosis import Diagnosis, Finding
 
 logger = logging.getLogger(__name__)

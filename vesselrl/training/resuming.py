@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vesselrl.experiment.runs import RunError
+from vesselrl.errors import RunError
 from vesselrl.models.export import save_tensors
 from vesselrl.training.feature_store import tensor_hash
 from vesselrl.training.run_data import RunData

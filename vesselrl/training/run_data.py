@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vesselrl.data.annotations import DataError, Sample, find_samples, load_image, load_mask
+from vesselrl.data.annotations import Sample, find_samples, load_image, load_mask
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.builtin import FULL, SMALL, builtin_data
 from vesselrl.data.check import check_data
@@ -21,10 +21,10 @@ from vesselrl.data.findings import CODES, DataReport
 from vesselrl.data.in_sample import base_trained_on
 from vesselrl.data.near_duplicates import check_near_duplicates
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.errors import DataError
 from vesselrl.evaluation.marks import marks_of
-from vesselrl.evaluation.run_settings import run_folder
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
-from vesselrl.experiment.runs import RunFolder
+from vesselrl.experiment.run_folder import RunFolder, find_run
 from vesselrl.training.batches import BatchSource
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
     Raises:
         DataError: too few patients, near duplicates on two sides, or options that contradict that run.
     """
-    start = run_folder(config.init_lora)
+    start = find_run(config.init_lora)
     if config.split_file is not None:
         split = replace(read_split(config.split_file, samples), doubts=())  # those of another training
     elif start is not None:

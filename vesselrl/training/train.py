@@ -23,20 +23,20 @@ from rich.console import Console
 
 from vesselrl.data.annotations import Sample
 from vesselrl.data.dataset import VesselDataset
+from vesselrl.errors import LearningError
 from vesselrl.evaluation.cases import Case, choose_cases, write_cases
-from vesselrl.evaluation.evaluate import Evaluation, before_after_table, evaluate, write_evaluation
+from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import plot_curves, plot_panels
-from vesselrl.evaluation.results import evaluation_from_json
+from vesselrl.evaluation.results import Evaluation, before_after_table, evaluation_from_json, write_evaluation
 from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.run_settings import make_reward, post_processing, run_settings
+from vesselrl.evaluation.run_settings import make_reward, post_processing
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.runs import RunFolder, provenance
+from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
 from vesselrl.models.lora import check_scope
 from vesselrl.scoring.rewards import Reward
-from vesselrl.scoring.topology import METRIC_SPEC
+from vesselrl.scoring.spec import METRIC_SPEC
 from vesselrl.training.batches import BatchSource
-from vesselrl.training.checks import LearningError
 from vesselrl.training.control_learners import FrangiLearner, UNetLearner
 from vesselrl.training.diagnosis import Diagnosis
 from vesselrl.training.learner import AdapterLearner, Learner

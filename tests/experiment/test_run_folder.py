@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vesselrl.experiment import runs
-from vesselrl.experiment.runs import (
-    RunError,
+from vesselrl.errors import RunError
+from vesselrl.experiment import run_folder as runs
+from vesselrl.experiment.run_folder import (
     RunFolder,
     check_writable,
     file_sha256,

@@ -8,9 +8,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from vesselrl.errors import RunError
 
 PREFIX = "sa2va_lora_ppo_"
 _PACKAGES = (
@@ -23,10 +28,6 @@ _PACKAGES = (
     "opencv-python-headless",
     "scikit-image",
 )
-
-
-class RunError(RuntimeError):
-    """A run folder cannot be made or written; the message names it and what to do."""
 
 
 class RunFolder:
@@ -69,16 +70,10 @@ class RunFolder:
         """Deletes the folder, for a run that failed before its first result."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def write_json(self, name: str, values: dict) -> Path:
-        """Writes a JSON file that appears only when complete; nan and infinity become null."""
+    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+        """Writes a JSON file of the run; see the function `write_json`."""
         path = self.path / name
-        partial = path.with_name(f".{name}.partial")
-        text = json.dumps(strict(values), indent=2, allow_nan=False) + "\n"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_json(path, values)
         return path
 
     @property
@@ -86,10 +81,63 @@ class RunFolder:
         """One JSON object per line, with the step that it belongs to."""
         return self.path / "metrics.jsonl"
 
-    def append_metrics(self, values: dict) -> None:
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
+
+
+def find_run(lora_weights: str | Path | None) -> Path | None:
+    """The run an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
+    if lora_weights is None:
+        return None
+    folder = Path(lora_weights)
+    return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
+
+
+def run_settings(run: Path | None) -> dict[str, Any]:
+    """The flat settings that a run was trained with; empty without a run.
+
+    Raises:
+        RunError: its config.json is damaged.
+    """
+    if run is None or not (run / "config.json").exists():
+        return {}
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise RunError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file or folder to, which takes its place when the block ends.
+
+    After an error nothing of it is left, and what `path` held before stays. The folder of `path` is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has."""
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes a JSON file that appears only when complete; nan and infinity become null."""
+    write_text(path, json.dumps(strict(values), indent=2, allow_nan=False) + "\n")
 
 
 def check_writable(folder: Path) -> None:
@@ -107,7 +155,7 @@ def check_writable(folder: Path) -> None:
 
 def strict(value: object) -> object:
     """The value with every nan and infinity replaced by None, so that any JSON reader takes it."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): strict(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [strict(v) for v in value]

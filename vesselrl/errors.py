@@ -1,0 +1,39 @@
+"""The errors that input, machine or settings can cause; the command line prints them in one line."""
+
+
+class DataError(ValueError):
+    """A fault in the data: one line that says what is wrong, what was found and what to do.
+
+    Messages name an image by its pseudonym or its place in a list, because file names carry patient names.
+
+    Attributes:
+        code: the kind of fault, one word of `vesselrl.data.findings.CODES`.
+    """
+
+    def __init__(self, message: str, code: str = "unusable"):
+        super().__init__(message)
+        self.code = code
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file and what to do."""
+
+
+class RewardError(ValueError):
+    """A custom reward function failed, or returned something that is not a finite number."""
+
+
+class CompareError(ValueError):
+    """The runs cannot be compared; the message says which and why. The command ends with exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be made, read or written; the message names it and what to do."""
+
+
+class LearningError(RunError):
+    """The run is not learning; the message says what was found and what to change."""
+
+
+class NotFiniteError(LearningError):
+    """A loss or a gradient is nan or infinite; the weights are still those of before this update."""
