@@ -52,23 +52,10 @@ def model_folder(tmp_path: Path) -> Path:
     (folder / "merges.txt").write_text("#version: 0.2\n")
     write(folder / "tokenizer_config.json", {})
     write(folder / "added_tokens.json", {"<IMG_CONTEXT>": 350, "[SEG]": 357})
-    vision = {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "image_size": 56,
-        "patch_size": 14,
-    }
-    llm = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 112,
-        "vocab_size": 362,
-    }
+    vision = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    vision |= {"image_size": 56, "patch_size": 14}
+    llm = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 3}
+    llm |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112, "vocab_size": 362}
     write(folder / "config.json", {"vision_config": vision, "llm_config": llm})
     return folder
 
@@ -102,34 +89,44 @@ def test_a_complete_model_folder_is_ok(model_folder: Path) -> None:
     checks = doctor.check_model(model_folder)
     assert [check.status for check in checks] == ["ok", "ok", "ok"], doctor.format_report(checks)
     assert "2 files, 7 tensors" in find(checks, "weights").detail
-    assert doctor.exit_code(checks) == 0
 
 
-def test_a_missing_shard_is_named(model_folder: Path) -> None:
-    (model_folder / "model-00002-of-00002.safetensors").unlink()
-    check = find(doctor.check_model(model_folder), "weights")
-    assert check.status == "problem"
-    assert "model-00002-of-00002.safetensors is missing" in check.detail
-
-
-def test_a_truncated_shard_is_named(model_folder: Path) -> None:
-    shard = model_folder / "model-00001-of-00002.safetensors"
+def truncate(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
-    check = find(doctor.check_model(model_folder), "weights")
+
+
+def change_hidden_size(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["llm_config"]["hidden_size"] = 6144
+    write(path, config)
+
+
+FAULTS = {
+    "missing shard": ("weights", "model-00002-of-00002.safetensors", Path.unlink, "is missing"),
+    "cut shard": ("weights", "model-00001-of-00002.safetensors", truncate, "is broken or cut short"),
+    "shard of another model": (
+        "weights",
+        "model-00001-of-00002.safetensors",
+        lambda path: save_file({"something.else": np.zeros(3, np.float32)}, path),
+        "lacks 3 tensors of the index, first vision_model.",
+    ),
+    "damaged index": ("weights", doctor.INDEX, lambda path: path.write_text("{"), "cannot be read"),
+    "config of another model": (
+        "config", "config.json", change_hidden_size, "llm_config.hidden_size is 6144, the tensors say 64",
+    ),
+    "no [SEG]": (
+        "tokenizer", "added_tokens.json", lambda path: write(path, {"<IMG_CONTEXT>": 350}), "[SEG]",
+    ),
+} | {f"no {name}": ("tokenizer", name, Path.unlink, name) for name in doctor.TOKENIZER_FILES}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_of_the_model_folder_is_named(model_folder: Path, kind: str) -> None:
+    name, file, spoil, said = FAULTS[kind]
+    spoil(model_folder / file)
+    check = find(doctor.check_model(model_folder), name)
     assert check.status == "problem"
-    assert "model-00001-of-00002.safetensors is broken or cut short" in check.detail
-
-
-def test_a_shard_of_another_model_is_noticed(model_folder: Path) -> None:
-    shard = model_folder / "model-00001-of-00002.safetensors"
-    save_file({"something.else": np.zeros(3, np.float32)}, shard)
-    check = find(doctor.check_model(model_folder), "weights")
-    assert "lacks 3 tensors of the index, first vision_model." in check.detail
-
-
-def test_an_index_that_is_no_json_is_a_problem_not_a_crash(model_folder: Path) -> None:
-    (model_folder / doctor.INDEX).write_text("{")
-    assert find(doctor.check_model(model_folder), "weights").status == "problem"
+    assert said in check.detail
 
 
 def test_a_single_file_needs_no_index(model_folder: Path) -> None:
@@ -145,8 +142,7 @@ def test_without_config_the_shapes_are_reported(model_folder: Path) -> None:
     check = find(doctor.check_model(model_folder), "config")
     assert check.status == "problem"
     assert check.detail.startswith("no config.json")
-    for name, value in INFERRED.items():
-        assert f"{name} {value}" in check.detail
+    assert [name for name, value in INFERRED.items() if f"{name} {value}" not in check.detail] == []
 
 
 def test_fields_are_inferred_from_shapes() -> None:
@@ -164,39 +160,15 @@ def test_inferred_fields_agree_with_a_real_config(shared_folder: Path) -> None:
         assert config[section][field] == value, name
 
 
-def test_a_config_of_another_model_is_a_problem(model_folder: Path) -> None:
-    config = json.loads((model_folder / "config.json").read_text())
-    config["llm_config"]["hidden_size"] = 6144
-    write(model_folder / "config.json", config)
-    check = find(doctor.check_model(model_folder), "config")
-    assert check.status == "problem"
-    assert "llm_config.hidden_size is 6144, the tensors say 64" in check.detail
-
-
-@pytest.mark.parametrize("name", doctor.TOKENIZER_FILES)
-def test_a_missing_tokenizer_file_is_named(model_folder: Path, name: str) -> None:
-    (model_folder / name).unlink()
-    check = find(doctor.check_model(model_folder), "tokenizer")
-    assert check.status == "problem"
-    assert name in check.detail
-
-
-def test_a_tokenizer_without_seg_is_a_problem(model_folder: Path) -> None:
-    write(model_folder / "added_tokens.json", {"<IMG_CONTEXT>": 350})
-    check = find(doctor.check_model(model_folder), "tokenizer")
-    assert check.status == "problem"
-    assert "[SEG]" in check.detail
-
-
 def test_a_folder_that_does_not_exist_is_one_problem(tmp_path: Path) -> None:
     checks = doctor.check_model(tmp_path / "nowhere")
     assert [check.status for check in checks] == ["problem"]
 
 
 def test_packages_are_compared_with_pins(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = dict.fromkeys(doctor.PACKAGES, "1.0") | {"torch": "2.13.0+cpu"}
+    installed = dict.fromkeys(doctor.required_packages(), "1.0") | {"torch": "2.13.0+cpu"}
     monkeypatch.setattr(doctor.metadata, "version", lambda name: look_up(installed, name))
-    pins = dict.fromkeys(doctor.PACKAGES, "1.0") | {"torch": "2.13.0"}
+    pins = dict.fromkeys(installed, "1.0") | {"torch": "2.13.0"}
     assert doctor.check_packages(pins).status == "ok"
 
     installed["peft"] = "0.9"
@@ -219,7 +191,7 @@ def look_up(installed: dict[str, str], name: str) -> str:
 def test_the_packages_are_those_of_pyproject_and_all_pinned(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     pins = doctor.read_pins(repository / "constraints.txt")
-    assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(doctor.PACKAGES)
+    assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == doctor.required_packages()
     wanted = [
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
@@ -282,5 +254,3 @@ def test_the_report_has_one_line_per_check_and_problems_set_the_exit_code() -> N
     lines = doctor.format_report(checks).splitlines()
     assert len(lines) == 3
     assert lines[2].endswith("broken -> Mend it.")
-    assert doctor.exit_code(checks) == 1
-    assert doctor.exit_code(checks[:2]) == 0

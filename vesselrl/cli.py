@@ -5,7 +5,6 @@ needs it, so that `--help` is instant.
 """
 
 import inspect
-import json
 import logging
 import os
 import sys
@@ -21,22 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vesselrl.errors import RunError
+from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
-from vesselrl.options import (
-    BenchCaching,
-    BenchLearning,
-    BenchScoring,
-    Compare,
-    DataCheck,
-    DataDraw,
-    DataShow,
-    Doctor,
-    Evaluate,
-    Merge,
-    Predict,
-    Pretrain,
-    Resume,
-)
+from vesselrl.experiment.run_folder import find_run, run_settings
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.held_out import HeldOutResult
@@ -93,13 +79,13 @@ def run_train(rest: list[str]) -> int:
     """
     argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
     if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
-        folder = Path(parse(Resume, rest, "train").resume_from)
+        folder = Path(parse(options.Resume, rest, "train").resume_from)
         from vesselrl.training.train import resume
 
         print_result(resume(folder, argv, bars))
         return 0
-    preset, options = take_preset(rest)
-    config = parse(TrainConfig, options, "train", get_preset(preset) if preset else None)
+    preset, others = take_preset(rest)
+    config = parse(TrainConfig, others, "train", get_preset(preset) if preset else None)
     from vesselrl.training.train import train
 
     print_result(train(config, argv, bars))
@@ -108,28 +94,25 @@ def run_train(rest: list[str]) -> int:
 
 def run_evaluate(rest: list[str]) -> int:
     """Score models on held-out patients."""
-    args = parse(Evaluate, rest, "evaluate")
-    from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
+    args = parse(options.Evaluate, rest, "evaluate")
+    from vesselrl.evaluation.held_out import evaluate_held_out
 
     failed = False
     for weights in args.lora_weights or (None,):
-        shared = {k: v for k, v in vars(args).items() if k not in ("lora_weights", "split")}
-        plan = EvaluationPlan(lora_weights=weights, side=args.split, **shared)
         with bar("evaluating") as progress:
-            result = evaluate_held_out(plan, progress)
-        print_evaluation(f"{weights or 'untouched base'}, {args.split}", args.threshold, result)
+            result = evaluate_held_out(args, weights, progress)
+        print_evaluation(f"{weights or 'base model'}, {args.split}", args.threshold, result)
         failed |= result.evaluation.too_many_failed
     return int(failed)
 
 
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
-    args = parse(Predict, rest, "predict")
-    from vesselrl.evaluation.run_settings import post_processing
-    from vesselrl.experiment.run_folder import find_run, run_settings
+    args = parse(options.Predict, rest, "predict")
     from vesselrl.inference.files import predict_files
     from vesselrl.inference.predictor import Predictor
     from vesselrl.models.processing import DEFAULT_PROMPT
+    from vesselrl.scoring.postprocessing import post_processing
 
     settings = run_settings(find_run(args.lora_weights))
     predictor = Predictor.from_pretrained(
@@ -147,7 +130,7 @@ def run_predict(rest: list[str]) -> int:
 
 def run_merge(rest: list[str]) -> int:
     """Write a merged copy of the model and verify it."""
-    args = parse(Merge, rest, "merge")
+    args = parse(options.Merge, rest, "merge")
     from vesselrl.inference.merging import merge
 
     done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
@@ -159,7 +142,7 @@ def run_merge(rest: list[str]) -> int:
 
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
-    args = parse(Compare, rest, "compare")
+    args = parse(options.Compare, rest, "compare")
     from vesselrl.evaluation.compare import compare_runs
     from vesselrl.evaluation.finished_runs import find_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
@@ -180,7 +163,7 @@ def run_data(rest: list[str]) -> int:
 
 def check_data_set(rest: list[str]) -> int:
     """Look at every record, image and mask."""
-    args = parse(DataCheck, rest, "data check")
+    args = parse(options.DataCheck, rest, "data check")
     from vesselrl.data.check import check_data
     from vesselrl.data.findings import render
     from vesselrl.data.repair import repair_data
@@ -194,7 +177,7 @@ def check_data_set(rest: list[str]) -> int:
 
 def show_data_set(rest: list[str]) -> int:
     """Write a contact sheet."""
-    args = parse(DataShow, rest, "data show")
+    args = parse(options.DataShow, rest, "data show")
     from vesselrl.data.contact_sheet import write_contact_sheet
 
     path = write_contact_sheet(**vars(args))
@@ -204,7 +187,7 @@ def show_data_set(rest: list[str]) -> int:
 
 def draw_data_set(rest: list[str]) -> int:
     """Draw a synthetic data set."""
-    args = parse(DataDraw, rest, "data draw")
+    args = parse(options.DataDraw, rest, "data draw")
     from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset
 
     domain = {"source": SOURCE, "target": TARGET}[args.domain]
@@ -214,71 +197,14 @@ def draw_data_set(rest: list[str]) -> int:
     return 0
 
 
-def run_bench(rest: list[str]) -> int:
-    """Measure: speed of this machine (scoring, caching), PPO against its controls (learning)."""
-    parts = {"scoring": bench_scoring, "caching": bench_caching, "learning": bench_learning}
-    return run_part("bench", parts, rest)
-
-
-def bench_scoring(rest: list[str]) -> int:
-    """Time the scoring engine against a naive one."""
-    args = parse(BenchScoring, rest, "bench scoring")
-    from vesselrl.benchmarks.scoring import benchmark_scoring, format_scoring
-
-    result = benchmark_scoring(size=args.size, num_rounds=args.num_rounds)
-    print(json.dumps(result, indent=1) if args.json else format_scoring(result))
-    return int(not result["passed"])
-
-
-def bench_caching(rest: list[str]) -> int:
-    """Time training with and without keeping what frozen parts computed."""
-    args = parse(BenchCaching, rest, "bench caching")
-    from vesselrl.benchmarks.caching import benchmark_caching, format_caching
-    from vesselrl.data.annotations import find_samples
-    from vesselrl.data.builtin import builtin_data
-    from vesselrl.data.splits import take
-
-    samples = take(find_samples(args.data_root or builtin_data("output")), args.num_images)
-    result = benchmark_caching(samples, num_rounds=args.num_rounds)
-    print(json.dumps(result, indent=1) if args.json else format_caching(result))
-    return int(not all(row["same_losses"] for row in result.values()))
-
-
-def bench_learning(rest: list[str]) -> int:
-    """Train PPO and its controls, and judge whether it beats them."""
-    args = parse(BenchLearning, rest, "bench learning")
-    from vesselrl.benchmarks.learning import benchmark_learning
-
-    options = {"reduced": args.reduced, "workers": args.workers, "data_root": args.data_root}
-    argv = ["vesselrl", "bench", "learning", *rest]
-    result = benchmark_learning(args.suite, args.seeds, Path(args.output_dir), **options, argv=argv)
-    print("\n".join(result.verdicts))
-    print(f"Written: {', '.join(map(str, result.files))}")
-    for name, error in result.failures.items():
-        print(f"error: {name} failed: {error}", file=sys.stderr)
-    return int(bool(result.failures))
-
-
 def run_doctor(rest: list[str]) -> int:
     """Check machine, packages, model folder and data."""
-    args = parse(Doctor, rest, "doctor")
-    from vesselrl.doctor import diagnose, exit_code, format_report
+    args = parse(options.Doctor, rest, "doctor")
+    from vesselrl.doctor import diagnose, format_report
 
     checks = diagnose(args.base_model, args.data_root, args.output_dir)
     print(format_report(checks))
-    return exit_code(checks)
-
-
-def run_pretrain(rest: list[str]) -> int:
-    """Rebuild the embedded miniature model."""
-    args = parse(Pretrain, rest, "pretrain")
-    from vesselrl.training.model_card import write_model_card
-    from vesselrl.training.pretrain import PretrainPlan, pretrain_miniature
-
-    plan = PretrainPlan(num_steps=args.num_steps, seed=args.seed)
-    pretrain_miniature(Path(args.output_model), plan)
-    console.print(f"Model card: {write_model_card(Path(args.output_model), plan)}")
-    return 0
+    return int(any(check.status == "problem" for check in checks))
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
@@ -289,8 +215,6 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": run_predict,
     "merge": run_merge,
     "compare": run_compare,
-    "bench": run_bench,
-    "pretrain": run_pretrain,
 }
 
 

@@ -7,37 +7,31 @@ needs them, so that a broken installation is reported instead of crashing the re
 import json
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from vesselrl.errors import CheckpointError
+
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = tuple(
-    "accelerate imagehash jinja2 matplotlib monai numba numpy opencv-python-headless peft pillow rich"
-    " safetensors scikit-image scipy tensorboard tokenizers torch transformers tyro".split()
-)
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
 INDEX = "model.safetensors.index.json"
 GB = 1e9
+INSTALL = "Run: bash install_dependencies.sh"
+COPY = "Copy the missing or broken files from the source again."
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at, one word.
-        status: "ok", "warning" (works, with a limit) or "problem" (will fail).
-        detail: what was found.
-        todo: what to do about it; empty when there is nothing to do.
-    """
+    """One line of the report: what was looked at, what was found and what to do about it, if anything."""
 
     name: str
-    status: Literal["ok", "warning", "problem"]
+    status: Literal["ok", "warning", "problem"]  # a warning works, with a limit
     detail: str
     todo: str = ""
 
@@ -47,13 +41,7 @@ def diagnose(
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
 ) -> list[Check]:
-    """Run every check that applies.
-
-    Args:
-        model_path: checkpoint folder; None leaves the model checks out (the built-in miniature is used then).
-        data_root: folder with images and annotations; None leaves the data check out.
-        output_dir: where runs will be written; need not exist yet.
-    """
+    """Runs every check that applies; no model or no data leaves its checks out."""
     checks = [check_python(), check_packages(), check_processor(), check_gpu(), check_disk(Path(output_dir))]
     if model_path is not None:
         checks += check_model(Path(model_path))
@@ -74,28 +62,16 @@ def format_report(checks: list[Check]) -> str:
     )
 
 
-def exit_code(checks: list[Check]) -> int:
-    """1 when any check found a problem, else 0; warnings do not count."""
-    return int(any(check.status == "problem" for check in checks))
-
-
-# ---- The machine
-
-
 def check_python() -> Check:
     """Python's version and the platform."""
     return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def check_packages(pins: dict[str, str] | None = None) -> Check:
-    """Compare the installed packages with their pins.
-
-    Args:
-        pins: version by package name; None reads constraints.txt of the clone, if there is one.
-    """
+    """Compares the installed packages with their pins, by default those of the clone's constraints.txt."""
     pins = read_pins(ROOT / "constraints.txt") if pins is None else pins
-    missing, other = [], []
-    for name in PACKAGES:
+    missing, other, required = [], [], required_packages()
+    for name in required:
         try:
             # A local label such as +cpu names the build, not another version.
             installed = metadata.version(name).split("+")[0]
@@ -104,12 +80,17 @@ def check_packages(pins: dict[str, str] | None = None) -> Check:
             continue
         if installed != pins.get(name, installed):
             other.append(f"{name} {installed} (pinned {pins[name]})")
-    install = "Run: bash install_dependencies.sh"
     if missing:
-        return Check("packages", "problem", f"missing: {', '.join(missing)}", install)
+        return Check("packages", "problem", f"missing: {', '.join(missing)}", INSTALL)
     if other:
-        return Check("packages", "warning", f"not the tested versions: {', '.join(other)}", install)
-    return Check("packages", "ok", f"{len(PACKAGES)} packages" + (", all as pinned" if pins else ""))
+        return Check("packages", "warning", f"not the tested versions: {', '.join(other)}", INSTALL)
+    return Check("packages", "ok", f"{len(required)} packages" + (", all as pinned" if pins else ""))
+
+
+def required_packages() -> list[str]:
+    """Names of the packages that this version of vesselrl depends on, without extras."""
+    lines = metadata.requires("vesselrl") or ()
+    return sorted(re.split(r"[^\w.-]", line)[0] for line in lines if "extra ==" not in line)
 
 
 def read_pins(path: Path) -> dict[str, str]:
@@ -127,9 +108,7 @@ def check_processor() -> Check:
     try:
         import torch
     except ImportError as error:
-        return Check(
-            "processor", "problem", f"torch cannot be imported: {error}", "Run: bash install_dependencies.sh"
-        )
+        return Check("processor", "problem", f"torch cannot be imported: {error}", INSTALL)
     return Check("processor", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
 
 
@@ -140,15 +119,12 @@ def check_gpu() -> Check:
     except ImportError:
         return Check("gpu", "warning", "unknown, torch cannot be imported")
     if not torch.cuda.is_available():
-        todo = (
-            "The miniature runs on the CPU; an 8B model needs a GPU and a CUDA build (see CONTRIBUTING.md)."
-        )
+        todo = "The miniature runs on the CPU; an 8B model needs a GPU and a CUDA build (CONTRIBUTING.md)."
         return Check("gpu", "warning", f"none that torch {torch.__version__} can use", todo)
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     found = ", ".join(f"{device.name} with {device.total_memory / GB:.0f} GB" for device in devices)
-    return Check(
-        "gpu", "ok", f"{found}; bf16 {'works' if torch.cuda.is_bf16_supported() else 'is not supported'}"
-    )
+    bf16 = "works" if torch.cuda.is_bf16_supported() else "is not supported"
+    return Check("gpu", "ok", f"{found}; bf16 {bf16}")
 
 
 def check_disk(output_dir: Path) -> Check:
@@ -163,38 +139,25 @@ def check_disk(output_dir: Path) -> Check:
     if free < 1:
         return Check("disk", "problem", detail, "Free some space or choose another --output_dir.")
     if free < 20:
-        return Check(
-            "disk", "warning", detail, "Enough for adapters; a merged 8B model in bf16 takes 16.4 GB."
-        )
+        return Check("disk", "warning", detail, "Enough for adapters; a merged 8B in bf16 takes 16.4 GB.")
     return Check("disk", "ok", detail)
-
-
-# ---- The model folder
 
 
 def check_model(folder: Path) -> list[Check]:
     """Whether a checkpoint folder is complete: weights, config.json and tokenizer. No tensor is loaded."""
     if not folder.is_dir():
-        return [
-            Check(
-                "model", "problem", f"{folder} does not exist", "Give --model_path a Sa2VA checkpoint folder."
-            )
-        ]
+        todo = "Give --model_path a Sa2VA checkpoint folder."
+        return [Check("model", "problem", f"{folder} does not exist", todo)]
     weights, shapes = check_weights(folder)
     return [weights, check_config(folder, shapes), check_tokenizer(folder)]
 
 
 def check_weights(folder: Path) -> tuple[Check, Shapes]:
-    """Open the header of every safetensors file and compare it with the index.
-
-    Returns:
-        The check, and the shapes of all tensors that could be read, by official name.
-    """
-    copy = "Copy the missing or broken files from the source again."
+    """Opens the header of every safetensors file, compares it with the index, and returns the shapes too."""
     try:
         listed = _read_index(folder)
     except (ValueError, OSError) as error:
-        return Check("weights", "problem", f"{INDEX} cannot be read: {error}", copy), {}
+        return Check("weights", "problem", f"{INDEX} cannot be read: {error}", COPY), {}
     files = sorted(set(listed.values()) or {path.name for path in folder.glob("model*.safetensors")})
     if not files:
         todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
@@ -213,20 +176,14 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
             faults.append(f"{name} lacks {len(lost)} tensors of the index, first {lost[0]}")
         shapes |= found
     if faults:
-        return Check(
-            "weights", "problem", f"{len(faults)} of {len(files)} files: {'; '.join(faults)}", copy
-        ), shapes
+        found = f"{len(faults)} of {len(files)} files: {'; '.join(faults)}"
+        return Check("weights", "problem", found, COPY), shapes
     size = sum((folder / name).stat().st_size for name in files) / GB
     return Check("weights", "ok", f"{len(files)} files, {len(shapes)} tensors, {size:.2f} GB"), shapes
 
 
 def check_config(folder: Path, shapes: Shapes) -> Check:
-    """Whether config.json describes a model that vesselrl can build; if not, what the tensors tell.
-
-    Args:
-        folder: the checkpoint folder.
-        shapes: shape by official tensor name, from `check_weights`.
-    """
+    """Whether config.json describes a model that vesselrl can build; if not, what the tensor shapes tell."""
     if not (folder / "config.json").is_file():
         fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
         known = f" The tensor shapes say: {fields}." if fields else ""
@@ -236,10 +193,9 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
         )
         return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
     try:
-        from vesselrl.errors import CheckpointError
         from vesselrl.models.config import read_config
     except ImportError as error:
-        return Check("config", "problem", f"cannot be checked: {error}", "Run: bash install_dependencies.sh")
+        return Check("config", "problem", f"cannot be checked: {error}", INSTALL)
     try:
         config = read_config(folder)
     except CheckpointError as error:
@@ -256,17 +212,13 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
         if values.get(name, seen) != seen
     ]
     if wrong:
-        return Check(
-            "config", "problem", "; ".join(wrong), "This config.json belongs to another model; replace it."
-        )
+        todo = "This config.json belongs to another model; replace it."
+        return Check("config", "problem", "; ".join(wrong), todo)
     return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
 def infer_config(shapes: Shapes) -> dict[str, int]:
-    """The fields of config.json that tensor shapes determine.
-
-    Args:
-        shapes: shape by official tensor name.
+    """The fields of config.json that tensor shapes determine, from the shapes by official tensor name.
 
     >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
     {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
@@ -306,9 +258,8 @@ def check_tokenizer(folder: Path) -> Check:
         return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
     absent = [token for token in SPECIAL_TOKENS if token not in known]
     if absent:
-        return Check(
-            "tokenizer", "problem", f"does not know {', '.join(absent)}", f"This is no Sa2VA's. {copy}"
-        )
+        detail = f"does not know {', '.join(absent)}"
+        return Check("tokenizer", "problem", detail, f"This is no Sa2VA's. {copy}")
     return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")
 
 
@@ -338,9 +289,6 @@ def _read_shapes(path: Path) -> Shapes:
         raise ValueError(f"{path.name} is broken or cut short ({error})") from None
 
 
-# ---- The data
-
-
 def check_data(data_root: Path) -> Check:
     """Whether all images and labels can be read, and how many patients and sequences there are."""
     from vesselrl.data.check import check_data as check_every_record
@@ -353,7 +301,7 @@ def check_data(data_root: Path) -> Check:
     counts = report.counts
     detail = "{images} images, {sequences} sequences, {patients} patients".format(**counts)
     if counts["patients"] < 3:
-        todo = "Each side needs a patient of its own; add patients, or see `vesselrl data check --help`."
+        todo = "Each subset needs a patient of its own; add patients, or see `vesselrl data check --help`."
         return Check("data", "problem", detail, todo)
     if warnings := report.of("warning"):
         return Check("data", "warning", f"{detail}, {len(warnings)} warnings: {warnings[0].message}", todo)

@@ -173,50 +173,6 @@ class DataShow:
 
 
 @dataclass(frozen=True)
-class BenchScoring:
-    """Time the scoring engine against a naive one, in one process."""
-
-    # Side of the masks in px.
-    size: int = 512
-    # Rounds that the median is taken over.
-    num_rounds: int = 5
-    # Print the figures as JSON.
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class BenchCaching:
-    """Time a training epoch with and without keeping what frozen parts of the model computed."""
-
-    # Data set; none: the built-in synthetic angiograms.
-    data_root: str | None = None
-    # Images in an epoch.
-    num_images: int = 12
-    # Rounds that the median is taken over.
-    num_rounds: int = 3
-    # Print the figures as JSON.
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class BenchLearning:
-    """Train PPO and all its controls on one data split, and judge on test patients whether it beats them."""
-
-    # Images, sizes and schedule; see docs/bench-learning.md.
-    suite: Literal["synthetic", "coronary80", "chase_db1"] = "synthetic"
-    # Trainings per arm; the seeds are 42, 43, ...
-    seeds: int = 3
-    # Few images: to see the whole way in minutes, not to claim anything.
-    reduced: bool = False
-    # Trainings at a time, one thread each.
-    workers: int = 2
-    # Finished arms are kept here and not trained again.
-    output_dir: str = "output/bench_learning"
-    # Data set of the suite; none: ../shared/data/SUITE, or the built-in synthetic angiograms.
-    data_root: str | None = None
-
-
-@dataclass(frozen=True)
 class Doctor:
     """Look at machine, packages, model folder and data before a long run."""
 
@@ -226,15 +182,3 @@ class Doctor:
     data_root: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
-
-
-@dataclass(frozen=True)
-class Pretrain:
-    """Rebuild the embedded miniature from random weights on the synthetic source domain."""
-
-    # New checkpoint folder.
-    output_model: str
-    # Training steps.
-    num_steps: int = 500
-    # Of weights, images and order.
-    seed: int = 0

@@ -1,0 +1,75 @@
+"""Proof that core tests can fail: breaks the code on purpose, one line at a time, and wants a red test each.
+
+    python tests/breaks.py            all breaks of tests/breaks.json
+    python tests/breaks.py clip gae   those whose name holds one of the words
+
+Each break is made in a copy of the repository. The command prints one line per break and exits with 1 when a
+test stays green, or when the line to break is not there exactly once.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "tests" / "breaks.json"
+COPIED = ("vesselrl", "tests", "benchmarks", "docs", "pyproject.toml")
+
+
+def copy_repository(folder: Path) -> None:
+    """Copies what the tests need; real data beside the clone stays reachable."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder)
+    if (shared := ROOT.parent / "shared").is_dir():
+        (folder.parent / "shared").symlink_to(shared)
+
+
+def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
+    """Runs tests in the copy, with the copy's package."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def try_break(entry: dict[str, str]) -> str:
+    """Makes one break and returns what happened: red, or why that is no proof."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "clone"
+        folder.mkdir()
+        copy_repository(folder)
+        file = folder / entry["file"]
+        text = file.read_text(encoding="utf-8")
+        if text.count(entry["old"]) != 1:
+            return f"the line stands {text.count(entry['old'])} times in {entry['file']}, it must stand once"
+        file.write_text(text.replace(entry["old"], entry["new"]), encoding="utf-8")
+        done = run_tests(folder, [entry["test"]])
+        if done.returncode == 1:
+            return "red"
+        return f"pytest ended with {done.returncode}: {' '.join(done.stdout.splitlines()[-1:])}"
+
+
+def main(words: list[str]) -> int:
+    """Tries the breaks that hold one of the words, all without words; 1 when one is not noticed."""
+    entries = json.loads(LIST.read_text(encoding="utf-8"))
+    chosen = [entry for entry in entries if not words or any(word in entry["name"] for word in words)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(try_break, chosen))
+    for entry, result in zip(chosen, results, strict=True):
+        print(f"{'red  ' if result == 'red' else 'GREEN'} {entry['name']}: {entry['test']}", end="")
+        print("" if result == "red" else f" ({result})")
+    num_red = sum(result == "red" for result in results)
+    print(f"{num_red} of {len(results)} breaks turned a test red")
+    return int(num_red < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
