@@ -1,4 +1,4 @@
-"""Judges a JUnit report: were enough tests run, and is every skip one that was agreed on?"""
+"""Judges JUnit reports: were enough tests run, and is every skip one that was agreed on?"""
 
 import argparse
 import sys
@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 
-def read_report(path: Path) -> tuple[int, int, list[str]]:
+def read_reports(paths: list[Path]) -> tuple[int, int, list[str]]:
     """Count passed and failed tests, and collect the reasons of those skipped."""
     passed, failed, reasons = 0, 0, []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
+    for case in (case for path in paths for case in ElementTree.parse(path).getroot().iter("testcase")):
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             failed += 1
@@ -36,14 +36,14 @@ def read_allowed(path: Path, shared_present: bool) -> tuple[str, ...]:
 def main() -> int:
     """Print what is wrong with the report, then its counts; 1 when anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path)
+    parser.add_argument("reports", type=Path, nargs="+")
     parser.add_argument("--floor", type=int, required=True)
     parser.add_argument("--reasons", type=Path, required=True)
     parser.add_argument("--shared", choices=("present", "absent"), required=True)
     options = parser.parse_args()
 
     try:
-        passed, failed, reasons = read_report(options.report)
+        passed, failed, reasons = read_reports(options.reports)
     except (OSError, ElementTree.ParseError) as error:
         print(f"CI: there is no report of the tests ({error}); they did not run to the end.", file=sys.stderr)
         return 1
