@@ -64,11 +64,10 @@ def is_loopback(host: str) -> bool:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random miniature Sa2VA in the official layout, for 64-px images; tests must not write into it."""
-    from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
+    from vesselrl.models.miniature import random_sa2va, write_miniature
 
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    config = miniature_config(DEBUG_SAM2)
-    write_miniature(folder, config, random_sa2va(config, seed=3))
+    write_miniature(folder, random_sa2va(seed=3))
     return folder
 
 

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vesselrl.cli import main
-from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
-from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
-from vesselrl.training.run_data import prepare_data
+from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniature
+from vesselrl.training.setup import prepare_data
 
 # Name and ID of the people in the `angiograms` fixture.
 PERSON = re.compile(r"ZHANG|SAN[A-J]|123456789\d")
@@ -220,7 +220,7 @@ def test_all_masks_empty(refused: Refused, data: Path) -> None:
 def test_some_masks_empty_is_a_warning(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for path in sorted((data / "masks").iterdir())[:3]:
         save_mask(path, np.zeros((64, 64), bool))
-    prepared = prepare_data(TrainConfig(data_root=str(data)), RunFolder.create(tmp_path))
+    prepared = prepare_data(TrainConfig.from_dict({"data_root": str(data)}), RunFolder.create(tmp_path))
     assert prepared.counts["found"] == 20
     assert "data check: empty mask: 3" in caplog.text
     assert not PERSON.search(caplog.text)
@@ -288,8 +288,9 @@ def test_adapter_of_another_base_model(
     refused: Refused, finished_run: Path, tmp_path: Path, kind: str
 ) -> None:
     changes, words = OTHER_BASES[kind]
-    config = miniature_config(dataclasses.replace(DEBUG_SAM2, **changes))
-    write_miniature(tmp_path / "other", config, random_sa2va(config))
+    sam2 = dataclasses.replace(DEBUG_CONFIG.sam2, **changes)
+    config = dataclasses.replace(DEBUG_CONFIG, sam2=sam2)
+    write_miniature(tmp_path / "other", random_sa2va(config=config))
     line = refused(model_path=tmp_path / "other", init_lora=finished_run / "final_lora")
     assert str(finished_run / "final_lora") in line
     assert words in line
@@ -368,7 +369,7 @@ def test_a_setting_out_of_range_is_wrong_usage(capsys: pytest.CaptureFixture, tm
 
 
 def test_wandb_is_asked_for_and_absent(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vesselrl.training.monitor.find_spec", lambda name: None)
+    monkeypatch.setattr("vesselrl.training.logging.find_spec", lambda name: None)
     assert "--use_wandb needs the package wandb" in refused(use_wandb=True)
 
 

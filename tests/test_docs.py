@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from vesselrl.training.goals import Goals
 
 import vesselrl
 from vesselrl import cli
-from vesselrl.data.annotations import find_samples, load_mask
+from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.scoring.rewards import MultiObjectiveReward
-from vesselrl.training.goals import Goals
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from vesselrl.cli import main
-from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.data.pseudonyms import MAPPING_FILE
 
 # Made up, in every pattern that exports use; the words and numbers occur nowhere else.
 NAMES = ("QUIRINIUS_XANTHOPOULOS", "欧阳娜娜", "Brünhilde Zwölfender", "Ylva^Qvarnström")

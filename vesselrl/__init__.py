@@ -15,7 +15,7 @@ _HOME = {
     "RecallFocusedReward": "vesselrl.scoring.rewards",
     "SimpleDiceReward": "vesselrl.scoring.rewards",
     "get_reward_function": "vesselrl.scoring.rewards",
-    "load_sa2va": "vesselrl.models.loading",
+    "load_sa2va": "vesselrl.models.checkpoint",
 }
 
 __all__ = [

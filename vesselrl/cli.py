@@ -109,8 +109,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
-    from vesselrl.inference.files import predict_files
-    from vesselrl.inference.predictor import Predictor
+    from vesselrl.inference.predictor import Predictor, predict_files
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
@@ -131,7 +130,7 @@ def run_predict(rest: list[str]) -> int:
 def run_merge(rest: list[str]) -> int:
     """Write a merged copy of the model and verify it."""
     args = parse(options.Merge, rest, "merge")
-    from vesselrl.inference.merging import merge
+    from vesselrl.inference.merge import merge
 
     done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
     console.print(
@@ -143,8 +142,7 @@ def run_merge(rest: list[str]) -> int:
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(options.Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs
-    from vesselrl.evaluation.finished_runs import find_runs, load_runs
+    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)
@@ -178,9 +176,11 @@ def check_data_set(rest: list[str]) -> int:
 def show_data_set(rest: list[str]) -> int:
     """Write a contact sheet."""
     args = parse(options.DataShow, rest, "data show")
-    from vesselrl.data.contact_sheet import write_contact_sheet
+    from vesselrl.data.dataset import write_contact_sheet
+    from vesselrl.synthetic.dataset import builtin_data
 
-    path = write_contact_sheet(**vars(args))
+    chosen = {"data_root": args.data_root or builtin_data("output"), "stratified": args.data_root is not None}
+    path = write_contact_sheet(**vars(args) | chosen)
     console.print(f"Written: {path}")
     return 0
 
@@ -188,7 +188,7 @@ def show_data_set(rest: list[str]) -> int:
 def draw_data_set(rest: list[str]) -> int:
     """Draw a synthetic data set."""
     args = parse(options.DataDraw, rest, "data draw")
-    from vesselrl.data.synthetic import SOURCE, TARGET, write_dataset
+    from vesselrl.synthetic.dataset import SOURCE, TARGET, write_dataset
 
     domain = {"source": SOURCE, "target": TARGET}[args.domain]
     root = write_dataset(Path(args.root), domain, args.num_patients, args.num_sequences, args.num_frames,
@@ -259,8 +259,7 @@ def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> None:
     """Patient means with intervals as asked for, as tuned, and of a second observer."""
-    from vesselrl.evaluation.evaluation_report import TUNED_FILES
-    from vesselrl.evaluation.metric_words import masks_in_words
+    from vesselrl.evaluation.words import TUNED_FILES, masks_in_words
 
     columns = {f"threshold {threshold:g}": (result.evaluation, result.path)}
     choices = result.tuning.choices if result.tuning else {}
@@ -275,8 +274,8 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
         texts = (f"{s['patient_mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" if s else "" for s in scores)
         table.add_row(metric, *texts)
     console.print(table)
-    for mark in result.evaluation.marks:
-        console.print(f"[bold]{mark}[/bold]")
+    for caveat in result.evaluation.caveats.values():
+        console.print(f"[bold]{caveat}[/bold]")
     summary = result.evaluation.summary
     console.print(
         f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
@@ -287,8 +286,8 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
 
 def print_result(result: "TrainResult") -> None:
     """Before and after on validation and test patients."""
-    for mark in result.marks:
-        console.print(f"[bold]{mark}[/bold]")
+    for caveat in result.caveats:
+        console.print(f"[bold]{caveat}[/bold]")
     for title, rows in (("validation", result.validation), ("test", result.test)):
         if not rows:
             continue

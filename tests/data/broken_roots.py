@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as pycocotools_mask
 
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import mask_to_polygons, rasterise
-from vesselrl.data.run_lengths import encode_mask
 
 SIDE = 64
 PERSONS = ("LI_MING", "ZHAO_WEI", "WANG_FANG", "CHEN_JING")
@@ -22,6 +22,7 @@ NAMES = tuple(
 POLYGON_LAYOUTS = ("annotations", "nested", "labelme", "coco")
 PAIR_LAYOUTS = ("masks", "drive", "chase", "dca1")
 LAYOUTS = (*POLYGON_LAYOUTS, "rle", "both", *PAIR_LAYOUTS)
+RECORD_LISTS = ("annotations", "nested", "both")
 # Image and label of each image in the layouts of pairs.
 PAIRS = {
     "masks": [(f"images/{name}.png", f"masks/{name}_mask.png") for name in NAMES],
@@ -45,6 +46,21 @@ def draw_mask(number: int, side: int = SIDE) -> np.ndarray:
     return mask | ((distance > 8) & (distance < 12))
 
 
+def encode_mask(mask: np.ndarray) -> dict:
+    """A mask as the compressed run lengths of pycocotools."""
+    rle = pycocotools_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def flat_polygons(mask: np.ndarray) -> list[list[float]]:
+    return [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
+
+
+def labelme_shapes(polygons: list[list[float]]) -> list[dict]:
+    points = [[polygon[k : k + 2] for k in range(0, len(polygon), 2)] for polygon in polygons]
+    return [{"label": "artery", "shape_type": "polygon", "points": pairs} for pairs in points]
+
+
 @dataclass
 class Root:
     """A data root on disk, and how to change it."""
@@ -60,34 +76,28 @@ class Root:
 
     def place(self, number: int) -> str:
         """How findings name the record of an image; the names are in the order of the alphabet or not."""
-        if self.layout in ("annotations", "nested", "both"):
+        if self.layout in RECORD_LISTS:
             return f"annotations.json record {number}"
         if self.layout in ("coco", "rle"):
             return f"coco.json image {number}"
         order = 5 if number == 4 else sorted(NAMES).index(NAMES[number]) + 1
-        if self.layout == "labelme":
-            return f"json/ file {order} in name order"
-        if self.layout == "masks":
-            return f"images/ file {order} in name order"
+        if self.layout in ("labelme", "masks"):
+            return f"{'json' if self.layout == 'labelme' else 'images'}/ file {order} in name order"
         shown = self.image(number).relative_to(self.path).as_posix()
         return shown if is_impersonal(Path(shown).stem) else f"images/ file {number + 1} in name order"
 
     @property
     def file(self) -> Path:
-        return self.path / (
-            "annotations.json" if self.layout in ("annotations", "nested", "both") else "coco.json"
-        )
+        return self.path / ("annotations.json" if self.layout in RECORD_LISTS else "coco.json")
 
     def change(self, number: int, change: Callable[[dict], object]) -> None:
         """Changes the record, the LabelMe file, or the image of a COCO file."""
+        file = self.path / "json" / f"{NAMES[number]}.json" if self.layout == "labelme" else self.file
+        content = json.loads(file.read_text())
         if self.layout == "labelme":
-            file = self.path / "json" / f"{NAMES[number]}.json"
-            content = target = json.loads(file.read_text())
+            change(content)
         else:
-            file = self.file
-            content = json.loads(file.read_text())
-            target = content[number] if isinstance(content, list) else content["images"][number]
-        change(target)
+            change(content[number] if isinstance(content, list) else content["images"][number])
         file.write_text(json.dumps(content))
 
     def set_label(self, number: int, polygons: list[list[float]]) -> None:
@@ -98,22 +108,14 @@ class Root:
             added = [{"image_id": number, "category_id": 1, "segmentation": polygons}] if polygons else []
             self.file.write_text(json.dumps(content | {"annotations": [*others, *added]}))
         elif self.layout == "labelme":
-            shapes = [
-                {
-                    "label": "artery",
-                    "shape_type": "polygon",
-                    "points": [p[k : k + 2] for k in range(0, len(p), 2)],
-                }
-                for p in polygons
-            ]
-            self.change(number, lambda content: content.update(shapes=shapes))
+            self.change(number, lambda content: content.update(shapes=labelme_shapes(polygons)))
         else:
             mask = [[polygon] for polygon in polygons] if self.layout == "nested" else polygons
             self.change(number, lambda c: c.update(mask=mask, text=["blood vessel"] * len(mask)))
 
     def polygons(self, number: int) -> list[list[float]]:
         """The sound outlines of an image."""
-        return [polygon.ravel().tolist() for polygon in mask_to_polygons(draw_mask(number))]
+        return flat_polygons(draw_mask(number))
 
 
 def write_root(path: Path, layout: str) -> Root:
@@ -128,14 +130,12 @@ def write_root(path: Path, layout: str) -> Root:
             root.mask(number).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw_mask(number).astype(np.uint8) * 255).save(root.mask(number))
     files = [f"{name}.png" for name in NAMES]
-    if layout in ("annotations", "nested", "both"):
+    if layout in RECORD_LISTS:
         root.file.write_text(json.dumps([{"image": file} for file in files]))
     elif layout in ("coco", "rle"):
         images = [{"id": k, "file_name": file, "width": SIDE, "height": SIDE} for k, file in enumerate(files)]
-        annotations = [
-            {"image_id": k, "category_id": 1, "segmentation": encode_mask(draw_mask(k))} for k in range(4)
-        ]
-        annotations = annotations if layout == "rle" else []
+        annotations = [{"image_id": k, "category_id": 1, "segmentation": encode_mask(draw_mask(k))}
+                       for k in range(4) if layout == "rle"]  # fmt: skip
         root.file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": []}))
     elif layout == "labelme":
         (path / "json").mkdir()
@@ -217,8 +217,18 @@ def declare(root: Root, number: int, width: int, height: int, factor: float) -> 
     root.change(number, lambda content: content.update(zip(names, (width, height), strict=True)))
 
 
+def break_runs(root: Root, number: int) -> None:
+    content = json.loads(root.file.read_text())
+    content["annotations"][number]["segmentation"]["counts"] = [SIDE * SIDE - 1]
+    root.file.write_text(json.dumps(content))
+
+
 def add_polygon(*polygon: float) -> Callable[[Root, int], None]:
     return lambda root, number: root.set_label(number, [*root.polygons(number), list(polygon)])
+
+
+def text(value: object) -> Callable[[Root, int], None]:
+    return lambda root, number: root.change(number, lambda content: content.update(text=value))
 
 
 WHOLE = [0, 0, SIDE, 0, SIDE, SIDE, 0, SIDE]
@@ -234,12 +244,6 @@ OUTLINE_FAULTS = {
     "all foreground": (lambda root, k: root.set_label(k, [WHOLE]), "all_foreground"),
     "duplicate record": (double_record, "duplicate_record"),
 }
-
-
-def text(value: object) -> Callable[[Root, int], None]:
-    return lambda root, number: root.change(number, lambda content: content.update(text=value))
-
-
 TEXT_FAULTS = {
     "text as a string": (text("blood vessel"), "text_string"),
     "too many texts": (text(["blood vessel"] * 7), "text_length"),
@@ -304,6 +308,8 @@ def faults(layout: str) -> dict[str, tuple[Callable[[Root, int], object], str]]:
         found |= OUTLINE_FAULTS
     if layout in ("annotations", "nested"):
         found |= TEXT_FAULTS
+    if layout == "rle":
+        found["broken run lengths"] = (break_runs, "bad_rle")
     if layout in ("rle", "both"):
         found["duplicate record"] = OUTLINE_FAULTS["duplicate record"]
     if layout in ("both", *PAIR_LAYOUTS):

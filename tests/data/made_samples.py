@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from vesselrl.data.annotations import Sample
+from vesselrl.data.samples import Sample
 
 
 def make_samples(sizes, num_sequences=1):

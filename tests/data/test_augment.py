@@ -1,4 +1,4 @@
-"""Augmentation: image and mask stay together, same numbers give the same picture, thin vessels survive."""
+"""Augmentation: image and mask stay together, same numbers give the same image, thin vessels survive."""
 
 from dataclasses import replace
 
@@ -7,28 +7,29 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from vesselrl.data import augment as module
-from vesselrl.data.augment import AUGMENTATIONS, BORDERS, Augmentation, augment, get_augmentation
-from vesselrl.data.synthetic import SOURCE, draw_sequence
+from vesselrl.data.augment import (
+    AUGMENTATIONS,
+    Augmentation,
+    _read,
+    _source_places,
+    augment,
+    get_augmentation,
+)
 from vesselrl.scoring.topology import topology
+from vesselrl.synthetic.dataset import SOURCE, draw_sequence
 
-ALONE = {
-    "flips": Augmentation(flips=True),
-    "quarter_turns": Augmentation(quarter_turns=True),
-    "rotation": Augmentation(rotation_deg=45),
-    "scale": Augmentation(scale=1.5),
-    "elastic": Augmentation(elastic_px=12),
-    "gamma": Augmentation(gamma=2),
-    "contrast": Augmentation(contrast=2),
-    "blur": Augmentation(blur_px=2),
-    "noise": Augmentation(noise=0.1),
-}
+AMOUNTS = dict(
+    flips=True, quarter_turns=True, rotation_deg=45, scale=1.5, elastic_px=12, gamma=2, contrast=2, blur_px=2,
+    noise=0.1,
+)  # fmt: skip
+ALONE = {name: Augmentation(**{name: amount}) for name, amount in AMOUNTS.items()}
+STRONG = AUGMENTATIONS["strong"]
 PLANS = ALONE | {
     "light": AUGMENTATIONS["light"],
-    "strong": AUGMENTATIONS["strong"],
-    "strong, black": replace(AUGMENTATIONS["strong"], border="black"),
+    "strong": STRONG,
+    "mirror": replace(STRONG, border="mirror"),
 }
-SEEDS = range(25)
+SEEDS = range(15)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def overlap(a, b):
 
 
 def found(image):
-    """The bright part of a picture that has a dark and a bright part: cut midway between the two."""
+    """The bright part of an image that has a dark and a bright part: cut midway between the two."""
     grey = image[:, :, 0]
     bright = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)[1] > 0
     return grey > (np.median(grey[bright]) + np.median(grey[~bright])) / 2
@@ -66,48 +67,16 @@ def test_image_and_mask_stay_aligned(drawn, name):
     assert changed >= len(SEEDS) / 2
 
 
-@pytest.mark.parametrize("fault", ["one pixel beside", "turned by a degree", "of another picture"])
-def test_a_misaligned_mask_would_be_seen(drawn, fault):
-    _, mask = drawn
-    for seed in SEEDS:
-        image, moved = augment(as_image(mask), mask, AUGMENTATIONS["strong"], seed, epoch=1, index=0)
-        if fault == "one pixel beside":
-            moved = np.roll(moved, 1, axis=1)
-        elif fault == "turned by a degree":
-            moved = ndimage.rotate(moved, 1, reshape=False, order=0, mode="mirror")
-        else:
-            _, moved = augment(as_image(mask), mask, AUGMENTATIONS["strong"], seed, epoch=1, index=1)
-            moved = cv2.resize(moved.view(np.uint8), image.shape[1::-1]) > 0
-        assert overlap(found(image), moved) < 0.87
-
-
-def test_the_same_numbers_give_the_same_picture(drawn):
-    strong = AUGMENTATIONS["strong"]
+def test_the_same_numbers_give_the_same_image(drawn):
     places = [(seed, epoch, index) for seed in (0, 1) for epoch in (0, 1, 2) for index in (0, 1, 7)]
-    first = {place: augment(*drawn, strong, *place) for place in places}
+    first = {place: augment(*drawn, STRONG, *place) for place in places}
     for place in reversed(places):
-        np.random.default_rng().random()
-        again = augment(*drawn, strong, *place)
+        again = augment(*drawn, STRONG, *place)
         assert all((a == b).all() for a, b in zip(first[place], again, strict=True))
     assert len({image.tobytes() for image, _ in first.values()}) == len(places)
-
-
-def test_one_change_does_not_depend_on_the_others(drawn):
-    strong = AUGMENTATIONS["strong"]
-    moving = replace(strong, gamma=1, contrast=1, blur_px=0, noise=0)
-    for index in range(8):
-        place = (1, 2, index)
-        image, mask = augment(*drawn, strong, *place)
-        plain, same_mask = augment(*drawn, moving, *place)
-        assert (mask == same_mask).all()
-        if index == 0:
-            assert (image != plain).any()
-        turned = augment(*drawn, Augmentation(rotation_deg=25), *place)
-        both = augment(*drawn, Augmentation(rotation_deg=25, noise=0.1), *place)
-        assert (turned[1] == both[1]).all()
-        flipped = augment(*drawn, Augmentation(flips=True), *place)[1]
-        laid = augment(*drawn, Augmentation(flips=True, quarter_turns=True), *place)[1]
-        assert any(np.array_equal(laid, np.rot90(flipped, turns)) for turns in range(4))
+    # The amount of one change does not depend on which others there are.
+    moving = replace(STRONG, gamma=1, contrast=1, blur_px=0, noise=0)
+    assert all((augment(*drawn, moving, *place)[1] == first[place][1]).all() for place in places)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -115,38 +84,31 @@ def test_what_never_changes(drawn, name):
     """The arrays given, the range of grey, and no vessels where there are none."""
     image, mask = drawn
     before = image.copy(), mask.copy()
-    nothing = np.zeros_like(mask)
-    for seed in range(6):
+    for seed in range(4):
         changed, _ = augment(image, mask, PLANS[name], seed, 1, 0)
         assert changed.dtype == np.uint8
         assert changed.flags.c_contiguous
         assert (changed == changed[:, :, :1]).all(), "grey must stay grey"
-        assert not augment(image, nothing, PLANS[name], seed, 1, 0)[1].any()
+        assert not augment(image, np.zeros_like(mask), PLANS[name], seed, 1, 0)[1].any()
     assert (image == before[0]).all()
     assert (mask == before[1]).all()
-
-
-def test_colours_move_together(drawn):
-    """A picture whose channels differ is turned like one whose channels do not."""
-    image, mask = drawn
-    colour = np.stack([image[:, :, 0], 255 - image[:, :, 0], image[:, :, 0] // 2], axis=2)
-    plan = Augmentation(flips=True, quarter_turns=True)
-    turned, _ = augment(colour, mask, plan, 0, 1, 5)
-    grey, _ = augment(image, mask, plan, 0, 1, 5)
-    assert (turned[:, :, 0] == grey[:, :, 0]).all()
-    assert (turned[:, :, 1] == 255 - grey[:, :, 0]).all()
+    for shape in ((1, 1), (1, 30), (17, 5)):
+        tiny, moved = augment(as_image(np.ones(shape, bool)), np.ones(shape, bool), PLANS[name], 0, 1, 0)
+        assert sorted(moved.shape) == sorted(shape)
+        assert tiny.shape == (*moved.shape, 3)
 
 
 def test_flips_and_quarter_turns_are_exact(drawn):
-    """Each result is one of the eight ways to lay a picture down, and all eight occur."""
+    """Each result is one of the eight ways to lay a colour image down, and all eight occur."""
     image, mask = drawn
+    image = np.stack([image[:, :, 0], 255 - image[:, :, 0], image[:, :, 0] // 2], axis=2)
     ways = {}
     for flipped in (False, True):
         for turns in range(4):
             way = np.rot90(image[:, ::-1] if flipped else image, turns)
             ways[way.shape, way.tobytes()] = np.rot90(mask[:, ::-1] if flipped else mask, turns)
     seen = set()
-    for index in range(80):
+    for index in range(60):
         turned, moved = augment(image, mask, Augmentation(flips=True, quarter_turns=True), 0, 1, index)
         way = turned.shape, turned.tobytes()
         assert (moved == ways[way]).all()
@@ -157,8 +119,8 @@ def test_flips_and_quarter_turns_are_exact(drawn):
 @pytest.mark.parametrize("angle", [-40, -7, 3, 25])
 def test_rotation_against_scipy(drawn, angle):
     image, _ = drawn
-    places = module._source_places(image.shape[:2], np.deg2rad(angle), 1, 0, np.random.default_rng(0))
-    ours = module._read(image, places, "mirror")[:, :, 0].astype(float)
+    places = _source_places(image.shape[:2], np.deg2rad(angle), 1, 0, np.random.default_rng(0))
+    ours = _read(image, places, "mirror")[:, :, 0].astype(float)
     theirs = ndimage.rotate(image[:, :, 0].astype(float), angle, reshape=False, order=1, mode="mirror")
     assert np.abs(ours - theirs).mean() < 0.5
     assert np.abs(ours - theirs).max() < 8  # places are rounded to 1/32 px
@@ -184,9 +146,9 @@ def test_scale_and_angle_keep_to_their_range():
 
 def test_elastic_bending_never_folds():
     """The map keeps its orientation everywhere (positive Jacobian), and reaches no further than it says."""
-    identity = module._source_places((512, 640), 0, 1, 0, np.random.default_rng(0))
-    for seed in range(20):
-        places = module._source_places((512, 640), 0, 1, 12, np.random.default_rng(seed))
+    identity = _source_places((512, 640), 0, 1, 0, np.random.default_rng(0))
+    for seed in range(10):
+        places = _source_places((512, 640), 0, 1, 12, np.random.default_rng(seed))
         (x_down, x_right), (y_down, y_right) = (np.gradient(places[..., axis]) for axis in (0, 1))
         assert (x_right * y_down - x_down * y_right).min() > 0.1
         assert 6 < np.abs(places - identity).max() < 1.6 * 12  # cubic interpolation overshoots
@@ -199,39 +161,23 @@ def test_a_thin_vessel_survives_rotation_there_and_back():
     vessel = (np.abs(y - 128 - 12 * np.sin(x / 15)) < width / 2) & (x > 50) & (x < 206)
     scores, ends = {"ours": [], "nearest": []}, {"ours": [], "nearest": []}
     for angle in np.deg2rad(np.arange(-43, 45, 4)):
-        there, back = (module._source_places((256, 256), turn, 1, 0, None) for turn in (angle, -angle))
         ours = nearest = vessel
-        for places in (there, back):
-            ours = module._read(ours.view(np.uint8) * np.uint8(255), places, "mirror") >= 128
+        for turn in (angle, -angle):
+            places = _source_places((256, 256), turn, 1, 0, None)
+            ours = _read(ours.view(np.uint8) * np.uint8(255), places, "mirror") >= 128
             nearest = cv2.remap(nearest.view(np.uint8), places, None, cv2.INTER_NEAREST) > 0
             ends["ours"].append(topology(ours).num_ends)
             ends["nearest"].append(topology(nearest).num_ends)
         scores["ours"].append(overlap(ours, vessel))
         scores["nearest"].append(overlap(nearest, vessel))
     assert topology(vessel).num_ends == 2
-    assert np.mean(scores["ours"]) > 0.975
-    assert np.mean(scores["ours"]) > np.mean(scores["nearest"])
+    assert np.mean(scores["ours"]) > max(0.975, np.mean(scores["nearest"]))
     assert np.mean(ends["ours"]) < 2.3 < np.mean(ends["nearest"])
 
 
-@pytest.mark.parametrize("border", BORDERS)
-def test_beyond_the_border(border):
-    """Image and mask end, or go on, at the same place."""
-    mask = np.ones((120, 160), bool)
-    plan = Augmentation(rotation_deg=30, scale=1.5, elastic_px=10, border=border)
-    num_cut = 0
-    for seed in SEEDS:
-        image, moved = augment(np.full((120, 160, 3), 255, np.uint8), mask, plan, seed, 1, 0)
-        assert ((image[:, :, 0] >= 128) == moved).all()
-        num_cut += not moved.all()
-    assert num_cut == 0 if border == "mirror" else num_cut > 10
-
-
-def test_changes_of_grey(drawn):
-    """Noise has the spread it says, contrast keeps the mean, gamma the order, blur smooths."""
-    _, mask = drawn
-    flat = np.full((200, 200, 3), 120, np.uint8)
-    empty = np.zeros((200, 200), bool)
+def test_changes_of_grey():
+    """Noise has the spread it says, contrast keeps the mean, gamma the order."""
+    flat, empty = np.full((200, 200, 3), 120, np.uint8), np.zeros((200, 200), bool)
     spreads = [augment(flat, empty, Augmentation(noise=0.1), 0, 1, k)[0][:, :, 0].std() for k in range(40)]
     assert 20 < max(spreads) < 26
     assert min(spreads) < 6
@@ -241,41 +187,18 @@ def test_changes_of_grey(drawn):
         steeper, _ = augment(ramp, empty, Augmentation(contrast=1.3), 0, 1, index)
         assert steeper.mean() == pytest.approx(ramp.mean(), abs=1)
         assert 1 / 1.32 < steeper.std() / ramp.std() < 1.32
-        curved, _ = augment(ramp, empty, Augmentation(gamma=1.5), 0, 1, index)
-        assert (np.diff(curved[0, :, 0].astype(int)) >= 0).all()
-        assert curved[0, 70, 0] == pytest.approx(255 * (100 / 255) ** _gamma(index), abs=1)
-    rough = as_image(mask)
-    smooth, _ = augment(rough, mask, Augmentation(blur_px=5), 0, 1, 0)
-    assert np.ptp(np.diff(smooth[:, :, 0].astype(int))) < np.ptp(np.diff(rough[:, :, 0].astype(int)))
+        curved = augment(ramp, empty, Augmentation(gamma=1.5), 0, 1, index)[0][0, :, 0]
+        assert (np.diff(curved.astype(int)) >= 0).all()
+        gamma = np.log(curved[34] / 255) / np.log(64 / 255)  # read off another grey
+        assert curved[70] == pytest.approx(255 * (100 / 255) ** gamma, abs=1.5)
 
 
-def _gamma(index):
-    """The exponent that a black, a white and a middle pixel were given, read off another picture."""
-    probe = np.full((4, 4, 3), 64, np.uint8)
-    seen = augment(probe, np.zeros((4, 4), bool), Augmentation(gamma=1.5), 0, 1, index)[0][0, 0, 0]
-    return np.log(seen / 255) / np.log(64 / 255)
-
-
-def test_plans_have_names_and_print_themselves(drawn):
-    assert list(AUGMENTATIONS) == ["none", "light", "strong"]
+def test_plans_have_names_and_errors_say_what_to_do(drawn):
+    assert [plan.is_none for plan in AUGMENTATIONS.values()] == [True, False, False]
     assert str(get_augmentation("none")) == "none"
     assert str(get_augmentation("strong")).startswith("flips, quarter_turns, rotation_deg 25, ")
-    assert [plan.is_none for plan in AUGMENTATIONS.values()] == [True, False, False]
     image, mask = augment(*drawn, get_augmentation("none"), 0, 1, 0)
-    assert image is drawn[0]
-    assert mask is drawn[1]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 30), (2, 2), (17, 5)])
-def test_tiny_pictures(shape):
-    for plan in PLANS.values():
-        image, moved = augment(as_image(np.ones(shape, bool)), np.ones(shape, bool), plan, 0, 1, 0)
-        assert sorted(moved.shape) == sorted(shape)
-        assert image.shape == (*moved.shape, 3)
-
-
-def test_errors_say_what_to_do(drawn):
-    image, mask = drawn
+    assert (image is drawn[0], mask is drawn[1]) == (True, True)
     with pytest.raises(ValueError, match=r"augment is 'weak'\. Choose one of none, light, strong\."):
         get_augmentation("weak")
     with pytest.raises(ValueError, match=r"scale is 0\.9\. Give a number from 1 to 2\."):

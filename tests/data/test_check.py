@@ -13,14 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data import broken_roots
-from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, Root, draw_mask, expected, faults, write_root
-from vesselrl.data.annotations import find_samples, load_image, load_mask
-from vesselrl.data.check import check_data
-from vesselrl.data.findings import CODES, SEVERITIES, DataReport, render
-from vesselrl.data.polygons import mask_to_polygons
-from vesselrl.data.synthetic import TARGET, draw_sequence
+from tests.data.broken_roots import (
+    LAYOUTS,
+    NAMES,
+    PAIR_LAYOUTS,
+    SECRETS,
+    Root,
+    draw_mask,
+    expected,
+    faults,
+    flat_polygons,
+    write_root,
+)
+from vesselrl.data.check import check_data, foreground_shares
+from vesselrl.data.findings import CODES, DataReport, render
+from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
+from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 PLANTED = [(layout, name) for layout in LAYOUTS for name in faults(layout)]
 # Warnings that follow from a wrong mask beside polygons.
@@ -40,7 +49,7 @@ def copy_root(sound: dict[str, Path], layout: str, folder: Path) -> Root:
 def check(root: Root | Path) -> DataReport:
     """The report of a root; it shows no person, and training sees the same faults."""
     path = root.path if isinstance(root, Root) else root
-    report = check_data(path, num_threads=2)
+    report = check_data(path)
     shown = report.to_json() + render(report, limit=0)
     assert not [secret for secret in SECRETS if secret in shown]
     assert {finding.code for finding in report.findings} <= set(CODES)
@@ -68,7 +77,7 @@ def test_sound_data_is_not_flagged(sound: dict[str, Path], layout: str) -> None:
     # The nesting is worth knowing and no fault.
     assert {f.code for f in report.findings} == ({"nested_mask"} if layout == "nested" else set())
     assert not report.of("warning")
-    from_files = 4 if layout in ("both", *broken_roots.PAIR_LAYOUTS) else 0
+    from_files = 4 if layout in ("both", *PAIR_LAYOUTS) else 0
     assert (report.counts["images"], report.counts["masks_from_files"]) == (4, from_files)
     # The labels are those that were drawn.
     drawn = sorted(hashlib.sha256(draw_mask(number)).hexdigest() for number in range(4))
@@ -88,31 +97,16 @@ def test_planted_fault(sound: dict[str, Path], tmp_path: Path, layout: str, name
     assert place in found[0].record
     assert found[0].file
     assert found[0].message.startswith(found[0].record.split(" (")[0])
-    assert code in ("few_points", "extra_mask") or "polygons with fewer" not in found[0].message
 
 
-def test_all_faults_at_once(sound: dict[str, Path], tmp_path: Path) -> None:
+def test_all_faults_of_a_root_are_named_at_once(sound: dict[str, Path], tmp_path: Path) -> None:
     root = copy_root(sound, "annotations", tmp_path)
-    plant = {0: "odd length", 1: "outside", 2: "single point", 3: "truncated"}
-    for number, name in plant.items():
-        faults("annotations")[name][0](root, number)
-    report = check(root)
-    assert {(f.code, f.record.split(" (")[0]) for f in report.findings} == {
-        ("odd_length", "annotations.json record 0"),
-        ("outside_image", "annotations.json record 1"),
-        ("few_points", "annotations.json record 2"),
-        ("unreadable_image", "annotations.json record 3"),
-    }
-
-
-def test_every_broken_polygon_of_a_record_is_named(sound: dict[str, Path], tmp_path: Path) -> None:
-    root = copy_root(sound, "annotations", tmp_path)
+    faults("annotations")["truncated"][0](root, 3)
     root.set_label(1, [[1, 1, 9], *root.polygons(1), [1, 1, 9, 1, 99, 9], [5, 5]])
-    messages = [finding.message for finding in check(root).findings]
-    assert ["polygon 0 has 3 coordinates" in m for m in messages].count(True) == 1
-    assert ["has x = 99, outside its image of 64×64 px" in m for m in messages].count(True) == 1
-    assert ["1 polygons with fewer than 3 points" in m for m in messages].count(True) == 1
-    assert len(messages) == 3
+    found = [(finding.code, finding.message.partition(" (")[0]) for finding in check(root).findings]
+    codes = ("odd_length", "outside_image", "few_points", "unreadable_image")
+    records = [f"annotations.json record {number}" for number in (1, 1, 1, 3)]
+    assert found == list(zip(codes, records, strict=True))
 
 
 # ---- Mask files beside polygons
@@ -121,28 +115,20 @@ def test_every_broken_polygon_of_a_record_is_named(sound: dict[str, Path], tmp_p
 def test_disagreement_is_measured_per_image(sound: dict[str, Path], tmp_path: Path) -> None:
     root = copy_root(sound, "both", tmp_path)
     mask = draw_mask(1)
-    moved = np.roll(mask, 3, axis=0)
-    Image.fromarray(moved.astype(np.uint8) * 255).save(root.mask(1))
+    row, column = np.argwhere(~mask)[0]
+    almost, moved = mask.copy(), np.roll(mask, 3, axis=0)
+    almost[row, column] = True
+    Image.fromarray(almost).save(root.mask(1))
+    assert check(root).findings == ()
+    Image.fromarray(moved).save(root.mask(1))
     report = check(root)
     dice = 2 * (mask & moved).sum() / (mask.sum() + moved.sum())
-    assert report.agreement["images"] == 4
-    assert report.agreement["lowest"] == pytest.approx(dice)
-    assert report.agreement["mean"] == pytest.approx((3 + dice) / 4)
-    (finding,) = [f for f in report.findings if f.code == "disagreement"]
-    assert (finding.severity, finding.record.split(" (")[0]) == ("warning", "annotations.json record 1")
+    assert report.agreement == pytest.approx({"images": 4, "mean": (3 + dice) / 4, "lowest": dice})
+    finding, of_all = report.findings
+    assert (finding.severity, finding.code) == ("warning", "disagreement")
+    assert finding.record.split(" (")[0] == "annotations.json record 1"
     assert f"Dice {dice:.3f}" in finding.message
-    assert len(report.findings) == 2  # and that the mean is below 0.98
-
-
-def test_agreement_above_the_limit_is_silent(sound: dict[str, Path], tmp_path: Path) -> None:
-    root = copy_root(sound, "both", tmp_path)
-    mask = draw_mask(1)
-    row, column = np.argwhere(~mask)[0]
-    mask[row, column] = True
-    Image.fromarray(mask).save(root.mask(1))
-    report = check(root)
-    assert report.findings == ()
-    assert 0.98 < report.agreement["lowest"] < 1
+    assert of_all.code == "mean_disagreement"
 
 
 def test_faults_of_polygons_that_are_not_used_are_warnings(sound: dict[str, Path], tmp_path: Path) -> None:
@@ -151,35 +137,6 @@ def test_faults_of_polygons_that_are_not_used_are_warnings(sound: dict[str, Path
     (finding,) = check(root).findings
     assert (finding.severity, finding.code) == ("warning", "outside_image")
     assert "Not used: the mask file goes first." in finding.message
-
-
-# ---- Run lengths
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"counts": "zzzzz"}, "damaged"),
-        ({"counts": "1"}, "do not fill the mask of 64×64 px"),
-        ({"counts": "PPP1PPP1"}, "do not fill"),
-        ({"counts": "0P"}, "cut short"),
-        ({"counts": [4000, 97]}, "do not fill"),
-        ({"counts": [-1, 4097]}, "do not fill"),
-        ({"counts": [4096.0]}, "a list with other things than whole numbers"),
-        ({"counts": None}, "'counts' is null"),
-        ({"size": [64, 63]}, "the run-length mask has 63×64 px, its image 64×64 px"),
-        ({"size": "LI_MING"}, "the run-length mask has another size"),
-    ],
-)
-def test_broken_run_lengths(sound: dict[str, Path], tmp_path: Path, change: dict, message: str) -> None:
-    root = copy_root(sound, "rle", tmp_path)
-    content = json.loads(root.file.read_text())
-    content["annotations"][2]["segmentation"] |= change
-    root.file.write_text(json.dumps(content))
-    (finding,) = check(root).findings
-    assert finding.code == "bad_rle"
-    assert finding.record.startswith("coco.json image 2 (P00")
-    assert message in finding.message
 
 
 # ---- The whole data root
@@ -192,7 +149,6 @@ def test_broken_run_lengths(sound: dict[str, Path], tmp_path: Path, change: dict
         ({"annotations.json": "[{]"}, "bad_json", "annotations.json is not valid JSON"),
         ({"annotations.json": "[" * 100000}, "bad_json", "annotations.json is nested too deeply"),
         ({"annotations.json": f"[{'9' * 5000}]"}, "bad_json", "holds a number that is too long"),
-        ({"annotations.json": "[3]"}, "bad_record", "annotations.json record 0 has no text 'image'"),
         ({"annotations.json": '[{"image": "a\\u0000.png"}]'}, "bad_record", "no usable file name"),
         ({"annotations.json": '[{"image": "\\ud800.png"}]'}, "bad_record", "no usable file name"),
         ({"annotations.json": json.dumps([{"image": "a" * 300}])}, "bad_record", "no usable file name"),
@@ -217,13 +173,7 @@ def test_all_masks_empty(sound: dict[str, Path], tmp_path: Path) -> None:
     for number in range(4):
         root.set_label(number, [])
     report = check(root)
-    assert report.exit_code == 2
     assert report.of("error")[0].message.startswith("All 4 masks are empty")
-
-
-def test_wrong_patient_pattern_is_a_finding(sound: dict[str, Path]) -> None:
-    report = check_data(sound["masks"], patient_pattern="(?P<patient>xyz)")
-    assert [finding.code for finding in report.findings] == ["patients"]
 
 
 def test_several_classes_are_reported_once(sound: dict[str, Path], tmp_path: Path) -> None:
@@ -238,7 +188,7 @@ def test_text_groups_findings_and_says_how_many(sound: dict[str, Path], tmp_path
     for number in range(4):
         faults("annotations")["single point"][0](root, number)
     lines = render(check(root), limit=3).splitlines()
-    assert lines[1] == "warning: polygon with fewer than 3 points: 4"
+    assert lines[1] == "warning: polygon with fewer than 3 points, left out: 4"
     assert lines[-2:] == ["  … and 1 more; --json lists all", "0 errors, 4 warnings"]
 
 
@@ -288,54 +238,52 @@ def test_mutations_are_reported_and_never_crash(sound: dict[str, Path], tmp_path
     text = file.read_text()
     rng = random.Random(layout)
     outcomes = {True: 0, False: 0}
-    for _ in range(90):
+    for _ in range(60):
         value = json.loads(text)
         for _ in range(rng.choice((1, 1, 2, 5))):
             value = mutate(value, rng)
         file.write_text(json.dumps(value))
         outcomes[check(root).exit_code == 0] += 1
-    for _ in range(20):
+    for _ in range(15):
         broken = list(text)
         broken[rng.randrange(len(text))] = chr(rng.randrange(32, 127))
         file.write_text("".join(broken))
         outcomes[check(root).exit_code == 0] += 1
-    # The mutations reach both sides.
+    # The mutations reach both outcomes.
     assert min(outcomes.values()) > 2
 
 
 # ---- Patients and time
 
 
-def test_aliases_and_mapping_reach_the_pseudonyms(sound: dict[str, Path], tmp_path: Path) -> None:
+def test_pattern_and_aliases_reach_the_pseudonyms(sound: dict[str, Path], tmp_path: Path) -> None:
     aliases = tmp_path / "aliases.csv"
     aliases.write_text(f"file_name,patient\n{NAMES[0]}.png,one\n{NAMES[1]}.png,one\n", encoding="utf-8")
-    mapping = tmp_path / "patients.mapping.json"
     for layout in ("annotations", "masks"):
-        assert check_data(sound[layout]).counts["patients"] == 4
-        report = check_data(sound[layout], patient_aliases=aliases, mapping=mapping)
-        samples = find_samples(sound[layout], patient_aliases=aliases, mapping=mapping)
-        assert report.counts["patients"] == len({sample.patient for sample in samples}) == 3
-        assert mapping.is_file()
+        root = copy_root(sound, layout, tmp_path / layout).path
+        assert check_data(root).counts["patients"] == 4
+        samples = find_samples(root, patient_aliases=aliases)
+        assert check_data(root, patient_aliases=aliases).counts["patients"] == 3
+        assert len({sample.patient for sample in samples}) == 3
+        report = check_data(root, patient_pattern="(?P<patient>xyz)")
+        assert [finding.code for finding in report.findings] == ["patients"]
 
 
 def test_the_check_writes_nothing_and_names_what_training_does(
     sound: dict[str, Path], tmp_path: Path
 ) -> None:
-    root = copy_root(sound, "annotations", tmp_path).path
-    before = sorted(root.rglob("*"))
-    found = check_data(root).foreground
-    assert sorted(root.rglob("*")) == before
-    shares = {sample.key: load_mask(sample).mean() for sample in find_samples(root)}
-    assert (root / "patients.mapping.json").is_file()
-    assert check_data(root).foreground == found == shares
-
-
-def test_only_usable_samples_have_a_share(sound: dict[str, Path], tmp_path: Path) -> None:
     root = copy_root(sound, "masks", tmp_path)
-    root.mask(2).write_text("no mask")
+    before = sorted(root.path.rglob("*"))
+    found = check_data(root.path).foreground
+    assert sorted(root.path.rglob("*")) == before
+    shares = {sample.key: load_mask(sample).mean() for sample in find_samples(root.path)}
+    assert (root.path / "patients.mapping.json").is_file()
+    assert check_data(root.path).foreground == foreground_shares(root.path) == found == shares
+    root.mask(2).write_text("no mask")  # only usable samples have a share
     report = check(root)
     assert sorted(report.foreground.values()) == sorted(draw_mask(number).mean() for number in (0, 1, 3))
     assert json.loads(report.to_json())["foreground"] == report.foreground
+    assert foreground_shares(root.path) is None
 
 
 @pytest.mark.parametrize("layout", ["annotations", "coco", "labelme"])
@@ -350,9 +298,8 @@ def test_a_file_that_may_not_be_read_is_named_without_its_path(
             raise PermissionError(13, "Permission denied", str(path))
         return read_text(path, *args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", refuse)
-        report = check_data(root.path)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    report = check_data(root.path)
     first = report.of("error")[0]
     assert first.message.startswith("json/ file 1" if layout == "labelme" else root.file.name)
     assert "cannot be read (Permission denied)" in first.message
@@ -371,14 +318,10 @@ def test_check_needs_less_than_a_fortieth_of_a_second_per_image(tmp_path: Path) 
         shifted = np.roll(image[:, :, 0], shift, (0, 1)).astype(int) + noise
         name = f"SYNTH({number % 4:010d})_S-1_1_0A1B2C3D_frame_{number:06d}.jpg"
         Image.fromarray(shifted.clip(0, 255).astype(np.uint8)).save(tmp_path / "images" / name, quality=95)
-        polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(np.roll(mask, shift, (0, 1)))]
+        polygons = flat_polygons(np.roll(mask, shift, (0, 1)))
         records.append({"image": name, "mask": polygons, "text": ["blood vessel"] * len(polygons)})
     (tmp_path / "annotations.json").write_text(json.dumps(records))
     start = time.process_time()
-    report = check_data(tmp_path, num_threads=2)
+    report = check_data(tmp_path)
     assert time.process_time() - start < 30 * 61 / 1220
     assert (report.counts["images"], report.findings) == (61, ())
-
-
-def test_severities_are_those_of_the_text() -> None:
-    assert SEVERITIES == ("error", "warning", "info")

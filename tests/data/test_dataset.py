@@ -1,12 +1,28 @@
-import json
+"""The data set loads once and augments reproducibly; the contact sheet shows every mask, and no name."""
 
+import json
+import shutil
+
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.data.annotations import find_samples
+from vesselrl.data import dataset as module
 from vesselrl.data.augment import Augmentation, augment, get_augmentation
-from vesselrl.data.dataset import VesselDataset, epoch_order
+from vesselrl.data.check import foreground_shares
+from vesselrl.data.dataset import (
+    OUTLINE,
+    TILE_PX,
+    VesselDataset,
+    contact_sheet,
+    epoch_order,
+    outlined,
+    write_contact_sheet,
+)
+from vesselrl.data.pseudonyms import pseudonyms
+from vesselrl.data.samples import find_samples
+from vesselrl.data.splits import split_by_patient, take
 from vesselrl.errors import DataError
 
 PIXELS = 12 * 16 * (3 + 1)  # bytes of one image and its mask
@@ -24,98 +40,60 @@ def samples(tmp_path):
     return find_samples(tmp_path)
 
 
-def test_items(samples):
+def test_items_are_copies_of_the_files(samples):
     dataset = VesselDataset(samples)
     assert len(dataset) == 3
-    for index, (image, mask, sample) in enumerate(dataset):
-        assert sample is samples[index]
-        assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((12, 16, 3), np.uint8, (12, 16), bool)
-        assert (image == 10 * int(sample.image_path.stem[-1])).all()
-        assert mask.sum() == 20
+    for _ in range(2):
+        for index, (image, mask, sample) in enumerate(dataset):
+            assert sample is samples[index]
+            assert (image.shape, image.dtype, mask.shape, mask.dtype) == (
+                (12, 16, 3),
+                np.uint8,
+                (12, 16),
+                bool,
+            )
+            assert (image == 10 * int(sample.image_path.stem[-1])).all()
+            assert mask.sum() == 20
+            image[:], mask[:] = 255, True
 
 
 @pytest.mark.parametrize(
     ("cache_bytes", "num_kept"), [(10 * PIXELS, 3), (2 * PIXELS, 2), (PIXELS - 1, 0), (0, 0)]
 )
-def test_cache_keeps_what_fits(samples, cache_bytes, num_kept):
-    dataset = VesselDataset(samples, cache_bytes)
-    first = list(dataset)
+def test_the_cache_keeps_what_fits(samples, monkeypatch, cache_bytes, num_kept):
+    monkeypatch.setattr(module, "CACHE_BYTES", cache_bytes)
+    dataset = VesselDataset(samples)
+    assert len(list(dataset)) == 3
     for sample in samples:
         sample.image_path.unlink()
-    kept = 0
-    for index, (image, mask, _) in enumerate(first):
-        try:
-            again = dataset[index]
-        except DataError:
-            continue
-        kept += 1
-        assert (again[0] == image).all()
-        assert (again[1] == mask).all()
-    assert kept == num_kept
-
-
-def test_nothing_is_read_before_it_is_asked_for(samples):
-    samples[2].image_path.unlink()
-    dataset = VesselDataset(samples)
-    assert dataset[0][2] is samples[0]
-    with pytest.raises(
-        DataError, match=r"annotations\.json record \d \(P003_S1_F0001\): the file is missing"
-    ):
-        dataset[2]
-
-
-def test_items_are_copies(samples):
-    dataset = VesselDataset(samples)
-    for _ in range(3):
-        image, mask, _ = dataset[1]
-        assert mask.sum() == 20
-        assert image.max() == image.min()
-        image[0, 0], mask[:] = 255, True
+    for index in range(num_kept):
+        assert dataset[index][1].sum() == 20
+    for index in range(num_kept, 3):
+        with pytest.raises(DataError, match=r"annotations\.json record \d .*: the file is missing"):
+            dataset[index]
 
 
 @pytest.mark.parametrize("cache_bytes", [10 * PIXELS, 0])
-def test_augmented_items(samples, cache_bytes):
-    """They depend on seed, epoch and index alone; what is kept is the picture of the file."""
+def test_augmented_items(samples, monkeypatch, cache_bytes):
+    """They depend on seed, epoch and index alone; what is kept is the image of the file."""
+    monkeypatch.setattr(module, "CACHE_BYTES", cache_bytes)
     strong = get_augmentation("strong")
-    dataset = VesselDataset(samples, cache_bytes, strong, seed=5)
-    originals = [dataset[index][:2] for index in range(3)]
+    datasets = [VesselDataset(samples, strong, seed=5) for _ in range(2)]
+    originals = [datasets[0][index][:2] for index in range(3)]
     places = [(index, epoch) for epoch in (1, 2) for index in range(3)]
-    first = {place: dataset.augmented(*place) for place in places}
-    for (index, epoch), (image, mask, sample) in first.items():
-        assert sample is samples[index]
+    first = {place: datasets[0].augmented(*place) for place in places}
+    for index, epoch in reversed(places):
         expected = augment(*originals[index], strong, 5, epoch, index)
-        assert (image == expected[0]).all()
-        assert (mask == expected[1]).all()
-    fresh = VesselDataset(samples, cache_bytes, strong, seed=5)
-    for place in reversed(places):
-        assert all((a == b).all() for a, b in zip(first[place][:2], fresh.augmented(*place)[:2], strict=True))
+        for image, mask, sample in (first[index, epoch], datasets[1].augmented(index, epoch)):
+            assert sample is samples[index]
+            assert (image == expected[0]).all()
+            assert (mask == expected[1]).all()
+            image[:], mask[:] = 255, True
     for index, (image, mask) in enumerate(originals):
-        assert (dataset[index][0] == image).all()
-        assert (dataset[index][1] == mask).all()
-    other = VesselDataset(samples, cache_bytes, strong, seed=6)
-    assert any(first[place][0].tobytes() != other.augmented(*place)[0].tobytes() for place in places), (
-        "another seed shows other pictures"
-    )
-
-
-def test_augmented_items_come_from_memory_and_are_copies(samples):
-    for plan in (Augmentation(), Augmentation(flips=True)):
-        dataset = VesselDataset(samples, augmentation=plan)
-        before, _, _ = dataset.augmented(1, epoch=1)
-        image, mask, _ = dataset.augmented(1, epoch=1)
-        image[:], mask[:] = 255, True
-        assert (dataset.augmented(1, epoch=1)[0] == before).all()
-        assert dataset[1][1].sum() == 20
-    samples[1].image_path.unlink()
-    assert (dataset.augmented(1, epoch=1)[0] == before).all()
-
-
-def test_without_a_plan_nothing_changes(samples):
-    dataset = VesselDataset(samples)
-    for epoch in (1, 2):
-        for index in range(3):
-            assert (dataset.augmented(index, epoch)[0] == dataset[index][0]).all()
-            assert (dataset.augmented(index, epoch)[1] == dataset[index][1]).all()
+        assert (datasets[0][index][0] == image).all()
+        assert (datasets[0][index][1] == mask).all()
+    plain = VesselDataset(samples, Augmentation())
+    assert (plain.augmented(2, epoch=1)[0] == originals[2][0]).all()
 
 
 def test_epoch_order():
@@ -123,4 +101,93 @@ def test_epoch_order():
     assert all(sorted(order) == list(range(50)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 9
     assert orders[1, 2] == epoch_order(50, 1, 2)
-    assert epoch_order(0, 1, 1) == []
+
+
+# ---- The contact sheet
+
+INSIDE = (90, 20, 60)  # of every image; not a grey of the captions
+
+
+def item(number=1, shape=(64, 64), filled=True):
+    mask = np.zeros(shape, bool)
+    if filled:
+        mask[shape[0] // 4 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = True
+    return f"P{number:03}_S1_F0001", np.full((*shape, 3), INSIDE, np.uint8), mask
+
+
+def is_line(sheet):
+    return (sheet == OUTLINE).all(axis=2)
+
+
+def test_the_outline_runs_round_the_mask():
+    _, image, mask = item()
+    line = is_line(outlined(image, mask))
+    assert line.sum() == 4 * 16  # the four sides of the square, without its corners
+    assert not (line & mask).any()
+    assert (outlined(image, mask)[~line] == INSIDE).all()
+    assert (image == INSIDE).all(), "the image given is left alone"
+    # On the sheet it lies at the same share of width and height as in the image.
+    rows, columns = np.nonzero(is_line(contact_sheet([item(shape=(96, 96))])))
+    ends = np.array([rows.min(), columns.min(), rows.max(), columns.max()]) - 6
+    assert ends == pytest.approx(np.array([TILE_PX / 4 - 1] * 2 + [TILE_PX / 2] * 2), abs=1)
+
+
+def test_a_thin_vessel_of_a_large_image_does_not_fall_apart():
+    y, x = np.mgrid[:1000, :1000]
+    mask = np.abs(y - 0.4 * x - 300) < 1.3
+    sheet = contact_sheet([("P001_S1_F0001", np.zeros((1000, 1000, 3), np.uint8), mask)])
+    num_lines = cv2.connectedComponents(is_line(sheet).astype(np.uint8), connectivity=8)[0] - 1
+    assert num_lines == 2  # above and below, each in one component
+
+
+def test_captions_are_keys_and_nothing_else():
+    """30 files of one frame: F0011, F0011b … F0011z, F0011-27 …; all are captions."""
+    empty, other = (contact_sheet([item(number, filled=False)]) for number in (1, 2))
+    assert not is_line(empty).any()
+    differing = np.flatnonzero((empty != other).any(axis=(1, 2)))
+    assert differing.min() > TILE_PX, "images are equal, captions are not"
+    keys = {a.key for a in pseudonyms([f"LI{'_' * n}MING_frame_000011" for n in range(1, 31)]).values()}
+    assert {"P001_S1_F0011", "P001_S1_F0011b", "P001_S1_F0011z", "P001_S1_F0011-27"} < keys
+    assert contact_sheet([(key, *item(shape=(4, 4))[1:]) for key in keys]).any()
+    for name in ("ZHANG_SAN(1234567890)", "1234567890", "P001_S1_F0001 ZHANG", "P001_S1_FZHANG", "train_001"):
+        with pytest.raises(ValueError, match="caption of image 2 is no pseudonym") as caught:
+            contact_sheet([item(), (name, *item()[1:])])
+        assert name not in str(caught.value)
+    with pytest.raises(ValueError, match="got 0 images"):
+        contact_sheet([])
+    with pytest.raises(ValueError, match=r"P001_S1_F0001: a uint8 image of shape \(63, 64, 3\)"):
+        contact_sheet([(*item()[:2], item()[2][1:])])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn on sheets from now on."""
+    items = []
+    monkeypatch.setattr(module, "contact_sheet", lambda shown: items.extend(shown) or contact_sheet(shown))
+    return items
+
+
+@pytest.mark.parametrize("augmentation", ["none", "strong"])
+def test_the_sheet_shows_training_images_as_the_first_epoch_does(tmp_path, angiograms, drawn, augmentation):
+    root = shutil.copytree(angiograms, tmp_path / "root")
+    path = write_contact_sheet(str(root), tmp_path / "new" / "sheet.png", 100, augmentation, 9, split_seed=3)
+    with Image.open(path) as image:
+        assert image.size[0] > TILE_PX
+    split = split_by_patient(find_samples(root), 3, shares=foreground_shares(root))
+    dataset = VesselDataset(take(split.train, None, 3), get_augmentation(augmentation), seed=9)
+    assert len(drawn) == len(split.train)  # a patient of validation or test is never shown
+    for index, (key, image, mask) in enumerate(drawn):
+        expected_image, expected_mask, sample = dataset.augmented(index, epoch=1)
+        assert key == sample.key
+        assert (image == expected_image).all()
+        assert (mask == expected_mask).all()
+
+
+def test_two_patients_are_shown_without_a_split(tmp_path, drawn):
+    for folder, value in (("images", 90), ("masks", 255)):
+        (tmp_path / folder).mkdir()
+        for number in (1, 2):
+            pixels = np.full((8, 8), value, np.uint8) * (np.arange(8) > number)
+            Image.fromarray(pixels).save(tmp_path / folder / f"train_{number:03}.png")
+    write_contact_sheet(tmp_path, tmp_path / "sheet.png", stratified=False)
+    assert len(drawn) == 2

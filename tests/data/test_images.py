@@ -8,35 +8,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.test_formats import PERSON, SIZE, square, write_image, write_mask
 from vesselrl.data import images
-from vesselrl.data.annotations import find_samples, load_image, load_mask
+from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 
-SIZE = (16, 12)  # width, height
-PERSON = "LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011"
 
-
-def write_image(path, mode="L"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, SIZE, 90).save(path)
-
-
-def write_mask(path, value=255, size=SIZE):
-    """A mask file with 20 pixels in rows 3 to 7, columns 2 to 5."""
-    mask = np.zeros(size[::-1], np.uint8)
-    mask[3:8, 2:6] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(mask).save(path)
-
-
-def single(root, image, **options):
+def single(root: Path, image: Image.Image, name: str = "train_001.png", **options: object) -> Sample:
     """The one sample of a root with this image; the mask is a file of the same size."""
-    path = root / "images" / options.pop("name", "train_001.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
+    (root / "images").mkdir(exist_ok=True)
+    image.save(root / "images" / name, **options)
     # The tests with an orientation turn the image by a quarter.
     size = image.size[::-1] if "exif" in options else image.size
-    write_mask(root / "masks" / "train_001.png", size=size)
+    write_mask(root / "masks" / f"{Path(name).stem}.png", np.ones(size[::-1], bool))
+    (sample,) = find_samples(root)
+    return sample
+
+
+def masked(root: Path, mask: Image.Image, name: str = "train_001", suffix: str = "png") -> Sample:
+    """The one sample of a root with this mask file."""
+    write_image(root / "images" / f"{name}.png")
+    (root / "masks").mkdir(exist_ok=True)
+    mask.save(root / "masks" / f"{name}.{suffix}")
     (sample,) = find_samples(root)
     return sample
 
@@ -55,14 +48,14 @@ def single(root, image, **options):
         ("I;16", 4095, (16, 16, 16)),  # 12 bits stay dark: 4095 · 255 / 65535 = 15.93
     ],
 )
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode, colour, expected):
+def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple) -> None:
     image = Image.new("L", SIZE, 90).convert("P") if mode == "P" else Image.new(mode, SIZE, colour)
     array = load_image(single(tmp_path, image))
     assert (array.dtype, array.shape) == (np.uint8, (12, 16, 3))
     assert (array == expected).all()
 
 
-def test_palette_with_transparency(tmp_path):
+def test_palette_with_transparency(tmp_path: Path) -> None:
     image = Image.new("P", SIZE, 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert (load_image(single(tmp_path, image, transparency=bytes([0, 128]))) == (10, 20, 30)).all()
@@ -70,7 +63,7 @@ def test_palette_with_transparency(tmp_path):
 
 @pytest.mark.parametrize("name", ["train_001.png", "train_001.jpg", "train_001.tif"])
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_exif_orientation_is_applied(tmp_path, name, orientation):
+def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     # A landscape file whose left half is white, to be shown as portrait.
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:, :16] = 255
@@ -83,7 +76,7 @@ def test_exif_orientation_is_applied(tmp_path, name, orientation):
     assert (array[20:28].mean() > 200) != top_is_white
 
 
-def test_thirty_two_bits_are_refused(tmp_path):
+def test_thirty_two_bits_are_refused(tmp_path: Path) -> None:
     sample = single(tmp_path, Image.new("F", SIZE, 0.5), name="train_001.tif")
     with pytest.raises(DataError, match="floating-point"):
         load_image(sample)
@@ -93,55 +86,31 @@ def test_thirty_two_bits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
-def test_truncated_image(tmp_path, suffix):
+def test_a_broken_image_is_named_without_its_person(tmp_path: Path, suffix: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    write_mask(tmp_path / "masks" / f"{PERSON}.png", size=(64, 64))
-    (tmp_path / "images").mkdir()
-    path = tmp_path / "images" / f"{PERSON}.{suffix}"
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(DataError) as raised:
-        load_image(find_samples(tmp_path)[0])
+    sample = single(tmp_path, Image.fromarray(noise), name=f"{PERSON}.{suffix}")
+    whole = sample.image_path.read_bytes()
+    sample.image_path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="the file is damaged") as raised:
+        load_image(sample)
     assert str(raised.value).startswith("images/ file 1 in name order (P001_S1_F0011): ")
-    assert "the file is damaged" in str(raised.value)
     assert "MING" not in str(raised.value)
-    assert raised.value.__cause__ is None
-    assert raised.value.__suppress_context__
-
-
-def test_unreadable_and_vanished_image(tmp_path):
-    path = tmp_path / "images" / f"{PERSON}.png"
-    write_image(path)
-    write_mask(tmp_path / "masks" / f"{PERSON}.png")
-    (sample,) = find_samples(tmp_path)
-    path.write_text("no image")
-    with pytest.raises(DataError) as raised:
+    assert (raised.value.__cause__, raised.value.__suppress_context__) == (None, True)
+    sample.image_path.write_text("no image")
+    with pytest.raises(DataError, match=r"F0011\): image: the file is not an image"):
         find_samples(tmp_path)
-    assert "file 1 in name order (P001_S1_F0011): image: the file is not an image" in str(raised.value)
-    path.unlink()
+    sample.image_path.unlink()
     with pytest.raises(DataError, match="the file is missing"):
         load_image(sample)
 
 
 @pytest.mark.parametrize("value", [1, 255])
-def test_mask_levels(tmp_path, value):
-    write_image(tmp_path / "images" / "train_001.png")
-    write_mask(tmp_path / "masks" / "train_001.png", value)
-    (sample,) = find_samples(tmp_path)
-    assert load_mask(sample).dtype == bool
-    assert load_mask(sample).sum() == 20
-    assert load_mask(sample)[3:8, 2:6].all()
-
-
-@pytest.mark.parametrize("mode", ["1", "RGB", "RGBA", "LA", "P"])
-def test_mask_modes(tmp_path, mode):
-    write_image(tmp_path / "images" / "train_001.png")
-    path = tmp_path / "masks" / "train_001.png"
-    write_mask(path)
-    with Image.open(path) as mask:
-        mask.convert(mode).save(path)
-    (sample,) = find_samples(tmp_path)
-    assert load_mask(sample).sum() == 20
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "LA", "P"])
+def test_masks_of_all_modes(tmp_path: Path, mode: str, value: int) -> None:
+    image = Image.fromarray(square().astype(np.uint8) * (255 if mode == "1" else value))
+    mask = load_mask(masked(tmp_path, image.convert(mode)))
+    assert mask.dtype == bool
+    assert (mask == square()).all()
 
 
 @pytest.mark.parametrize(
@@ -154,30 +123,21 @@ def test_mask_modes(tmp_path, mode):
         (list(range(100)), "the mask has 100 values (0, 1, 2, 3, ..., 99)"),
     ],
 )
-def test_mask_that_is_not_binary(tmp_path, values, message):
-    write_image(tmp_path / "images" / f"{PERSON}.png")
-    path = tmp_path / "masks" / f"{PERSON}.png"
-    path.parent.mkdir()
-    Image.fromarray(np.resize(np.array(values, np.uint8), SIZE[::-1])).save(path)
-    (sample,) = find_samples(tmp_path)
+def test_mask_that_is_not_binary(tmp_path: Path, values: list[int], message: str) -> None:
+    image = Image.fromarray(np.resize(np.array(values, np.uint8), SIZE[::-1]))
     with pytest.raises(DataError) as raised:
-        load_mask(sample)
-    assert message in str(raised.value)
-    assert "P001_S1_F0011" in str(raised.value)
+        load_mask(masked(tmp_path, image, PERSON))
+    assert f"(P001_S1_F0011): {message}" in str(raised.value)
     assert "MING" not in str(raised.value)
 
 
-def test_coloured_and_jpeg_masks_are_refused(tmp_path):
-    write_image(tmp_path / "images" / "train_001.png")
-    write_image(tmp_path / "masks" / "train_001.png", mode="RGB")  # Image.new with 90 is red
-    (sample,) = find_samples(tmp_path)
+def test_coloured_and_jpeg_masks_are_refused(tmp_path: Path) -> None:
+    sample = masked(tmp_path, Image.new("RGB", SIZE, 90))  # red
     with pytest.raises(DataError, match=r"images/train_001\.png: the mask is coloured"):
         load_mask(sample)
     sample.mask_path.unlink()
-    write_mask(tmp_path / "masks" / "train_001.jpg")
-    (sample,) = find_samples(tmp_path)
     with pytest.raises(DataError, match=r"the mask has \d+ values"):
-        load_mask(sample)
+        load_mask(masked(tmp_path, Image.fromarray(square().astype(np.uint8) * 255), suffix="jpg"))
 
 
 @pytest.mark.parametrize("read", [images.read_mask, images.threshold_mask])

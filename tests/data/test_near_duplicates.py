@@ -1,5 +1,7 @@
+"""Near duplicates across the subsets of a split, and the images that the base model was trained on."""
+
 import logging
-import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -8,18 +10,18 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from vesselrl.data.annotations import Sample, find_samples, load_image
 from vesselrl.data.near_duplicates import (
     MAX_DISTANCE,
-    MIN_CORRELATION,
     _near_hashes,
     check_near_duplicates,
-    correlation,
     find_near_duplicates,
+    hash_image,
+    pretraining_overlap,
 )
-from vesselrl.data.splits import Split, split_by_patient
-from vesselrl.data.synthetic import TARGET, draw_sequence
+from vesselrl.data.samples import Sample, find_samples, load_image
+from vesselrl.data.splits import Split
 from vesselrl.errors import DataError
+from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 
 def make_sample(patient, frame=1):
@@ -34,13 +36,11 @@ def frames_of(patient, num_frames=1):
 
 @pytest.fixture(scope="module")
 def different():
-    """One frame of each of 40 synthetic patients, by key."""
-    return {make_sample(patient).key: frames_of(patient)[0] for patient in range(1, 41)}
+    """One frame of each of 20 synthetic patients, by key."""
+    return {make_sample(patient).key: frames_of(patient)[0] for patient in range(1, 21)}
 
 
-def test_different_patients_are_not_flagged(different):
-    samples = [make_sample(patient) for patient in range(1, 41)]
-    assert find_near_duplicates(samples, lambda sample: different[sample.key]) == []
+SAMPLES = [make_sample(patient) for patient in (*range(1, 21), 99)]
 
 
 def darker(image):
@@ -51,139 +51,144 @@ def jpeg(image):
     return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
 
 
-def smaller(image):
-    return cv2.resize(image, (180, 180), interpolation=cv2.INTER_AREA)
+CHANGES = {
+    "none": None,
+    "copied": np.array,
+    "darker": darker,
+    "jpeg": jpeg,
+    "smaller": lambda image: cv2.resize(image, (180, 180), interpolation=cv2.INTER_AREA),
+    "moved": lambda image: np.roll(image, (5, 4), axis=(0, 1)),
+    "noisy": lambda image: cv2.add(
+        image, np.random.default_rng(0).normal(0, 8, image.shape), dtype=cv2.CV_8U
+    ),
+}
 
 
-def moved(image):
-    return np.roll(image, (5, 4), axis=(0, 1))
-
-
-def noisy(image):
-    noise = np.random.default_rng(0).normal(0, 8, image.shape)
-    return np.uint8(np.clip(image + noise, 0, 255))
-
-
-@pytest.mark.parametrize("change", [np.array, darker, jpeg, smaller, moved, noisy])
-def test_one_image_under_two_patients_is_found(different, change):
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_one_image_under_two_patients_is_found_and_nothing_else(different, change):
     """A changed copy of patient 7 has a patient's number of its own."""
-    images = different | {"P099_S1_F0001": change(different["P007_S1_F0001"])}
-    samples = [make_sample(patient) for patient in (*range(1, 41), 99)]
-    pairs = find_near_duplicates(samples, lambda sample: images[sample.key])
-    assert [pair[:2] for pair in pairs] == [("P007_S1_F0001", "P099_S1_F0001")]
-    assert pairs[0][2] <= MAX_DISTANCE
+    images = different | ({} if change is None else {"P099_S1_F0001": change(different["P007_S1_F0001"])})
+    pairs = find_near_duplicates(SAMPLES[: len(images)], lambda sample: images[sample.key])
+    assert find_near_duplicates(SAMPLES[:1], lambda _: 1 / 0) == []
+    assert [pair[:2] for pair in pairs] == [] if change is None else [("P007_S1_F0001", "P099_S1_F0001")]
+    assert all(distance <= MAX_DISTANCE for *_, distance in pairs)
 
 
 def test_frames_of_one_run_under_two_patients_are_found_and_those_of_one_patient_are_not():
     frames = frames_of(3, num_frames=6)
-    one = {make_sample(1, number).key: (make_sample(1, number), frame) for number, frame in enumerate(frames)}
-    assert find_near_duplicates([s for s, _ in one.values()], lambda s: one[s.key][1]) == []
-    two = {
-        sample.key: (sample, frame)
-        for number, frame in enumerate(frames)
-        for sample in [make_sample(1 + number % 2, number)]
-    }
-    pairs = find_near_duplicates([s for s, _ in two.values()], lambda s: two[s.key][1])
+
+    def load(sample):
+        return frames[int(sample.frame[1:])]
+
+    assert find_near_duplicates([make_sample(1, number) for number in range(6)], load) == []
+    pairs = find_near_duplicates([make_sample(1 + number % 2, number) for number in range(6)], load)
     assert len(pairs) >= 7  # of 9
     assert all(first[:4] != second[:4] for first, second, _ in pairs)
     assert [distance for *_, distance in pairs] == sorted(distance for *_, distance in pairs)
 
 
-def test_the_guard_names_the_pairs_across_sides_and_warns_of_others(different, caplog):
+def test_the_guard_names_the_pairs_across_subsets_and_warns_of_others(different, caplog):
     images = different | {"P099_S1_F0001": darker(different["P007_S1_F0001"])}
-    samples = [make_sample(patient) for patient in (*range(1, 41), 99)]
 
     def load(sample):
         return images[sample.key]
 
-    leaking = Split(tuple(samples[:20]), tuple(samples[20:30]), tuple(samples[30:]), seed=0)
+    leaking = Split(tuple(SAMPLES[:10]), tuple(SAMPLES[10:15]), tuple(SAMPLES[15:]), seed=0)
     with pytest.raises(DataError, match=r"1 pairs .* look like frames of one run") as raised:
         check_near_duplicates(leaking, load)
     assert "record P007_S1_F0001 (train) and record P099_S1_F0001 (test)" in str(raised.value)
     assert "alias file" in str(raised.value)
-    caplog.set_level(logging.INFO)
-    sound = Split((*samples[:20], samples[-1]), tuple(samples[20:30]), tuple(samples[30:-1]), seed=0)
-    pairs = check_near_duplicates(sound, load)
-    assert [pair[:2] for pair in pairs] == [("P007_S1_F0001", "P099_S1_F0001")]
+    sound = Split((*SAMPLES[:10], SAMPLES[-1]), tuple(SAMPLES[10:15]), tuple(SAMPLES[15:-1]), seed=0)
+    assert [pair[:2] for pair in check_near_duplicates(sound, load)] == [("P007_S1_F0001", "P099_S1_F0001")]
     assert "one patient under two names? First: P007_S1_F0001 and P099_S1_F0001" in caplog.text
-    assert check_near_duplicates(split_by_patient(samples[:-1]), load) == []
 
 
-def test_many_pairs_are_counted():
-    frames = frames_of(3, num_frames=8)
-    samples = [make_sample(1, number) for number in range(8)], [make_sample(2, number) for number in range(8)]
-    split = Split(tuple(samples[0]), (make_sample(3),), tuple(samples[1]), seed=0)
-    with pytest.raises(DataError, match=r"and \d+ more pairs") as raised:
-        check_near_duplicates(
-            split, lambda s: frames[int(s.frame[1:])] if s.patient != "P003" else frames_of(9)[0]
-        )
-    assert str(raised.value).count("(train)") == 10
+def test_hash_by_hand():
+    """A bright square on grey: its bits are 1, those beside it are 0, however dark the image is."""
+    grey = np.full((256, 256), 100, np.uint8)
+    grey[96:160, 96:160] = 160
+    bits = hash_image(grey).reshape(16, 16)
+    assert bits[6:10, 6:10].all()
+    assert not bits[[5, 10], 5:11].any()
+    assert not bits[5:11, [5, 10]].any()
+    assert np.count_nonzero(bits != hash_image(grey // 2).reshape(16, 16)) <= 8
 
 
 def test_distances_are_those_of_scipy():
     rng = np.random.default_rng(1)
     hashes, patients = rng.random((60, 256)) < 0.5, rng.integers(0, 20, 60)
-    expected = cdist(hashes, hashes, "hamming") * 256
-    found = {(i, j): distance for i, j, distance in _near_hashes(hashes, patients, 120)}
-    for i, j in product(range(60), repeat=2):
-        wanted = i < j and patients[i] != patients[j] and round(expected[i, j]) <= 120
-        assert ((i, j) in found) == wanted
-        if wanted:
-            assert found[i, j] == round(expected[i, j])
+    expected = np.round(cdist(hashes, hashes, "hamming") * 256)
+    wanted = {
+        (i, j): expected[i, j]
+        for i, j in product(range(60), repeat=2)
+        if i < j and patients[i] != patients[j] and expected[i, j] <= 120
+    }
+    assert {(i, j): distance for i, j, distance in _near_hashes(hashes, patients, 120)} == wanted
 
 
-def test_correlation_of_shifted_even_and_unlike_maps():
-    rng = np.random.default_rng(2)
-    large = cv2.GaussianBlur(rng.random((90, 90)).astype(np.float32), (0, 0), 2)
-    one, near, far = large[10:74, 10:74], large[15:79, 6:70], large[26:90, 10:74]
-    assert correlation(one, one) == pytest.approx(1)
-    assert correlation(one, near) == pytest.approx(1)
-    assert correlation(one, far) < MIN_CORRELATION
-    assert correlation(one, np.zeros_like(one)) == 0
-
-
-def test_even_images_and_too_few_images():
-    samples = [make_sample(patient) for patient in (1, 2)]
-    assert find_near_duplicates(samples, lambda _: np.zeros((50, 40, 3), np.uint8)) == []
-    assert find_near_duplicates(samples[:1], lambda _: 1 / 0) == []
-    with pytest.raises(ValueError, match="threshold is 300"):
-        find_near_duplicates(samples, load_image, 300)
-
-
-def test_hundreds_of_images_take_seconds():
-    image = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
-    samples = [make_sample(patient) for patient in range(1, 151)]
-    start = time.process_time()
-    find_near_duplicates(samples, lambda _: image, threshold=0)
-    assert time.process_time() - start < 150 * 0.1
-
-
-# ---- Real images
-
-
-def names_of_pairs(samples, pairs):
-    name = {sample.key: sample.image_path.stem for sample in samples}
-    return {frozenset((name[one], name[other])) for one, other, _ in pairs}
-
-
-def test_coronary80_has_frames_of_one_run_on_both_published_sides(shared_folder):
+def test_real_images(shared_folder):
     """Both pairs were looked at. test_010 and train_017 (one tree, subtracted and not) differ by 114 bits."""
+    assert find_near_duplicates(find_samples(shared_folder / "data" / "chase_db1"), load_image) == []
     samples = find_samples(shared_folder / "data" / "coronary80")
+    name = {sample.key: sample.image_path.stem for sample in samples}
     pairs = find_near_duplicates(samples, load_image)
-    assert names_of_pairs(samples, pairs) == {
-        frozenset(("test_006", "train_030")),
-        frozenset(("test_028", "test_032")),
-    }
-    published = {
-        side: tuple(s for s in samples if s.image_path.stem.startswith(side)) for side in ("train", "test")
-    }
-    split = Split(published["train"][1:], published["train"][:1], published["test"], seed=0)
-    with pytest.raises(DataError, match=r"1 pairs") as raised:
-        check_near_duplicates(split, load_image)
-    assert "test_006" in str(raised.value)
-    assert "train_030" in str(raised.value)
+    expected = {frozenset(("test_006", "train_030")), frozenset(("test_028", "test_032"))}
+    assert {frozenset((name[one], name[other])) for one, other, _ in pairs} == expected
 
 
-def test_chase_db1_has_no_near_duplicates(shared_folder):
-    samples = find_samples(shared_folder / "data" / "chase_db1")
-    assert find_near_duplicates(samples, load_image) == []
+# ---- Pretraining overlap
+
+
+@pytest.fixture
+def samples():
+    """Three patients with two frames each; the names are of nobody."""
+    result = [make_sample(patient, frame) for patient in (1, 2, 3) for frame in (1, 2)]
+    return [replace(s, image_path=Path(f"/data/images/LI_{s.key[3]}_frame_{s.key[-1]}.jpg")) for s in result]
+
+
+def test_none_and_all(samples):
+    assert pretraining_overlap("none", samples) == set()
+    assert pretraining_overlap("all", samples) == {sample.key for sample in samples}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "LI_2_frame_1.jpg",
+        "LI_2_frame_1",
+        "images/LI_2_frame_1.jpg",
+        "C:\\data\\LI_2_frame_1.jpg",
+        "P002_S1_F0001",
+    ],
+)
+def test_one_listed_image_counts_for_its_whole_patient(samples, tmp_path, line, caplog):
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "trained.txt"
+    path.write_text(f"\ufeff# base model\n\nelsewhere_7.jpg\n  {line} \n", encoding="utf-8")
+    assert pretraining_overlap(str(path), samples) == {"P002_S1_F0001", "P002_S1_F0002"}
+    assert "1 of 3 patients: 2 of 6 images" in caplog.text
+    assert "LI" not in caplog.text
+
+
+def test_equal_names_in_a_folder_for_each_patient(samples, tmp_path):
+    """p1/1.jpg is of another patient than p2/1.jpg: the folder must be there, and decides."""
+    samples = [replace(s, image_path=Path(f"/data/images/p{s.key[3]}/{s.key[-1]}.jpg")) for s in samples]
+    path = tmp_path / "trained.txt"
+    path.write_text("images/p2/1.jpg\n")
+    assert pretraining_overlap(path, samples) == {"P002_S1_F0001", "P002_S1_F0002"}
+    for line in ("1.jpg", "images/elsewhere/1.jpg"):
+        path.write_text(f"# seen\n{line}\n")
+        with pytest.raises(DataError, match=r"Line 2 of trained\.txt may mean images of 3 patients"):
+            pretraining_overlap(path, samples)
+
+
+def test_files_that_tell_nothing(samples, tmp_path):
+    with pytest.raises(DataError, match=r"some is no file. Give none, all or a text file"):
+        pretraining_overlap("some", samples)
+    (tmp_path / "a.txt").write_text("LI_9_frame_1\n")
+    with pytest.raises(DataError, match=r"None of 1 lines of a\.txt is an image of this data") as raised:
+        pretraining_overlap(tmp_path / "a.txt", samples)
+    assert "LI" not in str(raised.value)
+    (tmp_path / "b.txt").write_bytes("李\n".encode("gbk"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        pretraining_overlap(tmp_path / "b.txt", samples)

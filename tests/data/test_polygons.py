@@ -1,14 +1,23 @@
+"""The rasteriser against hand tables and other libraries, its inverse, and the outlines of users' files."""
+
 import numpy as np
 import pytest
+from pycocotools import mask as pycocotools_mask
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from vesselrl.data.polygons import mask_to_polygons, parse_polygons, rasterise
+from tests.data.broken_roots import encode_mask
+from vesselrl.data.polygons import (
+    mask_to_polygons,
+    rasterise,
+    read_polygon,
+    read_run_lengths,
+    resize_mask,
+    scale_polygons,
+)
 from vesselrl.errors import DataError
 
-
-def dice(a, b):
-    return 2 * (a & b).sum() / (a.sum() + b.sum())
+SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
 
 
 def winding_number(polygon, x, y):
@@ -46,121 +55,126 @@ def test_agrees_with_the_angle_test_on_random_polygons():
             assert mask[row, column] == (winding_number(polygon, column + 0.5, row + 0.5) != 0)
 
 
-def test_agrees_with_skimage_whose_pixels_are_centred_on_whole_numbers():
-    outline = curved_vessel(4)
-    assert (rasterise([outline], (128, 128)) == polygon2mask((128, 128), outline[:, ::-1] - 0.5)).all()
-
-
 @pytest.mark.parametrize("width", [4, 6, 12])
 def test_area_is_the_area_of_the_outline(width):
     outline = curved_vessel(width)
+    mask = rasterise([outline], (128, 128))
     x, y = outline.T
     area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2  # shoelace formula
-    assert rasterise([outline], (128, 128)).sum() == pytest.approx(area, rel=0.02)
+    assert mask.sum() == pytest.approx(area, rel=0.02)
+    # The pixels of skimage are centred on whole numbers.
+    assert (mask == polygon2mask((128, 128), outline[:, ::-1] - 0.5)).all()
 
 
-def test_union_not_exclusive_or():
-    left, right = [0, 0, 3, 0, 3, 2, 0, 2], [2, 0, 5, 0, 5, 2, 2, 2]
-    assert rasterise([left, right], (2, 5)).all()
-
-
-def test_crossing_outline_is_filled_by_the_even_odd_rule():
-    twice_around = [0, 0, 4, 0, 4, 4, 0, 4] * 2
-    assert not rasterise([twice_around], (4, 4)).any()
-
-
-def test_outside_is_cut_off_and_nothing_is_empty():
-    assert rasterise([[-9, -9, 99, -9, 99, 99, -9, 99]], (3, 4)).all()
-    assert not rasterise([[20, 20, 30, 20, 30, 30]], (3, 4)).any()
-    assert not rasterise([], (3, 4)).any()
-    assert not rasterise([[1, 1, 2, 2]], (3, 4)).any()
-
-
-@pytest.mark.parametrize("width", [1.5, 4, 8])
-def test_round_trip_of_a_thin_vessel_is_exact(width):
-    mask = rasterise([curved_vessel(width)], (128, 128))
-    again = rasterise(mask_to_polygons(mask), mask.shape)
-    assert dice(again, mask) == 1
+@pytest.mark.parametrize(
+    ("polygons", "expected"),
+    [
+        ([[0, 0, 3, 0, 3, 4, 0, 4], [2, 0, 4, 0, 4, 4, 2, 4]], True),  # a union, not an exclusive or
+        ([SQUARE * 2], False),  # twice around: the even-odd rule
+        ([[-9, -9, 99, -9, 99, 99, -9, 99]], True),
+        ([[20, 20, 30, 20, 30, 30]], False),
+        ([[1, 1, 2, 2]], False),
+        ([], False),
+    ],
+)
+def test_all_or_nothing(polygons, expected):
+    assert (rasterise(polygons, (4, 4)) == expected).all()
 
 
 def test_round_trip_keeps_holes_borders_and_single_pixels():
     rng = np.random.default_rng(1)
-    for _ in range(50):
-        mask = rng.random(rng.integers(1, 30, 2)) < rng.random()
-        assert (rasterise(mask_to_polygons(mask), mask.shape) == mask).all()
-    ring = np.ones((9, 9), bool)
-    ring[3:6, 3:6] = False
-    ring[4, 4] = True
-    polygons = mask_to_polygons(ring)
-    assert len(polygons) == 2  # the ring with its cut, and the dot inside
-    assert (rasterise(polygons, ring.shape) == ring).all()
+    masks = [rng.random(rng.integers(1, 30, 2)) < rng.random() for _ in range(50)]
+    masks += [rasterise([curved_vessel(width)], (128, 128)) for width in (1.5, 4, 8)]
+    for mask in masks:
+        polygons = mask_to_polygons(mask)
+        assert len(polygons) == ndimage.label(mask, np.ones((3, 3)))[1]
+        assert (rasterise(polygons, mask.shape) == mask).all()
 
 
-def test_one_polygon_for_each_component_and_none_for_an_empty_mask():
-    mask = np.random.default_rng(2).random((40, 40)) < 0.3
-    assert len(mask_to_polygons(mask)) == ndimage.label(mask, np.ones((3, 3)))[1]
+def test_outlines_have_no_needless_points():
     assert mask_to_polygons(np.zeros((5, 5), bool)) == []
-
-
-def test_pixels_that_touch_at_a_corner_need_no_cut():
-    (polygon,) = mask_to_polygons(np.eye(3, dtype=bool))
-    assert len(np.unique(polygon, axis=0)) == len(polygon)
-
-
-def test_outline_has_no_needless_points():
     mask = np.zeros((20, 20), bool)
     mask[5:15, 3:17] = True
     assert len(mask_to_polygons(mask)[0]) == 8  # four sides and four cut corners
+    (polygon,) = mask_to_polygons(np.eye(3, dtype=bool))  # pixels that touch at a corner need no cut
+    assert len(np.unique(polygon, axis=0)) == len(polygon)
 
 
-SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
+def test_scaling_back_and_forth():
+    polygon = np.random.default_rng(0).random((9, 2)) * 512
+    (wide,) = scale_polygons([polygon], (512, 512), (1024, 256))
+    assert np.allclose(wide, polygon * [2, 0.5])
+    assert np.allclose(scale_polygons([wide], (1024, 256), (512, 512))[0], polygon)
+    mask = rasterise([curved_vessel(4)], (128, 128))
+    assert resize_mask(mask, mask.shape) is mask
+    doubled = mask.repeat(2, 0).repeat(2, 1)
+    assert (resize_mask(doubled, mask.shape) == mask).all()
+    assert (resize_mask(mask, doubled.shape) == doubled).mean() > 0.99
+    assert not resize_mask(np.zeros((4, 4), bool), (8, 8)).any()
 
 
-@pytest.mark.parametrize(
-    "value", [[SQUARE], [[SQUARE]], [SQUARE, SQUARE], [[SQUARE], [SQUARE]], [SQUARE, [SQUARE]]]
-)
-def test_both_nestings(value):
-    polygons, num_skipped = parse_polygons(value, (4, 4), "record 0")
-    assert num_skipped == 0
-    assert rasterise(polygons, (4, 4)).all()
+# ---- Outlines in users' files
 
 
-def test_polygons_that_enclose_nothing_are_counted():
-    polygons, num_skipped = parse_polygons([[1, 1], SQUARE, [0, 0, 1, 1], []], (4, 4), "record 0")
-    assert (len(polygons), num_skipped) == (1, 3)
-    assert parse_polygons([], (4, 4), "record 0") == ((), 0)
-
-
-def test_one_pixel_outside_is_tolerated():
-    polygons, _ = parse_polygons([[-1, -1, 5, -1, 5, 5]], (4, 4), "record 0")
-    assert len(polygons) == 1
+def test_polygons_with_too_few_points_and_one_pixel_outside():
+    assert [read_polygon(flat, (4, 4), "") for flat in ([], [1, 1], [0, 0, 1, 1])] == [None] * 3
+    assert read_polygon([-1, -1, 5, -1, 5, 5], (4, 4), "").tolist() == [[-1, -1], [5, -1], [5, 5]]
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([[0, 0, 4, 0, 4]], "record 5: polygon 0 has 5 coordinates, an odd number"),
-        ([SQUARE, [0, 0, 4, 0, 4, float("nan")]], "record 5: polygon 1 holds nan, not a finite number"),
-        ([[0, 0, float("inf"), 0, 4, 4]], "record 5: polygon 0 holds inf, not a finite number"),
-        ([[0, 0, 10**400, 0, 4, 4]], "record 5: polygon 0 holds 100000000000, not a finite number"),
-        ([[0, 0, None, 0, 4, 4]], "record 5: polygon 0 holds null, not a number"),
-        ([[0, 0, "Li Ming", 0, 4, 4]], "record 5: polygon 0 holds a text, not a number"),
-        ([[0, 0, True, 0, 4, 4]], "record 5: polygon 0 holds true or false, not a number"),
-        ([[0, 0, 5.5, 0, 4, 4]], "record 5: polygon 0 has x = 5.5, outside its image of 4×3 px"),
-        ([[0, 0, 4, 0, 4, 4.5]], "record 5: polygon 0 has y = 4.5, outside its image of 4×3 px"),
-        ([[0, 0, 4, 0, 4, -1.5]], "record 5: polygon 0 has y = -1.5, outside"),
-        ([[[0, 0], [4, 0], [4, 4]]], "record 5: 'mask' holds points as [x, y] pairs"),
-        ([0, 0, 4, 0, 4, 3], "record 5: 'mask' holds a number where a polygon was expected"),
-        ([[0, 0, [4, 0], 4, 3]], "record 5: 'mask' mixes numbers and lists"),
-        ([[[[0, 0, 4, 0, 4, 3]]]], "record 5: polygon 0 holds a list, not a number"),
-        ({"counts": "", "size": [3, 4]}, "record 5: 'mask' is an object, not a list of polygons"),
-        ("Li Ming.png", "record 5: 'mask' is a text, not a list of polygons"),
-        (None, "record 5: 'mask' is null, not a list of polygons"),
+        (3, "polygon 1 is a number, not a list"),
+        ([0, 0, 4, 0, 4], "polygon 1 has 5 coordinates, an odd number"),
+        ([0, 0, 4, 0, 4, float("nan")], "polygon 1 holds nan, not a finite number"),
+        ([0, 0, float("inf"), 0, 4, 4], "polygon 1 holds inf, not a finite number"),
+        ([0, 0, 10**400, 0, 4, 4], "polygon 1 holds 100000000000, not a finite number"),
+        ([0, 0, None, 0, 4, 4], "polygon 1 holds null, not a number"),
+        ([0, 0, "Li Ming", 0, 4, 4], "polygon 1 holds a text, not a number"),
+        ([0, 0, True, 0, 4, 4], "polygon 1 holds true or false, not a number"),
+        ([0, 0, 5.5, 0, 4, 4], "polygon 1 has x = 5.5, outside its image of 4×3 px"),
+        ([0, 0, 4, 0, 4, 4.5], "polygon 1 has y = 4.5, outside its image of 4×3 px"),
+        ([0, 0, 4, 0, 4, -1.5], "polygon 1 has y = -1.5, outside"),
     ],
 )
-def test_errors_name_record_polygon_and_value(value, message):
+def test_errors_name_polygon_and_value(value, message):
     with pytest.raises(DataError) as raised:
-        parse_polygons(value, (4, 3), "record 5")
+        read_polygon(value, (4, 3), "polygon 1")
     assert message in str(raised.value)
     assert "Li Ming" not in str(raised.value)
-    assert "\n" not in str(raised.value)
+
+
+def test_run_lengths_agree_with_pycocotools():
+    rng = np.random.default_rng(0)
+    shapes = [*rng.integers(1, 40, (200, 2)), (300, 700)]
+    for shape in shapes:
+        mask = rng.random(shape) < rng.random()
+        height, width = mask.shape
+        flat = mask.ravel(order="F")
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [not flat[-1]]])))
+        plain = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
+        packed = pycocotools_mask.frPyObjects(plain, height, width)
+        for value in (plain, encode_mask(mask), packed | {"counts": packed["counts"].decode()}):
+            assert (read_run_lengths(value, (width, height), "").decode() == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": "zzzzz"}, "damaged"),
+        ({"counts": "1"}, "do not fill the mask of 64×64 px"),
+        ({"counts": "PPP1PPP1"}, "do not fill"),
+        ({"counts": "0P"}, "cut short"),
+        ({"counts": [4000, 97]}, "do not fill"),
+        ({"counts": [-1, 4097]}, "do not fill"),
+        ({"counts": [4096.0]}, "a list with other things than whole numbers"),
+        ({"counts": None}, "'counts' is null"),
+        ({"size": [64, 63]}, "the run-length mask has 63×64 px, its image 64×64 px"),
+        ({"size": "LI_MING"}, "the run-length mask has another size"),
+    ],
+)
+def test_broken_run_lengths(change, message):
+    with pytest.raises(DataError, match=message) as raised:
+        read_run_lengths({"size": [64, 64], "counts": [4096]} | change, (64, 64), "annotation 2")
+    assert raised.value.code == "bad_rle"
+    assert str(raised.value).startswith("annotation 2: ")

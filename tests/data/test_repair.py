@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +11,16 @@ from PIL import Image
 
 from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, WHOLE, Root, draw_mask, faults, write_root
 from vesselrl.data import repair
-from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.check import check_data
 from vesselrl.data.findings import DataReport, render
 from vesselrl.data.repair import repair_data
+from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 
 # Faults that leave nothing to mend: the image, or the whole label, cannot be known.
 LOST = {
     *("missing", "unreadable", "truncated", "same pixels", "odd length", "outside", "not finite"),
-    *("other proportions", "size of words", "all foreground", "white mask"),
+    *("other proportions", "size of words", "all foreground", "white mask", "broken run lengths"),
 }
 # Without polygons the label is lost as well.
 LOST_WITHOUT_POLYGONS = {"cut mask", "unreadable mask"}
@@ -39,7 +37,7 @@ def repaired(root: Root, out: Path) -> DataReport:
     report = repair_data(root.path, out)
     assert digests(root.path) == before
     assert report.root == out
-    assert [path for path in out.parent.iterdir() if path not in (root.path, out)] == []
+    assert set(out.parent.iterdir()) == {root.path, out}
     shown = render(report, limit=0) + report.to_json()
     assert not [secret for secret in SECRETS if secret in shown]
     again = check_data(out)
@@ -88,20 +86,22 @@ def test_planted_fault(tmp_path: Path, layout: str, name: str) -> None:
 @pytest.mark.parametrize("layout", ["annotations", "labelme", "coco"])
 def test_records_are_written_flat_with_a_text_each(tmp_path: Path, layout: str) -> None:
     root = write_root(tmp_path / "root", layout)
+    nested = {
+        "text": "artery",
+        "conversations": ["kept"],
+        "mask": [[polygon] for polygon in root.polygons(0)],
+    }
     if layout == "annotations":
-        root.change(
-            0, lambda c: c.update(mask=[[p] for p in c["mask"]], text="artery", conversations=["kept"])
-        )
+        root.change(0, lambda content: content.update(nested))
     repaired(root, tmp_path / "out")
     records = json.loads((tmp_path / "out" / "annotations.json").read_text())
-    assert [record["image"] for record in records] == [f"{name}.png" for name in (
-        sorted(NAMES) if layout == "labelme" else NAMES)]  # fmt: skip
+    names = sorted(NAMES) if layout == "labelme" else NAMES
+    assert [record["image"] for record in records] == [f"{name}.png" for name in names]
     for record in records:
         assert all(isinstance(value, float) for polygon in record["mask"] for value in polygon)
         assert len(record["text"]) == len(record["mask"])
     if layout == "annotations":
-        assert set(records[0]["text"]) == {"artery"}
-        assert records[0]["conversations"] == ["kept"]
+        assert (set(records[0]["text"]), records[0]["conversations"]) == ({"artery"}, ["kept"])
 
 
 def test_images_are_written_upright_with_eight_bits(tmp_path: Path) -> None:
@@ -176,20 +176,16 @@ def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, is_known: 
         fresh = write_root(tmp_path / f"fresh{number}", "annotations")
         before = keys((root if is_known else fresh).path)
         faults("annotations")["odd length"][0](root, number)
-        files = digests(root.path)
         report = repair_data(root.path, tmp_path / f"out{number}")
-        assert digests(root.path) == files
         check_keys(report, before, tmp_path / f"out{number}", NAMES[number])
 
 
 def test_the_copy_keeps_pseudonyms_of_impersonal_names_too(tmp_path: Path) -> None:
     for number in range(4):
         root = write_root(tmp_path / f"root{number}", "annotations")
-        records = json.loads(root.file.read_text())
-        for index, record in enumerate(records):
+        for index in range(4):
             root.image(index).rename(root.path / "images" / f"train_{index:03}.png")
-            record["image"] = f"train_{index:03}.png"
-        root.file.write_text(json.dumps(records))
+            root.change(index, lambda record, index=index: record.update(image=f"train_{index:03}.png"))
         before = keys(root.path)
         faults("annotations")["odd length"][0](root, number)
         report = repair_data(root.path, tmp_path / f"out{number}")
@@ -213,36 +209,25 @@ def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path) -> None:
 # ---- The folder of the copy
 
 
-def test_a_folder_with_content_is_refused(tmp_path: Path) -> None:
-    root = write_root(tmp_path / "root", "masks")
+def test_a_folder_with_content_and_one_in_or_around_the_data_root_are_refused(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "around" / "root", "masks")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = digests(tmp_path)
-    with pytest.raises(DataError, match="exists and is not empty"):
-        repair_data(root.path, tmp_path / "out")
-    with pytest.raises(DataError, match="exists and is not empty"):
-        repair_data(root.path, root.path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="exists and is not empty"):
-        repair_data(root.path, tmp_path / "file")
-    (tmp_path / "file").unlink()
-    assert digests(tmp_path) == before
-
-
-@pytest.mark.parametrize("out", ["root/out", "."])
-def test_a_folder_in_or_around_the_data_root_is_refused(tmp_path: Path, out: str) -> None:
-    root = write_root(tmp_path / "around" / "root", "masks")
-    before = digests(tmp_path)
-    with pytest.raises(DataError, match=r"overlaps the data root|is not empty"):
-        repair_data(root.path, tmp_path / "around" / out)
+    for out in (tmp_path / "out", tmp_path / "out" / "notes.txt", root.path, tmp_path / "around"):
+        with pytest.raises(DataError, match="exists and is not empty"):
+            repair_data(root.path, out)
+    with pytest.raises(DataError, match="overlaps the data root"):
+        repair_data(root.path, root.path / "out")
     assert digests(tmp_path) == before
 
 
 def test_an_empty_folder_is_used_and_can_be_read_by_others(tmp_path: Path) -> None:
     root = write_root(tmp_path / "root", "masks")
     (tmp_path / "out").mkdir()
+    mode = (tmp_path / "out").stat().st_mode
     repaired(root, tmp_path / "out")
-    assert stat.S_IMODE(os.stat(tmp_path / "out").st_mode) == 0o755
+    assert (tmp_path / "out").stat().st_mode == mode
 
 
 def test_an_interrupted_repair_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +241,6 @@ def test_an_interrupted_repair_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space"):
         repair_data(root.path, tmp_path / "out")
     assert digests(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
 @pytest.mark.parametrize("what", ["copyfile", "save"])

@@ -9,20 +9,15 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from vesselrl.data.synthetic import DatasetPlan, write_plan
+from vesselrl.data.vessel_tree import choose_view
 
 from vesselrl.data import synthetic
-from vesselrl.data.annotations import find_samples, load_image, load_mask
 from vesselrl.data.patients import parse_name
-from vesselrl.data.synthetic import (
-    SOURCE,
-    TARGET,
-    DatasetPlan,
-    draw_sequence,
-    write_dataset,
-    write_plan,
-)
-from vesselrl.data.vessel_drawing import render_attenuation, render_mask
-from vesselrl.data.vessel_tree import Vessel, choose_view, grow_tree, project
+from vesselrl.data.samples import find_samples, load_image, load_mask
+from vesselrl.synthetic.dataset import SOURCE, TARGET, draw_sequence, write_dataset
+from vesselrl.synthetic.rendering import render_attenuation, render_mask
+from vesselrl.synthetic.tree import Vessel, grow_tree, project
 
 # No noise, no anatomy, nothing that looks like a vessel, sharp in time.
 CALM = replace(

@@ -1,30 +1,38 @@
+"""Rows by hand, predictions kept for several masks, test-time flips, a second observer, caveats."""
+
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.metrics import f1_score
 
-from vesselrl.evaluation.evaluate import describe_reward, evaluate
+from vesselrl.data.samples import find_samples, load_mask
+from vesselrl.data.splits import split_by_patient
+from vesselrl.errors import DataError
+from vesselrl.evaluation.evaluate import (
+    caveats_of,
+    describe_reward,
+    evaluate,
+    evaluate_masks,
+    predict_all,
+    second_observer,
+    with_flips,
+)
+from vesselrl.evaluation.results import Caveat
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward
 
-
-@dataclass(frozen=True)
-class Picture:
-    key: str
-    patient: str
-    sequence: str
-    image: np.ndarray
-    truth: np.ndarray
-
-
-@dataclass(frozen=True)
-class Answer:
-    mask: np.ndarray
+# Left and right eye of one child are one patient.
+CHILD = r"(?:train|test)_(?P<patient>\d+)(?P<sequence>[LR])"
 
 
 def picture(number, patient, truth):
+    """A sample with an image of one brightness, its number."""
     image = np.full((*truth.shape, 3), number, np.uint8)
-    return Picture(f"{patient}_S1_F{number:04d}", patient, f"{patient}_S1", image, truth)
+    names = {"key": f"{patient}_S1_F{number:04d}", "patient": patient, "sequence": f"{patient}_S1"}
+    return SimpleNamespace(**names, image=image, truth=truth)
 
 
 def load(sample):
@@ -37,26 +45,24 @@ def bar(*columns, width=8):
     return mask
 
 
-@pytest.fixture
-def pictures():
-    return [
-        picture(0, "P001", bar(0, 1, 2, 3)),
-        picture(1, "P001", bar(0, 1, 2, 3)),
-        picture(2, "P002", bar(4, 5)),
-        picture(3, "P003", np.zeros((6, 8), bool)),
-    ]
-
-
-ANSWERS = {0: bar(0, 1, 2, 3), 1: bar(0, 1), 2: None, 3: np.zeros((6, 8), bool)}
+EMPTY = np.zeros((6, 8), bool)
+ANSWERS = {0: bar(0, 1, 2, 3), 1: bar(0, 1), 2: None, 3: EMPTY}
+PICTURES = [
+    picture(0, "P001", bar(0, 1, 2, 3)),
+    picture(1, "P001", bar(0, 1, 2, 3)),
+    picture(2, "P002", bar(4, 5)),
+    picture(3, "P003", EMPTY),
+]
 
 
 def predict(image):
     mask = ANSWERS[int(image[0, 0, 0])]
-    return None if mask is None else Answer(mask)
+    return None if mask is None else SimpleNamespace(mask=mask)
 
 
-def test_scores_by_hand(pictures):
-    result = evaluate(predict, pictures, load)
+def test_scores_by_hand():
+    told = []
+    result = evaluate(predict, PICTURES, load=load, progress=lambda done, total: told.append((done, total)))
     # Perfect; half of the vessel: 2*4/(4+8); failed: 0; both empty: 1.
     assert [row["dice"] for row in result.rows] == pytest.approx([1, 2 / 3, 0, 1])
     assert [row["recall"] for row in result.rows] == pytest.approx([1, 0.5, 0, math.nan], nan_ok=True)
@@ -68,107 +74,227 @@ def test_scores_by_hand(pictures):
     assert recall["patient_mean"] == pytest.approx((0.75 + 0) / 2)
     assert (recall["n_images"], recall["n_undefined"], recall["n_patients"]) == (3, 1, 2)
     assert math.isnan(recall["low"])
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_failed_prediction_is_an_empty_mask_and_counted(pictures):
-    result = evaluate(predict, pictures, load)
+def test_a_failed_prediction_is_an_empty_mask_and_counted():
+    result = evaluate(predict, PICTURES, load=load)
     assert [row["failed"] for row in result.rows] == [False, False, True, False]
     assert result.summary["n_failed"] == 1
-    assert result.summary["n_images"] == 4
     assert result.too_many_failed
-    empty = evaluate(lambda image: predict(image) or Answer(np.zeros((6, 8), bool)), pictures, load)
+    empty = evaluate(lambda image: predict(image) or SimpleNamespace(mask=EMPTY), PICTURES, load=load)
     assert not empty.too_many_failed
-    without = [{k: v for k, v in row.items() if k != "failed"} for row in result.rows]
-    assert str(without) == str([{k: v for k, v in row.items() if k != "failed"} for row in empty.rows])
+    without = [[{k: v for k, v in row.items() if k != "failed"} for row in e.rows] for e in (result, empty)]
+    assert str(without[0]) == str(without[1])
 
 
-def test_predictor_never_sees_the_truth(pictures):
+def test_the_predictor_sees_the_image_alone_and_the_hashes_follow_images_and_labels():
     seen = []
 
     def watch(image):
         seen.append(image.copy())
-        return Answer(bar(0, 1))
+        return SimpleNamespace(mask=bar(0, 1))
 
-    evaluate(watch, pictures, load)
     noise = np.random.default_rng(0).random((6, 8)) > 0.5
-    evaluate(watch, pictures, lambda sample: (sample.image, noise))
+    result = evaluate(watch, PICTURES, load=load)
+    relabelled = evaluate(watch, PICTURES, load=lambda sample: (sample.image, noise))
     assert all(np.array_equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
+    assert relabelled.image_list_hash == result.image_list_hash
+    assert relabelled.label_hash != result.label_hash
+    shuffled = evaluate(watch, PICTURES[::-1], load=load)
+    assert (shuffled.image_list_hash, shuffled.label_hash) == (result.image_list_hash, result.label_hash)
+    assert evaluate(watch, PICTURES[:3], load=load).image_list_hash != result.image_list_hash
 
 
-def test_reward_is_a_column_and_described(pictures):
+def test_reward_is_a_column_and_described():
     class AreaReward:
         def __init__(self):
             self.weight = 0.5
             self.custom = max
 
         def __call__(self, pred, gt):
-            assert pred.dtype == bool
-            assert gt.dtype == bool
+            assert pred.dtype == gt.dtype == bool
             return self.weight * float(pred.sum()), {"area": 1.0}
 
-    result = evaluate(predict, pictures, load, reward=AreaReward())
+    result = evaluate(predict, PICTURES, AreaReward(), load=load)
     assert [row["reward"] for row in result.rows] == [4.0, 2.0, 0.0, 0.0]
     assert result.summary["metrics"]["reward"]["image_mean"] == 1.5
     assert result.reward_spec == {"class": "AreaReward", "weight": 0.5, "custom": "max"}
-    assert describe_reward(max) == {"class": "max"}
-    assert evaluate(predict, pictures, load).reward_spec is None
-
-
-def test_describing_a_reward_does_not_depend_on_its_use():
+    assert evaluate(predict, PICTURES, load=load).reward_spec is None
     used, fresh = MultiObjectiveReward(recall_target=0.9), MultiObjectiveReward(recall_target=0.9)
-    used(bar(0, 1), bar(0, 1))
-    assert describe_reward(used) == describe_reward(fresh)
+    used(bar(0, 1), bar(0, 1))  # its use leaves no trace in the description
+    assert describe_reward(used) == describe_reward(fresh) != describe_reward(MultiObjectiveReward())
     assert describe_reward(used)["recall_target"] == 0.9
-    assert describe_reward(used) != describe_reward(MultiObjectiveReward())
 
 
-def test_wrong_shapes_are_errors(pictures):
-    with pytest.raises(
-        ValueError, match=r"P001_S1_F0000: the predicted mask is \(6, 9\), the image \(6, 8\)"
-    ):
-        evaluate(lambda _: Answer(bar(1, width=9)), pictures, load)
-    with pytest.raises(ValueError, match=r"P001_S1_F0000: the true mask is \(6, 9\)"):
-        evaluate(predict, pictures, lambda sample: (sample.image, bar(1, width=9)))
-    with pytest.raises(ValueError, match="P001_S1_F0000: predicted mask"):
-        evaluate(lambda _: Answer(255 * bar(1).astype(np.uint8)), pictures, load)
-
-
-def test_a_crash_is_not_a_failed_prediction(pictures):
-    def crash(image):
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate(crash, pictures, load)
-
-
-def test_nothing_and_repeated_images_are_refused_before_predicting(pictures):
+def test_what_is_wrong_is_an_error_that_names_the_image_and_no_failed_prediction():
     def never(image):
         pytest.fail("predicted")
 
+    def crash(image):
+        raise RuntimeError("out of memory")
+
+    def answer(mask):
+        return lambda image: SimpleNamespace(mask=mask, probabilities=np.zeros(mask.shape))
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(crash, PICTURES, load=load)
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate(never, [], load)
+        evaluate(never, [], load=load)
     with pytest.raises(ValueError, match="P001_S1_F0000 occurs twice"):
-        evaluate(never, [*pictures, pictures[0]], load)
+        evaluate(never, [*PICTURES, PICTURES[0]], load=load)
+    with pytest.raises(ValueError, match=r"P001_S1_F0000: the true mask is \(6, 9\)"):
+        evaluate(never, PICTURES, load=lambda sample: (sample.image, bar(1, width=9)))
+    wide = r"P001_S1_F0000: the predicted mask is \(6, 9\), the image \(6, 8\)"
+    with pytest.raises(ValueError, match=wide):
+        evaluate(answer(bar(1, width=9)), PICTURES, load=load)
+    with pytest.raises(ValueError, match=wide):
+        predict_all(answer(bar(1, width=9)), PICTURES, PostProcessing(), {}, load=load)
+    with pytest.raises(ValueError, match="P001_S1_F0000: predicted mask"):
+        evaluate(answer(255 * bar(1).astype(np.uint8)), PICTURES, load=load)
 
 
-def test_progress_is_told(pictures):
-    told = []
-    evaluate(predict, pictures, load, progress=lambda done, total: told.append((done, total)))
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+SHAPE = (21, 13)
 
 
-def test_hashes_follow_images_and_labels_not_order(pictures):
-    result = evaluate(predict, pictures, load)
-    shuffled = evaluate(predict, pictures[::-1], load)
-    assert (shuffled.image_list_hash, shuffled.label_hash) == (result.image_list_hash, result.label_hash)
-    fewer = evaluate(predict, pictures[:3], load)
-    assert fewer.image_list_hash != result.image_list_hash
+def noisy(number):
+    """A sample of noise; number 3 is black."""
+    generator = np.random.default_rng(number)
+    image = generator.integers(0, 1 if number == 3 else 256, (*SHAPE, 3), dtype=np.uint8)
+    sample = picture(number, f"P{number}", generator.random(SHAPE) < 0.3)
+    sample.image = image
+    return sample
 
-    def one_pixel_more(sample):
-        truth = sample.truth.copy()
-        truth[0, 0] = True
-        return sample.image, truth
 
-    relabelled = evaluate(predict, pictures, one_pixel_more)
-    assert relabelled.image_list_hash == result.image_list_hash
-    assert relabelled.label_hash != result.label_hash
+NOISY = [noisy(number) for number in range(5)]
+
+
+def brightness(image, threshold=0.5):
+    """Brightness is probability; a black picture fails."""
+    if not image.any():
+        return None
+    probabilities = (image.mean(axis=2) / 255).astype(np.float32)
+    return SimpleNamespace(mask=probabilities > threshold, probabilities=probabilities)
+
+
+def test_one_pass_gives_what_several_evaluations_give(caplog):
+    asked = []
+    done = predict_all(
+        lambda image: asked.append(1) or brightness(image), NOISY, PostProcessing(0.5, 3),
+        {"higher": PostProcessing(0.6)}, load=load,
+    )  # fmt: skip
+    assert len(asked) == len(NOISY)
+
+    def post_processed(image, post):
+        found = brightness(image)
+        return None if found is None else SimpleNamespace(mask=post.mask(found.probabilities))
+
+    for variant, post in (("", PostProcessing(0.5, 3)), ("higher", PostProcessing(0.6))):
+        direct = evaluate(lambda image, post=post: post_processed(image, post), NOISY, load=load)
+        assert str(evaluate_masks(NOISY, done.pairs(variant))) == str(direct)
+    assert direct.summary["n_failed"] == 1  # else nothing failed in this test
+    assert "1 of 5 predictions failed: P3_S1_F0003" in caplog.text
+    assert (done.calibration["n_failed"], done.calibration["n_pixels"]) == (1, 4 * SHAPE[0] * SHAPE[1])
+    nothing = predict_all(lambda _: None, NOISY, PostProcessing(), {"more": PostProcessing()}, load=load)
+    assert nothing.calibration is None
+    assert set(nothing.masks["more"]) == {None}
+
+
+def test_flips_are_turned_back_and_averaged():
+    image = NOISY[1].image
+    assert np.allclose(with_flips(brightness)(image).probabilities, brightness(image).probabilities)
+    seen = []
+
+    def left_blind(picture):  # sees nothing in the left column and the upper row
+        seen.append(picture)
+        probabilities = np.ones(picture.shape[:2], np.float32)
+        probabilities[:, 0] = probabilities[0] = 0
+        return SimpleNamespace(probabilities=probabilities) if len(seen) != 8 else None
+
+    flipped = with_flips(left_blind, threshold=0.4)(image)
+    expected = np.ones(SHAPE)
+    expected[:, [0, -1]] = expected[[0, -1]] = 0.5
+    expected[[0, 0, -1, -1], [0, -1, 0, -1]] = 0.25
+    assert np.array_equal(flipped.probabilities, expected)
+    assert np.array_equal(flipped.mask, expected > 0.4)
+    mirrored = [image, np.fliplr(image), np.flipud(image), np.rot90(image, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(seen, mirrored, strict=True))
+    assert with_flips(left_blind)(image) is None  # the fourth of these four failed
+
+
+def write_masks(root, masks):
+    """`path below root -> mask`; images are grey."""
+    for path, mask in masks.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(root / path)
+
+
+def agreement(first, second):
+    pairs = ((load_mask(other), load_mask(one)) for one, other in zip(first, second, strict=True))
+    return evaluate_masks(first, pairs)
+
+
+def test_agreement_of_two_observers_by_hand(tmp_path):
+    """The second observer saw half of the vessel in the first image, and the same in the second."""
+    grey, rows = np.full((8, 8), 90, np.uint8), np.zeros((8, 8), bool)
+    rows[3:5] = True
+    half = rows & (np.arange(8) < 4)
+    for name, second in (("train_01L", half), ("train_02L", rows)):
+        write_masks(
+            tmp_path, {f"images/{name}.png": grey, f"masks/{name}.png": rows, f"second/{name}.png": second}
+        )
+    first = find_samples(tmp_path, CHILD)
+    found = agreement(first, second_observer(first, tmp_path / "second"))
+    scores = sorted((row["dice"], row["recall"], row["precision"]) for row in found.rows)
+    assert scores == [(pytest.approx(2 / 3), 0.5, 1.0), (1.0, 1.0, 1.0)]
+    write_masks(tmp_path, {"second/train_02L.png": np.zeros((4, 8), bool)})
+    with pytest.raises(DataError, match="the mask has 8×4 px, its image 8×8 px"):
+        second_observer(first, tmp_path / "second")
+    (tmp_path / "second" / "train_02L.png").unlink()
+    with pytest.raises(DataError, match="the second observer has no mask of it"):
+        second_observer(first, tmp_path / "second")
+    with pytest.raises(DataError, match="There is no folder"):
+        second_observer(first, tmp_path / "nowhere")
+
+
+def test_equal_names_in_a_folder_for_each_patient(tmp_path):
+    """p1/001.png is another image than p2/001.png, and so are its second mask and that of the other."""
+    for number, patient in enumerate(("p1", "p2", "p3"), start=1):
+        mask = np.zeros((8, 8), bool)
+        mask[number, :] = True
+        images = {f"images/{patient}/001.png": np.full((8, 8), 90, np.uint8)}
+        write_masks(
+            tmp_path, images | {f"{folder}/{patient}/001.png": mask for folder in ("masks", "second")}
+        )
+    first = find_samples(tmp_path, r"^(?P<patient>[^/]+)/")
+    found = agreement(first, second_observer(first, tmp_path / "second"))
+    assert [row["dice"] for row in found.rows] == [1.0] * 3
+    (tmp_path / "second" / "p1" / "001.png").rename(tmp_path / "second" / "001.png")
+    with pytest.raises(DataError, match="the second observer has no mask of it"):
+        second_observer(first, tmp_path / "second")
+
+
+def test_human_agreement_on_chase_db1(shared_folder):
+    data = shared_folder / "data" / "chase_db1"
+    if not data.is_dir():
+        pytest.skip("needs ../shared")
+    first = find_samples(data, CHILD)
+    second = second_observer(first, data / "masks_2nd")
+    found = agreement(first, second)
+    assert (found.summary["n_images"], found.summary["n_patients"]) == (28, 14)
+    scores = found.summary["metrics"]["dice"]
+    assert scores["image_mean"] == pytest.approx(0.777, abs=0.002)
+    assert scores["low"] < 0.777 < scores["high"]
+    for place in (0, 27):
+        one, other = load_mask(first[place]).ravel(), load_mask(second[place]).ravel()
+        assert found.rows[place]["dice"] == pytest.approx(f1_score(one, other))
+
+
+def test_caveats_of_a_split_and_of_a_base_that_has_seen_the_patients(angiograms):
+    samples = find_samples(angiograms)
+    assert caveats_of(split_by_patient(samples), samples) == {}
+    assert caveats_of(None, [], {"P001_S1_F0001"}) == {}
+    by_frame = split_by_patient(samples, unit="frame")
+    caveats = caveats_of(by_frame, samples, {samples[0].key, "other"})
+    assert list(caveats) == [Caveat.PATIENT_LEAKAGE, Caveat.PRETRAINING_OVERLAP]
+    assert "patients of 1 of 20 images" in caveats[Caveat.PRETRAINING_OVERLAP]

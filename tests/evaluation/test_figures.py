@@ -1,12 +1,28 @@
+"""Curves, panels and cases of a run, and the SVG charts of reports."""
+
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.evaluation.figures import curves_figure, plot_curves, plot_panels, read_metrics
-from vesselrl.scoring.overlay import overlay
+from vesselrl.evaluation import charts
+from vesselrl.evaluation.charts import interval_figure, svg
+from vesselrl.evaluation.figures import (
+    Case,
+    choose_cases,
+    curves_figure,
+    plot_curves,
+    plot_panels,
+    read_cases,
+    read_metrics,
+    write_cases,
+)
+
+CURVE = {"thresholds": [0.25, 0.5, 0.75], "chosen": 0.75}
+CURVE |= {"dice": [0.7, 0.8, 0.75], "recall": [0.9, 0.8, 0.65], "precision": [0.6, 0.8, 0.9]}
 
 
 def write_lines(path, entries):
@@ -14,37 +30,14 @@ def write_lines(path, entries):
     return path
 
 
-def test_overlay_colours_by_hand():
-    image = np.full((1, 4, 3), 100, np.uint8)
-    mask = np.array([[True, True, False, False]])
-    truth = np.array([[True, False, True, False]])
-    # 0.15 * 100 + 0.85 * colour: found 231.75, invented (49, 134, 214.75), missed (210.5, 78.75, 23.5)
-    drawn = overlay(image, mask, truth)
-    assert drawn.tolist() == [[[232, 232, 232], [49, 134, 215], [210, 79, 24], [100, 100, 100]]]
-    assert (image == 100).all()
-    assert overlay(image, mask).tolist() == [[[49, 134, 215]] * 2 + [[100, 100, 100]] * 2]
-
-
-def test_overlay_refuses_other_sizes():
-    with pytest.raises(ValueError, match=r"shape \(4, 5, 3\)"):
-        overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5), bool))
-    with pytest.raises(ValueError, match="float64"):
-        overlay(np.zeros((4, 4, 3)), np.zeros((4, 4), bool))
-    with pytest.raises(ValueError, match="differ in size"):
-        overlay(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), bool), np.zeros((4, 5), bool))
-
-
 def test_metrics_are_read_sorted_and_the_last_of_a_step_counts(tmp_path, caplog):
-    path = write_lines(
-        tmp_path / "metrics.jsonl",
-        [
-            {"step": 0, "val/dice": 0.7, "note": "text", "done": True},
-            {"step": 20, "val/dice": 0.8, "train/reward": float("nan")},
-            {"step": 10, "val/dice": 0.9},
-            {"step": 10, "val/dice": 0.75},
-        ],
-    )
-    with path.open("a") as file:
+    entries = [
+        {"step": 0, "val/dice": 0.7, "note": "text", "done": True},
+        {"step": 20, "val/dice": 0.8, "train/reward": float("nan")},
+        {"step": 10, "val/dice": 0.9},
+        {"step": 10, "val/dice": 0.75},
+    ]
+    with write_lines(path := tmp_path / "metrics.jsonl", entries).open("a") as file:
         file.write('{"step": 30, "val/di')
     with caplog.at_level(logging.WARNING):
         series = read_metrics(path)
@@ -55,15 +48,14 @@ def test_metrics_are_read_sorted_and_the_last_of_a_step_counts(tmp_path, caplog)
 
 def test_damaged_metrics_are_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
-        read_metrics(path)
-    path.write_text('{"step": 1}\n{"val/dice": 1}\n')
-    with pytest.raises(ValueError, match="line 2 has no 'step'"):
-        read_metrics(path)
-    path.write_text('{"step": 1, "other": 2}\n')
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plot_curves(path, tmp_path / "curves.png")
+    for text, message in (
+        ('{"step": 1}\n{"st\n{"step": 2}\n', "line 2 is not JSON"),
+        ('{"step": 1}\n{"val/dice": 1}\n', "line 2 has no 'step'"),
+        ('{"step": 1, "other": 2}\n', "nothing to draw"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plot_curves(path, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -75,18 +67,16 @@ def test_curves_draw_every_panel_that_has_data(tmp_path):
     small = plot_curves(write_lines(tmp_path / "a.jsonl", entries[:1]), tmp_path / "a.png")
     large = plot_curves(write_lines(tmp_path / "b.jsonl", entries), tmp_path / "figures" / "b.png")
     with Image.open(small) as one, Image.open(large) as four:
-        assert four.width == 3 * one.width
-        assert four.height == 2 * one.height
+        assert (four.width, four.height) == (3 * one.width, 2 * one.height)
         assert np.asarray(four.convert("L")).std() > 5
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["b.png"]
 
 
 def test_the_loss_is_drawn_for_supervised_runs_only(tmp_path):
     entries = [{"step": step, "train/loss": 0.5, "train/grad_norm": 1.0} for step in range(3)]
-    supervised = curves_figure(write_lines(tmp_path / "a.jsonl", entries))
     rewarded = [entry | {"train/reward": 1.0} for entry in entries]
-    rl = curves_figure(write_lines(tmp_path / "b.jsonl", rewarded))
-    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in (supervised, rl)]
+    figures = [curves_figure(write_lines(tmp_path / "a.jsonl", lines)) for lines in (entries, rewarded)]
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in figures]
     assert titles == [["Loss", "Gradient norm"], ["Reward", "Gradient norm"]]
 
 
@@ -98,39 +88,120 @@ def test_a_long_run_is_drawn_with_few_points_and_its_true_mean(tmp_path):
     assert axes.lines[1].get_xdata()[-1] == 4995
 
 
-def test_panels_mark_breaks_and_false_pieces(tmp_path):
-    image = np.full((60, 60, 3), 90, np.uint8)
-    truth = np.zeros((60, 60), bool)
-    truth[29:32, 5:55] = True
-    broken = truth.copy()
-    broken[:, 28:33] = False
-    broken[10, 10] = True
+def case(key="P001_S1_F0001", **changes):
+    truth = np.zeros((40, 60), bool)
+    truth[19:22, 5:55] = True  # 150 px
+    before = truth.copy()
+    before[:, 20:30] = False  # 120 px found: a break
+    before[2, 2] = True  # one false component: Dice 240 / 271
+    image = np.full((40, 60, 3), 90, np.uint8)
+    return Case(**({"key": key, "image": image, "truth": truth, "before": before, "after": truth} | changes))
+
+
+def test_panels_show_errors_by_colour_and_mark_breaks_and_false_components(tmp_path):
     shares = []
-    for after in (truth, broken):
-        path = plot_panels([("P001_S1_F0001", image, truth, truth, after)], tmp_path / "panels.png")
-        with Image.open(path) as picture:
+    for panel in (case(before=case().truth), case(after=case().before)):
+        with Image.open(plot_panels([panel], tmp_path / "panels.png")) as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)[: int(picture.height * 0.85)]
-        # yellow: a break; light blue: a false piece, paler than the invented pixel in it
-        yellow = (pixels[..., 0] > 200) & (pixels[..., 1] > 190) & (pixels[..., 2] < 120)
-        pale_blue = (pixels[..., 2] > 180) & (pixels[..., 2] - pixels[..., 0] > 60) & (pixels[..., 1] > 145)
-        shares.append((yellow.sum(), pale_blue.sum()))
-    assert shares[0] == (0, 0)
+        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        yellow = (red > 200) & (green > 190) & (blue < 120)  # a break
+        pale_blue = (blue > 180) & (blue - red > 60) & (green > 145)  # a false component
+        missed = (pixels == [209, 77, 22]).all(-1)  # 0.15 * 90 + 0.85 * colour
+        shares.append((yellow.sum(), pale_blue.sum(), missed.sum()))
+    assert shares[0] == (0, 0, 0)
     assert min(shares[1]) > 5
-
-
-def test_panels_show_the_error_colours(tmp_path):
-    image = np.full((40, 40, 3), 90, np.uint8)
-    truth = np.zeros((40, 40), bool)
-    truth[10:30, 10:30] = True
-    invented = np.zeros((40, 40), bool)
-    invented[:5] = True
-    path = plot_panels(
-        [("P001_S1_F0001", image, truth, None, truth), ("P002_S1_F0001", image, truth, truth, invented)],
-        tmp_path / "panels.png",
-    )
-    with Image.open(path) as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=10**6)}
-    # 0.15 * 90 + 0.85 * colour for missed and invented
-    assert {(209, 77, 22), (48, 132, 213)} <= colours
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_panels([], tmp_path / "none.png")
+
+
+def rows(*scores, patients=None):
+    patients = patients or [f"P{number}" for number in range(len(scores))]
+    return [
+        {"key": f"{patient}_F{number}", "patient": patient, "dice": score}
+        for number, (patient, score) in enumerate(zip(patients, scores, strict=True))
+    ]
+
+
+def test_best_median_and_worst_are_chosen_by_dice_from_different_patients():
+    scores = [0.3, 0.9, 0.5, 0.1, 0.7, 0.8, 0.2, 0.6, 0.4]
+    assert choose_cases(rows(*scores), count=1) == {"P1_F1": "best", "P2_F2": "median", "P3_F3": "worst"}
+    two = choose_cases(rows(*scores))
+    assert list(two.values()) == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
+    assert {key for key, rank in two.items() if rank == "worst"} == {"P3_F3", "P6_F6"}
+    patients = ["A", "A", "A", "B", "C", "D", "E", "E", "F"]
+    chosen = choose_cases(rows(0.99, 0.98, 0.97, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3, patients=patients))
+    assert [key for key, rank in chosen.items() if rank == "best"] == ["A_F0", "B_F3"]
+    assert [key for key, rank in chosen.items() if rank == "worst"] == ["E_F7", "F_F8"]
+    for number, amount in enumerate((1, 2, 3, 3, 3, 6, 6, 6), start=1):
+        assert len(choose_cases(rows(*np.linspace(0.5, 0.9, number), patients=["A"] * number))) == amount
+    with pytest.raises(ValueError, match="Cannot choose 2 cases of 0 images"):
+        choose_cases([])
+
+
+def test_cases_are_stored_with_picture_scores_and_topology_errors(tmp_path):
+    path = write_cases(tmp_path, [case(rank="best"), case("P002_S1_F0001", before=None, rank="worst")])
+    first, second = read_cases(tmp_path)
+    assert (first["key"], first["rank"], first["side"]) == ("P001_S1_F0001", "best", "val")
+    expected = {"dice": pytest.approx(240 / 271), "failed": False, "breaks": 1, "false_pieces": 1}
+    assert first["before"] == expected
+    assert first["after"] == {"dice": 1.0, "failed": False, "breaks": 0, "false_pieces": 0}
+    assert second["before"] == {"dice": 0.0, "failed": True, "breaks": 0, "false_pieces": 0}
+    with Image.open(tmp_path / first["file"]) as picture:
+        assert picture.width > 2.5 * picture.height
+    names = {"cases.json", "P001_S1_F0001.png", "P002_S1_F0001.png"}
+    assert {file.name for file in path.parent.iterdir()} == names
+
+
+def test_bad_keys_and_damaged_cases_are_refused(tmp_path):
+    for cases in ([], [case(), case()], [case("../x")], [case(".hidden")]):
+        with pytest.raises(ValueError, match="distinct keys"):
+            write_cases(tmp_path, cases)
+    assert read_cases(tmp_path) == []
+    (tmp_path / "cases").mkdir()
+    for text, message in (
+        ("{", r"cases\.json of cases is no valid JSON"),
+        ('{"format": "x"}', "not in the format"),
+    ):
+        (tmp_path / "cases" / "cases.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_cases(tmp_path)
+
+
+def forest():
+    values = {"first": (0.2, 0.1, 0.3, "better"), "second": (-0.1, -0.2, -0.05, "worse")}
+    values |= {"third": (0.0, math.nan, math.nan, "")}
+    names = ("difference", "low", "high", "verdict")
+    lines = {label: dict(zip(names, line, strict=True)) for label, line in values.items()}
+    return interval_figure({"Dice": lines | {"no line": None}})
+
+
+def test_a_chart_is_one_element_whose_words_stay_words():
+    text = svg(forest(), 'Runs <"&">')
+    assert text.startswith('<svg role="img" aria-label="Runs &lt;&quot;&amp;&quot;&gt;"')
+    assert text.endswith("</svg>")
+    assert text.count("<svg") == 1
+    assert ">first</text>" in text
+
+
+def test_charts_draw_the_given_numbers():
+    (axes,) = forest().axes
+    drawn = [list(np.atleast_1d(line.get_xdata())) for line in axes.lines[1:]]
+    assert drawn == [[0.1, 0.3], [0.2], [-0.2, -0.05], [-0.1], [0.0]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second", "third", "no line"]
+    assert axes.yaxis_inverted()  # the first line is on top
+    assert len({axes.lines[place].get_color() for place in (2, 4, 5)}) == 3
+
+    left, right = charts.threshold_figure(CURVE).axes
+    curves = [CURVE["dice"], CURVE["recall"], CURVE["precision"]]
+    assert [list(line.get_ydata()) for line in left.lines[:3]] == curves
+    assert [line.get_xdata()[0] for line in left.lines[3:]] == [0.5, 0.75]
+    points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
+    assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
+
+    (axes,) = charts.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["P2", "P1"]
+    assert [list(map(float, line.get_xdata())) for line in axes.lines[::3]] == [[0.5, 0.6], [0.8, 0.7]]
+    assert axes.lines[0].get_color() != axes.lines[3].get_color()
+    bins = [{"predicted": 0.1, "observed": 0.3}, {"predicted": 0.9, "observed": 0.7}]
+    (axes,) = charts.reliability_figure(bins).axes
+    assert (list(axes.lines[1].get_xdata()), list(axes.lines[1].get_ydata())) == ([0.1, 0.9], [0.3, 0.7])

@@ -1,11 +1,10 @@
-"""Evaluating adapters on the held-out side of their own split, with the run's own settings."""
+"""Evaluating adapters on the held-out subset of their own split, with the run's own settings and tuned."""
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,180 +12,107 @@ import pytest
 from PIL import Image
 
 from vesselrl.cli import main
-from vesselrl.data.annotations import find_samples
-from vesselrl.data.splits import split_by_patient, write_split
+from vesselrl.data.samples import find_samples, load_image, load_mask
+from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import CheckpointError, DataError, RunError
-from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
-from vesselrl.evaluation.results import Evaluation, csv_text, read_evaluation
+from vesselrl.evaluation.evaluate import load_pixels
+from vesselrl.evaluation.held_out import HeldOutResult, evaluate_held_out
+from vesselrl.evaluation.results import Caveat, Evaluation, csv_text, read_evaluation
 from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
+from vesselrl.scoring.overlap import dice
 from vesselrl.training.train import train
+
+STEM = "test_best_lora"
 
 
 @pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
+def run_with_reports(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run that results may be written into."""
     return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+
+
+@pytest.fixture
+def run(run_with_reports: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same without reports, which take longer than all else."""
+    monkeypatch.setattr("vesselrl.evaluation.held_out.write_run_report", lambda run: None)
+    monkeypatch.setattr("vesselrl.evaluation.held_out.write_evaluation_report", lambda path: (path, path))
+    return run_with_reports
+
+
+def evaluated(weights: Path | None, progress=None, **options) -> HeldOutResult:
+    return evaluate_held_out(Evaluate(**options), weights and str(weights), progress)
 
 
 def keys(evaluation: Evaluation) -> set[str]:
     return {row["key"] for row in evaluation.rows}
 
 
-def split_keys(run: Path, side: str) -> set[str]:
-    return set(json.loads((run / "data_split.json").read_text())["samples"][side])
+def split_keys(run: Path, subset: str) -> set[str]:
+    return set(json.loads((run / "data_split.json").read_text())["samples"][subset])
 
 
-def change_settings(run: Path, change: Callable[[dict], object]) -> None:
+def change_settings(run: Path, **settings) -> None:
     values = json.loads((run / "config.json").read_text())
-    change(values["args"])
+    values["args"] |= settings
     (run / "config.json").write_text(json.dumps(values))
 
 
-def test_the_test_side_gives_the_numbers_of_the_training(run: Path) -> None:
-    before = read_evaluation(run / "test_before.json")
-    after = read_evaluation(run / "test_after.json")
-    assert csv_text(after.rows) != csv_text(before.rows)  # else an adapter that is not loaded would pass
-    done = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-    result, path = done.evaluation, done.path
-    assert path == run / "evaluation" / "test_best_lora.json"
-    assert csv_text(result.rows) == csv_text(after.rows)
-    assert csv_text(read_evaluation(path).rows) == csv_text(after.rows)
-    assert path.with_suffix(".csv").exists()
-    from_adapter = evaluate_held_out(EvaluationPlan(lora_weights=str(run / "best_lora"))).evaluation
-    assert csv_text(from_adapter.rows) == csv_text(after.rows)
+def base_of(run: Path) -> str:
+    return json.loads((run / "config.json").read_text())["args"]["model_path"]
 
 
-def test_the_validation_side_gives_the_numbers_of_the_last_validation(run: Path) -> None:
-    done = evaluate_held_out(EvaluationPlan(lora_weights=str(run / "final_lora"), side="val"))
-    result, path = done.evaluation, done.path
-    assert path.name == "val_final_lora.json"
-    expected = read_evaluation(run / "val_latest.json").rows
-    assert sorted(map(str, result.rows)) == sorted(map(str, expected))
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.json")}
 
 
-@pytest.mark.parametrize("side", ["train", "val", "test"])
-def test_each_side_is_the_one_of_the_run_even_for_another_seed(
-    run: Path, angiograms: Path, side: str
-) -> None:
-    other = split_by_patient(find_samples(angiograms), seed=7)
-    assert {sample.key for sample in other.test} != split_keys(run, "test")  # seed 42
-    write_split(run / "data_split.json", other)
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side=side)).evaluation
-    assert keys(result) == {sample.key for sample in getattr(other, side)}
+def extra(path: Path) -> dict:
+    return json.loads(path.read_text())["extra"]
 
 
-def test_all_sides_together(run: Path) -> None:
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side="all")).evaluation
-    assert len(result.rows) == 20
-    assert keys(result) == split_keys(run, "train") | split_keys(run, "val") | split_keys(run, "test")
+# ---- The numbers are those of the training, on the images that its split says
 
 
-def test_the_base_alone_gives_the_numbers_before_training(
+def test_the_test_subset_gives_the_numbers_of_the_training(
     run: Path, tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = EvaluationPlan(str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(tmp_path / "base"))
-    done = evaluate_held_out(plan)
-    result, path = done.evaluation, done.path
-    assert path == tmp_path / "base" / "test_base.json"
-    assert csv_text(result.rows) == csv_text(
-        read_evaluation(run / "test_before.json").rows
-    )  # the same seed, 42
+    before, after = (read_evaluation(run / f"test_{name}.json") for name in ("before", "after"))
+    assert csv_text(after.rows) != csv_text(before.rows)  # else an adapter that is not loaded would pass
+    done = evaluated(run)
+    assert done.path == run / "evaluation" / "test_best_lora.json"
+    assert csv_text(done.evaluation.rows) == csv_text(after.rows)
+    assert str(read_evaluation(done.path)) == str(done.evaluation)
+    assert extra(done.path)["plan"]["side"] == "test"
+    assert done.evaluation.calibration["n_pixels"] == 64 * 64 * len(after.rows)
+    assert csv_text(evaluated(run / "best_lora").evaluation.rows) == csv_text(after.rows)
+    last = evaluated(run / "final_lora", split="val")
+    assert last.path.name == "val_final_lora.json"
+    expected = read_evaluation(run / "val_latest.json").rows
+    assert sorted(map(str, last.evaluation.rows)) == sorted(map(str, expected))
+    places = {"data_root": str(angiograms), "output_dir": str(tmp_path / "base")}
+    base = evaluated(None, base_model=str(tiny_checkpoint), **places)
+    assert base.path == tmp_path / "base" / "test_base.json"
+    assert csv_text(base.evaluation.rows) == csv_text(before.rows)  # the same seed, 42
     assert "splitting by patient anew (seed 42)" in caplog.text
 
 
-def test_the_threshold_moves_the_masks(run: Path) -> None:
-    foreground = {}
-    for threshold in (1e-6, 0.5, 0.999):  # a random model is sure of nearly every pixel
-        done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), threshold=threshold))
-        foreground[threshold] = sum(row["foreground"] for row in done.evaluation.rows)
-        assert json.loads(done.path.read_text())["extra"]["threshold"] == threshold
-    assert foreground[1e-6] > foreground[0.5] > foreground[0.999]
-
-
-def test_small_components_are_removed_as_in_the_run_or_as_asked(run: Path) -> None:
-    def masks(**plan) -> tuple[list[float], list[float], int]:
-        done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), **plan))
-        kept = json.loads(done.path.read_text())["extra"]["min_component_px"]
-        return (
-            [row["foreground"] for row in done.evaluation.rows],
-            [row["foreground"] for row in done.tuned.rows],
-            kept,
-        )
-
-    plain, tuned, kept = masks()
-    assert kept == 0
-    assert all(plain)
-    assert all(tuned)
-    change_settings(run, lambda args: args.update(min_component_px=10**6))
-    nothing = [0.0] * len(plain)
-    assert masks() == (nothing, nothing, 10**6)
-    curve = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve
-    assert (curve.best.recall, curve.best.threshold) == (0, 0.5)  # chosen on masks as they are used
-    assert masks(min_component_px=0) == (plain, tuned, 0)
-    with pytest.raises(ValueError, match="min_component_px is -1"):
-        masks(min_component_px=-1)
-
-
-def test_predicting_removes_what_the_run_removed(run: Path, angiograms: Path, tmp_path: Path) -> None:
-    def predicted(*options: str) -> int:
-        image = next((angiograms / "images").iterdir())
-        out = tmp_path / "out"
-        arguments = ["--image", str(image), "--lora_weights", str(run), "--output_dir", str(out)]
-        base = json.loads((run / "config.json").read_text())["args"]["model_path"]
-        assert main(["predict", *arguments, "--base_model", base, *options]) == 0
-        return int(np.asarray(Image.open(next(out.glob("*_mask.png")))).sum())
-
-    assert predicted() > 0
-    change_settings(run, lambda args: args.update(min_component_px=10**6))
-    assert predicted() == 0
-    assert predicted("--min_component_px", "0") > 0
-
-
-def test_gaps_are_closed_as_in_the_run_or_as_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A predictor with a bar of 0.9 that a faint stretch of 0.3 cuts in two."""
-    values = np.full((64, 64), 0.01, np.float32)
-    values[30:34, 5:60] = 0.9
-    values[30:34, 30:35] = 0.3
-    prediction = Prediction(values > 0.5, values, np.zeros_like(values))
-    monkeypatch.setattr(Predictor, "predict", lambda self, image: prediction)
-
-    def foreground(**plan) -> set[tuple[float, float]]:
-        done = evaluate_held_out(EvaluationPlan(lora_weights=str(run), **plan))
-        assert done.tuning.curve.to_json()["thresholds"]
-        return {row["foreground"] * 64**2 for row in done.evaluation.rows}
-
-    assert foreground() == {4 * 50}
-    change_settings(run, lambda args: args.update(close_gaps=0.2))
-    assert foreground() == {4 * 55}
-    assert foreground(close_gaps=0.0) == {4 * 50}
-    assert foreground(close_gaps=0.25, min_component_px=150) == {0}  # 100 px on either side
-
-
-def test_the_reward_is_the_one_of_the_run(run: Path) -> None:
-    change_settings(run, lambda args: args.update(reward_type="simple_dice"))
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).evaluation
-    assert [row["reward"] for row in result.rows] == pytest.approx([10 * row["dice"] for row in result.rows])
-
-
-def test_other_data_is_split_anew(run: Path, angiograms: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(angiograms, tmp_path / "other")
-    for folder in ("images", "masks"):
-        for file in sorted((tmp_path / "other" / folder).iterdir())[:8]:
-            file.unlink()
-    plan = EvaluationPlan(lora_weights=str(run), data_root=str(other), side="all")
-    result = evaluate_held_out(plan).evaluation
-    assert len(result.rows) == 12
-
-
-def test_a_copy_of_the_data_keeps_the_split_of_the_run(run: Path, angiograms: Path, tmp_path: Path) -> None:
-    """A new split would score training patients as test."""
+def test_each_subset_is_that_of_the_run_even_for_another_seed_or_a_copy_of_the_data(
+    run: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    """A new split of the same data would score training patients as test."""
     other = split_by_patient(find_samples(angiograms), seed=7)
+    assert {sample.key for sample in other.test} != split_keys(run, "test")  # seed 42
     write_split(run / "data_split.json", other)
+    for subset in ("train", "val", "test"):
+        found = keys(evaluated(run, split=subset, tune=False).evaluation)
+        assert found == {sample.key for sample in getattr(other, subset)}
+    assert len(evaluated(run, split="all").evaluation.rows) == 20
     copy = shutil.copytree(angiograms, tmp_path / "moved")
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), data_root=str(copy))).evaluation
-    assert keys(result) == {sample.key for sample in other.test}
-    assert result.marks == ()
+    for root in (str(copy), f"{angiograms.parent}/./{angiograms.name}"):
+        result = evaluated(run, data_root=root, tune=False).evaluation
+        assert keys(result) == {sample.key for sample in other.test}
+        assert result.caveats == {}
 
 
 def test_where_no_split_tells_who_was_trained_on_the_result_says_so(
@@ -197,167 +123,305 @@ def test_where_no_split_tells_who_was_trained_on_the_result_says_so(
         "vesselrl.evaluation.held_out.split_by_patient",
         lambda samples, shares: asked.append(shares) or split_by_patient(samples, shares=shares),
     )
-    base = json.loads((run / "config.json").read_text())["args"]["model_path"]
     alone = shutil.copytree(run / "best_lora", tmp_path / "alone" / "best_lora")
     fewer = Path(shutil.copytree(angiograms, tmp_path / "fewer"))
     for folder in ("images", "masks"):
         min((fewer / folder).iterdir()).unlink()
-    places = {"base_model": base, "output_dir": str(tmp_path / "out")}
+    options = {"base_model": base_of(run), "tune": False}
     for weights, root in ((alone, angiograms), (run, fewer)):
-        plan = EvaluationPlan(lora_weights=str(weights), data_root=str(root), **places)
-        done = evaluate_held_out(plan)
-        assert [mark.split(":")[0] for mark in done.evaluation.marks] == ["UNKNOWN PATIENTS"]
-        assert "UNKNOWN PATIENTS" in done.report_path.read_text()
-        assert asked[-1].keys() == {sample.key for sample in find_samples(root)}  # dealt as training deals
-    known = replace(plan, lora_weights=str(alone), data_root=str(angiograms), output_dir=str(tmp_path / "b"))
-    result = evaluate_held_out(replace(known, split_file=str(run / "data_split.json"))).evaluation
+        done = evaluated(weights, data_root=str(root), output_dir=str(tmp_path / "out"), **options)
+        assert list(done.evaluation.caveats) == [Caveat.UNKNOWN_PATIENTS]
+        assert asked[-1].keys() == {sample.key for sample in find_samples(root)}  # split as training does
+    options |= {"data_root": str(angiograms), "output_dir": str(tmp_path / "b")}
+    result = evaluated(alone, split_file=str(run / "data_split.json"), **options).evaluation
     assert keys(result) == split_keys(run, "test")
-    assert result.marks == ()
+    assert result.caveats == {}
 
 
-def test_the_doubts_of_the_run_stay_with_its_results(run: Path) -> None:
+def test_the_caveats_of_the_run_and_of_the_base_stay_with_its_results(run: Path) -> None:
     content = json.loads((run / "data_split.json").read_text())
     (run / "data_split.json").write_text(json.dumps(content | {"doubts": ["NEAR DUPLICATES: alike."]}))
-    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).evaluation.marks == (
-        "NEAR DUPLICATES: alike.",
-    )
+    caveats = evaluated(run, base_trained_on="all", tune=False).evaluation.caveats
+    assert list(caveats) == [Caveat.NEAR_DUPLICATES, Caveat.PRETRAINING_OVERLAP]
+    assert caveats[Caveat.NEAR_DUPLICATES] == "NEAR DUPLICATES: alike."
 
 
-def test_the_result_of_another_model_is_not_replaced(
-    run: Path, angiograms: Path, tiny_checkpoint: Path, tmp_path: Path
+def test_every_output_of_a_leaky_run_says_so(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for name in ("first", "second"):
-        shutil.copytree(run / "best_lora", tmp_path / name / "best_lora")
-    shared = {"data_root": str(angiograms), "output_dir": str(tmp_path / "out"), "tune": False}
-    plan = EvaluationPlan(str(tiny_checkpoint), str(tmp_path / "first" / "best_lora"), **shared)
-    before = evaluate_held_out(plan).path.read_bytes()
-    with pytest.raises(RunError, match="holds the evaluation of another model"):
-        evaluate_held_out(replace(plan, lora_weights=str(tmp_path / "second" / "best_lora")))
-    assert evaluate_held_out(plan).path.read_bytes() == before
+    given = ["--model_path", tiny_checkpoint, "--data_root", angiograms, "--output_dir", tmp_path]
+    leaky = ["--split_unit", "frame", "--base_trained_on", "all", "--stage", "sft"]
+    assert main(["train", "--preset", "debug", *map(str, given), *leaky]) == 0
+    (run,) = tmp_path.glob("sa2va_lora_ppo_*")
+    for file in ("report.html", "report.md", "test_after.json", "val_best.json"):
+        assert "LEAKY: split by frame" in (run / file).read_text()
+        assert "IN-SAMPLE BASELINE" in (run / file).read_text()
+    capsys.readouterr()
+    for arguments in (["evaluate", "--lora_weights", str(run)], ["compare", "--output_dir", str(tmp_path)]):
+        assert main(arguments) == 0
+        assert "LEAKY" in capsys.readouterr().out
+    for path in (run / "test_after.json", run / "evaluation" / "test_best_lora_tuned.json"):
+        assert Caveat.PATIENT_LEAKAGE in read_evaluation(path).caveats
 
 
-def test_predict_asks_what_the_run_asked(
-    run: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change_settings(run, lambda args: args.update(prompt="Find the coronary tree."))
-    asked, load = [], Predictor.from_pretrained
-    monkeypatch.setattr(
-        Predictor,
-        "from_pretrained",
-        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
-    )
-    base = json.loads((run / "config.json").read_text())["args"]["model_path"]
-    arguments = ["predict", "--base_model", base, "--image", str(next((angiograms / "images").iterdir()))]
-    arguments += ["--output_dir", str(tmp_path / "out")]
-    own, other = ["--lora_weights", str(run)], ["--prompt", "Segment."]
-    for options in ([], own, own + other):
-        assert main([*arguments, *options]) == 0
-    assert asked == ["Please segment the blood vessel.", "Find the coronary tree.", "Segment."]
-
-
-def test_results_of_several_runs_in_one_folder_do_not_replace_each_other(
-    finished_run: Path, tmp_path: Path
-) -> None:
-    paths = []
-    for name in ("first", "second"):
-        shutil.copytree(finished_run, tmp_path / name)
-        for weights in ("best_lora", "final_lora"):
-            plan = EvaluationPlan(
-                lora_weights=str(tmp_path / name / weights), output_dir=str(tmp_path / "both")
-            )
-            paths.append(evaluate_held_out(plan).path)
-    assert len(set(paths)) == 4
-    written = {path.name for path in (tmp_path / "both").glob("*.json")}
-    kinds = ("best_lora", "best_lora_tuned", "best_lora_thresholds")
-    kinds += ("final_lora", "final_lora_tuned", "final_lora_thresholds")
-    assert written == {f"{run}_test_{kind}.json" for run in ("first", "second") for kind in kinds}
-
-
+@pytest.mark.slow
 def test_a_debug_run_can_be_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its random model and its drawn data are nowhere named; both follow from the settings."""
-    monkeypatch.setattr("vesselrl.training.train.plot_panels", lambda cases, path: None)
+    """Its random model and its synthetic data are nowhere named; both follow from the settings."""
     folder = train(get_preset("debug", output_dir=str(tmp_path / "output"), seed=5), ["vesselrl"]).folder
     files = sorted((tmp_path / "output").iterdir())
     monkeypatch.chdir(tmp_path)
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(folder))).evaluation
+    result = evaluated(folder).evaluation
     assert csv_text(result.rows) == csv_text(read_evaluation(folder / "test_after.json").rows)
     assert sorted((tmp_path / "output").iterdir()) == files
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
-# ---- What cannot be evaluated
+# ---- Masks are made as in the run, or as asked
 
 
-def test_an_unknown_side_names_the_choices(run: Path) -> None:
-    with pytest.raises(DataError, match="--split held-out is unknown; choose one of test, val, train, all"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run), side="held-out"))
+def test_masks_are_made_as_in_the_run_or_as_asked(
+    run: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A predictor with a bar of 0.9 that a faint stretch of 0.3 cuts in two."""
+    values = np.full((64, 64), 0.01, np.float32)
+    values[30:34, 5:60], values[30:34, 30:35] = 0.9, 0.3
+    monkeypatch.setattr(
+        Predictor, "predict_batch",
+        lambda self, images: [Prediction(self.post.mask(values), values, values) for _ in images],
+    )  # fmt: skip
+
+    def pixels(**options) -> set[float]:
+        return {row["foreground"] * 64**2 for row in evaluated(run, **options).evaluation.rows}
+
+    def predicted_pixels(*options: str) -> int:
+        image = next((angiograms / "images").iterdir())
+        arguments = ["--image", str(image), "--lora_weights", str(run), "--base_model", base_of(run)]
+        assert main(["predict", *arguments, "--output_dir", str(tmp_path / "out"), *options]) == 0
+        return int((np.asarray(Image.open(next((tmp_path / "out").glob("*_mask.png")))) > 0).sum())
+
+    assert pixels() == {200}
+    assert pixels(threshold=0.2) == {220}
+    change_settings(run, close_gaps=0.2)
+    assert pixels() == {predicted_pixels()} == {220}
+    assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0")} == {200}
+    assert pixels(close_gaps=0.35, min_component_px=150) == {0}  # 100 px on either side
+    change_settings(run, min_component_px=10**6)
+    assert pixels() == {predicted_pixels()} == {0}
+    tuning = evaluated(run).tuning
+    assert (tuning.curve.best.recall, tuning.curve.best.threshold) == (0, 0.5)  # of masks as they are used
+    with pytest.raises(ValueError, match="min_component_px is -1"):
+        pixels(min_component_px=-1)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0, 50])
-def test_a_threshold_that_is_no_probability(run: Path, threshold: float) -> None:
-    with pytest.raises(ValueError, match="give a probability between 0 and 1"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run), threshold=threshold))
+def test_reward_and_question_are_those_of_the_run(
+    run: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_settings(run, reward_type="simple_dice", prompt="Find the coronary tree.")
+    asked, load = [], Predictor.from_pretrained
+    monkeypatch.setattr(
+        Predictor, "from_pretrained",
+        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
+    )  # fmt: skip
+    rows = evaluated(run, tune=False).evaluation.rows
+    assert [row["reward"] for row in rows] == pytest.approx([10 * row["dice"] for row in rows])
+    arguments = ["predict", "--base_model", base_of(run), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--image", str(next((angiograms / "images").iterdir()))]
+    own, other = ["--lora_weights", str(run)], ["--prompt", "Segment."]
+    for options in ([], own, own + other):
+        assert main([*arguments, *options]) == 0
+    tree = "Find the coronary tree."
+    assert asked == [tree, "Please segment the blood vessel.", tree, "Segment."]
+
+
+# ---- Choices on validation
+
+
+def test_the_threshold_is_the_best_one_on_validation_from_one_prediction_of_each_image(
+    run: Path, angiograms: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, told, predict = [], [], Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, image: asked.append(1) or predict(self, image))
+    result = evaluated(run, lambda done, total: told.append((done, total)))
+    counts = json.loads((run / "data_split.json").read_text())["counts"]
+    total = counts["test"] + counts["val"]
+    assert len(asked) == total
+    assert told == [(done, total) for done in range(1, total + 1)]
+    assert names(run / "evaluation") == {f"{STEM}.json", f"{STEM}_tuned.json", f"{STEM}_thresholds.json"}
+    assert str(read_evaluation(result.tuned_path)) == str(result.tuned)  # with its calibration
+    curve = json.loads(result.curve_path.read_text())
+    chosen = extra(result.tuned_path)["threshold"]
+    assert chosen == curve["chosen"] == result.tuning.curve.best.threshold
+    assert (curve["side"], extra(result.tuned_path)["chosen_on"]) == ("val", "val")
+    again = evaluated(run, threshold=chosen, tune=False, output_dir=str(run))
+    assert csv_text(again.evaluation.rows) == csv_text(result.tuned.rows)
+    assert "chosen_on" not in extra(again.path)
+    assert again.path.name == f"{run.name}_{STEM}.json"
+    predictor, scores = Predictor.from_pretrained(tiny_checkpoint, run), {}
+    for sample in read_split(run / "data_split.json", find_samples(angiograms)).val:
+        probabilities, truth = predictor.predict(load_image(sample)).probabilities, load_mask(sample)
+        at = (dice(probabilities > np.float32(threshold), truth) for threshold in curve["thresholds"])
+        scores.setdefault(sample.patient, []).append(list(at))
+    means = np.mean([np.mean(each, axis=0) for each in scores.values()], axis=0)
+    assert curve["dice"] == pytest.approx(means)
+    assert curve["dice"][curve["thresholds"].index(chosen)] == max(curve["dice"])
+
+
+def test_post_processing_is_chosen_for_the_reward_on_validation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A false speck of 25 px must go, a true piece of 52 px beyond a gap at 0.07 must stay and be joined."""
+    asked = []
+
+    def predict(self: Predictor, image: np.ndarray) -> Prediction:
+        asked.append(1)
+        values = np.where(image.mean(axis=2) < 115, 0.9, 0.0005).astype(np.float32)  # vessels are dark
+        values[:, 44:47] = np.minimum(values[:, 44:47], 0.07)
+        values[2:7, 2:7] = 0.95
+        return Prediction(values > 0.5, values, np.zeros_like(values))
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    result = evaluated(run, tune_post=True)
+    assert len(asked) == result.tuning.curve.n_images + len(result.evaluation.rows)
+    chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
+    assert asdict(result.tuning.choices["tuned_post"]) == chosen
+    assert {row["beta0_error"] for row in result.evaluation.rows} == {2}
+    assert {row["beta0_error"] for row in result.tuned.rows} == {1}  # a low threshold closes the gap
+    assert {row["beta0_error"] for row in result.tuned_post.rows} == {0}
+    assert min(row["dice"] for row in result.tuned_post.rows) > 0.99
+    assert extra(result.tuned_post_path).items() >= (chosen | {"chosen_on": "val"}).items()
+    grid = json.loads((run / "evaluation" / f"{STEM}_post_processing.json").read_text())
+    assert (grid["side"], grid["chosen"]) == ("val", chosen)
+    assert max(reward for *_, reward in grid["candidates"]) == pytest.approx(grid["reward"])
+    again = evaluated(run, output_dir=str(run), tune=False, **chosen)
+    assert csv_text(again.evaluation.rows) == csv_text(result.tuned_post.rows)
+    with pytest.raises(ValueError, match="leave out --no-tune"):
+        evaluated(run, tune=False, tune_post=True)
+
+
+def test_nothing_is_tuned_but_for_the_test_subset_on_validation(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vesselrl")
+    chosen = evaluated(run).tuning.curve
+    result = evaluated(run, split="val")
+    assert result.tuned is result.tuned_path is result.tuning is result.curve_path is None
+    assert "No score at a tuned threshold: the subset is val" in caplog.text
+
+    def other_split(path: Path, samples: list) -> Split:
+        split = read_split(path, samples)
+        return Split(split.test, val(split), split.train, split.seed)
+
+    monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", other_split)
+    val = lambda split: split.val  # noqa: E731
+    assert evaluated(run).tuning.curve == chosen  # other test images take no part
+    val = lambda split: ()  # noqa: E731
+    assert evaluated(run).tuned is None
+    assert "no validation images, and it is never chosen on test" in caplog.text
+
+
+def test_flips_are_kept_apart(run: Path) -> None:
+    plain = evaluated(run)
+    before = plain.path.read_bytes()
+    flipped = evaluated(run, flips=True)
+    files = [path.name for path in (flipped.path, flipped.tuned_path, flipped.curve_path)]
+    assert files == [f"{STEM}_flips.json", f"{STEM}_flips_tuned.json", f"{STEM}_flips_thresholds.json"]
+    assert plain.path.read_bytes() == before
+    assert csv_text(flipped.evaluation.rows) != csv_text(plain.evaluation.rows)
+    assert extra(flipped.path)["flips"] is extra(flipped.tuned_path)["flips"] is True
+    assert json.loads(flipped.curve_path.read_text())["flips"] is True
+    assert extra(plain.path)["flips"] is False
+
+
+def test_a_second_observer_is_scored_beside_the_model(run: Path, angiograms: Path, tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    for file in (angiograms / "masks").iterdir():
+        mask = np.asarray(Image.open(file)).astype(bool)
+        Image.fromarray(np.roll(mask, 1, axis=0)).save(tmp_path / "second" / file.name)
+    result = evaluated(run, second_masks=str(tmp_path / "second"), tune=False)
+    assert result.human_path == run / "evaluation" / "test_human_agreement.json"
+    assert result.human.label_hash == result.evaluation.label_hash
+    truths = {sample.key: load_pixels(sample)[1] for sample in find_samples(angiograms)}
+    for row in result.human.rows:
+        assert row["dice"] == dice(np.roll(truths[row["key"]], 1, axis=0), truths[row["key"]])
+
+
+# ---- Files
+
+
+def test_results_of_several_models_do_not_replace_each_other(
+    run: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    both = {"output_dir": str(tmp_path / "both"), "tune": False}
+    shutil.copytree(run, tmp_path / "second")
+    for folder in (run, tmp_path / "second"):
+        for weights in ("best_lora", "final_lora"):
+            evaluated(folder / weights, **both)
+    kinds = ("best_lora", "final_lora")
+    expected = {f"{name}_test_{kind}.json" for name in (run.name, "second") for kind in kinds}
+    assert names(tmp_path / "both") == expected
+    for name in ("one", "other"):  # adapters without a run
+        shutil.copytree(run / "best_lora", tmp_path / name / "best_lora")
+    given = {"base_model": base_of(run), "data_root": str(angiograms), "tune": False}
+    path = evaluated(tmp_path / "one" / "best_lora", output_dir=str(tmp_path / "out"), **given).path
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="holds the evaluation of another model"):
+        evaluated(tmp_path / "other" / "best_lora", output_dir=str(tmp_path / "out"), **given)
+    evaluated(tmp_path / "one" / "best_lora", output_dir=str(tmp_path / "out"), **given)
+    assert path.read_bytes() == before
+
+
+def test_the_verb_prints_no_person(
+    run_with_reports: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "vesselrl")
+    assert main(["evaluate", "--lora_weights", str(run_with_reports), "--split", "all"]) == 0
+    out, err = capsys.readouterr()
+    assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
+    written = "".join(file.read_text() for file in (run_with_reports / "evaluation").iterdir())
+    assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)
+
+
+# ---- What cannot be evaluated, found before anything is predicted
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"split": "held-out"}, DataError, "held-out is unknown; choose one of test, val, train, all"),
+        ({"threshold": 0.0}, ValueError, "give a probability between 0 and 1"),
+        ({"threshold": 50}, ValueError, "give a probability between 0 and 1"),
+        ({"second_masks": "nowhere"}, DataError, "There is no folder"),
+    ],
+)
+def test_unusable_options(run: Path, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluated(run, **options)
     assert not (run / "evaluation").exists()
 
 
-def test_a_missing_adapter_is_found_before_data_are_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_places(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vesselrl.evaluation.held_out.predict_all", None)
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "nowhere"))):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(tmp_path / "nowhere")))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_be_written_is_found_before_scoring(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+        evaluated(tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == [run.name]  # no synthetic data
     (run / "evaluation").write_text("a file")
-    monkeypatch.setattr("vesselrl.evaluation.held_out.predict_once", None)
     with pytest.raises(RunError, match="evaluation is a file"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+        evaluated(run)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_damaged_settings_of_the_run(run: Path, content: str) -> None:
     (run / "config.json").write_text(content)
-    with pytest.raises(DataError, match=r"config\.json is damaged"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        evaluated(run)
 
 
 def test_the_split_belongs_to_other_data(run: Path, angiograms: Path, tmp_path: Path) -> None:
-    other = tmp_path / "renamed"
-    shutil.copytree(angiograms, other)
+    other = shutil.copytree(angiograms, tmp_path / "renamed")
     for folder in ("images", "masks"):
         file = min((other / folder).iterdir())
         file.rename(file.with_name(file.name.replace("0A1B2C3D", "0A1B2C3E")))
-    change_settings(run, lambda args: args.update(data_root=str(other)))
+    change_settings(run, data_root=str(other))
     with pytest.raises(DataError, match=r"data_split\.json"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-
-
-def test_the_verb_prints_no_person(
-    run: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "vesselrl")
-    assert main(["evaluate", "--lora_weights", str(run), "--split", "all"]) == 0
-    out, err = capsys.readouterr()
-    assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
-    written = "".join(file.read_text() for file in (run / "evaluation").iterdir())
-    assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)
-
-
-def test_the_runs_own_data_under_another_path_keeps_its_split(run: Path, angiograms: Path) -> None:
-    """A new split of the same data would score training patients as test."""
-    other = split_by_patient(find_samples(angiograms), seed=7)
-    write_split(run / "data_split.json", other)
-    path = f"{angiograms.parent}/./{angiograms.name}"
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), data_root=path)).evaluation
-    assert keys(result) == {sample.key for sample in other.test}
-
-
-def test_an_untouched_base_can_be_marked(angiograms: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    plan = EvaluationPlan(
-        str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(tmp_path), base_trained_on="all"
-    )
-    assert evaluate_held_out(plan).evaluation.marks[0].startswith("IN-SAMPLE BASELINE")
+        evaluated(run)

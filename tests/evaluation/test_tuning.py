@@ -1,200 +1,214 @@
-"""Held-out evaluation at 0.5 and at the threshold chosen on validation; flips; a second observer."""
+"""Threshold curve, calibration and grid of post-processing, against libraries and masks made one by one."""
 
+import itertools
 import json
-import logging
-import shutil
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from scipy import ndimage
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import f1_score, precision_score, recall_score
 
-from vesselrl.data.annotations import find_samples, load_image, load_mask
-from vesselrl.data.splits import Split, read_split
-from vesselrl.errors import DataError
-from vesselrl.evaluation.held_out import EvaluationPlan, evaluate_held_out
-from vesselrl.evaluation.results import csv_text, read_evaluation
-from vesselrl.inference.predictor import Prediction, Predictor
-from vesselrl.scoring.metrics import dice
-
-
-@pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run that results may be written into."""
-    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.json")}
-
-
-def test_both_thresholds_from_one_prediction_of_each_image(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, told = [], []
-    predict = Predictor.predict
-    monkeypatch.setattr(Predictor, "predict", lambda self, image: asked.append(1) or predict(self, image))
-    result = evaluate_held_out(
-        EvaluationPlan(lora_weights=str(run)), lambda done, total: told.append((done, total))
-    )
-    counts = json.loads((run / "data_split.json").read_text())["counts"]
-    total = counts["test"] + counts["val"]
-    assert len(asked) == total
-    assert told == [(done, total) for done in range(1, total + 1)]
-    stem = "test_best_lora"
-    assert names(run / "evaluation") == {f"{stem}.json", f"{stem}_tuned.json", f"{stem}_thresholds.json"}
-    assert str(read_evaluation(result.tuned_path)) == str(result.tuned)  # with its calibration
-    extra = json.loads(result.tuned_path.read_text())["extra"]
-    assert extra["threshold"] == result.tuning.curve.best.threshold
-    assert extra["chosen_on"] == "val"
-    monkeypatch.undo()
-    again = evaluate_held_out(
-        EvaluationPlan(lora_weights=str(run), threshold=extra["threshold"], tune=False, output_dir=str(run))
-    )
-    assert csv_text(again.evaluation.rows) == csv_text(result.tuned.rows)
-    assert "chosen_on" not in json.loads(again.path.read_text())["extra"]
-    assert names(run) >= {f"{run.name}_{stem}.json"}
-    assert not list(run.glob("*_tuned.json"))
+from vesselrl.evaluation.tuning import (
+    THRESHOLDS,
+    CurvePoint,
+    PostProcessingGrid,
+    PredictedImage,
+    ThresholdCurve,
+    calibration,
+    count_pixels,
+    counts_by_threshold,
+    read_threshold_curve,
+    score_postprocessing,
+    threshold_curve,
+    tune,
+)
+from vesselrl.experiment.run_folder import write_json
+from vesselrl.scoring.postprocessing import PostProcessing
+from vesselrl.scoring.rewards import MultiObjectiveReward
 
 
-def test_the_threshold_is_the_best_one_on_validation(
-    run: Path, angiograms: Path, tiny_checkpoint: Path
-) -> None:
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-    curve = json.loads(result.curve_path.read_text())
-    assert curve["side"] == "val"
-    assert curve["chosen"] == result.tuning.curve.best.threshold
-    split = read_split(run / "data_split.json", find_samples(angiograms))
-    predictor = Predictor.from_pretrained(tiny_checkpoint, run)
-
-    def score(side: tuple, threshold: float) -> float:
-        means: dict[str, list[float]] = {}
-        for sample in side:
-            probabilities = predictor.predict(load_image(sample)).probabilities
-            means.setdefault(sample.patient, []).append(
-                dice(probabilities > np.float32(threshold), load_mask(sample))
-            )
-        return float(np.mean([np.mean(values) for values in means.values()]))
-
-    at = dict(zip(curve["thresholds"], curve["dice"], strict=True))
-    for threshold in (0.1, 0.5, curve["chosen"], 0.9):
-        assert at[threshold] == pytest.approx(score(split.val, threshold))
-    assert at[curve["chosen"]] == max(at.values())
+def picture(seed, shape=(37, 53)):
+    """Probabilities that know something of the truth, with exact 0, 1 and values on thresholds among them."""
+    generator = np.random.default_rng(seed)
+    truth = generator.random(shape) < 0.2
+    probabilities = generator.beta(np.where(truth, 3, 1), np.where(truth, 1.5, 4)).astype(np.float32)
+    probabilities[0, :6] = [0, 1, 0.5, 0.01, 0.99, 0.35]
+    return probabilities, truth
 
 
-def test_post_processing_is_chosen_for_the_reward_on_validation(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A false speck of 25 px must go, a true piece of 52 px beyond a gap at 0.07 must stay and be joined."""
-    asked = []
-
-    def predict(self: Predictor, image: np.ndarray) -> Prediction:
-        asked.append(1)
-        values = np.where(image.mean(axis=2) < 115, 0.9, 0.0005).astype(np.float32)  # vessels are dark
-        values[:, 44:47] = np.minimum(values[:, 44:47], 0.07)
-        values[2:7, 2:7] = 0.95
-        return Prediction(values > 0.5, values, np.zeros_like(values))
-
-    monkeypatch.setattr(Predictor, "predict", predict)
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), tune_post=True))
-    assert len(asked) == result.tuning.curve.n_images + len(result.evaluation.rows)
-    chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
-    assert asdict(result.tuning.choices["tuned_post"]) == chosen
-    assert {row["beta0_error"] for row in result.evaluation.rows} == {2}
-    assert {row["beta0_error"] for row in result.tuned.rows} == {1}  # a low threshold closes the gap
-    assert {row["beta0_error"] for row in result.tuned_post.rows} == {0}
-    assert min(row["dice"] for row in result.tuned_post.rows) > 0.99
-    extra = json.loads(result.tuned_post_path.read_text())["extra"]
-    assert extra["chosen_on"] == "val"
-    assert extra.items() >= chosen.items()
-    grid = json.loads((run / "evaluation" / "test_best_lora_post_processing.json").read_text())
-    assert (grid["side"], grid["chosen"]) == ("val", chosen)
-    assert max(reward for *_, reward in grid["candidates"]) == pytest.approx(grid["reward"])
-    worst = min(row["reward"] for row in result.tuned_post.rows)
-    assert grid["reward"] == pytest.approx(worst, abs=0.1)  # nearly perfect on either side
-    column = "threshold 0.5, components from 40 px, gaps closed above 0.001, tuned for reward"
-    for report in (result.report_path.with_suffix(".md"), run / "report.md"):
-        assert f"| {column} |" in report.read_text()
-    again = evaluate_held_out(EvaluationPlan(lora_weights=str(run), output_dir=str(run), **chosen))
-    assert csv_text(again.evaluation.rows) == csv_text(result.tuned_post.rows)
-    with pytest.raises(ValueError, match="leave out --no-tune"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run), tune=False, tune_post=True))
+def test_the_curve_is_that_of_one_mask_per_threshold():
+    pictures = [picture(seed) for seed in range(3)]
+    curve = threshold_curve([counts_by_threshold(*one) for one in pictures], ["P1", "P1", "P2"])
+    assert [point.threshold for point in curve.points] == [round(k / 100, 2) for k in range(1, 100)]
+    for point, threshold in list(zip(curve.points, THRESHOLDS, strict=True))[::7]:
+        for name, score in (("dice", f1_score), ("recall", recall_score), ("precision", precision_score)):
+            each = [score(t.ravel(), (p > threshold).ravel(), zero_division=0) for p, t in pictures]
+            assert getattr(point, name) == pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)
+    assert (curve.n_images, curve.n_patients) == (3, 2)
 
 
-@pytest.mark.parametrize("side", ["val", "train", "all"])
-def test_on_other_sides_nothing_is_tuned(run: Path, side: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "vesselrl")
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), side=side))
-    assert result.tuned is result.tuned_path is result.tuning is result.curve_path is None
-    assert names(run / "evaluation") == {f"{side}_best_lora.json"}
-    assert f"No score at a tuned threshold: the side is {side}" in caplog.text
+def test_a_planted_best_threshold_is_found():
+    truth = np.zeros((8, 8), bool)
+    truth[:4] = True
+    faint = np.where(truth, 0.32, 0.1).astype(np.float32)  # perfect from 0.10 to 0.31
+    faint[7] = 0.3  # ... and now for 0.30 and 0.31 only
+    curve = threshold_curve([counts_by_threshold(faint, truth)], ["P1"])
+    assert (curve.best.threshold, curve.best.dice) == (0.31, 1.0)
+    certain = threshold_curve([counts_by_threshold(truth.astype(np.float32), truth)], ["P1"])
+    assert certain.best.threshold == 0.5  # all are equal; the nearest to 0.5
 
 
-def test_without_validation_nothing_is_tuned(
-    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "vesselrl")
+def test_masks_are_counted_as_they_are_used():
+    """Vessel of 30 px at 0.9 and a true speck of 4 px at 0.6: without components below 20 px it is missed."""
+    truth, values = np.zeros((20, 20), bool), np.full((20, 20), 0.05)
+    truth[3:6, 2:12] = truth[14:16, 14:16] = True
+    values[3:6, 2:12], values[14:16, 14:16] = 0.9, 0.6
 
-    def without_validation(path: Path, samples: list) -> Split:
-        split = read_split(path, samples)
-        return Split(split.train + split.val, (), split.test, split.seed)
+    def best(min_component_px):
+        image = PredictedImage(values, truth, "P1")
+        return tune([image], PostProcessing(0.5, min_component_px), None).curve.best
 
-    monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", without_validation)
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-    assert result.tuned is None
-    assert names(run / "evaluation") == {"test_best_lora.json"}
-    assert "no validation images, and it is never chosen on test" in caplog.text
-
-
-def test_test_images_take_no_part_in_the_choice(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve
-
-    def other_test(path: Path, samples: list) -> Split:
-        split = read_split(path, samples)
-        return Split(split.test, split.val, split.train, split.seed)
-
-    monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", other_test)
-    assert evaluate_held_out(EvaluationPlan(lora_weights=str(run))).tuning.curve == chosen
+    assert (best(0).threshold, best(0).recall) == (0.5, 1)
+    assert best(20).recall == 30 / 34
+    found, _, missed = counts_by_threshold(values, truth, PostProcessing(min_component_px=20))
+    assert set(found[:4]) == {34}  # the whole image is one component
+    assert set(found[10:88]) == {30}
+    assert set(found[95:]) == {0}
+    assert set(found + missed) == {34}
 
 
-def test_flips_are_kept_apart(run: Path) -> None:
-    plain = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-    before = plain.path.read_bytes()
-    flipped = evaluate_held_out(EvaluationPlan(lora_weights=str(run), flips=True))
-    assert flipped.path.name == "test_best_lora_flips.json"
-    assert flipped.tuned_path.name == "test_best_lora_flips_tuned.json"
-    assert flipped.curve_path.name == "test_best_lora_flips_thresholds.json"
-    assert plain.path.read_bytes() == before
-    assert csv_text(flipped.evaluation.rows) != csv_text(plain.evaluation.rows)
-    for path in (flipped.path, flipped.tuned_path):
-        assert json.loads(path.read_text())["extra"]["flips"] is True
-    assert json.loads(flipped.curve_path.read_text())["flips"] is True
-    assert json.loads(plain.path.read_text())["extra"]["flips"] is False
+def test_a_failed_prediction_is_empty_at_every_threshold():
+    probabilities, truth = picture(1)
+    images = [PredictedImage(probabilities, truth, "P1"), PredictedImage(None, truth, "P2")]
+    curve = tune(images, PostProcessing(), None).curve
+    alone = threshold_curve([counts_by_threshold(probabilities, truth)], ["P1"])
+    assert (curve.n_failed, curve.to_json()["chosen"]) == (1, alone.best.threshold)
+    assert curve.best.dice == pytest.approx(alone.best.dice / 2)
 
 
-def test_the_calibration_is_stored_with_the_scores(run: Path) -> None:
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run)))
-    stored = json.loads(result.path.read_text())["calibration"]
-    assert stored == result.evaluation.calibration
-    assert stored["n_pixels"] == 64 * 64 * len(result.evaluation.rows)
-    assert 0 <= stored["expected_calibration_error"] <= 1
+def test_empty_truths_count_in_dice_and_not_in_recall():
+    nothing, truth = np.zeros((4, 4), bool), np.ones((4, 4), bool)
+    quiet = np.full((4, 4), 0.2, np.float32)
+    empty = counts_by_threshold(quiet, nothing)
+    middle = threshold_curve([empty, counts_by_threshold(np.zeros((4, 4)), truth)], ["P1", "P2"]).points[49]
+    assert (middle.threshold, middle.dice, middle.recall) == (0.5, 0.5, 0)  # both empty 1, failed 0
+    assert np.isnan(threshold_curve([empty], ["P1"]).points[49].recall)
+    with pytest.raises(ValueError, match="no images to choose a threshold on"):
+        threshold_curve([], [])
 
 
-def test_a_second_observer_is_scored_beside_the_model(run: Path, angiograms: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "masks_2nd"
-    folder.mkdir()
-    for file in (angiograms / "masks").iterdir():
-        mask = np.asarray(Image.open(file)).astype(bool)
-        Image.fromarray(np.roll(mask, 1, axis=0)).save(folder / file.name)
-    result = evaluate_held_out(EvaluationPlan(lora_weights=str(run), second_masks=str(folder)))
-    assert result.human_path == run / "evaluation" / "test_human_agreement.json"
-    assert result.human.image_list_hash == result.evaluation.image_list_hash
-    assert result.human.label_hash == result.evaluation.label_hash
-    for sample in find_samples(angiograms):
-        for row in result.human.rows:
-            if row["key"] == sample.key:
-                truth = load_mask(sample)
-                assert row["dice"] == dice(np.roll(truth, 1, axis=0), truth)
-    with pytest.raises(DataError, match="There is no folder"):
-        evaluate_held_out(EvaluationPlan(lora_weights=str(run), second_masks=str(tmp_path / "none")))
+def test_the_threshold_of_a_wanted_recall():
+    points = [(0.2, 0.95, 0.5), (0.4, 0.85, 0.6), (0.5, 0.8, 0.7), (0.6, 0.8, 0.8), (0.8, float("nan"), 1.0)]
+    curve = ThresholdCurve(tuple(CurvePoint(t, 0.7, recall, p) for t, recall, p in points), 3, 3, 0)
+    assert curve.at_recall(0.91).threshold == 0.2
+    assert curve.at_recall(0.88).threshold == 0.4
+    assert curve.at_recall(0.1).threshold == 0.6  # as near as 0.5, and more precise
+    nowhere = ThresholdCurve((CurvePoint(0.5, 1.0, float("nan"), 1.0),), 1, 1, 0)
+    with pytest.raises(ValueError, match="no threshold can be chosen by recall"):
+        nowhere.at_recall(0.8)
+
+
+@pytest.mark.parametrize("change", [{"dice": [0.7]}, {"dice": None}, {"thresholds": []}, {"chosen": None}])
+def test_a_stored_curve_is_read_back_and_a_damaged_one_named(tmp_path, change):
+    _, truth = picture(1)
+    curve = threshold_curve([counts_by_threshold(np.zeros(truth.shape), ~truth & False)], ["P1"])
+    path = tmp_path / "evaluation" / "test_base_thresholds.json"
+    write_json(path, curve.to_json())
+    stored = read_threshold_curve(path)
+    assert stored["dice"] == [point.dice for point in curve.points] == [1.0] * 99
+    assert (stored["chosen"], stored["n_images"]) == (0.5, 1)
+    assert np.isnan(stored["recall"]).all()
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in evaluation is no threshold sweep"):
+        read_threshold_curve(path)
+
+
+def test_calibration_by_hand():
+    probabilities = np.array([[0.05, 0.05, 0.75, 0.75]], np.float32)
+    truth = np.array([[False, True, True, True]])
+    result = calibration(count_pixels(probabilities, truth), num_failed=2)
+    # |0.05 - 0.5| and |0.75 - 1| for half of the pixels each
+    assert result["expected_calibration_error"] == pytest.approx((0.45 + 0.25) / 2)
+    assert (result["n_pixels"], result["n_failed"]) == (4, 2)
+    low, high = result["bins"]
+    assert (low["low"], low["high"], low["pixels"], low["observed"]) == (0.0, 0.1, 2, 0.5)
+    assert (high["low"], high["high"], high["observed"]) == (0.7, 0.8, 1.0)
+    assert high["predicted"] == pytest.approx(0.75)
+
+
+def test_calibration_agrees_with_scikit_learn():
+    pictures = [picture(seed) for seed in range(4)]
+    parts = zip(*pictures, strict=True)
+    probabilities, truth = (np.concatenate([one.ravel() for one in part]) for part in parts)
+    observed, predicted = calibration_curve(truth, probabilities.astype(np.float64), n_bins=10)
+    bins = calibration(sum(count_pixels(*one) for one in pictures))["bins"]
+    assert [line["observed"] for line in bins] == pytest.approx(observed, abs=2e-3)
+    assert [line["predicted"] for line in bins] == pytest.approx(predicted, abs=2e-3)
+    assert sum(line["pixels"] for line in bins) == truth.size
+
+
+def test_what_is_no_probability_is_refused():
+    truth = np.zeros((2, 2), bool)
+    for value in (-0.1, 1.5, np.nan):
+        with pytest.raises(ValueError, match="not logits"):
+            count_pixels(np.full((2, 2), value), truth)
+    with pytest.raises(ValueError, match=r"probabilities are \(2, 3\)"):
+        count_pixels(np.zeros((2, 3)), truth)
+
+
+def predicted(seed, patient):
+    """A cross with specks of noise, some of them likely vessel."""
+    rng = np.random.default_rng(seed)
+    truth = np.zeros((40, 52), bool)
+    truth[10 + seed : 14 + seed, 4:48] = truth[5:36, 20:24] = True
+    noise = ndimage.gaussian_filter(rng.normal(size=truth.shape), 1.2)
+    values = np.clip(0.25 + 0.5 * truth + 0.9 * noise, 0, 1)
+    return PredictedImage(values.astype(np.float16), truth, patient)
+
+
+def test_the_grid_is_that_of_every_candidate_scored_alone():
+    thresholds, sizes, levels = (0.3, 0.5, 0.7), (0, 4, 9, 500), (0.0, 0.2)
+    images = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")]
+    reward = MultiObjectiveReward()
+    grid = score_postprocessing(images, reward, thresholds, sizes, levels)
+    for threshold, size in itertools.product(thresholds, sizes):
+        each = []
+        for image in images:
+            mask = image.probabilities.astype(np.float64) > threshold
+            labels, num = ndimage.label(mask, np.ones((3, 3)))
+            areas = np.bincount(labels.ravel(), minlength=num + 1)
+            each.append(reward(mask & (areas[labels] >= size), image.truth)[0])
+        expected = ((each[0] + each[1]) / 2 + each[2]) / 2  # the patient counts, not the image
+        assert grid.rewards[PostProcessing(threshold, size)] == pytest.approx(expected)
+    for post, value in grid.rewards.items():
+        each = [reward(post.mask(image.probabilities), image.truth)[0] for image in images]
+        assert value == pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)
+    assert len(grid.rewards) == 24
+    assert len({round(value, 6) for value in grid.rewards.values()}) > 12  # the candidates do differ
+    failed = score_postprocessing([PredictedImage(None, images[0].truth, "P1")], reward, (0.5,), (0, 10))
+    empty = reward(np.zeros(images[0].truth.shape, bool), images[0].truth)[0]
+    assert list(failed.rewards.values()) == pytest.approx([empty] * len(failed.rewards))
+
+
+def test_the_best_candidate_and_the_best_threshold_alone():
+    rewards = [(0.3, 0, 1), (0.3, 10, 2), (0.3, 20, 5), (0.5, 0, 3), (0.5, 10, 4), (0.5, 20, 5), (0.7, 10, 5)]
+    grid = PostProcessingGrid({PostProcessing(t, size): float(reward) for t, size, reward in rewards})
+    assert grid.best() == (PostProcessing(0.5, 20), 5.0)  # of three, the threshold nearest to 0.5
+    assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
+    assert grid.best(10) == (PostProcessing(0.7, 10), 5.0)
+    closed = grid.rewards | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
+    assert PostProcessingGrid(closed).best() == (PostProcessing(0.5, 10, 0.2), 6.0)
+    assert PostProcessingGrid(closed).best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
+    assert PostProcessingGrid(closed).best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
+    equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
+    assert equal.best()[0].min_component_px == 10
+    stored = json.loads(json.dumps(PostProcessingGrid(closed).to_json()))
+    assert PostProcessingGrid.from_json(stored) == PostProcessingGrid(closed)
+
+
+def test_what_cannot_be_tuned_on_is_refused():
+    with pytest.raises(ValueError, match="There are no images"):
+        score_postprocessing([], MultiObjectiveReward())
+    with pytest.raises(ValueError, match="ascending numbers of pixels that start with 0"):
+        score_postprocessing([predicted(1, "P1")], MultiObjectiveReward(), (0.5,), (10, 0))

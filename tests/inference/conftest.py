@@ -8,24 +8,23 @@ import torch
 from torch import nn
 
 from vesselrl.inference.predictor import Predictor
-from vesselrl.models.loading import load_sa2va
+from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import SCOPES, attach_lora, save_adapter
-from vesselrl.models.miniature import DEBUG_SAM2, miniature_config, random_sa2va, write_miniature
+from vesselrl.models.miniature import random_sa2va, write_miniature
 
 
 @pytest.fixture(scope="session")
 def lively_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Like `tiny_checkpoint`, with larger weights: logits of size 1 instead of 0.001; read only."""
     folder = tmp_path_factory.mktemp("lively") / "model"
-    config = miniature_config(DEBUG_SAM2)
-    model = random_sa2va(config)
+    model = random_sa2va()
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             inputs_first = isinstance(module, nn.ConvTranspose2d)
             num_inputs = len(module.weight) if inputs_first else module.weight[0].numel()
             module.weight.data.normal_(0, num_inputs**-0.5, generator=generator)
-    write_miniature(folder, config, model)
+    write_miniature(folder, model)
     return folder
 
 
@@ -38,8 +37,9 @@ def predictor(lively_checkpoint: Path) -> Predictor:
 def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on all four components, as large as after a long training; read only."""
     folder = tmp_path_factory.mktemp("run") / "best_lora"
-    model, _ = load_sa2va(lively_checkpoint)
-    peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
+    peft_model = attach_lora(
+        load_sa2va(lively_checkpoint)[0], SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if ".lora_B." in name:
@@ -48,16 +48,13 @@ def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="session")
-def image() -> np.ndarray:
-    return picture(64, 64)
-
-
 @pytest.fixture(scope="session")
 def images() -> list[np.ndarray]:
-    """Of different sizes: one needs a single tile, the others several."""
-    return [picture(64, 64, 1), picture(40, 90, 2), picture(100, 64, 3)]
+    """Of different sizes: the first needs a single tile, the others several."""
+    sizes = enumerate([(64, 64, 3), (40, 90, 3), (100, 64, 3)])
+    return [np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8) for seed, size in sizes]
+
+
+@pytest.fixture(scope="session")
+def image(images: list[np.ndarray]) -> np.ndarray:
+    return images[0]

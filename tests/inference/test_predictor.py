@@ -1,32 +1,57 @@
-"""Images in, masks out: thresholds, sizes, batches, several [SEG], adapters."""
+"""Images in, masks out: thresholds, batches, several [SEG], adapters; image files in, PNG files out."""
 
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
-from vesselrl.errors import CheckpointError
-from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
+from vesselrl.cli import main
+from vesselrl.errors import DataError
+from vesselrl.inference.predictor import (
+    Prediction,
+    Predictor,
+    adapter_folder,
+    find_images,
+    predict_files,
+    write_prediction,
+)
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import upsample
 from vesselrl.scoring.postprocessing import PostProcessing
+
+PERSON = "ZHANG_SAN(1234567890)_1-2_3_0A1B2C3D_frame_000011"
+
+
+class ShiftedModel:
+    """A model whose logits are lower by a constant."""
+
+    def __init__(self, model: torch.nn.Module, shift: float) -> None:
+        self.model, self.shift, self.device = model, shift, model.device
+
+    def __call__(self, inputs: Sa2VAInputs) -> list[torch.Tensor]:
+        return [logits - self.shift for logits in self.model(inputs)]
 
 
 def largest_gap(one: Prediction, other: Prediction) -> float:
     return float(np.abs(one.logits - other.logits).max())
 
 
-def test_result_has_the_image_size_and_the_promised_types(
-    predictor: Predictor, images: list[np.ndarray]
-) -> None:
+def test_sizes_types_and_probabilities(predictor: Predictor, images: list[np.ndarray]) -> None:
     for image in images:
         result = predictor.predict(image)
         assert [part.shape for part in result] == [image.shape[:2]] * 3
         assert [part.dtype for part in result] == [np.bool_, np.float32, np.float32]
-        assert result.probabilities.min() >= 0
-        assert result.probabilities.max() <= 1
+        expected = torch.sigmoid(torch.from_numpy(result.logits)).numpy()
+        np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
+    assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
+    with np.errstate(all="raise", under="ignore"):  # no overflow
+        far = Predictor(ShiftedModel(predictor.model, 1e4), predictor.processor).predict(images[0])
+    assert not far.probabilities.any()
+    assert not far.mask.any()
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.71])
@@ -38,95 +63,36 @@ def test_the_mask_is_where_probability_and_logit_pass_the_threshold(
     shifted = ShiftedModel(predictor.model, shift)
     result = Predictor(shifted, predictor.processor, post=PostProcessing(threshold)).predict(image)
     assert 0.1 < result.mask.mean() < 0.9
-    assert (result.mask == (result.probabilities > np.float32(threshold))).mean() > 0.999  # but for rounding
     clear = np.abs(result.probabilities - threshold) > 1e-6
+    assert clear.mean() > 0.999
     assert ((result.probabilities > threshold) == result.mask)[clear].all()
     assert (result.mask == (result.logits > np.log(threshold / (1 - threshold)))).all()
-
-
-def test_probabilities_are_the_sigmoid_of_the_logits_without_overflow(
-    predictor: Predictor, image: np.ndarray
-) -> None:
-    result = predictor.predict(image)
-    expected = torch.sigmoid(torch.from_numpy(result.logits)).numpy()
-    np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
-    with np.errstate(all="raise", under="ignore"):
-        far = Predictor(ShiftedModel(predictor.model, 1e4), predictor.processor).predict(image)
-    assert not far.probabilities.any()
-    assert not far.mask.any()
-
-
-@pytest.mark.parametrize("threshold", [0, 1, -0.1, 85])
-def test_a_threshold_outside_0_to_1_is_refused(threshold: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        PostProcessing(threshold)
 
 
 def test_small_components_are_removed_from_the_mask_alone(predictor: Predictor, image: np.ndarray) -> None:
     whole = predictor.predict(image)
     labels, count = ndimage.label(whole.mask, np.ones((3, 3)))
     areas = ndimage.sum(whole.mask, labels, range(1, count + 1))
-    least = int(areas.min()) + 1
-    smaller = Predictor(
-        predictor.model, predictor.processor, post=PostProcessing(min_component_px=least)
-    ).predict(image)
+    post = PostProcessing(min_component_px=int(areas.min()) + 1)
+    smaller = Predictor(predictor.model, predictor.processor, post=post).predict(image)
     assert not np.array_equal(smaller.mask, whole.mask)
-    assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= least)))
+    assert np.array_equal(smaller.mask, np.isin(labels, 1 + np.flatnonzero(areas >= post.min_component_px)))
     assert np.array_equal(smaller.probabilities, whole.probabilities)
 
 
-def test_a_batch_of_different_sizes_gives_what_single_images_give(
-    predictor: Predictor, images: list[np.ndarray]
-) -> None:
-    tiles = [len(predictor.processor([image]).tiles) for image in images]
-    assert len(set(tiles)) > 1  # else padding of the text is not tested
-    together = predictor.predict_batch(images)
-    alone = [predictor.predict(image) for image in images]
-    assert max(map(largest_gap, together, alone)) < 1e-4
-    assert min(np.ptp(result.logits) for result in alone) > 1e-2  # far above the tolerance
+def test_a_batch_gives_what_single_images_give(predictor: Predictor, images: list[np.ndarray]) -> None:
+    assert len({len(predictor.processor([image]).tiles) for image in images}) > 1  # else nothing is padded
+    one_size = [np.full((48, 64, 3), value, np.uint8) for value in (10, 120, 240)]
+    for batch in (images, one_size):
+        alone = [predictor.predict(image) for image in batch]
+        assert max(map(largest_gap, predictor.predict_batch(batch), alone)) < 1e-4
     assert largest_gap(predictor.predict(images[0]), predictor.predict(images[0][::-1])) > 1e-2
 
 
-def test_a_batch_of_one_size_gives_what_single_images_give(predictor: Predictor) -> None:
-    images = [np.full((48, 64, 3), value, np.uint8) for value in (10, 120, 240)]
-    together = predictor.predict_batch(images)
-    assert (
-        max(
-            largest_gap(result, predictor.predict(image))
-            for result, image in zip(together, images, strict=True)
-        )
-        < 1e-4
-    )
-
-
-def test_the_orientation_is_kept(predictor: Predictor) -> None:
-    """A bright corner moves the logits there more than in the opposite corner: rows are not columns."""
-    dark = np.full((64, 96, 3), 30, np.uint8)
-    lit = dark.copy()
-    lit[:24, -36:] = 255
-    change = np.abs(predictor.predict(lit).logits - predictor.predict(dark).logits)
-    corners = {
-        "top right": change[:16, -24:],
-        "top left": change[:16, :24],
-        "bottom right": change[-16:, -24:],
-    }
-    means = {name: float(part.mean()) for name, part in corners.items()}
-    assert max(means, key=means.get) == "top right", means
-
-
-BAD_IMAGES = {
-    "grey": np.zeros((64, 64), np.uint8),
-    "one channel": np.zeros((64, 64, 1), np.uint8),
-    "with alpha": np.zeros((64, 64, 4), np.uint8),
-    "float": np.zeros((64, 64, 3), np.float32),
-    "bool": np.zeros((64, 64, 3), bool),
-    "channels first": np.zeros((3, 64, 64), np.uint8),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_other_images_are_refused(predictor: Predictor, image: np.ndarray, kind: str) -> None:
-    bad = BAD_IMAGES[kind]
+@pytest.mark.parametrize(
+    "bad", [np.zeros((64, 64), np.uint8), np.zeros((64, 64, 4), np.uint8), np.zeros((3, 64, 64))]
+)
+def test_other_images_are_refused(predictor: Predictor, image: np.ndarray, bad: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"Image 1 is .*uint8 RGB \(H, W, 3\) is needed") as raised:
         predictor.predict_batch([image, bad])
     assert str(bad.shape) in str(raised.value)
@@ -144,11 +110,11 @@ def test_two_seg_tokens_give_the_union_of_their_masks(predictor: Predictor, imag
     for k in (0, 1):
         decoded = model.decode(features, prompts[:, [k]])
         parts.append(upsample(decoded.select(decoded.best()), inputs.sizes, model.config.sam2.image_size))
-    assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(*parts, strict=True))
     for union, first, second in zip(model(inputs), *parts, strict=True):
+        assert float((first - second).abs().max()) > 1e-3
         assert float((union - torch.maximum(first, second)).abs().max()) < 1e-4
-        cut = first.median()
-        assert ((union > cut) == ((first > cut) | (second > cut))).float().mean() > 0.999
+    with pytest.raises(ValueError, match=r"has no \[SEG\]"):
+        processor(images, answer="Sure.")
 
 
 @torch.inference_mode()
@@ -168,24 +134,14 @@ def test_the_state_is_read_at_the_seg_token_itself(predictor: Predictor, image: 
     assert torch.equal(model.seg_states(short), states)
 
 
-def test_an_answer_without_seg_is_refused(predictor: Predictor, image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"has no \[SEG\]"):
-        predictor.processor([image], answer="Sure.")
-
-
-def test_the_prompt_reaches_the_model(predictor: Predictor, image: np.ndarray) -> None:
-    other = Predictor(predictor.model, predictor.processor, prompt="Where is the catheter?")
-    assert largest_gap(predictor.predict(image), other.predict(image)) > 1e-4
-
-
-def test_an_adapter_changes_the_masks_and_a_run_folder_means_its_best(
+def test_the_prompt_reaches_the_model_and_a_run_folder_means_its_best_adapter(
     predictor: Predictor, lively_checkpoint: Path, adapter: Path, image: np.ndarray
 ) -> None:
-    adapted = Predictor.from_pretrained(lively_checkpoint, adapter, "cpu")
+    other = Predictor(predictor.model, predictor.processor, prompt="Where is the catheter?")
+    assert largest_gap(predictor.predict(image), other.predict(image)) > 1e-4
     from_run = Predictor.from_pretrained(lively_checkpoint, adapter.parent, "cpu")
-    assert largest_gap(adapted.predict(image), predictor.predict(image)) > 1e-2
-    assert largest_gap(adapted.predict(image), from_run.predict(image)) == 0
-    assert adapter_folder(adapter) == adapter
+    assert largest_gap(from_run.predict(image), predictor.predict(image)) > 1e-2
+    assert adapter_folder(adapter.parent) == adapter_folder(adapter) == adapter
 
 
 def test_bfloat16_leaves_sam2_alone_and_moves_the_masks_little(
@@ -198,23 +154,105 @@ def test_bfloat16_leaves_sam2_alone_and_moves_the_masks_little(
     assert 0 < largest_gap(half.predict(image), predictor.predict(image)) < 0.1
 
 
-def test_no_gradient_is_kept(predictor: Predictor, image: np.ndarray) -> None:
-    predictor.predict(image)
-    assert not any(parameter.requires_grad for parameter in predictor.model.parameters())
+# ---- Files
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=str(tmp_path / "nowhere")):
-        Predictor.from_pretrained(tmp_path / "nowhere")
+def save_picture(path: Path, height: int = 40, width: int = 72) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
 
 
-class ShiftedModel:
-    """A model whose logits are lower by a constant."""
+def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
+    """2 x 3 pixels whose values can be followed into the files."""
+    grey = np.full((2, 3, 3), 100, np.uint8)
+    probabilities = np.array([[0, 0.25, 0.5], [0.75, 1, 1e-5]], np.float32)
+    prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32))
+    row = write_prediction(grey, prediction, tmp_path, "heart")
+    assert row == {"mask": str(tmp_path / "heart_mask.png"), "foreground": 2 / 6}
+    with Image.open(tmp_path / "heart_mask.png") as mask:
+        assert mask.mode == "L"
+        assert np.asarray(mask).tolist() == [[0, 0, 0], [255, 255, 0]]
+    with Image.open(tmp_path / "heart_probability.png") as probability:
+        assert probability.mode.startswith("I;16")
+        assert np.asarray(probability).tolist() == [[0, 16384, 32768], [49151, 65535, 1]]
+    with Image.open(tmp_path / "heart_overlay.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (3, 2))
+        assert (np.asarray(overlay)[1, 0] != 100).any()
 
-    def __init__(self, model: torch.nn.Module, shift: float) -> None:
-        self.model = model
-        self.shift = shift
-        self.device = model.device
 
-    def __call__(self, inputs: Sa2VAInputs) -> list[torch.Tensor]:
-        return [logits - self.shift for logits in self.model(inputs)]
+def test_results_do_not_carry_the_name_of_a_person(predictor: Predictor, tmp_path: Path) -> None:
+    for name in (f"{PERSON}.png", "left heart.png"):
+        save_picture(tmp_path / "in" / name)
+    rows = list(predict_files(predictor, tmp_path / "in", tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").glob("*_mask.png"))
+    assert names == ["P001_S1_F0011_mask.png", "left heart_mask.png"]
+    assert sorted(Path(row["mask"]).name for row in rows) == names
+    mapping = tmp_path / "out" / "patients.mapping.json"
+    assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
+    assert PERSON in mapping.read_text()  # the only place that knows
+
+
+def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out" / "deep"
+    for name in ("b.PNG", "a.png", "c.tiff", ".hidden.png", "sub/d.png"):
+        save_picture(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    out.mkdir(parents=True)
+    (out / "a_mask.png").write_text("old")
+    calls = []
+    rows = list(predict_files(predictor, folder, out, lambda *numbers: calls.append(numbers)))
+    assert [row["image"] for row in rows] == ["a.png", "b.PNG", "c.tiff"]
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert len(list(out.iterdir())) == 9
+    with Image.open(folder / "a.png") as picture, Image.open(out / "a_mask.png") as mask:
+        expected = predictor.predict(np.asarray(picture)).mask
+        assert (np.asarray(mask) == 255 * expected).all()
+    assert rows[0]["foreground"] == pytest.approx(expected.mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")]
+)
+def test_an_unreadable_file_is_named_but_not_the_person(
+    predictor: Predictor, tmp_path: Path, name: str, shown: str
+) -> None:
+    save_picture(tmp_path / "in" / "001.png")
+    broken = save_picture(tmp_path / "in" / f"{name}.png")
+    broken.write_bytes(broken.read_bytes()[:200])
+    rows = predict_files(predictor, tmp_path / "in", tmp_path / "out")
+    assert next(rows)["image"] == "001.png"
+    with pytest.raises(DataError) as raised:
+        next(rows)
+    assert str(raised.value).startswith(f"{shown}: the file is damaged")
+    assert "ZHANG" not in str(raised.value)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3  # the first image's, complete
+
+
+def test_unusable_folders_are_refused_before_anything_is_written(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"holds no image; known endings are \.png"):
+        find_images(tmp_path)
+    for name in ("001.png", "002.png", "002.jpg"):
+        file = save_picture(tmp_path / "in" / name)
+    with pytest.raises(DataError, match=r"1 file names differ only by their ending: 002\.jpg and the next"):
+        list(predict_files(predictor, tmp_path / "in", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(DataError, match=r"Cannot write to .*002\.jpg .*give another --output_dir"):
+        list(predict_files(predictor, file, file))
+
+
+def test_the_verb(
+    lively_checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["predict", "--base_model", lively_checkpoint, "--lora_weights", adapter, "--output_dir"]
+    words = [*map(str, words), str(tmp_path / "out"), "--image"]
+    assert main([*words, str(save_picture(tmp_path / "001.png"))]) == 0
+    assert f"1 images written to {tmp_path / 'out'}" in capsys.readouterr().out.replace("\n", "")
+    assert main([*words, str(tmp_path / "002.png")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --image {tmp_path / '002.png'} does not exist")

@@ -1,4 +1,4 @@
-"""Adapters: exactly the intended modules, saved and read back without a change."""
+"""Adapters: exactly the intended modules, the function that PEFT computes, saved and read back unchanged."""
 
 import json
 from pathlib import Path
@@ -6,138 +6,176 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from vesselrl.errors import CheckpointError
+from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.config import Sa2VAConfig
-from vesselrl.models.loading import load_sa2va
 from vesselrl.models.lora import (
     LORA_PRESETS,
     SCOPES,
+    FoldedConv2d,
+    FoldedLinear,
     adapter_parameters,
     attach_lora,
+    fold_adapters,
     load_adapter,
-    merge_adapter,
     save_adapter,
     target_modules,
     trainable_counts,
 )
+from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import Sa2VA
 
 QKVO = LORA_PRESETS["medium"].projections
 
 
 @pytest.fixture
-def image() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+def model(tiny_checkpoint: Path) -> Sa2VA:
+    return load_sa2va(tiny_checkpoint)[0]
 
 
-def test_language_model_preset_on_the_8b_shapes(config_8b: Sa2VAConfig) -> None:
+def test_language_model_presets_on_the_8b_shapes(config_8b: Sa2VAConfig) -> None:
     """Rank 32 on q, k, v, o of 28 layers: by hand 32 * (in + out) summed, 20,185,088 values; none of SAM2."""
     with torch.device("meta"):
         model = Sa2VA(config_8b)
+        for preset, parts in (("small", 2), ("medium", 4), ("large", 7)):
+            names = target_modules(model, ["language_model"], LORA_PRESETS[preset].projections)
+            assert len(names) == 28 * parts
         names = target_modules(model, ["language_model"], QKVO)
         assert names == [f"lm.model.layers.{layer}.self_attn.{part}" for layer in range(28) for part in QKVO]
         counts = trainable_counts(attach_lora(model, ["language_model"], QKVO, rank=32, alpha=64))
-    width, kv = 3584, 512
-    by_hand = 28 * 32 * ((width + width) + 2 * (width + kv) + (width + width))
-    assert counts == {"language_model": by_hand} == {"language_model": 20_185_088}
-
-
-@pytest.mark.parametrize(("preset", "parts"), [("small", 2), ("medium", 4), ("large", 7)])
-def test_presets_name_their_projections(tiny_checkpoint: Path, preset: str, parts: int) -> None:
-    model, _ = load_sa2va(tiny_checkpoint)
-    names = target_modules(model, ["language_model"], LORA_PRESETS[preset].projections)
-    assert len(names) == 2 * parts
-    assert all(name.startswith("lm.model.layers.") for name in names)
+    assert (
+        counts
+        == {"language_model": 28 * 32 * 4 * (3584 + (3584 + 512) // 2)}
+        == {"language_model": 20_185_088}
+    )
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_scope_touches_its_component_only(tiny_checkpoint: Path, scope: str) -> None:
-    model, _ = load_sa2va(tiny_checkpoint)
-    assert list(trainable_counts(attach_lora(model, [scope], QKVO, 2, 4))) == [scope]
+def test_a_scope_touches_its_component_only(model: Sa2VA, scope: str) -> None:
+    adapted = attach_lora(model, [scope], QKVO, 2, 4)
+    assert list(trainable_counts(adapted)) == [scope]
+    assert all(".lora_" in name for name in adapter_parameters(adapted))
+    folded = any(isinstance(module, FoldedLinear | FoldedConv2d) for module in adapted.modules())
+    assert folded == (scope != "language_model")
 
 
-def test_base_weights_stay_frozen(tiny_checkpoint: Path) -> None:
-    model, _ = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(model, SCOPES, QKVO, 2, 4)
-    assert all(".lora_" in name for name in adapter_parameters(peft_model))
+def test_heads_without_a_gradient_are_left_out(model: Sa2VA) -> None:
+    names = target_modules(model, ["mask_decoder"], QKVO)
+    assert {"sam.mask_decoder.conv_s0", "sam.mask_decoder.output_hypernetworks_mlps.1.proj_in"} <= set(names)
+    assert not [name for name in names if "iou" in name or "obj_score" in name or "mlps.0" in name]
 
 
-def test_a_suffix_match_is_refused(tiny_checkpoint: Path, monkeypatch) -> None:
+def test_a_suffix_match_is_refused(model: Sa2VA, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake of the prototype: `q_proj` also names the attention of SAM2."""
-    model, _ = load_sa2va(tiny_checkpoint)
     suffixes = {"target_modules": list(QKVO)}
     monkeypatch.setattr("vesselrl.models.lora.LoraConfig", lambda **given: LoraConfig(**(given | suffixes)))
     with pytest.raises(ValueError, match="LoRA matched other modules than intended"):
         attach_lora(model, ["language_model"], QKVO, 2, 4)
+    for scope in (["decoder"], []):
+        with pytest.raises(ValueError, match="choose one or more of language_model, projector"):
+            target_modules(model, scope, QKVO)
 
 
-def test_unknown_scope(tiny_checkpoint: Path) -> None:
-    model, _ = load_sa2va(tiny_checkpoint)
-    with pytest.raises(ValueError, match="choose one or more of language_model, projector"):
-        target_modules(model, ["decoder"], QKVO)
+# ---- Saved and read back
 
 
-def randomised(tiny_checkpoint: Path):
-    """Base model with an adapter whose weights are all non-zero, and its processor."""
+@pytest.fixture
+def trained(tiny_checkpoint: Path) -> tuple[PeftModel, Sa2VAInputs]:
+    """Base model with an adapter whose weights are all non-zero, and one image's inputs."""
     model, processor = load_sa2va(tiny_checkpoint)
     peft_model = attach_lora(model, SCOPES, QKVO, 3, 6)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter_parameters(peft_model).values():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return peft_model, processor
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return peft_model, processor([image])
 
 
 @torch.no_grad()
-def test_save_and_load_give_identical_masks(tiny_checkpoint: Path, tmp_path: Path, image: np.ndarray) -> None:
-    peft_model, processor = randomised(tiny_checkpoint)
-    inputs = processor([image])
+def test_save_and_load_give_identical_masks(model: Sa2VA, tmp_path: Path, trained: tuple) -> None:
+    peft_model, inputs = trained
     expected = peft_model.get_base_model()(inputs)[0]
-    save_adapter(peft_model, tmp_path / "adapter")
-    files = sorted(path.name for path in (tmp_path / "adapter").iterdir())
-    assert files == ["adapter_config.json", "adapter_model.safetensors"]
-    fresh, _ = load_sa2va(tiny_checkpoint)
-    untouched = fresh(inputs)[0]
-    again = load_adapter(fresh, tmp_path / "adapter").get_base_model()(inputs)[0]
+    save_adapter(peft_model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    names = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == names  # as PEFT itself saves them
+    base = model(inputs)[0]
+    again = load_adapter(model, tmp_path).get_base_model()(inputs)[0]
     assert torch.equal(expected, again)
-    assert not torch.equal(expected > 0, untouched > 0)
+    assert not torch.equal(expected > 0, base > 0)
+    assert torch.allclose(peft_model.merge_and_unload()(inputs)[0], expected, atol=1e-4)
 
 
 def test_an_adapter_that_was_trained_on_can_be_saved_and_loaded_again(
-    tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, model: Sa2VA, tmp_path: Path, trained: tuple
 ) -> None:
-    """What `--init_lora` goes on with names its modules in full too; PEFT shortens them on loading."""
-    peft_model, _ = randomised(tiny_checkpoint)
-    save_adapter(peft_model, tmp_path / "first")
-    loaded = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "first", is_trainable=True)
+    """With `--init_lora` the modules are named in full too; PEFT shortens them on loading."""
+    save_adapter(trained[0], tmp_path / "first")
+    loaded = load_adapter(model, tmp_path / "first", is_trainable=True)
     save_adapter(loaded, tmp_path / "second")
-    again = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "second")
-    configs = [
-        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("first", "second")
-    ]
-    assert sorted(configs[0]["target_modules"]) == sorted(configs[1]["target_modules"])
-    weights = again.state_dict()
+    weights = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "second").state_dict()
     assert all(torch.equal(weights[name], value) for name, value in adapter_parameters(loaded).items())
+    first, second = (
+        json.loads((tmp_path / k / "adapter_config.json").read_text()) for k in ("first", "second")
+    )
+    assert sorted(first["target_modules"]) == sorted(second["target_modules"])
 
 
-@torch.no_grad()
-def test_merging_changes_nothing_visible(tiny_checkpoint: Path, image: np.ndarray) -> None:
-    peft_model, processor = randomised(tiny_checkpoint)
-    inputs = processor([image])
-    expected = peft_model.get_base_model()(inputs)[0]
-    merged = merge_adapter(peft_model)(inputs)[0]
-    assert torch.allclose(expected, merged, atol=1e-4)
+# ---- Folded layers against PEFT's own
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    peft_model, _ = randomised(tiny_checkpoint)
-    save_adapter(peft_model, tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(config.read_text().replace("lm.model.layers.1.", "lm.model.layers.7."))
-    fresh, _ = load_sa2va(tiny_checkpoint)
-    with pytest.raises(CheckpointError, match="modules that this model does not have"):
-        load_adapter(fresh, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
-        load_adapter(fresh, tmp_path)
+def adapted(dropout: float = 0.0) -> nn.Module:
+    """LoRA on a strided, padded convolution, a 1x1 convolution and a linear layer."""
+    torch.manual_seed(0)
+    conv, point = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Conv2d(6, 5, 1, bias=False)
+    layers = nn.Sequential(conv, nn.ReLU(), point, nn.Flatten(2), nn.Linear(16, 4))
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["0", "2", "4"])
+    model = get_peft_model(layers, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    return model
+
+
+def values_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    out = model(x)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in adapter_parameters(model).values())]
+
+
+def test_the_same_values_and_gradients_as_peft() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    model = adapted()
+    expected = values_and_gradients(model, x)
+    with torch.no_grad(), model.disable_adapter():
+        off = model(x)
+    assert fold_adapters(model) == 3
+    found = values_and_gradients(model, x)
+    assert len(found) == 7
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), off)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected[0], off)
+
+
+def test_dropout_and_half_precision_keep_pefts_way() -> None:
+    """A bfloat16 weight would swallow a small adapter: W + 1e-4 is W."""
+    x = torch.ones(1, 3, 8, 8)
+    model = adapted(dropout=0.5)
+    fold_adapters(model)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    half = get_peft_model(nn.Sequential(nn.Linear(4, 4).bfloat16()), LoraConfig(r=2, target_modules=["0"]))
+    fold_adapters(half)
+    assert half.base_model.model[0].lora_A["default"].weight.dtype == torch.float32
+    assert not half.base_model.model[0].can_fold()

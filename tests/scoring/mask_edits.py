@@ -19,10 +19,22 @@ def fattened(mask, size):
     return morphed(cv2.MORPH_DILATE, mask, ellipse(size))
 
 
+def skeleton(mask):
+    return topology(mask).skeleton
+
+
+def half_width(mask):
+    return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+
+
 def pick_on_centreline(rng, mask, how_many):
     """(row, column) of random centreline pixels; none for an empty mask."""
-    points = np.argwhere(topology(mask).skeleton)
+    points = np.argwhere(skeleton(mask))
     return points[rng.integers(len(points), size=how_many)] if len(points) else points
+
+
+def window(mask, row, column, half):
+    return np.s_[max(0, row - half) : row + half, max(0, column - half) : column + half]
 
 
 def with_lines(mask, starts, ends, widths):
@@ -32,39 +44,17 @@ def with_lines(mask, starts, ends, widths):
     return canvas > 0
 
 
-def half_width_on_centreline(mask):
-    skeleton = topology(mask).skeleton
-    return skeleton, cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
-
-
-def dilate(rng, mask):
-    return fattened(mask, rng.choice([3, 5, 7]))
-
-
-def erode(rng, mask):
-    return morphed(cv2.MORPH_ERODE, mask, ellipse(3))
-
-
-def opened(rng, mask):
-    return morphed(cv2.MORPH_OPEN, mask, ellipse(rng.choice([3, 5])))
-
-
-def closed(rng, mask):
-    return morphed(cv2.MORPH_CLOSE, mask, ellipse(rng.choice([5, 9, 15])))
-
-
 def shift(rng, mask):
     down, right = (int(step) for step in rng.integers(-3, 4, 2))
-    moved = np.pad(mask, 3)[3 - down :, 3 - right :]
-    return np.ascontiguousarray(moved[: mask.shape[0], : mask.shape[1]])
+    return np.pad(mask, 3)[3 - down :, 3 - right :][: mask.shape[0], : mask.shape[1]]
 
 
-def drop_piece(rng, mask):
+def drop_component(rng, mask):
     num, labels = cv2.connectedComponents(mask.astype(np.uint8))
     return mask & (labels != rng.integers(1, num)) if num > 1 else mask
 
 
-def keep_largest_piece(rng, mask):
+def keep_largest_component(rng, mask):
     num, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     return labels == 1 + np.argmax(stats[1:, cv2.CC_STAT_AREA]) if num > 1 else mask
 
@@ -85,22 +75,20 @@ def specks(rng, mask):
 
 
 def rough_edge(rng, mask):
-    edge = fattened(mask, 3) ^ erode(rng, mask)
+    edge = fattened(mask, 3) ^ morphed(cv2.MORPH_ERODE, mask, ellipse(3))
     return mask ^ (edge & (rng.random(mask.shape) < rng.choice([0.1, 0.3])))
 
 
 def breaks(rng, mask):
     mask = mask.copy()
     for row, column in pick_on_centreline(rng, mask, rng.choice([1, 3, 8])):
-        half = int(rng.choice([2, 4, 7]))
-        mask[max(0, row - half) : row + half, max(0, column - half) : column + half] = False
+        mask[window(mask, row, column, int(rng.choice([2, 4, 7])))] = False
     return mask
 
 
 def bridges(rng, mask):
     starts = pick_on_centreline(rng, mask, 3)
-    points = np.argwhere(topology(mask).skeleton)
-    ends = []
+    points, ends = np.argwhere(skeleton(mask)), []
     for start in starts:
         distance = np.abs(points - start).sum(axis=1)
         near = points[(distance > 6) & (distance < 40)]
@@ -116,64 +104,61 @@ def spurs(rng, mask):
 
 
 def parallel_twigs(rng, mask):
-    skeleton, result = topology(mask).skeleton, mask.copy()
+    centreline, result = skeleton(mask), mask.copy()
     for row, column in pick_on_centreline(rng, mask, rng.choice([1, 3])):
-        window = np.zeros_like(mask)
-        window[max(0, row - 12) : row + 12, max(0, column - 12) : column + 12] = True
-        result |= np.roll(skeleton & window, rng.integers(-8, 9, 2), axis=(0, 1))
+        twig = np.zeros_like(mask)
+        twig[window(mask, row, column, 12)] = centreline[window(mask, row, column, 12)]
+        result |= np.roll(twig, rng.integers(-8, 9, 2), axis=(0, 1))
     return result
 
 
 def drop_thin_vessels(rng, mask):
-    skeleton, half_width = half_width_on_centreline(mask)
-    if not skeleton.any():
+    if not mask.any():
         return mask
-    limit = np.quantile(half_width[skeleton], rng.choice([0.1, 0.25, 0.5]))
-    return mask & fattened(skeleton & (half_width > limit), 9)
+    limit = np.quantile(half_width(mask)[skeleton(mask)], rng.choice([0.1, 0.25, 0.5]))
+    return mask & fattened(skeleton(mask) & (half_width(mask) > limit), 9)
 
 
 def thicken_wide_vessels(rng, mask):
-    skeleton, half_width = half_width_on_centreline(mask)
-    if not skeleton.any():
+    if not mask.any():
         return mask
-    wide = skeleton & (half_width >= np.quantile(half_width[skeleton], rng.choice([0.5, 0.8])))
-    return mask | fattened(wide, rng.choice([9, 13]))
+    limit = np.quantile(half_width(mask)[skeleton(mask)], rng.choice([0.5, 0.8]))
+    return mask | fattened(skeleton(mask) & (half_width(mask) >= limit), rng.choice([9, 13]))
 
 
 def fill_loops(rng, mask):
-    framed = np.pad(mask, 1).astype(np.uint8)
-    outside = framed.copy()
+    outside = np.pad(mask, 1).astype(np.uint8)
     cv2.floodFill(outside, None, (0, 0), 1)
     return mask | (outside[1:-1, 1:-1] == 0)
 
 
-def centreline(rng, mask):
-    return topology(mask).skeleton
+EDITS = {
+    "dilate": lambda rng, mask: fattened(mask, rng.choice([3, 5, 7])),
+    "erode": lambda rng, mask: morphed(cv2.MORPH_ERODE, mask, ellipse(3)),
+    "opened": lambda rng, mask: morphed(cv2.MORPH_OPEN, mask, ellipse(rng.choice([3, 5]))),
+    "closed": lambda rng, mask: morphed(cv2.MORPH_CLOSE, mask, ellipse(rng.choice([5, 9, 15]))),
+    **{edit.__name__: edit for edit in (
+        shift, drop_component, keep_largest_component, drop_block, specks, rough_edge, breaks, bridges, spurs,
+        parallel_twigs, drop_thin_vessels, thicken_wide_vessels, fill_loops,
+    )},
+    "centreline": lambda rng, mask: skeleton(mask),
+    "fat_centreline": lambda rng, mask: fattened(skeleton(mask), rng.choice([3, 5, 7])),
+}  # fmt: skip
 
 
-def fat_centreline(rng, mask):
-    return fattened(topology(mask).skeleton, rng.choice([3, 5, 7]))
-
-
-EDITS = (
-    dilate, erode, opened, closed, shift, drop_piece, keep_largest_piece, drop_block, specks, rough_edge,
-    breaks, bridges, spurs, parallel_twigs, drop_thin_vessels, thicken_wide_vessels, fill_loops, centreline,
-    fat_centreline,
-)  # fmt: skip
+def edited(rng, mask, num):
+    """A mask after `num` random edits, with their names."""
+    names = rng.choice(np.array([*EDITS], object), num)
+    for name in names:
+        mask = np.ascontiguousarray(EDITS[name](rng, mask))
+    return " + ".join(names), mask
 
 
 def edited_masks(truth, num, seed):
     """(name, mask) pairs: the truth, the extremes, then chains of one to four random edits of the truth."""
     rng = np.random.default_rng(seed)
     masks = [("truth", truth), ("empty", np.zeros_like(truth)), ("all foreground", np.ones_like(truth))]
-    masks += [
-        (f"dilate {size}x{size}", morphed(cv2.MORPH_DILATE, truth, np.ones((size, size)))) for size in (3, 7)
-    ]
-    masks.append(("centreline", topology(truth).skeleton))
-    while len(masks) < num:
-        mask, names = truth, []
-        for edit in rng.choice(np.array(EDITS, object), rng.integers(1, 5)):
-            mask = np.ascontiguousarray(edit(rng, mask))
-            names.append(edit.__name__)
-        masks.append((" + ".join(names), mask))
-    return masks
+    kernels = {f"dilate {size}x{size}": np.ones((size, size)) for size in (3, 7)}
+    masks += [(name, morphed(cv2.MORPH_DILATE, truth, kernel)) for name, kernel in kernels.items()]
+    masks.append(("centreline", skeleton(truth)))
+    return masks + [edited(rng, truth, rng.integers(1, 5)) for _ in range(num - len(masks))]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vesselrl.data.annotations import find_samples
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.dataset import VesselDataset
+from vesselrl.data.samples import find_samples
 from vesselrl.scoring.topology import topology
 from vesselrl.training.batches import BatchSource
 

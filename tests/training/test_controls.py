@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from vesselrl.data.annotations import find_samples, load_image, load_mask
-from vesselrl.data.splits import read_split
-from vesselrl.evaluation.compare import compare_runs
-from vesselrl.evaluation.finished_runs import load_runs
-from vesselrl.experiment.config import TrainConfig, get_preset
-from vesselrl.scoring.metrics import dice
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.control_learners import FrangiLearner, UNetLearner
-from vesselrl.training.control_models import Frangi, UNet, load_control
+
+from vesselrl.data.samples import find_samples, load_image, load_mask
+from vesselrl.data.splits import read_split
+from vesselrl.evaluation.compare import compare_runs, load_runs
+from vesselrl.experiment.config import TrainConfig, get_preset
+from vesselrl.scoring.overlap import dice
+from vesselrl.training.baselines import Frangi, UNet, load_control
+from vesselrl.training.batches import TrainBatch
 from vesselrl.training.supervised import SupervisedSteps, mask_cldice_loss, mask_loss
 from vesselrl.training.train import train
 

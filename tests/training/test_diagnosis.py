@@ -5,18 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from vesselrl.training.diagnosis import STEP_RULES, VALIDATION_RULES, Diagnosis
 
+from vesselrl.data.findings import Finding
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
-from vesselrl.training.diagnosis import (
-    FLAT_VALIDATIONS,
-    STEP_RULES,
-    VALIDATION_RULES,
-    WINDOW,
-    Diagnosis,
-    Finding,
-)
-from vesselrl.training.monitor import Monitor
+from vesselrl.training.health import FLAT_VALIDATIONS, WINDOW
+from vesselrl.training.logging import Monitor
 
 NUM_STEPS = 3 * WINDOW
 # Figures as a run that gains has them; the noise is that of its images.

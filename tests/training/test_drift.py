@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from vesselrl.training.drift import DriftGuard
 
+from vesselrl.data.findings import Finding
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, get_preset
 from vesselrl.training import supervised
-from vesselrl.training.diagnosis import Finding
-from vesselrl.training.drift import MAX_CORRECTIONS, WINDOW, DriftGuard
-from vesselrl.training.learning_rate import warm_cosine
+from vesselrl.training.batches import warm_cosine
+from vesselrl.training.health import MAX_CORRECTIONS, WINDOW
 from vesselrl.training.train import TrainResult, train
 
 HEALTHY = {

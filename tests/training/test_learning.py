@@ -6,25 +6,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vesselrl.training.checks import check_gradients
 
 from vesselrl.errors import LearningError
 from vesselrl.experiment.config import get_preset
-from vesselrl.models.loading import load_sa2va
+from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.models.sa2va import DecodedMasks
-from vesselrl.scoring.metrics import dice
+from vesselrl.scoring.overlap import dice
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo as ppo_module
 from vesselrl.training.batches import TrainBatch
-from vesselrl.training.checks import (
-    check_first_ratio,
-    check_gradients,
-    check_samples_differ,
-    check_seg_embedding,
-)
 from vesselrl.training.policy import MaskPolicy
-from vesselrl.training.ppo import PPOUpdate
+from vesselrl.training.ppo import PPOUpdate, check_first_ratio, check_samples_differ, check_seg_embedding
 from vesselrl.training.supervised import SupervisedUpdate, mask_loss
 
 SETTINGS = get_preset("debug", num_samples=3, num_regions=2)

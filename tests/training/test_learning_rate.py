@@ -2,7 +2,7 @@
 
 import pytest
 
-from vesselrl.training.learning_rate import staged_warm_cosine, warm_cosine
+from vesselrl.training.batches import staged_warm_cosine, warm_cosine
 
 
 def test_warm_up_then_half_a_cosine() -> None:

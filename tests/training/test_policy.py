@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vesselrl.models.loading import load_sa2va
+from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.training.policy import MaskPolicy, gaussian_field, sample_masks
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, kl_divergence
 
+from vesselrl.models.sa2va import POINTS
 from vesselrl.training.ppo_math import (
-    POINTS,
     action_logprobs,
     bernoulli_entropy,
     bernoulli_kl,
+    bernoulli_variance,
     clipped_policy_loss,
-    success_normalised,
-    undecided_weight,
+    inverse_probability_weighted,
 )
 
 ONE = torch.ones(1, 1)  # weight of a single, fully undecided pixel
@@ -64,7 +64,9 @@ def test_gradient_of_drawn_masks_is_the_policy_gradient() -> None:
     masks = (torch.rand(3, 5, 7) < 0.5).float()
     credit = torch.randn(3, 5, 7)
     now = action_logprobs(logits, 1.0)
-    clipped_policy_loss(now, now.detach(), credit, masks, undecided_weight(logits, 1.0), 0.2).loss.backward()
+    clipped_policy_loss(
+        now, now.detach(), credit, masks, bernoulli_variance(logits, 1.0), 0.2
+    ).loss.backward()
     surprise = masks - logits.detach().sigmoid()
     logprob = Bernoulli(logits=logits.detach().requires_grad_(True))
     reinforce = (logprob.log_prob(masks) * surprise * credit).mean(0).sum()
@@ -77,10 +79,10 @@ def test_both_actions_give_the_mean_over_many_draws() -> None:
     logits = torch.tensor([[-2.0, -0.3, 1.2]])
     credit = torch.tensor([[[1.5, -0.7, 0.4]]])
 
-    def gradient(share_on: torch.Tensor) -> torch.Tensor:
+    def gradient(action_weight: torch.Tensor) -> torch.Tensor:
         free = logits.clone().requires_grad_(True)
         now = action_logprobs(free, 1.0)
-        clipped_policy_loss(now, now.detach(), credit.expand(len(share_on), 1, 3), share_on,
+        clipped_policy_loss(now, now.detach(), credit.expand(len(action_weight), 1, 3), action_weight,
                             torch.ones(1, 3), 0.2).loss.backward()  # fmt: skip
         return free.grad
 
@@ -99,7 +101,7 @@ def test_success_normalised_credit_gives_the_gradient_of_cross_entropy() -> None
     truth = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0]])
     now = action_logprobs(logits, 1.0)
     on = now.detach()[1].exp()
-    credit = success_normalised((2 * truth - 1)[None], on)
+    credit = inverse_probability_weighted((2 * truth - 1)[None], on)
     clipped_policy_loss(now, now.detach(), credit, on[None], torch.ones(2, 4), 0.2).loss.backward()
     other = logits.detach().requires_grad_(True)
     torch.nn.functional.binary_cross_entropy_with_logits(other, truth, reduction="sum").backward()
@@ -107,7 +109,9 @@ def test_success_normalised_credit_gives_the_gradient_of_cross_entropy() -> None
 
 
 def test_success_normalisation_is_bounded() -> None:
-    normalised = success_normalised(torch.tensor([[[2.0, 2.0, -2.0]]]), torch.tensor([[1e-6, 0.5, 1.0]]))
+    normalised = inverse_probability_weighted(
+        torch.tensor([[[2.0, 2.0, -2.0]]]), torch.tensor([[1e-6, 0.5, 1.0]])
+    )
     assert normalised.flatten().tolist() == pytest.approx([100.0, 4.0, -100.0])
 
 
@@ -177,5 +181,5 @@ def test_a_policy_that_turned_around_has_a_finite_loss() -> None:
 
 
 def test_undecided_weight_by_hand() -> None:
-    weight = undecided_weight(torch.tensor([[0.0, math.log(3)]]), 1.0)
+    weight = bernoulli_variance(torch.tensor([[0.0, math.log(3)]]), 1.0)
     assert weight.tolist() == [[1.0, pytest.approx(4 * 0.75 * 0.25)]]

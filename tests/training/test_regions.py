@@ -3,8 +3,9 @@
 import cv2
 import numpy as np
 import pytest
+from vesselrl.training.regions import find_links, spread
 
-from vesselrl.training.regions import choose_regions, find_links, spread
+from vesselrl.training.credit import choose_regions
 
 
 def chosen(samples: np.ndarray, greedy: np.ndarray, count: int, seed: int = 0, on: np.ndarray | None = None):

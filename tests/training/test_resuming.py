@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from vesselrl.training.drift import DriftGuard
 
 from vesselrl import cli
 from vesselrl.errors import RunError
@@ -15,9 +16,8 @@ from vesselrl.experiment.config import get_preset
 from vesselrl.models import export
 from vesselrl.training import drift
 from vesselrl.training import train as training
-from vesselrl.training.drift import DriftGuard
-from vesselrl.training.monitor import Monitor
-from vesselrl.training.resuming import STATE_FILE, read_state, write_state
+from vesselrl.training.checkpoint import STATE_FILE, read_state, write_state
+from vesselrl.training.logging import Monitor
 
 PLACES = ("model_path", "data_root", "output_dir")
 # Ten supervised steps in two epochs, then eight of PPO in two, validated in the midst of each.

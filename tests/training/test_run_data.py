@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from vesselrl.data.annotations import find_samples
+from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import Split, write_split
 from vesselrl.errors import DataError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
-from vesselrl.training.run_data import RunData, prepare_data
+from vesselrl.training.setup import RunData, prepare_data
 
 
 def prepared(tmp_path: Path, **options: object) -> RunData:
@@ -31,9 +31,9 @@ def test_an_adapter_without_its_run_is_a_doubt(finished_run: Path, angiograms: P
     """Its training patients are unknown, so some may be in the new test side."""
     alone = shutil.copytree(finished_run / "best_lora", tmp_path / "alone")
     data = prepared(tmp_path, data_root=str(angiograms), init_lora=str(alone), split_seed=7)
-    assert [mark.split(":")[0] for mark in data.test_marks] == ["UNKNOWN START"]
+    assert [mark.split(":")[0] for mark in data.test_caveats] == ["UNKNOWN START"]
     known = prepared(tmp_path / "known", data_root=str(angiograms), init_lora=str(finished_run), split_seed=7)
-    assert known.test_marks == ()
+    assert known.test_caveats == ()
 
 
 @pytest.mark.parametrize("option", [{"fold": "2/5"}, {"split_unit": "frame"}])
@@ -54,7 +54,7 @@ def test_look_alikes_on_two_sides_stop_or_mark(
     with pytest.raises(DataError, match="--near_duplicates allow"):
         prepared(tmp_path / "a", data_root=str(angiograms))
     data = prepared(tmp_path / "b", data_root=str(angiograms), near_duplicates="allow")
-    assert data.test_marks[0].startswith("NEAR DUPLICATES")
+    assert data.test_caveats[0].startswith("NEAR DUPLICATES")
 
 
 def test_several_errors_are_counted(angiograms: Path, tmp_path: Path) -> None:

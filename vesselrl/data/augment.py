@@ -1,12 +1,8 @@
-"""Random changes of an image and its mask together, so that no epoch shows the same picture twice.
+"""Random changes of an image and its mask together, so that no epoch shows the same image twice.
 
-Everything that moves pixels acts on both: flips and quarter turns move whole pixels; rotation, scale and
-elastic bending become one map, and both are read through it once. The mask is read with the image's own
-bilinear weights and cut at one half, which keeps a 3-px vessel better than the nearest neighbour does. What
-only changes grey values (gamma, contrast, blur, noise) acts on the image.
-
-Beyond its border a picture goes on as its mirror image, in image and mask alike: a vessel in the mirror is a
-vessel. Or it ends there, in black without vessels, as at the edge of an X-ray aperture.
+Flips and quarter turns move whole pixels; rotation, scale and elastic bending become one map, and image and
+mask are read through it once, bilinear: a mask cut at one half keeps a 3-px vessel better than the nearest
+neighbour. Beyond its border both go on as their mirror image, or end in black, as at an X-ray aperture.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -14,73 +10,12 @@ from dataclasses import dataclass, fields, replace
 import cv2
 import numpy as np
 
-from vesselrl.scoring.masks import as_mask
+from vesselrl.scoring.overlap import as_mask
 
-UNIT_PX = 512  # shorter side of the picture in whose pixels the lengths of a plan are given
+UNIT_PX = 512  # shorter side of the image in whose pixels the lengths of a plan are given
 _NUM_BENDS = 8  # control points of the elastic grid along the shorter side
 _STREAM = 0xA06  # keeps these random numbers apart from others of the same seed
 BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How far pictures may be changed; every field is off by default, and amounts are drawn for each picture.
-
-    Lengths are in px of a picture whose shorter side has 512 px.
-
-    >>> print(Augmentation(rotation_deg=10, gamma=1.2))
-    rotation_deg 10, gamma 1.2
-    >>> print(Augmentation())
-    none
-
-    Raises:
-        ValueError: a field is outside its range; the message names it.
-    """
-
-    # Left-right and top-bottom, each for half of the pictures.
-    flips: bool = False
-    # 0, 90, 180 or 270 degrees; a picture that is not square changes its shape.
-    quarter_turns: bool = False
-    # Largest angle, to either side, uniform; 0 to 45.
-    rotation_deg: float = 0.0
-    # Largest factor; from 1/scale to scale, uniform in its logarithm; 1 to 2.
-    scale: float = 1.0
-    # Largest shift of a control point in x and in y, uniform; control points are 64 px apart; 0 to 12.
-    elastic_px: float = 0.0
-    # Largest exponent of the brightness in [0, 1]; from 1/gamma to gamma, uniform in its logarithm; 1 to 3.
-    gamma: float = 1.0
-    # Largest factor about the mean brightness; from 1/contrast to contrast, as above; 1 to 3.
-    contrast: float = 1.0
-    # Largest standard deviation of a Gaussian blur, uniform from 0; 0 to 5.
-    blur_px: float = 0.0
-    # Largest standard deviation of Gaussian noise as a share of the full range, uniform from 0; 0 to 0.2.
-    noise: float = 0.0
-    # What lies beyond the border of the old picture: mirror or black.
-    border: str = "mirror"
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}. Give a number from {low} to {high}.")
-        if self.border not in BORDERS:
-            raise ValueError(f"border is {self.border!r}. Choose one of {', '.join(BORDERS)}.")
-
-    def __str__(self) -> str:
-        changed = [(field.name, getattr(self, field.name)) for field in fields(self)
-                   if getattr(self, field.name) != field.default]  # fmt: skip
-        return ", ".join(name if value is True else f"{name} {value}" for name, value in changed) or "none"
-
-    @property
-    def is_none(self) -> bool:
-        """True if nothing is ever changed, so that what was computed for a picture holds in every epoch."""
-        return replace(self, border="mirror") == Augmentation()
-
-    @property
-    def warps(self) -> bool:
-        """True if pixels are moved by other than whole pixels, so that they are interpolated."""
-        return self.rotation_deg > 0 or self.scale > 1 or self.elastic_px > 0
-
-
 _RANGES = {
     "rotation_deg": (0, 45),
     "scale": (1, 2),
@@ -91,28 +26,66 @@ _RANGES = {
     "noise": (0, 0.2),
 }
 
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far images may be changed; every field is off by default, and amounts are drawn for each image.
+
+    Lengths are in px of an image whose shorter side has 512 px. A value outside its range is a ValueError.
+
+    >>> print(Augmentation(rotation_deg=10, gamma=1.2))
+    rotation_deg 10, gamma 1.2
+    """
+
+    flips: bool = False  # left-right and top-bottom, each for half of the images
+    quarter_turns: bool = False  # 0, 90, 180 or 270 degrees; an image that is not square changes its shape
+    rotation_deg: float = 0.0  # largest angle, to either side, uniform
+    scale: float = 1.0  # largest factor; from 1/scale to scale, uniform in its logarithm
+    elastic_px: float = 0.0  # largest shift of a control point in x and in y, uniform; they are 64 px apart
+    gamma: float = 1.0  # largest exponent of the brightness in [0, 1], drawn as the scale
+    contrast: float = 1.0  # largest factor about the mean brightness, drawn as the scale
+    blur_px: float = 0.0  # largest standard deviation of a Gaussian blur, uniform from 0
+    noise: float = 0.0  # largest standard deviation of Gaussian noise, in shares of the full range, as above
+    border: str = "mirror"  # what lies beyond the border of the old image: mirror or black
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}. Give a number from {low} to {high}.")
+        if self.border not in BORDERS:
+            raise ValueError(f"border is {self.border!r}. Choose one of {', '.join(BORDERS)}.")
+
+    def __str__(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {
+            field.name: values[field.name] for field in fields(self) if values[field.name] != field.default
+        }
+        return (
+            ", ".join(name if value is True else f"{name} {value}" for name, value in changed.items())
+            or "none"
+        )
+
+    @property
+    def is_none(self) -> bool:
+        """True if nothing is ever changed, so that what was computed for an image holds in every epoch."""
+        return replace(self, border="mirror") == Augmentation()
+
+
 AUGMENTATIONS = {
     "none": Augmentation(),
     "light": Augmentation(
         flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01,
-        border="black",
+        border="black"
     ),
     "strong": Augmentation(
         flips=True, quarter_turns=True, rotation_deg=25, scale=1.25, elastic_px=6,
-        gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03, border="black",
+        gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03, border="black"
     ),
 }  # fmt: skip
 
 
 def get_augmentation(name: str) -> Augmentation:
-    """The plan of a name: none, light or strong.
-
-    Raises:
-        ValueError: there is no plan of this name.
-
-    >>> get_augmentation("none").is_none
-    True
-    """
+    """The plan of a name, none, light or strong; any other is a ValueError."""
     if name not in AUGMENTATIONS:
         raise ValueError(f"augment is {name!r}. Choose one of {', '.join(AUGMENTATIONS)}.")
     return AUGMENTATIONS[name]
@@ -121,29 +94,21 @@ def get_augmentation(name: str) -> Augmentation:
 def augment(
     image: np.ndarray, mask: np.ndarray, plan: Augmentation, seed: int, epoch: int, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One random change of a picture; the same for the same seed, epoch and index, whatever came before.
+    """One random change of an image; the same for the same seed, epoch and index, whatever came before.
 
     A grey image stays grey, and an empty mask stays empty. The amount of one kind of change does not depend
-    on which others the plan has.
+    on which others the plan has. Without any, the two arrays are returned as they came.
 
     Args:
         image: uint8 (H, W, 3).
         mask: bool (H, W).
-        plan: how much; the plan "none" returns the two arrays as they came.
+        plan: how much.
         seed: from 0, of the run.
         epoch: from 0.
         index: from 0, the number of the sample in its data set (not in the epoch's order).
 
-    Returns:
-        Image uint8 and mask bool of one size; H and W change places after an odd number of quarter turns.
-
     Raises:
         ValueError: image and mask differ in size, or are no image and mask.
-
-    >>> image, mask = np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), bool)
-    >>> changed, changed_mask = augment(image, mask, Augmentation(rotation_deg=20), seed=0, epoch=1, index=7)
-    >>> changed.shape, changed_mask.dtype
-    ((40, 60, 3), dtype('bool'))
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
@@ -155,26 +120,21 @@ def augment(
         return image, mask
     place, bend, light, grain = np.random.default_rng([_STREAM, seed, epoch, index]).spawn(4)
     # Every number is drawn, needed or not: a change that is switched off leaves the others as they were.
-    angle, factor = _draw_angle_and_factor(plan, place)
+    angle, factor = np.deg2rad(plan.rotation_deg * place.uniform(-1, 1)), plan.scale ** place.uniform(-1, 1)
     flips, num_turns = place.integers(2, size=2) * plan.flips, place.integers(4) * plan.quarter_turns
     image, mask = (np.rot90(np.flip(pixels, np.flatnonzero(flips)), num_turns) for pixels in (image, mask))
     image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
-    if plan.warps:
+    if plan.rotation_deg > 0 or plan.scale > 1 or plan.elastic_px > 0:
         places = _source_places(mask.shape, angle, factor, plan.elastic_px, bend)
         image = _read(image, places, plan.border)
         mask = _read(mask.view(np.uint8) * np.uint8(255), places, plan.border) >= 128
     return _add_noise(_blur(_change_grey(image, plan, light), plan, light), plan, grain), mask
 
 
-def _draw_angle_and_factor(plan: Augmentation, rng: np.random.Generator) -> tuple[float, float]:
-    """Angle in radians, counter-clockwise as seen on the screen, and factor of size."""
-    return np.deg2rad(plan.rotation_deg * rng.uniform(-1, 1)), plan.scale ** rng.uniform(-1, 1)
-
-
 def _source_places(
     shape: tuple[int, int], angle: float, factor: float, elastic_px: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Where each new pixel comes from: float32 (H, W, 2), x and y in the old picture."""
+    """Where each new pixel comes from, float32 (H, W, 2), x and y; angles in radians, counter-clockwise."""
     height, width = shape
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
     x = np.arange(width, dtype=np.float32)[None, :] - np.float32(centre_x)
@@ -193,7 +153,6 @@ def _source_places(
 
 
 def _read(pixels: np.ndarray, places: np.ndarray, border: str) -> np.ndarray:
-    """uint8 pixels at real-valued places, bilinear; for image and mask alike."""
     return cv2.remap(pixels, places, None, cv2.INTER_LINEAR, borderMode=BORDERS[border])
 
 
@@ -209,7 +168,6 @@ def _change_grey(image: np.ndarray, plan: Augmentation, rng: np.random.Generator
 
 
 def _blur(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian blur, as of a detector or a moving heart."""
     sigma = plan.blur_px * rng.uniform() * min(image.shape[:2]) / UNIT_PX
     if sigma < 0.2:  # a kernel of one pixel
         return image

@@ -1,223 +1,156 @@
-"""Looks at every record, image and mask of a data root and lists all faults in one go.
+"""The check of a data root: every record, image and mask is read, and all faults are listed in one go.
 
 What is an error here is an error in training as well: both read through the same steps of
-`vesselrl.data.annotations`. Nothing is written, the mapping file of pseudonyms neither: training gives the
-same ones. `vesselrl.data.repair` writes a repaired copy.
+`vesselrl.data.samples`. Nothing is written, the mapping file of pseudonyms neither: training gives the same
+ones. `vesselrl.data.repair` writes a repaired copy.
 """
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from vesselrl.data.annotations import (
-    Sample,
-    build_sample,
-    draw,
-    is_repeated,
-    list_entries,
-    load_mask,
-    name_patients,
-    read_outlines,
-)
-from vesselrl.data.entries import LABEL_ENDINGS, Entry, FileNames, Listing
-from vesselrl.data.findings import DataReport, Finding, Findings
-from vesselrl.data.images import read_rgb, read_traits
-from vesselrl.data.patients import Pseudonym
-from vesselrl.data.privacy import MAPPING_FILE
+from vesselrl.data import samples
+from vesselrl.data.findings import DataReport, Findings
+from vesselrl.data.formats import list_entries
+from vesselrl.data.images import Traits, read_rgb, read_traits
+from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
+from vesselrl.data.records import LABEL_ENDINGS, DataFolder, Entry, Listing
 from vesselrl.errors import DataError
+from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
 
 
 @dataclass(frozen=True)
 class CheckedEntry:
-    """What was found out about one entry."""
+    """An entry whose image and label were read completely."""
 
-    findings: list[Finding]
-    # Where the entry stands.
-    file: str
-    # None: an error keeps it from being used.
-    sample: Sample | None
-    # Share of the image that is vessel; None where the mask cannot be read.
-    foreground: float | None = None
-    # Dice of mask file and polygons; None where there is only one of them.
-    agreement: float | None = None
-    # Of the decoded pixels; empty where the image cannot be decoded.
-    digest: str = ""
+    findings: Findings
+    file: str  # where the entry stands
+    sample: samples.Sample | None  # None: an error keeps it from being used
+    foreground: float | None = None  # share of the image that is vessel; None: the mask cannot be read
+    agreement: float | None = None  # Dice of mask file and polygons; None where there is only one of them
+    digest: str = ""  # of the decoded pixels; empty where the image cannot be decoded
 
 
 def check_data(
-    root: Path | str,
-    patient_pattern: str | None = None,
-    patient_aliases: Path | str | None = None,
-    mapping: Path | str | None = None,
-    num_threads: int | None = None,
+    root: Path | str, patient_pattern: str | None = None, patient_aliases: Path | str | None = None
 ) -> DataReport:
-    """All faults of a data root; every image and every mask is decoded.
-
-    Args:
-        root: data root in any layout that `find_samples` reads.
-        patient_pattern: as for `find_samples`.
-        patient_aliases: as for `find_samples`.
-        mapping: as for `find_samples`, but only read.
-        num_threads: how many files are read at the same time; None: one per core.
-    """
-    root, findings = Path(root), Findings()
-    try:
-        listing = list_entries(root, findings)
-    except DataError as error:
-        findings.caught(error)
-        return DataReport(root, "", tuple(findings))
-    try:
-        mapping = mapping or root / MAPPING_FILE
-        aliases = name_patients(listing, patient_pattern, patient_aliases, mapping, keep="nothing")
-    except DataError as error:
-        findings.caught(error, code="patients")
-        return DataReport(root, listing.layout, tuple(findings))
-    if patient_pattern is None:
-        _check_folders(aliases, findings)
-    return check_listing(root, listing, aliases, findings, num_threads)
+    """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`."""
+    findings, layout = Findings(), ""
+    with findings.catching():
+        listing = list_entries(Path(root), findings)
+        layout, mapping = listing.layout, listing.folder.mapping_file
+        with findings.catching(code="patients"):
+            aliases = pseudonyms(listing.names, patient_pattern, patient_aliases, mapping, keep="nothing")
+            if patient_pattern is None:
+                _check_folders(aliases, findings)
+            return check_listing(listing, aliases, findings)
+    return DataReport(Path(root), layout, tuple(findings))
 
 
 def foreground_shares(root: Path | str, **names: str | None) -> dict[str, float] | None:
-    """By key, the foreground shares that training stratifies its split by; None where a fault would stop it.
-
-    Args:
-        root: data root.
-        **names: patient_pattern and patient_aliases, as for `find_samples`.
-    """
+    """Foreground shares by key, for the stratification of the split; None where a fault stops training."""
     report = check_data(root, **names)
     return None if report.exit_code else report.foreground
 
 
-def check_listing(
-    root: Path,
-    listing: Listing,
-    aliases: Mapping[str, Pseudonym],
-    findings: Findings,
-    num_threads: int | None = None,
-) -> DataReport:
-    """The report of a data root whose entries are listed and named already.
-
-    Args:
-        root: data root.
-        listing: its entries.
-        aliases: pseudonym by name of entry.
-        findings: what was found so far; more is added.
-        num_threads: as for `check_data`.
-    """
-    shown = FileNames(root)
-    first_places: dict[str, str] = {}
-    entries = []
-    for entry in listing.entries:
-        repeats = Findings(file=entry.file)
-        if not is_repeated(entry, aliases[entry.name], first_places, repeats):
-            entries.append(entry)
-        findings.extend(repeats)
-    check = partial(_check_named, aliases, shown)
-    with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-        checked = list(pool.map(check, entries))
+def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings) -> DataReport:
+    """The report of a data root whose entries have pseudonyms already; adds to `findings`."""
+    folder = listing.folder
+    entries = list(samples.different_images(listing, aliases, findings))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checked = list(pool.map(lambda entry: check_entry(entry, aliases[entry.name], folder), entries))
     for result in checked:
         findings.extend(result.findings)
-    _check_left_over(listing, shown, findings)
-    _check_duplicates(checked, findings)
+    usable = [result for result in checked if result.sample is not None]
+    _check_left_over(listing, findings)
+    _check_duplicates(usable, findings)
     _check_classes(entries, findings)
     agreement = _check_agreement(checked, findings)
-    counts = _count(checked, findings)
-    foreground = {result.sample.key: result.foreground for result in checked if result.sample is not None}
-    return DataReport(root, listing.layout, tuple(findings), counts, agreement, foreground)
-
-
-def check_entry(entry: Entry, alias: Pseudonym, shown: FileNames) -> CheckedEntry:
-    """Reads one image and its label completely."""
-    record = entry.record(alias)
-    findings = Findings(file=entry.file)
-    sample = build_sample(entry, alias, findings)
-    mask_file = shown.shown(entry.mask_path) if entry.mask_path else entry.file
-    findings.items = [_name_file(item, entry, shown, mask_file) for item in findings]
-    _check_text(entry, record, findings)
-    digest = ""
-    if entry.image_path is not None and not findings.of("unreadable_image"):
-        digest = _check_image(entry.image_path, record, shown.shown(entry.image_path), findings)
-    if sample is None:
-        return CheckedEntry(findings.items, entry.file, None, digest=digest)
-    try:
-        mask = load_mask(sample)
-    except DataError as error:
-        code = "unreadable_mask" if error.code == "unreadable_image" else error.code
-        findings.caught(error, record, mask_file, code)
-        return CheckedEntry(findings.items, entry.file, None, digest=digest)
-    foreground = _check_share(mask, record, mask_file, findings)
-    agreement = None
-    if entry.mask_path is not None and entry.read_label is not None:
-        agreement = _compare_with_outlines(entry, mask, record, findings)
-    usable = sample if digest else None
-    return CheckedEntry(findings.items, entry.file, usable, foreground, agreement, digest)
-
-
-def _check_named(aliases: Mapping[str, Pseudonym], shown: FileNames, entry: Entry) -> CheckedEntry:
-    return check_entry(entry, aliases[entry.name], shown)
+    empty = sum(result.foreground == 0 for result in usable)
+    if empty and empty == len(usable):
+        message = f"All {empty} masks are empty. Check that masks or polygons mark the vessels."
+        findings.error("empty_mask", message)
+    num_from_files = sum(result.sample.mask_path is not None for result in usable)
+    counts = {
+        "images": len(usable),
+        "patients": len({result.sample.patient for result in usable}),
+        "sequences": len({result.sample.sequence for result in usable}),
+        "masks_from_files": num_from_files,
+        "masks_from_polygons": len(usable) - num_from_files,
+        "empty_masks": empty,
+        "scaled_labels": len(findings.of("scaled_label")),
+    }
+    foreground = {result.sample.key: result.foreground for result in usable}
+    return DataReport(folder.path, listing.layout, tuple(findings), counts, agreement, foreground)
 
 
 # ---- One entry
 
 
-def _name_file(item: Finding, entry: Entry, shown: FileNames, mask_file: str) -> Finding:
-    """The finding with the image or the mask file that it is about."""
-    if item.code == "unreadable_image":
-        return replace(item, file=shown.shown(entry.image_path))
-    about_mask = item.code in ("unreadable_mask", "label_size", "scaled_label")
-    return replace(item, file=mask_file) if about_mask else item
+def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEntry:
+    """Reads one image and its label completely."""
+    record, findings = entry.record(alias), Findings(file=entry.file)
+    sample = samples.build_sample(entry, alias, findings)
+    mask_file = folder.shown(entry.mask_path) if entry.mask_path else entry.file
+    image_file = folder.shown(entry.image_path) if entry.image_path else entry.file
+    file_of = dict.fromkeys(("unreadable_mask", "label_size", "scaled_label"), mask_file)
+    file_of["unreadable_image"] = image_file
+    findings[:] = [replace(item, file=file_of.get(item.code, item.file)) for item in findings]
+    _check_text(entry, record, findings)
+    digest, mask, agreement = "", None, None
+    if entry.image_path is not None and not findings.of("unreadable_image"):
+        with findings.catching(record, image_file):
+            traits = read_traits(entry.image_path, f"{record}: image")
+            pixels = read_rgb(entry.image_path, f"{record}: image")
+            for code, fault in _image_faults(traits, pixels):
+                findings.warning(code, f"{record}: the image {fault}", record, image_file)
+            content = repr(pixels.shape).encode() + pixels.tobytes()
+            digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    if sample is not None:
+        try:
+            mask = samples.load_mask(sample)
+        except DataError as error:
+            code = "unreadable_mask" if error.code == "unreadable_image" else error.code
+            findings.error(code, str(error), record, mask_file)
+    if mask is None:
+        return CheckedEntry(findings, entry.file, None, digest=digest)
+    foreground = float(mask.mean())
+    for code, fault in _mask_faults(foreground):
+        findings.warning(code, f"{record}: {fault}", record, mask_file)
+    if entry.mask_path is not None and entry.read_label is not None:
+        agreement = _compare_with_outlines(entry, mask, record, findings)
+    return CheckedEntry(findings, entry.file, sample if digest else None, foreground, agreement, digest)
 
 
-def _check_image(path: Path, record: str, file: str, findings: Findings) -> str:
-    """The digest of the pixels; empty where they cannot be decoded."""
-    try:
-        traits = read_traits(path, f"{record}: image")
-        pixels = read_rgb(path, f"{record}: image")
-    except DataError as error:
-        findings.caught(error, record, file)
-        return ""
+def _image_faults(traits: Traits, pixels: np.ndarray) -> Iterator[tuple[str, str]]:
     if traits.orientation != 1:
-        message = (
-            f"{record}: the image is turned by its EXIF orientation {traits.orientation}. "
-            "Make sure that its label was drawn on the turned image."
-        )
-        findings.warning("rotated_image", message, record, file)
+        advice = "Make sure that its label was drawn on the turned image."
+        yield "rotated_image", f"is turned by its EXIF orientation {traits.orientation}. {advice}"
     if traits.deep:
-        message = (
-            f"{record}: the image has 16 bits per pixel and becomes 8 by its full range; its brightest value "
-            f"is {pixels.max()} of 255 then. Save it with 8 bits in the window you label in."
-        )
-        findings.warning("sixteen_bit_image", message, record, file)
+        brightest = f"its brightest value is {pixels.max()} of 255 then"
+        advice = "Save it with 8 bits in the window you label in."
+        fault = f"has 16 bits per pixel and becomes 8 by its full range; {brightest}. {advice}"
+        yield "sixteen_bit_image", fault
     if traits.alpha:
-        message = (
-            f"{record}: the image has an alpha channel ({traits.mode}), which is dropped. Save it without."
-        )
-        findings.warning("alpha_image", message, record, file)
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).hexdigest()
+        yield "alpha_image", f"has an alpha channel ({traits.mode}), which is dropped. Save it without."
 
 
-def _check_share(mask: np.ndarray, record: str, file: str, findings: Findings) -> float:
-    """The share of foreground, with a warning where it is no share of vessels."""
-    share = float(mask.mean())
-    if share == 0:
-        message = f"{record}: the mask is empty. Keep it only if the image shows no vessel."
-        findings.warning("empty_mask", message, record, file)
-    elif share == 1:
-        message = f"{record}: the mask is all foreground. Label it again, or remove the record."
-        findings.warning("all_foreground", message, record, file)
-    elif share > 0.5:
-        message = f"{record}: {share:.0%} of the mask is foreground. Is it inverted, or a field of view?"
-        findings.warning("mostly_foreground", message, record, file)
-    return share
+def _mask_faults(foreground: float) -> Iterator[tuple[str, str]]:
+    if foreground == 0:
+        yield "empty_mask", "the mask is empty. Keep it only if the image shows no vessel."
+    elif foreground == 1:
+        yield "all_foreground", "the mask is all foreground. Label it again, or remove the record."
+    elif foreground > 0.5:
+        fault = f"{foreground:.0%} of the mask is foreground. Is it inverted, or a field of view?"
+        yield "mostly_foreground", fault
 
 
 def _check_text(entry: Entry, record: str, findings: Findings) -> None:
@@ -247,23 +180,18 @@ def _check_text(entry: Entry, record: str, findings: Findings) -> None:
 def _compare_with_outlines(entry: Entry, mask: np.ndarray, record: str, findings: Findings) -> float | None:
     """Dice of the mask file with the outlines, which are not used; their faults are warnings."""
     unused = Findings(file=entry.file)
-    height, width = mask.shape
-    outlines = read_outlines(entry, (width, height), record, unused)
+    outlines = samples.read_outlines(entry, mask.shape[::-1], record, unused)
     for item in unused:
         message = f"{item.message} Not used: the mask file goes first."
-        findings.extend([replace(item, severity="warning", message=message)])
-    if unused.num_errors or not (outlines.polygons or outlines.rle):
+        findings.append(replace(item, severity="warning", message=message))
+    if unused.errors or not (outlines.polygons or outlines.rle):
         return None
-    drawn = draw(outlines, mask.shape)
-    size = int(drawn.sum() + mask.sum())
-    dice = 2 * int((drawn & mask).sum()) / size if size else 1.0
-    if dice < MIN_AGREEMENT:
-        message = (
-            f"{record}: mask file and polygons agree with Dice {dice:.3f} only. The mask file is used; "
-            "make sure that it is the right one."
-        )
-        findings.warning("disagreement", message, record)
-    return dice
+    agreement = dice(outlines.draw(mask.shape), mask)
+    if agreement < MIN_AGREEMENT:
+        fault = f"mask file and polygons agree with Dice {agreement:.3f} only"
+        advice = "The mask file is used; make sure that it is the right one."
+        findings.warning("disagreement", f"{record}: {fault}. {advice}", record)
+    return agreement
 
 
 # ---- The whole data root
@@ -271,54 +199,44 @@ def _compare_with_outlines(entry: Entry, mask: np.ndarray, record: str, findings
 
 def _check_folders(aliases: Mapping[str, Pseudonym], findings: Findings) -> None:
     """Sub-folders with several images, none of which shares its patient: each may be one patient's."""
-    if len({alias.patient for alias in aliases.values()}) < len(aliases):
-        return
     sizes = Counter(name.rpartition("/")[0] for name in aliases if "/" in name)
     shared = [size for size in sizes.values() if size > 1]
-    if shared:
+    if shared and len({alias.patient for alias in aliases.values()}) == len(aliases):
         message = (
             f"Each of {len(aliases)} images counts as a patient of its own, but {sum(shared)} of them share "
             f"{len(shared)} sub-folders. If a folder is a patient, give --patient_pattern "
-            "'^(?P<patient>[^/]+)/', or the split may put that patient on two sides."
+            "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets."
         )
         findings.warning("patients", message)
 
 
-def _check_left_over(listing: Listing, shown: FileNames, findings: Findings) -> None:
+def _check_left_over(listing: Listing, findings: Findings) -> None:
     """Images and label files that belong to nothing."""
     for path in listing.extra_images:
-        file = shown.shown(path)
+        code, fault = "extra_image", "is named by no record and is left out. Add a record"
         if listing.pairs:
-            message = f"{file} has no label file and is left out. Add the label, or remove the image."
-            findings.warning("missing_label", message, file, file)
-        else:
-            message = f"{file} is named by no record and is left out. Add a record, or remove the image."
-            findings.warning("extra_image", message, file, file)
+            code, fault = "missing_label", "has no label file and is left out. Add the label"
+        file = listing.folder.shown(path)
+        findings.warning(code, f"{file} {fault}, or remove the image.", file, file)
     stems = {path.stem for path in listing.images}
     for path in listing.extra_masks:
-        file = shown.shown(path)
+        code, fault = "extra_mask", "is used for no image. Remove it, if another label goes before it."
         if listing.pairs and not any(path.stem.removesuffix(ending) in stems for ending in LABEL_ENDINGS):
-            message = f"{file} is the label of no image. Add the image, or remove the label."
-            findings.warning("missing_image", message, file, file)
-        else:
-            message = f"{file} is used for no image. Remove it, if another label goes before it."
-            findings.warning("extra_mask", message, file, file)
+            code, fault = "missing_image", "is the label of no image. Add the image, or remove the label."
+        file = listing.folder.shown(path)
+        findings.warning(code, f"{file} {fault}", file, file)
 
 
-def _check_duplicates(checked: list[CheckedEntry], findings: Findings) -> None:
+def _check_duplicates(usable: list[CheckedEntry], findings: Findings) -> None:
     """Images with the same pixels under two names."""
     first: dict[str, str] = {}
-    for result in checked:
-        if result.sample is None:
-            continue
+    for result in usable:
         record = result.sample.record
-        if result.digest in first:
-            message = (
-                f"{record}: the image has the same pixels as {first[result.digest]}. "
-                "Remove one, or the split may put the same image on two sides."
-            )
-            findings.warning("duplicate_image", message, record, result.file)
-        first.setdefault(result.digest, record)
+        other = first.setdefault(result.digest, record)
+        if other != record:
+            fault = f"{record}: the image has the same pixels as {other}"
+            advice = "Remove one, or the split may put the same image into two subsets."
+            findings.warning("duplicate_image", f"{fault}. {advice}", record, result.file)
 
 
 def _check_classes(entries: Iterable[Entry], findings: Findings) -> None:
@@ -330,10 +248,8 @@ def _check_classes(entries: Iterable[Entry], findings: Findings) -> None:
             items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
             classes |= {item[part] for item in items if isinstance(item.get(part), str | int)}
     if len(classes) > 1:
-        message = (
-            f"The shapes have {len(classes)} classes, and all of them count as vessel. Remove the others."
-        )
-        findings.warning("several_labels", message, count=len(classes))
+        text = f"The shapes have {len(classes)} classes, and all of them count as vessel. Remove the others."
+        findings.warning("several_labels", text, count=len(classes))
 
 
 def _check_agreement(checked: list[CheckedEntry], findings: Findings) -> dict[str, float] | None:
@@ -349,22 +265,3 @@ def _check_agreement(checked: list[CheckedEntry], findings: Findings) -> dict[st
         )
         findings.warning("mean_disagreement", message)
     return {"images": len(values), "mean": mean, "lowest": min(values)}
-
-
-def _count(checked: list[CheckedEntry], findings: Findings) -> dict[str, int]:
-    """What the report says about the size of the data; without anything to learn, an error is added."""
-    usable = [result for result in checked if result.sample is not None]
-    samples = [result.sample for result in usable]
-    empty = sum(result.foreground == 0 for result in usable)
-    if empty and empty == len(usable):
-        message = f"All {empty} masks are empty. Check that masks or polygons mark the vessels."
-        findings.error("empty_mask", message)
-    return {
-        "images": len(usable),
-        "patients": len({sample.patient for sample in samples}),
-        "sequences": len({sample.sequence for sample in samples}),
-        "masks_from_files": sum(sample.mask_path is not None for sample in samples),
-        "masks_from_polygons": sum(sample.mask_path is None for sample in samples),
-        "empty_masks": empty,
-        "scaled_labels": len(findings.of("scaled_label")),
-    }

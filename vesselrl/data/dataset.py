@@ -1,36 +1,45 @@
-"""Samples as a torch data set: image and mask in the size of the file, loaded when they are asked for."""
+"""Samples as a torch data set, loaded when they are asked for; and many of them on one contact sheet."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import cv2
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 
-from vesselrl.data.annotations import Sample, load_image, load_mask
-from vesselrl.data.augment import Augmentation, augment
+from vesselrl.data.augment import Augmentation, get_augmentation
+from vesselrl.data.augment import augment as augment_image
+from vesselrl.data.check import foreground_shares
+from vesselrl.data.pseudonyms import LABELS
+from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.splits import split_by_patient, take
+from vesselrl.scoring.overlap import as_mask
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
+CACHE_BYTES = 2 * 1024**3  # limit of the memory for the pixels of a data set
+
+OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
+TILE_PX, COLUMNS = 384, 4
+_CAPTION_PX, _GAP_PX = 22, 6
+_PAPER, _INK = 255, (51, 51, 51)
 
 
 class VesselDataset(Dataset):
-    """Items (image uint8 (H, W, 3), mask bool (H, W), sample); images may differ in size.
+    """Items (image uint8 (H, W, 3), mask bool (H, W), sample) as they are in the files.
 
     Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
-    copy: changing it changes nothing here. With worker processes each worker keeps its own memory.
-
-    `dataset[index]` is the picture as it is in the file, and only that is kept; `dataset.augmented` changes a
-    copy of it.
+    copy: changing it changes nothing here.
 
     Args:
         samples: what to load, in this order.
-        cache_bytes: limit of the memory for pixels; 0 turns it off.
-        augmentation: how `augmented` changes pictures; by default not at all.
-        seed: decides, with epoch and index, how each picture is changed.
+        augmentation: how `augmented` changes images; by default not at all.
+        seed: decides, with epoch and index, how each image is changed.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        cache_bytes: int = 2 * 1024**3,
         augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
         seed: int = 0,
     ):
@@ -38,7 +47,7 @@ class VesselDataset(Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._bytes_left = cache_bytes
+        self._bytes_left = CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -56,19 +65,100 @@ class VesselDataset(Dataset):
         return image, mask, sample
 
     def augmented(self, index: int, epoch: int) -> Item:
-        """One item as this epoch shows it; the same whenever and in whatever order it is asked for.
-
-        Raises:
-            DataError: a broken file, as for `dataset[index]`.
-        """
+        """One item as this epoch shows it; the same whenever and in whatever order it is asked for."""
         image, mask, sample = self[index]
-        return *augment(image, mask, self.augmentation, self.seed, epoch, index), sample
+        return *augment_image(image, mask, self.augmentation, self.seed, epoch, index), sample
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The indices 0 … n − 1 in a random order that depends on seed and epoch alone.
-
-    >>> sorted(epoch_order(4, seed=42, epoch=0))
-    [0, 1, 2, 3]
-    """
+    """The indices 0 … n − 1 in a random order that depends on seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def contact_sheet(items: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Images in rows, the outline of the mask on each, its key below: uint8 (H, W, 3), RGB, on white.
+
+    Args:
+        items: (key, image uint8 (H, W, 3), mask bool (H, W)); the key is a pseudonym such as P001_S1_F0011.
+
+    Raises:
+        ValueError: no items, sizes that differ, or a key that is no pseudonym (a sheet must show no name).
+    """
+    if not items:
+        raise ValueError("There is nothing to show: got 0 images. Give at least one (key, image, mask).")
+    tiles = [_tile(*item, place=place) for place, item in enumerate(items, start=1)]
+    columns = min(COLUMNS, len(tiles))
+    tiles += [np.full_like(tiles[0], _PAPER)] * (-len(tiles) % columns)
+    rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+    return np.pad(np.vstack(rows), ((_GAP_PX, 0), (_GAP_PX, 0), (0, 0)), constant_values=_PAPER)
+
+
+def write_contact_sheet(
+    data_root: Path | str,
+    output: Path | str,
+    num_images: int = 12,
+    augment: str = "none",
+    seed: int = 42,
+    split_seed: int = 42,
+    stratified: bool = True,
+    **names: str | None,
+) -> Path:
+    """Writes a PNG with training images of a split, as the first epoch shows them.
+
+    It shows those that `--max_train_samples` would keep. With fewer than three patients there is no split,
+    and the images are chosen from all.
+
+    Args:
+        data_root: data set.
+        output: PNG file.
+        num_images: how many, chosen round the patients.
+        augment: name of the plan, none, light or strong.
+        seed: of the augmentation.
+        split_seed: of the split and the choice of images.
+        stratified: whether the split is stratified by foreground, as for all but the built-in data.
+        **names: patient_pattern and patient_aliases.
+    """
+    samples = find_samples(data_root, **names)
+    if len({sample.patient for sample in samples}) >= 3:
+        shares = foreground_shares(data_root, **names) if stratified else None
+        samples = split_by_patient(samples, split_seed, shares=shares).train
+    chosen = take(samples, num_images, split_seed)
+    dataset = VesselDataset(chosen, augmentation=get_augmentation(augment), seed=seed)
+    shown = (dataset.augmented(index, epoch=1) for index in range(len(dataset)))
+    sheet = contact_sheet([(sample.key, image, mask) for image, mask, sample in shown])
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+    return path
+
+
+def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image with a line of one pixel round its mask, so that the vessel itself stays visible."""
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    line = (cv2.dilate(mask.view(np.uint8), cross) > 0) & ~mask
+    drawn = image.copy()
+    drawn[line] = OUTLINE
+    return drawn
+
+
+def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarray:
+    if LABELS["files"].fullmatch(key) is None:
+        raise ValueError(f"The caption of image {place} is no pseudonym. Use the key of its sample.")
+    mask = as_mask(mask)
+    if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"{key}: a uint8 image of shape {(*mask.shape, 3)} belongs to this mask: got {image.dtype} "
+            f"{image.shape}. Give image and mask of one size."
+        )
+    factor = TILE_PX / max(mask.shape)
+    size = [max(1, round(side * factor)) for side in mask.shape[::-1]]
+    smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    shown = cv2.resize(image, size, interpolation=smooth)
+    share = cv2.resize(mask.view(np.uint8) * np.uint8(255), size, interpolation=smooth)
+    shown = outlined(shown, share >= (64 if factor < 1 else 128))  # a thin vessel must not fall apart
+    tile = np.full((TILE_PX + _CAPTION_PX + _GAP_PX, TILE_PX + _GAP_PX, 3), _PAPER, np.uint8)
+    top, left = (TILE_PX - size[1]) // 2, (TILE_PX - size[0]) // 2
+    tile[top : top + size[1], left : left + size[0]] = shown
+    baseline = TILE_PX + _CAPTION_PX - 6
+    cv2.putText(tile, key, (2, baseline), cv2.FONT_HERSHEY_SIMPLEX, 0.5, _INK, 1, cv2.LINE_AA)
+    return tile

@@ -1,8 +1,10 @@
-"""What a check of the data has found, as a list for people and as JSON for machines."""
+"""Findings of a check of the data: a list for people, and JSON for machines."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +29,7 @@ CODES = {
     "sixteen_bit_image": "16-bit image",
     "alpha_image": "image with an alpha channel",
     "rotated_image": "image turned by its EXIF orientation",
-    "few_points": "polygon with fewer than 3 points",
+    "few_points": "polygon with fewer than 3 points, left out",
     "odd_length": "polygon with an odd number of coordinates",
     "outside_image": "polygon with coordinates outside the image",
     "bad_polygon": "polygon that is no list of finite numbers",
@@ -59,64 +61,49 @@ class Finding:
 
     # error: training would stop or be wrong; warning: it works, look at it; info: it was understood.
     severity: Severity
-    # A key of CODES.
-    code: str
-    # Such as images/train_001.png, or "images/ file 3 in name order"; empty where it is no file's fault.
-    file: str
-    # Such as annotations.json record 17 (P003_S1_F0011); empty for the whole data root.
-    record: str
-    # What is wrong, what was found, what to do.
-    message: str
-    # How many polygons, files, … it stands for.
-    count: int = 1
+    code: str  # a key of CODES
+    file: str  # such as images/train_001.png, or "images/ file 3 in name order"; empty: no file's fault
+    record: str  # such as annotations.json record 17 (P003_S1_F0011); empty: of the whole data root
+    message: str  # what is wrong, what was found, what to do
+    count: int = 1  # how many polygons, files, … it stands for
 
 
-class Findings:
-    """Collects findings; a strict collection raises the first error instead.
-
-    Args:
-        strict: True for reading (one fault ends it), False for checking (all faults are listed).
-        file: stands in findings that name no file.
-    """
+class Findings(list[Finding]):
+    """A list of findings, with `file` in those that name none; a strict one raises its first error."""
 
     def __init__(self, strict: bool = False, file: str = ""):
-        self.items: list[Finding] = []
+        super().__init__()
         self._strict = strict
         self._file = file
 
-    def __iter__(self) -> Iterator[Finding]:
-        return iter(self.items)
-
-    @property
-    def num_errors(self) -> int:
-        """How many errors were collected so far."""
-        return sum(item.severity == "error" for item in self.items)
-
-    def error(self, code: str, message: str, record: str = "", file: str = "") -> None:
-        """Adds an error, or raises it as a DataError where the collection is strict."""
-        if self._strict:
+    def add(
+        self, severity: Severity, code: str, message: str, record: str = "", file: str = "", count: int = 1
+    ) -> None:
+        """Adds a finding, or raises it where it is an error and the collection is strict."""
+        if severity == "error" and self._strict:
             raise DataError(message, code) from None
-        self.items.append(Finding("error", code, file or self._file, record, message))
+        self.append(Finding(severity, code, file or self._file, record, message, count))
 
-    def caught(self, error: DataError, record: str = "", file: str = "", code: str = "") -> None:
-        """Adds an error that was raised; `code` replaces its own."""
-        self.error(code or error.code, str(error), record, file)
+    error = partialmethod(add, "error")
+    warning = partialmethod(add, "warning")
+    info = partialmethod(add, "info")
 
-    def warning(self, code: str, message: str, record: str = "", file: str = "", count: int = 1) -> None:
-        """Adds a warning."""
-        self.items.append(Finding("warning", code, file or self._file, record, message, count))
-
-    def info(self, code: str, message: str, record: str = "", file: str = "", count: int = 1) -> None:
-        """Adds something worth knowing."""
-        self.items.append(Finding("info", code, file or self._file, record, message, count))
-
-    def extend(self, items: Iterable[Finding]) -> None:
-        """Adds findings of another collection."""
-        self.items.extend(items)
+    @contextmanager
+    def catching(self, record: str = "", file: str = "", code: str = "") -> Iterator[None]:
+        """Adds a DataError that ends the block; `code` replaces its own."""
+        try:
+            yield
+        except DataError as error:
+            self.error(code or error.code, str(error), record, file)
 
     def of(self, code: str) -> list[Finding]:
         """The findings of one kind."""
-        return [item for item in self.items if item.code == code]
+        return [item for item in self if item.code == code]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that are errors."""
+        return [item for item in self if item.severity == "error"]
 
 
 @dataclass(frozen=True)
@@ -124,8 +111,7 @@ class DataReport:
     """The result of a check of one data root."""
 
     root: Path
-    # Such as "annotations.json" or "LabelMe"; empty where none was recognised.
-    layout: str
+    layout: str  # such as "annotations.json" or "LabelMe"; empty where none was recognised
     findings: tuple[Finding, ...]
     # images, patients, sequences, masks_from_files, masks_from_polygons, empty_masks, scaled_labels.
     counts: dict[str, int] = field(default_factory=dict)
@@ -145,25 +131,14 @@ class DataReport:
 
     def to_json(self) -> str:
         """Everything, as a JSON object."""
-        values = {
-            "data_root": str(self.root),
-            "layout": self.layout,
-            "exit_code": self.exit_code,
-            "counts": self.counts,
-            "severities": {severity: len(self.of(severity)) for severity in SEVERITIES},
-            "agreement": self.agreement,
-            "foreground": self.foreground,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        severities = {severity: len(self.of(severity)) for severity in SEVERITIES}
+        values = {"data_root": str(self.root), "exit_code": self.exit_code, "severities": severities}
+        values |= {name: value for name, value in asdict(self).items() if name != "root"}
         return json.dumps(values, indent=1)
 
 
 def render(report: DataReport, limit: int = 3) -> str:
-    """The report as text: a line of counts, then every kind of finding with its first messages.
-
-    Args:
-        report: of a check or a repair.
-        limit: how many messages of one kind are written out; 0 for all.
+    """The report as text: a line of counts, then every kind of finding with its first messages (0: all).
 
     >>> finding = Finding("warning", "empty_mask", "", "r 0", "r 0: the mask is empty.")
     >>> print(render(DataReport(Path("d"), "LabelMe", (finding,), {"images": 2})))
@@ -175,15 +150,11 @@ def render(report: DataReport, limit: int = 3) -> str:
     counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in report.counts.items())
     lines = [f"{report.root} ({report.layout or 'no layout recognised'}): {counts or 'nothing read'}"]
     if report.agreement:
-        lines.append(
-            f"masks against polygons: mean Dice {report.agreement['mean']:.4f} over "
-            f"{report.agreement['images']} images, lowest {report.agreement['lowest']:.4f}"
-        )
+        text = "masks against polygons: mean Dice {mean:.4f} over {images} images, lowest {lowest:.4f}"
+        lines.append(text.format(**report.agreement))
     for severity in SEVERITIES:
-        groups: dict[str, list[Finding]] = {}
-        for finding in report.of(severity):
-            groups.setdefault(finding.code, []).append(finding)
-        for code, group in groups.items():
+        for code in dict.fromkeys(finding.code for finding in report.of(severity)):
+            group = [finding for finding in report.of(severity) if finding.code == code]
             lines.append(f"{severity}: {CODES[code]}: {sum(finding.count for finding in group)}")
             shown = group[: limit or None]
             lines += [f"  {finding.message}" for finding in shown]

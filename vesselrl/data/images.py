@@ -17,23 +17,16 @@ from PIL import Image
 
 from vesselrl.errors import DataError
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
 # What Pillow raises for files that are broken in one way or another.
 _BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION_TAG = 0x0112
 # Such as I;16 or RGB;16B; BGR;16 of BMP has 16 bits for three channels.
 _SIXTEEN_BITS = re.compile(r"(?<!BGR);16")
+# Not `ImageOps.exif_transpose`, which writes all EXIF tags anew and fails on odd ones.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,45 +40,33 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class Traits:
-    """What is unusual about an image file, beside its pixels."""
+    """Properties of an image file beside its pixels."""
 
-    # Pillow's name of the pixel format, such as RGB or I;16.
-    mode: str
-    # EXIF orientation 1 to 8; 1 is upright.
-    orientation: int
-    # More than 8 bits per channel in the file.
-    deep: bool
-    # An alpha channel, or a palette with transparent colours.
-    alpha: bool
+    mode: str  # Pillow's name of the pixel format, such as RGB or I;16
+    orientation: int  # EXIF orientation 1 to 8; 1 is upright
+    deep: bool  # more than 8 bits per channel in the file
+    alpha: bool  # an alpha channel, or a palette with transparent colours
 
 
 def read_traits(path: Path, record: str) -> Traits:
     """Pixel format and orientation of an image file, from its header alone.
 
     Raises:
-        DataError: the file cannot be read as an image; the message begins with `record`.
+        DataError: the file cannot be read as an image; as in all readers, the message begins with `record`.
     """
     with _opened(path, record) as image:
         # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
-        args = [part for tile in image.tile for part in _parts(tile.args) if isinstance(part, str)]
-        deep = image.mode in ("I", "F") or any(_SIXTEEN_BITS.search(name) for name in (image.mode, *args))
+        args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
+        formats = [image.mode, *(part for parts in args for part in parts if isinstance(part, str))]
+        deep = image.mode in ("I", "F") or any(_SIXTEEN_BITS.search(name) for name in formats)
         alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         # Pillow turns a TIFF itself.
         turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
         return Traits(image.mode, turned, deep, alpha)
 
 
-def _parts(args: object) -> tuple:
-    """The arguments of a decoder of Pillow, of which a single one is no tuple."""
-    return args if isinstance(args, tuple) else (args,)
-
-
 def read_size(path: Path, record: str) -> tuple[int, int]:
-    """(width, height) in px of a file as it is shown, from its header alone.
-
-    Raises:
-        DataError: the file cannot be read as an image; the message begins with `record`.
-    """
+    """(width, height) in px of a file as it is shown, from its header alone."""
     with _opened(path, record) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
@@ -101,72 +82,38 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
         DataError: the file cannot be decoded to its end, or holds 32-bit or floating-point values.
     """
     image = _read(path, record)
+    advice = "Save it with 8 or 16 bits per pixel."
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise DataError(
-                f"{record}: the image holds values from {values.min()} to {values.max()}, more than 16 bits. "
-                "Save it with 8 or 16 bits per pixel.",
-                "too_many_bits",
-            )
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            message = f"{record}: the image holds values from {low} to {high}, more than 16 bits. {advice}"
+            raise DataError(message, "too_many_bits")
         grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise DataError(
-            f"{record}: the image holds floating-point values. Save it with 8 or 16 bits per pixel.",
-            "too_many_bits",
-        )
+        raise DataError(f"{record}: the image holds floating-point values. {advice}", "too_many_bits")
     if image.mode == "P":
         image = image.convert("RGBA")  # resolves the palette together with its transparency
     return np.array(image.convert("RGB"))
 
 
-def read_mask(path: Path, record: str) -> np.ndarray:
+def read_mask(source: Path | io.BytesIO, record: str) -> np.ndarray:
     """A mask file as bool (H, W): 0 is background; 1, or 255, is vessel.
 
     Colours must be grey, transparency is dropped. A mask with the value 0 only is empty, not an error.
 
     Raises:
-        DataError: the file cannot be decoded, or holds other values than 0 and 1, or 0 and 255; the message
-            names the values found (a JPEG has many).
+        DataError: the file cannot be decoded, or holds other values, which are named (a JPEG has many).
     """
-    return _binary(_read(path, record), record)
-
-
-def decode_mask(data: bytes, record: str) -> np.ndarray:
-    """A mask from the bytes of an image file, see `read_mask`."""
-    return _binary(_read(io.BytesIO(data), record), record)
-
-
-def threshold_mask(path: Path, record: str) -> np.ndarray:
-    """A mask file that is not binary as bool (H, W), by a guess.
-
-    Of two values with 0 among them, the other is vessel. Otherwise it is what is at least half as bright as
-    the brightest value that the format can hold, in any colour channel.
-
-    Raises:
-        DataError: the file cannot be decoded.
-    """
-    values = _channels(_read(path, record)).max(axis=2)
-    if values.dtype == bool:
-        return values.view(np.uint8) > 0
-    levels = np.unique(values)
-    if len(levels) == 2 and levels[0] == 0:
-        return values > 0
-    full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
-    return values >= full / 2
-
-
-def _binary(image: Image.Image, record: str) -> np.ndarray:
-    channels = _channels(image)
+    channels = _channels(source, record)
     values = channels[:, :, 0]
     if values.dtype == bool:
-        # A 1-bit picture comes as bytes of 0 and 255 that call themselves bool: True must be 1.
+        # A 1-bit image comes as bytes of 0 and 255 that call themselves bool: True must be 1.
         return values.view(np.uint8) > 0
     if (channels != channels[:, :, :1]).any():
-        raise DataError(
-            f"{record}: the mask is coloured. Save it as grey with the values 0 and 255.", "non_binary_mask"
-        )
+        message = f"{record}: the mask is coloured. Save it as grey with the values 0 and 255."
+        raise DataError(message, "non_binary_mask")
     # Counting bytes is faster than sorting them.
     bytewise = values.dtype == np.uint8
     levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if bytewise else np.unique(values)
@@ -182,8 +129,25 @@ def _binary(image: Image.Image, record: str) -> np.ndarray:
     )
 
 
-def _channels(image: Image.Image) -> np.ndarray:
+def threshold_mask(path: Path, record: str) -> np.ndarray:
+    """A mask file that is not binary as bool (H, W), by a guess.
+
+    Of two values with 0 among them, the other is vessel. Otherwise it is what is at least half as bright as
+    the brightest value that the format can hold, in any colour channel.
+    """
+    values = _channels(path, record).max(axis=2)
+    if values.dtype == bool:
+        return values.view(np.uint8) > 0
+    levels = np.unique(values)
+    if len(levels) == 2 and levels[0] == 0:
+        return values > 0
+    full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
+    return values >= full / 2
+
+
+def _channels(source: Path | io.BytesIO, record: str) -> np.ndarray:
     """The values of a mask as (H, W, 1 or more), without transparency."""
+    image = _read(source, record)
     if image.mode == "P":
         image = image.convert("RGBA")
     values = np.array(image)
@@ -195,8 +159,8 @@ def _channels(image: Image.Image) -> np.ndarray:
 def _read(source: Path | io.BytesIO, record: str) -> Image.Image:
     """The decoded file, turned upright."""
     with _opened(source, record) as image:
-        orientation = _orientation(image)
-        return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image.copy()
+        turn = _TURNS.get(_orientation(image))
+        return image.copy() if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -211,6 +175,7 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
     """An image file, open; Pillow's errors become a DataError without the path."""
+    code, advice = "unreadable_image", "Replace it, or remove the record."
     try:
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
@@ -219,9 +184,7 @@ def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
         message = f"{record}: the file is missing. Restore it, or remove the record."
         raise DataError(message, "missing_file") from None
     except Image.UnidentifiedImageError:
-        message = f"{record}: the file is not an image. Replace it, or remove the record."
-        raise DataError(message, "unreadable_image") from None
+        raise DataError(f"{record}: the file is not an image. {advice}", code) from None
     except _BROKEN as error:
         what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        message = f"{record}: the file is damaged ({what}). Replace it, or remove the record."
-        raise DataError(message, "unreadable_image") from None
+        raise DataError(f"{record}: the file is damaged ({what}). {advice}", code) from None

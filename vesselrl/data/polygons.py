@@ -1,4 +1,4 @@
-"""Polygons and masks: the only rasteriser of vesselrl, its inverse, and the reader of the `mask` field.
+"""Outlines and masks: the only rasteriser of vesselrl, its inverse, and the reading of users' outlines.
 
 Coordinates are those of COCO and LabelMe: x to the right, y down, in px, with (0, 0) at the outer corner of
 the first pixel. The pixel in row r, column c covers [c, c+1) × [r, r+1); its centre is (c + 0.5, r + 0.5). A
@@ -11,6 +11,7 @@ add 0.5 to them, or use `mask_to_polygons`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -19,23 +20,50 @@ from skimage.measure import find_contours
 from vesselrl.errors import DataError
 
 Size = tuple[int, int]  # width, height
-OnError = Callable[[DataError], None]
+
+
+@dataclass(frozen=True)
+class RunLengths:
+    """A run-length mask of COCO: down the columns, background and vessel in turn, background first."""
+
+    runs: np.ndarray  # uint32
+    shape: tuple[int, int]  # (H, W)
+
+    def decode(self) -> np.ndarray:
+        """The mask as bool (H, W)."""
+        is_vessel = np.arange(len(self.runs)) % 2 == 1
+        return np.repeat(is_vessel, self.runs).reshape(self.shape, order="F")
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """A label as a layout gives it, in px of the image it was drawn on; all parts are one target."""
+
+    polygons: tuple[np.ndarray, ...] = ()  # (N, 2) arrays of (x, y)
+    rle: tuple[RunLengths, ...] = ()
+    num_skipped: int = 0  # polygons with fewer than three points, which are left out
+
+    def draw(self, shape: tuple[int, int]) -> np.ndarray:
+        """The union of all parts as bool (H, W); polygons are in px of this shape."""
+        mask = rasterise(self.polygons, shape)
+        for rle in self.rle:
+            mask |= resize_mask(rle.decode(), shape)
+        return mask
+
+
+# ---- Between polygons and masks
 
 
 def rasterise(polygons: Iterable[np.ndarray | Sequence[float]], shape: tuple[int, int]) -> np.ndarray:
     """The union of polygons as a mask: a pixel is True when its centre is inside at least one of them.
 
     A polygon that crosses itself is filled by the even-odd rule. A centre on the outline belongs to the
-    polygon on its right (below, at a horizontal edge), so neighbours with a common edge neither overlap
-    nor leave a gap.
+    polygon on its right (below, at a horizontal edge), so neighbours neither overlap nor leave a gap.
 
     Args:
-        polygons: each an (N, 2) array of (x, y) or a flat [x1, y1, x2, y2, …], in px from the image corner.
-            Parts outside the image are cut off. No polygons give an empty mask.
+        polygons: each an (N, 2) array of (x, y) or a flat [x1, y1, x2, y2, …], in px from the image corner;
+            parts outside the image are cut off. None of them: an empty mask.
         shape: (H, W) of the mask.
-
-    Returns:
-        Bool (H, W).
 
     >>> rasterise([[1, 1, 4, 1, 4, 3, 1, 3]], (4, 5)).astype(int)
     array([[0, 0, 0, 0, 0],
@@ -79,16 +107,12 @@ def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     """The outlines of a mask, without loss: `rasterise(mask_to_polygons(mask), mask.shape)` equals the mask.
 
     One polygon for each 8-connected component, drawn half-way between foreground and background pixels.
-    Points on a straight line are left out. The format has no holes, and a union of outlines would fill them:
-    here a hole is joined to its component by a cut of zero width. Rasterisers of the even-odd kind, this one
-    and pycocotools among them, keep the hole. Programs that also draw the outline mark the cut; give those
-    the mask as PNG.
+    Points on a straight line are left out. A hole is joined to its component by a cut of zero width, since a
+    union of outlines would fill it. Rasterisers of the even-odd kind, this one and pycocotools among them,
+    keep the hole. Programs that also draw the outline mark the cut; give those the mask as PNG.
 
     Args:
         mask: bool (H, W). An empty mask gives an empty list.
-
-    Returns:
-        (N, 2) float arrays of (x, y), all multiples of 0.5 px from the image corner.
 
     >>> mask_to_polygons(np.array([[False, False], [False, True]]))[0].tolist()
     [[1.5, 2.0], [1.0, 1.5], [1.5, 1.0], [2.0, 1.5]]
@@ -99,10 +123,8 @@ def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
         part = np.pad(labels[rows, columns] == label, 1).astype(np.float64)
         # From the centre of the padded first pixel to the corner of the real one: −1 + 0.5.
         offset = np.array([columns.start, rows.start]) - 0.5
-        rings = [
-            _drop_straight(ring[:-1, ::-1] + offset)
-            for ring in find_contours(part, 0.5, fully_connected="high")
-        ]
+        contours = find_contours(part, 0.5, fully_connected="high")
+        rings = [_drop_straight(ring[:-1, ::-1] + offset) for ring in contours]
         polygon = rings[0]
         for hole in rings[1:]:
             polygon = np.concatenate([polygon, rings[0][:1], hole, hole[:1]])
@@ -117,12 +139,7 @@ def _drop_straight(ring: np.ndarray) -> np.ndarray:
 
 
 def scale_polygons(polygons: Iterable[np.ndarray], old: Size, new: Size) -> tuple[np.ndarray, ...]:
-    """Polygons that were drawn on an image of the size `old`, for the same image in the size `new`.
-
-    Args:
-        polygons: (N, 2) arrays of (x, y) in px.
-        old: (width, height) in px.
-        new: (width, height) in px.
+    """Polygons of an image of `old` (width, height) px, for the same image in the size `new`.
 
     >>> scale_polygons([np.array([[800.0, 400.0]])], (800, 800), (512, 512))[0].tolist()
     [[512.0, 256.0]]
@@ -132,65 +149,34 @@ def scale_polygons(polygons: Iterable[np.ndarray], old: Size, new: Size) -> tupl
 
 
 def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A mask in another size: its outlines are scaled and drawn by `rasterise`; an empty mask stays empty.
-
-    Args:
-        mask: bool (H, W).
-        shape: (H, W) of the result.
-    """
+    """A bool mask in another (H, W): its outlines are scaled and drawn; an empty mask stays empty."""
     if mask.shape == tuple(shape):
         return mask
     return rasterise(scale_polygons(mask_to_polygons(mask), mask.shape[::-1], shape[::-1]), shape)
 
 
-def parse_polygons(
-    value: object, size: Size, record: str, on_error: OnError | None = None
-) -> tuple[tuple[np.ndarray, ...], int]:
-    """Reads the `mask` field of a record: flat polygons, or objects that hold flat polygons.
+# ---- Outlines in users' files
 
-    Polygons with fewer than three points enclose nothing: they are left out and counted.
 
-    Args:
-        value: `[[x1, y1, x2, y2, …], …]`, or one level deeper.
-        size: (width, height) of the image in px; a coordinate may lie up to 1 px outside.
-        record: how messages name the record.
-        on_error: gets the error of each broken polygon, which is then left out; None: the first is raised.
-
-    Returns:
-        The polygons as (N, 2) arrays, and how many had too few points.
+def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
+    """A polygon `[x1, y1, x2, y2, …]` as an (N, 2) array; None where it has fewer than three points.
 
     Raises:
-        DataError: the field is something else, or a polygon has an odd number of coordinates, a value that
-            is not a finite number, or one outside the image; the message names record, polygon and value.
+        DataError: no list, no pairs of finite numbers, or one more than 1 px outside the image of this size.
     """
-    polygons, num_skipped = [], 0
-    for number, flat in enumerate(_flatten(value, record)):
-        try:
-            points = read_outline(flat, size, f"{record}: polygon {number}")
-        except DataError as error:
-            if on_error is None:
-                raise
-            on_error(error)
-            continue
-        if points is None:
-            num_skipped += 1
-        else:
-            polygons.append(points)
-    return tuple(polygons), num_skipped
-
-
-def read_outline(flat: object, size: Size, where: str) -> np.ndarray | None:
-    """One flat polygon as an (N, 2) array; None where it has fewer than three points.
-
-    Args:
-        flat: `[x1, y1, x2, y2, …]`.
-        size: (width, height) of the image in px; a coordinate may lie up to 1 px outside.
-        where: how the message names the polygon.
-
-    Raises:
-        DataError: as `parse_polygons`.
-    """
-    points = _parse_flat(flat, where)
+    if not isinstance(flat, list):
+        raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
+    for value in flat:
+        is_number = type(value) in (int, float)
+        # True of NaN and infinity as well; larger integers do not fit into a float.
+        if not is_number or not abs(value) < 1e300:
+            found = f"{str(value)[:12]}, not a finite" if is_number else f"{describe(value)}, not a"
+            message = f"{where} holds {found} number. Correct it, or remove the polygon."
+            raise DataError(message, "bad_polygon")
+    if len(flat) % 2:
+        message = f"{where} has {len(flat)} coordinates, an odd number. Write pairs of x and y, or remove it."
+        raise DataError(message, "odd_length")
+    points = np.array(flat, np.float64).reshape(-1, 2)
     if len(points) < 3:
         return None
     for axis, (name, limit) in enumerate(zip("xy", size, strict=True)):
@@ -204,65 +190,57 @@ def read_outline(flat: object, size: Size, where: str) -> np.ndarray | None:
     return points
 
 
-def _flatten(value: object, record: str) -> list[list]:
-    """The flat polygons of a `mask` field of either nesting."""
-    if not isinstance(value, list):
-        raise DataError(
-            f"{record}: 'mask' is {describe(value)}, not a list of polygons. "
-            "Write [[x1, y1, x2, y2, ...], ...], or put the mask as a PNG file into masks/.",
-            "bad_record",
-        )
-    polygons = []
-    for item in value:
-        if not isinstance(item, list):
-            raise DataError(
-                f"{record}: 'mask' holds {describe(item)} where a polygon was expected. "
-                "Write [[x1, y1, x2, y2, ...], ...], with one more pair of brackets than a single polygon.",
-                "bad_polygon",
-            )
-        if not any(isinstance(part, list) for part in item):
-            polygons.append(item)
-            continue
-        if not all(isinstance(part, list) for part in item):
-            raise DataError(
-                f"{record}: 'mask' mixes numbers and lists in one polygon. Write [x1, y1, x2, y2, ...].",
-                "bad_polygon",
-            )
-        if len(item) > 2 and all(len(part) == 2 for part in item):
-            raise DataError(
-                f"{record}: 'mask' holds points as [x, y] pairs. "
-                "Write each polygon flat: [x1, y1, x2, y2, ...].",
-                "bad_polygon",
-            )
-        polygons.extend(item)
-    return polygons
+def read_run_lengths(value: dict, size: Size, where: str) -> RunLengths:
+    """A run-length mask `{"size": [H, W], "counts": …}`, compressed (a text) or plain (a list of numbers).
+
+    Raises:
+        DataError: a field is missing or wrong, the size differs, or the runs do not fill the mask.
+    """
+    shape, counts, (width, height) = value.get("size"), value.get("counts"), size
+
+    def refuse(fault: str) -> DataError:
+        return DataError(f"{where}: {fault}. Write it again, or remove it.", "bad_rle")
+
+    if shape != [height, width]:
+        is_size = isinstance(shape, list) and all(type(n) is int for n in shape[:2])
+        shown = "×".join(str(n) for n in shape[1::-1]) + " px" if is_size else "another size"
+        raise refuse(f"the run-length mask has {shown}, its image {width}×{height} px")
+    if isinstance(counts, str):
+        runs = _decompress(counts, refuse)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        runs = counts
+    else:
+        kind = "a list with other things than whole numbers" if isinstance(counts, list) else describe(counts)
+        raise refuse(f"'counts' is {kind}, not a text or a list of run lengths")
+    if any(run < 0 for run in runs) or sum(runs) != width * height:
+        raise refuse(f"the runs do not fill the mask of {width}×{height} px")
+    return RunLengths(np.array(runs, np.uint32), (height, width))
 
 
-def _parse_flat(flat: object, where: str) -> np.ndarray:
-    """One flat polygon as an (N, 2) array."""
-    if not isinstance(flat, list):
-        raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
-    for value in flat:
-        if type(value) not in (int, float):
-            raise DataError(
-                f"{where} holds {describe(value)}, not a number. Correct it, or remove the polygon.",
-                "bad_polygon",
-            )
-        if not abs(value) < 1e300:  # also true of NaN and infinity; larger integers do not fit into a float
-            raise DataError(
-                f"{where} holds {str(value)[:12]}, not a finite number. Correct it, or remove the polygon.",
-                "bad_polygon",
-            )
-    if len(flat) % 2:
-        raise DataError(
-            f"{where} has {len(flat)} coordinates, an odd number. "
-            "Write pairs of x and y, or remove the polygon.",
-            "odd_length",
-        )
-    return np.array(flat, np.float64).reshape(-1, 2)
+def _decompress(text: str, refuse: Callable[[str], DataError]) -> list[int]:
+    """The run lengths in a text of 6-bit characters: five bits of a number each, the sixth means "goes on".
+
+    From the fourth on, a number is the difference to the one before the last.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 40:
+            raise refuse("'counts' is damaged")
+        number |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:  # negative
+                number -= 1 << shift
+            runs.append(number + runs[-2] if len(runs) > 2 else number)
+            number = shift = 0
+    if shift:
+        raise refuse("'counts' is cut short")
+    return runs
 
 
 def describe(value: object) -> str:
-    """What a JSON value is, in words, without its content (a text may carry a name)."""
+    """The kind of a JSON value in words, without its content (a text may carry a name)."""
     names = {dict: "an object", str: "a text", list: "a list", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

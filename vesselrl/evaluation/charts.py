@@ -1,7 +1,6 @@
-"""Charts for reports: the common style, a figure as SVG text, and the charts that are not curves over steps.
+"""SVG charts of reports: intervals, patients, thresholds, calibration, and the style that all figures share.
 
-Matplotlib is imported when the first chart is drawn. A chart drawn twice from the same numbers is the same
-text: no date, no random name, nothing fetched from elsewhere.
+Matplotlib is imported with the first chart. Equal numbers give equal text: no date, no random identifier.
 """
 
 import hashlib
@@ -9,9 +8,8 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,18 +20,7 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 BLUE, VERMILION, GREEN = LINE_COLOURS[:3]
 INK, GRID, QUIET = "#333333", "#E3E3E3", "#8A8A8A"
 # A verdict is told by the marker's shape as well as by its colour.
-VERDICT_MARKS = {"better": (BLUE, "o"), "worse": (VERMILION, "X"), "changed": (INK, "D"), "": (QUIET, "|")}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One line of an interval chart: a difference with its interval (nan = none) and its verdict."""
-
-    label: str
-    value: float
-    low: float
-    high: float
-    verdict: str = ""
+VERDICT_MARKERS = {"better": (BLUE, "o"), "worse": (VERMILION, "X"), "changed": (INK, "D"), "": (QUIET, "|")}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -46,10 +33,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def svg(figure: "Figure", name: str) -> str:
-    """A figure as one `<svg>` element to put inside a page; `name` is read out in place of the picture.
-
-    Identifiers are made unique to the chart, so that several charts can share a page.
-    """
+    """A figure as one `<svg>` element for a page, with identifiers of its own and `name` as spoken text."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -77,27 +61,40 @@ def plain_axes(axes: "Axes", title: str = "", xlabel: str = "", ylabel: str = ""
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def interval_figure(panels: Mapping[str, Sequence[Estimate]]) -> "Figure":
-    """Forest plot: one panel per title, one line per estimate, 0 = no difference marked.
+def legend_above(axes: "Axes", columns: int = 5) -> None:
+    """Puts the legend between title and data, where it covers nothing."""
+    handles, _ = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    pad = 8 + 16 * math.ceil(len(handles) / columns)
+    title = axes.get_title(loc="left")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=pad)
+    style = {"frameon": False, "fontsize": 8.5, "handlelength": 1.6, "columnspacing": 1.1}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns, **style)
 
-    Panels share the order of the lines of the first one. An estimate without an interval is a bare mark.
+
+def interval_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> "Figure":
+    """Forest plot of differences with 0 marked: panel title -> label -> line of `before_after_table` or None.
+
+    Panels have the same labels. A difference without an interval is a bare marker.
     """
     from matplotlib.ticker import MaxNLocator
 
-    lines = max(len(estimates) for estimates in panels.values())
-    figure = new_figure(max(7.0, 2.2 + 3.6 * len(panels)), 1.1 + 0.36 * lines)
+    labels = list(next(iter(panels.values())))
+    figure = new_figure(max(7.0, 2.2 + 3.6 * len(panels)), 1.1 + 0.36 * len(labels))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, estimates) in zip(grid, panels.items(), strict=True):
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         plain_axes(axes, title)
         axes.axvline(0, color=INK, lw=1)
-        for place, estimate in enumerate(estimates):
-            colour, mark = VERDICT_MARKS[estimate.verdict]
-            if not (math.isnan(estimate.low) or math.isnan(estimate.high)):
-                axes.plot([estimate.low, estimate.high], [place, place], color=colour, lw=2.2)
-            if not math.isnan(estimate.value):
-                axes.plot(estimate.value, place, marker=mark, ms=8, mew=2, color=colour)
-        axes.set_yticks(range(len(estimates)), [estimate.label for estimate in estimates])
-        axes.set_ylim(lines - 0.4, -0.6)
+        for place, line in enumerate(lines.values()):
+            if line is None or math.isnan(line["difference"]):
+                continue
+            colour, marker = VERDICT_MARKERS[line["verdict"]]
+            if not (math.isnan(line["low"]) or math.isnan(line["high"])):
+                axes.plot([line["low"], line["high"]], [place, place], color=colour, lw=2.2)
+            axes.plot(line["difference"], place, marker=marker, ms=8, mew=2, color=colour)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -123,47 +120,38 @@ def patient_figure(before: Mapping[str, float], after: Mapping[str, float], metr
     return figure
 
 
-def threshold_figure(sweep: Mapping) -> "Figure":
-    """Dice, recall and precision by threshold, and precision by recall; 0.5 and the chosen one are marked.
-
-    Args:
-        sweep: `thresholds`, `dice`, `recall`, `precision` (lists of one length) and `chosen`.
-    """
+def threshold_figure(curve: Mapping) -> "Figure":
+    """Dice, recall and precision by threshold, and precision by recall; 0.5 and the chosen one are marked."""
     figure = new_figure(10.4, 3.9)
     left, right = figure.subplots(1, 2)
+    chosen, chosen_label = curve["chosen"], f"chosen {curve['chosen']:.3g}"
     plain_axes(left, "Scores by threshold", "threshold on the probability")
     for name, colour, style in (("dice", BLUE, "-"), ("recall", VERMILION, "--"), ("precision", GREEN, "-.")):
         label = "Dice" if name == "dice" else name
-        left.plot(sweep["thresholds"], sweep[name], style, color=colour, lw=1.8, label=label)
+        left.plot(curve["thresholds"], curve[name], style, color=colour, lw=1.8, label=label)
     left.axvline(0.5, color=QUIET, lw=1.2, ls=":", label="0.5")
-    left.axvline(sweep["chosen"], color=INK, lw=1.2, label=f"chosen {sweep['chosen']:.3g}")
+    left.axvline(chosen, color=INK, lw=1.2, label=chosen_label)
     left.set_xlim(0, 1)
     legend_above(left)
 
     plain_axes(right, "Precision and recall", "recall", "precision")
-    right.plot(sweep["recall"], sweep["precision"], color=BLUE, lw=1.8)
-    marks = ((0.5, "o", "white", "0.5"), (sweep["chosen"], "o", INK, f"chosen {sweep['chosen']:.3g}"))
-    for threshold, mark, fill, label in marks:
-        place = nearest(sweep["thresholds"], threshold)
-        point = sweep["recall"][place], sweep["precision"][place]
-        right.plot(*point, mark, ms=7, mfc=fill, mec=INK, label=label, ls="none")
+    right.plot(curve["recall"], curve["precision"], color=BLUE, lw=1.8)
+    for threshold, fill, label in ((0.5, "white", "0.5"), (chosen, INK, chosen_label)):
+        place = nearest(curve["thresholds"], threshold)
+        point = curve["recall"][place], curve["precision"][place]
+        right.plot(*point, "o", ms=7, mfc=fill, mec=INK, label=label, ls="none")
     legend_above(right)
     return figure
 
 
-def reliability_figure(curves: Mapping[str, Sequence[Mapping]]) -> "Figure":
-    """Share of true vessel pixels by predicted probability; a calibrated model lies on the diagonal.
-
-    Args:
-        curves: name -> bins, each with `predicted` and `observed` (means over the pixels of the bin).
-    """
+def reliability_figure(bins: Sequence[Mapping]) -> "Figure":
+    """Share of true vessel pixels by predicted probability; a calibrated model lies on the diagonal."""
     figure = new_figure(5.0, 3.9)
     axes = figure.add_subplot()
     plain_axes(axes, "", "predicted probability", "share that is vessel")
     axes.plot([0, 1], [0, 1], color=QUIET, lw=1.2, ls=":", label="calibrated")
-    for (name, bins), colour, mark in zip(curves.items(), LINE_COLOURS, "os^", strict=False):
-        points = [[line[axis] for line in bins] for axis in ("predicted", "observed")]
-        axes.plot(*points, marker=mark, ms=4.5, color=colour, lw=1.8, label=name)
+    points = [[line[axis] for line in bins] for axis in ("predicted", "observed")]
+    axes.plot(*points, marker="o", ms=4.5, color=BLUE, lw=1.8, label="measured")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     legend_above(axes)
     return figure
@@ -172,14 +160,3 @@ def reliability_figure(curves: Mapping[str, Sequence[Mapping]]) -> "Figure":
 def nearest(values: Sequence[float], wanted: float) -> int:
     """Position of the value nearest to the wanted one."""
     return min(range(len(values)), key=lambda place: abs(values[place] - wanted))
-
-
-def legend_above(axes: "Axes", columns: int = 5) -> None:
-    """The legend between title and data, where it covers nothing."""
-    handles, _ = axes.get_legend_handles_labels()
-    if not handles:
-        return
-    axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=11, fontweight="bold", color=INK,
-                   pad=8 + 16 * math.ceil(len(handles) / columns))  # fmt: skip
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=columns, frameon=False, fontsize=8.5,
-                handlelength=1.6, columnspacing=1.1)  # fmt: skip

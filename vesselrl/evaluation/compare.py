@@ -1,86 +1,114 @@
-"""Many run folders -> one honest table, and which run to deploy. Needs no torch.
+"""Compares finished runs in one table and decides which one to deploy. Needs no torch.
 
-A run folder holds `training_info.json`, `test_after.json` (the best adapter on the test split, written
-once) and `test_before.json` (the same images before training). Runs are put in one table only if image
-list, true masks and metric specification are equal; otherwise `CompareError` names the runs and the images
-that differ.
-
-Every run is compared with the baseline by the paired differences of each patient; the p values are adjusted
-for the number of runs (Holm), and a verdict is given by the adjusted ones. The interval of a rank says which
-ranks the run has when the patients are drawn anew. Which run to deploy is decided in `decision.py`, by the
-rule stated there. Where a second observer marked the test images, the last line is "human agreement": it is
-no run, takes no rank and is not compared.
+Every run is compared with the baseline by the paired differences of each patient. p values are adjusted for
+the number of runs (Holm), per metric: "better" anywhere in a column is wrong with a probability of at most
+5 %. By the metric that ranks, a run qualifies if its split leaks no patients, at most 5 % of its predictions
+failed, and its gain over the baseline is proven (adjusted p < 0.05). Of those the best patient mean is
+deployed; without any the baseline is kept. The line of a second observer has no rank and is not compared.
 """
 
+import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vesselrl.errors import CompareError
-from vesselrl.evaluation.decision import adjust_for_runs, choose, gain_of
-from vesselrl.evaluation.finished_runs import Run, check_comparable, find_runs, load_runs
 from vesselrl.evaluation.results import (
     LOWER_IS_BETTER,
+    MAX_FAILED_SHARE,
     NO_DIRECTION,
+    Caveat,
     Evaluation,
     before_after_table,
     csv_text,
+    read_evaluation,
     set_mismatch,
+    verdict,
 )
-from vesselrl.evaluation.statistics import rank_intervals
-
-__all__ = [
-    "HUMAN",
-    "CompareError",
-    "Comparison",
-    "Run",
-    "check_comparable",
-    "choose",
-    "compare_runs",
-    "find_runs",
-    "gain_of",
-    "load_runs",
-]
+from vesselrl.evaluation.statistics import SIGNIFICANT, holm
 
 logger = logging.getLogger(__name__)
 
 HUMAN = "human agreement"
-
-DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 OWN_BASE = "the base before training"
-_GAIN_COLUMNS = {
-    "gain": "difference",
-    "gain_low": "low",
-    "gain_high": "high",
-    "gain_p_adjusted": "p_adjusted",
-    "gain_verdict": "verdict",
-}
-_UNDEFINED = dict.fromkeys(("patient_mean", "low", "high"), math.nan)
+DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
+
+# Per run the lines of `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
+Gains = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its test scores after training, those of its base before, and a second observer's."""
+
+    name: str
+    after: Evaluation
+    before: Evaluation | None = None
+    human: Evaluation | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result: `lines` ranked best first, the paired `gains` per run, and the decision.
-
-    A line has `rank` with its 95 % range `rank_low` to `rank_high`, `run`, the counts, and per metric its
-    mean, interval and gain. The line "human agreement" comes last; its rank is "" and its gains are None.
-    `gains` are as from `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
-    `deploy` is the name of a run, or None for "keep the baseline"; `reason` is the sentence that says why.
-    """
+    """Runs ranked best first, their paired differences, and the decision."""
 
     rank_by: str
     metrics: tuple[str, ...]
     baseline: str
+    # rank, run, counts, and per metric mean, interval and gain; last "human agreement", whose rank is "".
     lines: list[dict[str, Any]]
-    gains: dict[str, list[dict[str, Any]]]
+    gains: Gains
+    # Name of a run, or None for "keep the baseline", and the sentence that says why.
     deploy: str | None
     reason: str
     n_images: int
     n_patients: int
     skipped: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Finds all folders at or below `root` that hold a `training_info.json`, sorted."""
+    root = Path(root)
+    if not root.is_dir():
+        raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
+    folders = sorted(path.parent for path in root.rglob("training_info.json"))
+    if not folders:
+        raise CompareError(f"No run found under {root}: no folder holds a training_info.json. Train first.")
+    return folders
+
+
+def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
+    """Reads the runs that have a test result, and says for each other folder why it is left out."""
+    names = Counter(folder.name for folder in folders)
+    runs: list[Run] = []
+    skipped: dict[str, str] = {}
+    for folder in folders:
+        name = folder.name if names[folder.name] == 1 else f"{folder.parent.name}/{folder.name}"
+        if not (folder / "test_after.json").is_file():
+            skipped[name] = "no test_after.json: the run did not finish, or was made without a test split"
+            logger.warning("Run %s left out: %s", name, skipped[name])
+            continue
+        try:
+            after = read_evaluation(folder / "test_after.json")
+            is_control = Caveat.CONTROL in after.caveats  # that starts from no base model
+            before = None if is_control else _read_if_there(folder / "test_before.json")
+            human = _read_if_there(folder / "evaluation" / "test_human_agreement.json")
+        except ValueError as error:
+            raise CompareError(f"Run {name} cannot be read: {error}") from error
+        runs.append(Run(name, after, before, human))
+    if not runs:
+        raise CompareError(
+            f"None of the {len(folders)} runs has a test result ({'; '.join(skipped.values())})."
+        )
+    return runs, skipped
+
+
+def _read_if_there(path: Path) -> Evaluation | None:
+    return read_evaluation(path) if path.is_file() else None
 
 
 def compare_runs(
@@ -90,35 +118,29 @@ def compare_runs(
     metrics: Sequence[str] = DEFAULT_METRICS,
     skipped: dict[str, str] | None = None,
 ) -> Comparison:
-    """Rank runs on their test scores and give paired differences against a baseline; works for one run too.
+    """Ranks runs on their test scores and compares each with a baseline; works for one run too.
 
     Args:
         runs: as from `load_runs`.
         baseline: name of the run to compare with; None: each run with its own base before training.
-        rank_by: metric to rank and choose by; None: "reward" if all runs were scored by one reward, else
-            "dice".
-        metrics: columns of the table; those some run lacks are left out, `reward` also if it is not one
-            reward.
+        rank_by: metric to rank and choose by; None: "reward" if all runs were scored by one, else "dice".
+        metrics: columns of the table, but for those some run lacks, and `reward` if it is not one reward.
         skipped: runs left out and why, shown in the report.
-
-    Raises:
-        CompareError: sets differ, the baseline or metric is unknown, or rewards of different definition are
-            ranked.
     """
-    check_comparable(runs)
+    _check_comparable(runs)
     rank_by = _rank_metric(runs, rank_by)
     by_name = {run.name: run for run in runs}
     if baseline is not None and baseline not in by_name:
         raise CompareError(
             f"There is no run {baseline!r} to compare with. The runs are: {', '.join(by_name)}."
         )
-    metrics = tuple(name for name in metrics if all(name in run.after.metrics for run in runs))
-    if not _one_reward(runs):
-        metrics = tuple(name for name in metrics if name != "reward")
-    if rank_by not in metrics:
-        metrics = (rank_by, *metrics)
+    metrics = tuple(
+        name for name in metrics
+        if all(name in run.after.metrics for run in runs) and (name != "reward" or _one_reward(runs))
+    )  # fmt: skip
+    metrics = metrics if rank_by in metrics else (rank_by, *metrics)
 
-    gains: dict[str, list[dict[str, Any]]] = {}
+    gains: Gains = {}
     for run in runs:
         reference = run.before if baseline is None else by_name[baseline].after
         if reference is not None and run.name != baseline:
@@ -126,22 +148,48 @@ def compare_runs(
             if reference.reward_spec != run.after.reward_spec:
                 shared = [name for name in shared if name != "reward"]
             gains[run.name] = before_after_table(reference, run.after, shared)
-    adjust_for_runs(gains)
+    _adjust_for_runs(gains)
     ranked = sorted(runs, key=lambda run: -_ranking_value(run.after, rank_by))
-    deploy, reason = choose(ranked, gains, rank_by, baseline or OWN_BASE)
+    lines = [
+        {"rank": number} | _line(run.name, run.after, metrics, gains.get(run.name, []))
+        for number, run in enumerate(ranked, start=1)
+    ]
+    lines += _human_line(runs, metrics)
+    deploy, reason = _choose(ranked, gains, rank_by, baseline or OWN_BASE)
+    counted = {name: runs[0].after.summary[name] for name in ("n_images", "n_patients")}
+    others = {"skipped": dict(skipped or {}), "notes": _notes(runs, baseline)}
     return Comparison(
-        rank_by=rank_by,
-        metrics=metrics,
-        baseline=baseline or OWN_BASE,
-        lines=[*_ranked_lines(ranked, rank_by, metrics, gains), *_human_line(runs, metrics)],
-        gains=gains,
-        deploy=deploy,
-        reason=reason,
-        n_images=runs[0].after.summary["n_images"],
-        n_patients=runs[0].after.summary["n_patients"],
-        skipped=dict(skipped or {}),
-        notes=_notes(runs, baseline),
+        rank_by, metrics, baseline or OWN_BASE, lines, gains, deploy, reason, **counted, **others
     )
+
+
+def gain_of(table: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The line of one metric in a before/after table, None if it has none."""
+    return next((line for line in table if line["metric"] == metric), None)
+
+
+def _check_comparable(runs: Sequence[Run]) -> None:
+    """Refuses runs on other sets than the most frequent one (the first, if tied), naming each of them."""
+    sets = [
+        (run.after.image_list_hash, run.after.label_hash, json.dumps(run.after.metric_spec, sort_keys=True))
+        for run in runs
+    ]
+    reference = runs[sets.index(Counter(sets).most_common(1)[0][0])]
+    problems = []
+    for run in runs:
+        mismatch = set_mismatch(reference.after, run.after, reference.name, run.name)
+        if mismatch:
+            problems.append(f"{run.name} against {reference.name}: {mismatch}")
+        elif run.before is not None:
+            mismatch = set_mismatch(run.before, run.after, "test_before", "test_after")
+            if mismatch:
+                problems.append(f"{run.name}, before against after: {mismatch}")
+    if problems:
+        raise CompareError(
+            f"These runs cannot share a table. {'. '.join(problems)}. Train them on one split "
+            "(--split_file), or keep the runs of each data set in a folder of their own and name it "
+            "(--output_dir)."
+        )
 
 
 def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
@@ -155,16 +203,14 @@ def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
     missing = [run.name for run in runs if rank_by not in run.after.metrics]
     if missing:
         known = ", ".join(runs[0].after.metrics)
-        raise CompareError(
-            f"Cannot rank by {rank_by!r}: {', '.join(missing)} has no such score. Choose of: {known}."
-        )
+        names = ", ".join(missing)
+        raise CompareError(f"Cannot rank by {rank_by!r}: {names} has no such score. Choose of: {known}.")
     if rank_by == "reward" and not _one_reward(runs):
         raise CompareError("Cannot rank by reward: the runs were scored by different rewards. Rank by dice.")
     return rank_by
 
 
 def _one_reward(runs: Sequence[Run]) -> bool:
-    """True if every run has a reward and all mean the same by it."""
     specs = [run.after.reward_spec for run in runs]
     return all("reward" in run.after.metrics for run in runs) and all(spec == specs[0] for spec in specs)
 
@@ -177,20 +223,81 @@ def _ranking_value(evaluation: Evaluation, metric: str) -> float:
     return -mean if metric in LOWER_IS_BETTER else mean
 
 
-def _ranked_lines(
-    ranked: Sequence[Run], rank_by: str, metrics: Sequence[str], gains: dict[str, list[dict[str, Any]]]
-) -> list[dict[str, Any]]:
-    """The lines of the runs, best first, each with the range of its rank."""
-    sign = -1 if rank_by in LOWER_IS_BETTER else 1
-    tables = [{row["key"]: sign * row[rank_by] for row in run.after.rows} for run in ranked]
-    patients = {row["key"]: row["patient"] for row in ranked[0].after.rows}
-    values = [[table[key] for key in patients] for table in tables]
-    ranges = rank_intervals(values, list(patients.values()))
-    lines = []
-    for number, (run, (low, high)) in enumerate(zip(ranked, ranges, strict=True), start=1):
-        rank = {"rank": number, "rank_low": low, "rank_high": high}
-        lines.append(rank | _line(run.name, run.after, metrics, gains.get(run.name, [])))
-    return lines
+def _adjust_for_runs(gains: Gains) -> None:
+    """Adds `p_adjusted` to every line (Holm over the runs, per metric) and judges `verdict` by it."""
+    for metric in {line["metric"] for table in gains.values() for line in table}:
+        lines = [line for table in gains.values() for line in table if line["metric"] == metric]
+        for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True):
+            line["p_adjusted"] = p
+            line["verdict"] = verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
+
+
+def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) -> tuple[str | None, str]:
+    """Names the run to deploy by the rule of the module docstring, or None, and says why and at what cost."""
+    qualified = []
+    for run in ranked:
+        gain = gain_of(gains.get(run.name, []), rank_by)
+        sound = not run.after.too_many_failed and Caveat.PATIENT_LEAKAGE not in run.after.caveats
+        if gain is not None and gain["verdict"] == "better" and sound:
+            qualified.append((run, gain))
+    if not qualified:
+        others = [run for run in ranked if run.name != baseline]
+        why = "; ".join(f"{run.name}: {_why_not(run, gains, rank_by)}" for run in others)
+        why = why or "there is no other run"
+        return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({why})."
+    winner, gain = qualified[0]
+    reason = (
+        f"Deploy {winner.name}, because its {rank_by} is {abs(gain['difference']):.3f} "
+        f"{'higher' if gain['difference'] > 0 else 'lower'} than that of {baseline} "
+        f"(95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}, {gain['n_patients']} patients, "
+        f"{_p_text(gain)})"
+    )
+    many = f", and it ranks first of {len(qualified)} runs with a proven gain."
+    reason += "." if len(qualified) == 1 else many
+    worse = [line for line in gains[winner.name] if line["verdict"] == "worse"]
+    if worse:
+        losses = ", ".join(f"{line['metric']} {line['difference']:+.3f}" for line in worse)
+        reason += f" It pays for that: clearly worse are {losses}."
+    for runner_up, _ in qualified[1:2]:
+        (between,) = before_after_table(runner_up.after, winner.after, [rank_by])
+        if not between["verdict"]:
+            reason += f" These patients cannot tell it from {runner_up.name} ({between['difference']:+.3f})."
+    return winner.name, reason
+
+
+def _why_not(run: Run, gains: Gains, rank_by: str) -> str:
+    gain = gain_of(gains.get(run.name, []), rank_by)
+    if run.after.too_many_failed:
+        failed, images = run.after.summary["n_failed"], run.after.summary["n_images"]
+        return f"{failed} of {images} predictions failed, more than {MAX_FAILED_SHARE:.0%}"
+    if Caveat.PATIENT_LEAKAGE in run.after.caveats:
+        return "its split leaks, so it proves nothing about new patients"
+    if gain is None:
+        return "nothing to compare with"
+    if gain["reason"]:
+        return f"{gain['difference']:+.3f}, {gain['reason']}"
+    interval = f"interval {gain['low']:+.3f} to {gain['high']:+.3f}"
+    return f"{gain['difference']:+.3f}, {interval}, {_p_text(gain)}"
+
+
+def _p_text(gain: dict[str, Any]) -> str:
+    p = gain["p_adjusted"]
+    return "adjusted p < 0.001" if p < 0.001 else f"adjusted p = {p:.3f}"
+
+
+def _line(
+    name: str, evaluation: Evaluation, metrics: Sequence[str], table: list[dict[str, Any]]
+) -> dict[str, Any]:
+    summary = evaluation.summary
+    line: dict[str, Any] = {"run": name}
+    line |= {name: summary[name] for name in ("n_images", "n_patients", "n_failed")}
+    for name in metrics:
+        score, gain = summary["metrics"].get(name, {}), gain_of(table, name) or {}
+        line |= {name: score.get("patient_mean", math.nan)}
+        line |= {f"{name}_{end}": score.get(end, math.nan) for end in ("low", "high")}
+        line |= {f"{name}_gain": gain.get("difference")}
+        line |= {f"{name}_gain_{end}": gain.get(end) for end in ("low", "high", "p_adjusted", "verdict")}
+    return line
 
 
 def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -202,30 +309,16 @@ def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, A
         if mismatch:
             logger.warning("Run %s: its human agreement is left out, %s", run.name, mismatch)
             continue
-        line = dict.fromkeys(("rank", "rank_low", "rank_high"), "") | _line(HUMAN, run.human, metrics, [])
+        line = {"rank": ""} | _line(HUMAN, run.human, metrics, [])
         if run.human.reward_spec != run.after.reward_spec and "reward" in metrics:
             line |= dict.fromkeys(("reward", "reward_low", "reward_high"), math.nan)
         return [line]
     return []
 
 
-def _line(
-    name: str, evaluation: Evaluation, metrics: Sequence[str], table: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """One line of the table as a flat dict: scores with intervals and the paired differences."""
-    summary = evaluation.summary
-    line: dict[str, Any] = {"run": name}
-    line |= {name: summary[name] for name in ("n_images", "n_patients", "n_failed")}
-    for name in metrics:
-        score, gain = summary["metrics"].get(name, _UNDEFINED), gain_of(table, name) or {}
-        line |= {name: score["patient_mean"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
-        line |= {f"{name}_{column}": gain.get(source) for column, source in _GAIN_COLUMNS.items()}
-    return line
-
-
 def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
-    """What a reader must know before believing the table."""
-    notes = list(dict.fromkeys(f"{run.name}: {mark}" for run in runs for mark in run.after.marks))
+    """Sentences a reader must know before believing the table."""
+    notes = [f"{run.name}: {sentence}" for run in runs for sentence in run.after.caveats.values()]
     if len(runs) > 1:
         notes.append(
             f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "

@@ -1,39 +1,310 @@
-"""How masks are made, chosen on validation images: the threshold by Dice, or all of it by the reward."""
+"""How masks are made, chosen on validation images: the threshold by Dice, all post-processing by the reward.
 
+Test images take no part. Every image is predicted once: thresholds and calibration need its pixels counted by
+probability, the grid of post-processing needs its probabilities.
+"""
+
+import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vesselrl.evaluation.postprocessing_grid import PostProcessingGrid, PredictedImage, score_postprocessing
-from vesselrl.evaluation.thresholds import ThresholdCurve, sweep_thresholds
-from vesselrl.scoring.postprocessing import PostProcessing
+from vesselrl.evaluation.statistics import patient_means
+from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
+from vesselrl.scoring.postprocessing import (
+    THRESHOLD_ONLY,
+    LowThresholdMask,
+    PostProcessing,
+    drop_small_components,
+)
 from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.scores import cached_truth
 
 logger = logging.getLogger(__name__)
+
+FORMAT = "vesselrl thresholds 1"
+SCORES = ("dice", "recall", "precision")
+# A pixel is vessel where its probability is above the threshold, compared in float32 as it was predicted.
+THRESHOLDS = (np.arange(1, 100) / 100).astype(np.float32)
+NUM_BINS = len(THRESHOLDS) + 1
+CALIBRATION_BINS = 10
+# The candidates of `score_postprocessing`.
+GRID_THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SIZES_PX = (0, 20, 40, 80, 160)
+GAP_LEVELS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Counts the pixels of one image, both (H, W), by probability; the counts of several images add up.
+
+    Returns:
+        Float64 (3, 100): pixels of the true vessel, those of the background, sum of the probabilities. Column
+        k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
+
+    >>> vessel, background, _ = count_pixels(np.array([[0.0, 0.25, 0.995]]), np.array([[False, True, True]]))
+    >>> np.flatnonzero(vessel).tolist(), np.flatnonzero(background).tolist()
+    ([24, 99], [0])
+    """
+    values = np.asarray(probabilities, dtype=np.float32)
+    if values.shape != truth.shape:
+        raise ValueError(
+            f"The probabilities are {values.shape}, the true mask {truth.shape}. Both must have the size of "
+            "the original image."
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("Some probabilities are nan or outside 0 to 1. Give probabilities, not logits.")
+    values, in_vessel = values.ravel(), truth.ravel()
+    bins = np.searchsorted(THRESHOLDS, values, side="left")
+    total = np.bincount(bins, minlength=NUM_BINS)
+    vessel = np.bincount(bins[in_vessel], minlength=NUM_BINS)
+    return np.stack([vessel, total - vessel, np.bincount(bins, values, minlength=NUM_BINS)])
+
+
+def calibration(counted: np.ndarray, num_failed: int = 0) -> dict[str, Any]:
+    """Reliability curve and expected calibration error over the pixels of a set of images.
+
+    Bin b of 10 holds n_b pixels with probabilities in (b/10, (b+1)/10], of mean p_b and a share v_b of true
+    vessel: expected calibration error = sum over b of n_b / n * |p_b - v_b|. Background is most of an image,
+    so any model that leaves it alone has a small error; the curve says more. Failed predictions are left out.
+
+    Returns:
+        `expected_calibration_error` (nan without pixels), `n_pixels`, `n_failed` and `bins`: for every bin
+        that holds pixels `low`, `high`, `predicted`, `observed` and `pixels`.
+    """
+    vessel, background, probability = counted.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
+    pixels = vessel + background
+    total = int(pixels.sum())
+    bins = [
+        {
+            "low": number / CALIBRATION_BINS,
+            "high": (number + 1) / CALIBRATION_BINS,
+            "predicted": float(probability[number] / pixels[number]),
+            "observed": float(vessel[number] / pixels[number]),
+            "pixels": int(pixels[number]),
+        }
+        for number in np.flatnonzero(pixels).tolist()
+    ]
+    gaps = [line["pixels"] * abs(line["predicted"] - line["observed"]) for line in bins]
+    error = sum(gaps) / total if total else math.nan
+    return {"expected_calibration_error": error, "n_pixels": total, "n_failed": num_failed, "bins": bins}
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Means over patients at one threshold; recall leaves out images without a true vessel (nan: all)."""
+
+    threshold: float
+    dice: float
+    recall: float
+    precision: float
+
+
+@dataclass(frozen=True)
+class ThresholdCurve:
+    """Scores of one model at every threshold, ascending; a failed prediction counts as an empty mask."""
+
+    points: tuple[CurvePoint, ...]
+    n_images: int
+    n_patients: int
+    n_failed: int
+
+    @property
+    def best(self) -> CurvePoint:
+        """The point with the highest Dice; of equal ones the nearest to 0.5."""
+        return max(self.points, key=lambda point: (point.dice, -abs(point.threshold - 0.5)))
+
+    def at_recall(self, recall: float) -> CurvePoint:
+        """The point whose recall is nearest to `recall`; of equally near ones that of highest precision."""
+        defined = [point for point in self.points if not math.isnan(point.recall)]
+        if not defined:
+            raise ValueError("No image has a true vessel: no threshold can be chosen by recall.")
+        return min(defined, key=lambda point: (abs(point.recall - recall), -point.precision))
+
+    def to_json(self) -> dict[str, Any]:
+        """The curve of validation images, one list per score, and the choice."""
+        return {
+            "format": FORMAT,
+            "side": "val",
+            "chosen": self.best.threshold,
+            "chosen_by": "mean over patients of Dice",
+            "n_images": self.n_images,
+            "n_patients": self.n_patients,
+            "n_failed": self.n_failed,
+            "thresholds": [point.threshold for point in self.points],
+            **{name: [getattr(point, name) for point in self.points] for name in SCORES},
+        }
+
+
+def read_threshold_curve(path: Path) -> dict[str, Any]:
+    """Reads a stored `ThresholdCurve.to_json`; undefined scores (null) become nan.
+
+    Of its values it returns `thresholds`, `dice`, `recall`, `precision` (lists of one length), `chosen`, and
+    `side`, `n_images`, `n_patients` of the images it was measured on.
+    """
+    names = ("thresholds", *SCORES)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        curve = {name: stored[name] for name in ("side", "n_images", "n_patients")}
+        points = np.array([*zip(*(stored[name] for name in names), strict=True)], dtype=np.float64)
+        return curve | {"chosen": float(stored["chosen"])} | dict(zip(names, points.T.tolist(), strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path.name} in {path.parent.name} is no threshold sweep ({type(error).__name__}: {error}). "
+            "Evaluate again."
+        ) from error
+
+
+def counts_by_threshold(
+    probabilities: np.ndarray, truth: np.ndarray, post: PostProcessing = THRESHOLD_ONLY
+) -> np.ndarray:
+    """Counts tp, fp and fn, (3, 99), of one image's masks at all `THRESHOLDS`.
+
+    `post` is applied to each mask after the threshold; its own threshold is not used.
+    """
+    vessel, background, _ = count_pixels(probabilities, truth)
+    if post.changes_masks:
+        return np.transpose([counts(mask, truth)[:3] for mask in post.masks(probabilities, THRESHOLDS)])
+    # Threshold k leaves bins k + 1 and above as vessel.
+    found, invented = (np.cumsum(part[::-1])[::-1] for part in (vessel, background))
+    return np.stack([found[1:], invented[1:], found[0] - found[1:]])
+
+
+def threshold_curve(
+    counted: Sequence[np.ndarray], patients: Sequence[str], num_failed: int = 0
+) -> ThresholdCurve:
+    """Averages the scores of `counts_by_threshold`, one per image with its patient, over patients."""
+    if not counted:
+        raise ValueError(
+            "There are no images to choose a threshold on. Use a split with validation patients."
+        )
+    tp, fp, fn = np.stack(counted, axis=1)
+    scores = {
+        "dice": dice_from_counts(tp, fp, fn),
+        "recall": recall_from_counts(tp, fn),
+        "precision": precision_from_counts(tp, fp, fn),
+    }
+    points = []
+    for column, threshold in enumerate(THRESHOLDS):
+        means = {name: _patient_mean(table[:, column], patients) for name, table in scores.items()}
+        points.append(CurvePoint(round(float(threshold), 2), **means))
+    return ThresholdCurve(tuple(points), len(counted), len(set(patients)), num_failed)
+
+
+def _patient_mean(values: np.ndarray, patients: Sequence[str]) -> float:
+    means = list(patient_means(values, patients).values())
+    return float(np.mean(means)) if means else math.nan
+
+
+class PredictedImage(NamedTuple):
+    """One validation image: probabilities (H, W), None = failed; true mask, bool (H, W); patient."""
+
+    probabilities: np.ndarray | None
+    truth: np.ndarray
+    patient: str
+
+    @property
+    def filled(self) -> np.ndarray:
+        """The probabilities; 0 everywhere where the prediction failed, which counts as an empty mask."""
+        return np.zeros(self.truth.shape) if self.probabilities is None else self.probabilities
+
+
+@dataclass(frozen=True)
+class PostProcessingGrid:
+    """The mean reward over patients of every candidate."""
+
+    rewards: dict[PostProcessing, float]
+
+    def best(
+        self, min_component_px: int | None = None, close_gaps: float | None = None
+    ) -> tuple[PostProcessing, float]:
+        """The candidate of highest reward, and that reward; of those with the size and level given, if any.
+
+        Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
+        """
+
+        def rank(pair: tuple[PostProcessing, float]) -> tuple[float, ...]:
+            post, reward = pair
+            return reward, -abs(post.threshold - 0.5), -post.min_component_px, -post.close_gaps
+
+        allowed = (
+            (post, reward)
+            for post, reward in self.rewards.items()
+            if min_component_px in (None, post.min_component_px) and close_gaps in (None, post.close_gaps)
+        )
+        return max(allowed, key=rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON: lists of threshold, size, level and reward."""
+        return {"candidates": [[*astuple(post), reward] for post, reward in self.rewards.items()]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "PostProcessingGrid":
+        """Restores the grid of `to_json`."""
+        return cls({PostProcessing(*settings): reward for *settings, reward in values["candidates"]})
+
+
+def score_postprocessing(
+    images: Sequence[PredictedImage],
+    reward: Reward,
+    thresholds: Sequence[float] = GRID_THRESHOLDS,
+    sizes_px: Sequence[int] = SIZES_PX,
+    gap_levels: Sequence[float] = GAP_LEVELS,
+) -> PostProcessingGrid:
+    """Scores all candidates on validation images; sizes ascend from 0, the gap level 0 leaves gaps open."""
+    if not images:
+        raise ValueError(
+            "There are no images to choose post-processing on. Use a split with validation patients."
+        )
+    if list(sizes_px) != sorted({0, *sizes_px}):
+        raise ValueError(
+            f"sizes_px are {tuple(sizes_px)}. Give ascending numbers of pixels that start with 0."
+        )
+    scores = np.empty((len(thresholds), len(sizes_px), len(gap_levels), len(images)))
+    for place, image in enumerate(images):
+        topology = cached_truth(image.truth).topology
+        low_masks = [LowThresholdMask(image.filled, level) if level else None for level in gap_levels]
+        for row, threshold in enumerate(thresholds):
+            mask, num_scored = PostProcessing(threshold).mask(image.filled), -1
+            for column, size in enumerate(sizes_px):
+                # Of what a smaller size left, a larger one leaves what it leaves of the whole mask.
+                mask = drop_small_components(mask, size)
+                if (num_pixels := np.count_nonzero(mask)) != num_scored:  # else it is scored already
+                    num_scored = num_pixels
+                    closed = [mask if low is None else low.close(mask) for low in low_masks]
+                    score = [reward(one, image.truth, topology)[0] for one in closed]
+                scores[row, column, :, place] = score
+    patients = [image.patient for image in images]
+    return PostProcessingGrid(
+        {
+            PostProcessing(threshold, size, level): _patient_mean(scores[row, column, layer], patients)
+            for row, threshold in enumerate(thresholds)
+            for column, size in enumerate(sizes_px)
+            for layer, level in enumerate(gap_levels)
+        }
+    )
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What validation images say of one model.
+    """Scores of one model on validation images by post-processing, and the choices made from them."""
 
-    Attributes:
-        post: how masks are made without tuning.
-        curve: scores by threshold, with the rest of `post`.
-        grid: reward by threshold, smallest component and closing of gaps; None: not asked for.
-    """
-
+    # How masks are made without tuning.
     post: PostProcessing
+    # By threshold, with the rest of `post`.
     curve: ThresholdCurve
+    # By threshold, smallest component and closing of gaps; None: not asked for.
     grid: PostProcessingGrid | None
 
     @property
     def choices(self) -> dict[str, PostProcessing]:
         """Ending of the result's file -> how its masks are made."""
         chosen = {"tuned": replace(self.post, threshold=self.curve.best.threshold)}
-        return chosen | ({} if self.grid is None else {"tuned_post": self.grid.best()[0]})
+        return chosen if self.grid is None else chosen | {"tuned_post": self.grid.best()[0]}
 
     def grid_json(self) -> dict[str, Any]:
         """Every candidate of the grid with its reward, and the choice."""
@@ -42,46 +313,21 @@ class Tuning:
         return chosen | {"reward": reward, "n_images": self.curve.n_images} | self.grid.to_json()
 
 
-def tune(
-    predict: Callable[[np.ndarray], Any],
-    validation: Sequence[Any],
-    load: Callable[[Any], tuple[np.ndarray, np.ndarray]],
-    post: PostProcessing,
-    reward: Reward | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tuning:
-    """Predicts every validation image once and scores what masks could be made of it.
+def tune(images: Iterable[PredictedImage], post: PostProcessing, reward: Reward | None) -> Tuning:
+    """Scores the masks that post-processing could make of validation images.
 
-    Args:
-        predict: image uint8 (H, W, 3) -> object with `.probabilities`, (H, W), or None = failed.
-        validation: samples with `patient`.
-        load: sample -> (image, true mask).
-        post: how masks are made without tuning.
-        reward: what threshold, smallest component and closing of gaps are chosen for together; None: they
-            are not. The probabilities of all images are kept for it.
-        progress: called with (images done, images in all) after every image.
-
-    Raises:
-        ValueError: no samples, or probabilities of the wrong shape or range.
+    With a reward, threshold, smallest component and closing of gaps are chosen for it together; only then are
+    the images kept, so they had better come one by one.
     """
-    kept: list[np.ndarray | None] = []
-    truths: list[np.ndarray] = []
-
-    def predict_and_keep(image: np.ndarray) -> Any:
-        prediction = predict(image)
-        kept.append(None if prediction is None else prediction.probabilities)
-        return prediction
-
-    def load_and_keep(sample: Any) -> tuple[np.ndarray, np.ndarray]:
-        image, truth = load(sample)
-        truths.append(truth)
-        return image, truth
-
+    counted, patients, kept, num_failed = [], [], [], 0
+    for image in images:
+        counted.append(counts_by_threshold(image.filled, image.truth, post))
+        patients.append(image.patient)
+        num_failed += image.probabilities is None
+        if reward is not None:
+            kept.append(image)
+    curve = threshold_curve(counted, patients, num_failed)
     if reward is None:
-        curve = sweep_thresholds(predict, validation, load, progress, post)
         return Tuning(post, curve, None)
-    curve = sweep_thresholds(predict_and_keep, validation, load_and_keep, progress, post)
-    logger.info("scoring every way of post-processing on %d validation images", len(validation))
-    patients = [sample.patient for sample in validation]
-    images = [PredictedImage(*parts) for parts in zip(kept, truths, patients, strict=True)]
-    return Tuning(post, curve, score_postprocessing(images, reward))
+    logger.info("scoring all post-processing on %d validation images", len(kept))
+    return Tuning(post, curve, score_postprocessing(kept, reward))

@@ -1,54 +1,46 @@
-"""Images in, vessel masks out; the only class that users of a trained model need."""
+"""Images in, vessel masks out: arrays with `Predictor`, files with `predict_files`."""
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.special import expit
 
-from vesselrl.models.loading import load_sa2va
-from vesselrl.models.lora import load_adapter, merge_adapter
+from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
+from vesselrl.data.patients import is_impersonal, names_a_person
+from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
+from vesselrl.errors import DataError
+from vesselrl.models.checkpoint import load_sa2va
+from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
+from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 
 class Prediction(NamedTuple):
-    """One image's result in its own pixels, all (H, W).
+    """One image's result in its own pixels, all (H, W)."""
 
-    Attributes:
-        mask: bool, probability > threshold, then post-processed.
-        probabilities: float32 in [0, 1].
-        logits: float32; probability = 1 / (1 + exp(-logit)).
-    """
-
-    mask: np.ndarray
-    probabilities: np.ndarray
-    logits: np.ndarray
+    mask: np.ndarray  # bool, probability > threshold, then post-processed
+    probabilities: np.ndarray  # float32 in [0, 1]
+    logits: np.ndarray  # float32; probability = 1 / (1 + exp(−logit))
 
 
+@dataclass(eq=False)
 class Predictor:
-    """Segments vessels with a Sa2VA.
+    """Segments vessels with a Sa2VA, with or without an adapter inside."""
 
-    Args:
-        model: native Sa2VA, with or without an adapter inside.
-        processor: of the same checkpoint.
-        prompt: the question put to the model.
-        post: how masks are made of probabilities.
-    """
-
-    def __init__(
-        self,
-        model: Sa2VA,
-        processor: Sa2VAProcessor,
-        prompt: str = DEFAULT_PROMPT,
-        post: PostProcessing = THRESHOLD_ONLY,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.prompt = prompt
-        self.post = post
+    model: Sa2VA
+    # Of the same checkpoint.
+    processor: Sa2VAProcessor
+    prompt: str = DEFAULT_PROMPT
+    # How masks are made of probabilities.
+    post: PostProcessing = THRESHOLD_ONLY
 
     @classmethod
     def from_pretrained(
@@ -68,32 +60,29 @@ class Predictor:
             use_bf16: vision tower and language model in bfloat16; SAM2 stays in float32.
             **kwargs: prompt, post.
         """
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load_sa2va(base_model, where, torch.bfloat16 if use_bf16 else torch.float32)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
         if lora_weights is not None:
-            model = merge_adapter(load_adapter(model, adapter_folder(Path(lora_weights))))
+            model = load_adapter(model, adapter_folder(Path(lora_weights))).merge_and_unload()
         return cls(model.eval(), processor, **kwargs)
 
     def predict(self, image: np.ndarray) -> Prediction:
-        """Segments one image.
-
-        Args:
-            image: uint8 RGB (H, W, 3).
-        """
+        """Segments one uint8 RGB image (H, W, 3)."""
         return self.predict_batch([image])[0]
 
     @torch.inference_mode()
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
         """Segments several images in one pass; their sizes may differ."""
         inputs = self.processor(images, self.prompt).to(self.model.device)
+        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
+        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
-        for logits in self.model(inputs):
-            values = logits.float().cpu().numpy()
-            # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-            cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
-            probabilities = expit(values)
-            mask = self.post.finisher(probabilities)(values > cut)
-            results.append(Prediction(mask, probabilities, values))
+        for output in self.model(inputs):
+            logits = output.float().cpu().numpy()
+            probabilities = expit(logits)
+            results.append(
+                Prediction(self.post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
+            )
         return results
 
 
@@ -101,3 +90,72 @@ def adapter_folder(path: Path) -> Path:
     """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter."""
     inside = path / "best_lora"
     return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image file itself, or the images of a folder by name; a DataError when there is none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )
+    if not files:
+        raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
+    return files
+
+
+def predict_files(
+    predictor: Predictor, path: Path, output_dir: Path, progress: Callable[[int, int], None] | None = None
+) -> Iterator[dict]:
+    """Segments an image or a folder of images and writes mask, probability and overlay of each.
+
+    Where a file name has a person in it, a pseudonym stands for the stem, and `patients.mapping.json` in the
+    output folder, for its owner only, says which file it is. Files of the same name are replaced. `progress`
+    is called with (images done, images in all).
+
+    Yields:
+        One dict per image: `image` (file name), `foreground` (share of pixels, 0 to 1), `mask` (path).
+    """
+    files = find_images(path)
+    stems = [file.stem for file in files]
+    # Messages call a file by its name where that says nothing about a person, else by its place.
+    shown = [
+        file.name if is_impersonal(file.stem) else f"image {place} of {len(files)} in name order"
+        for place, file in enumerate(files, start=1)
+    ]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} file names differ only by their ending: "
+            f"{shown[stems.index(twice[0])]} and the next; rename one of each."
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write to {output_dir} ({error.strerror}); give another --output_dir."
+        ) from None
+    people = [stem for stem in stems if names_a_person(stem)]
+    keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
+    for done, (file, name) in enumerate(zip(files, shown, strict=True), start=1):
+        image = read_rgb(file, name)
+        stem = keys[file.stem].key if file.stem in keys else file.stem
+        yield write_prediction(image, predictor.predict(image), output_dir, stem) | {"image": file.name}
+        if progress is not None:
+            progress(done, len(files))
+
+
+def write_prediction(image: np.ndarray, prediction: Prediction, output_dir: Path, stem: str) -> dict:
+    """Writes `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`."""
+    pictures = {
+        "mask": prediction.mask.astype(np.uint8) * 255,
+        "probability": np.round(prediction.probabilities * 65535).astype(np.uint16),
+        "overlay": overlay(image, prediction.mask),
+    }
+    for kind, pixels in pictures.items():
+        Image.fromarray(pixels).save(output_dir / f"{stem}_{kind}.png")
+    return {"mask": str(output_dir / f"{stem}_mask.png"), "foreground": float(prediction.mask.mean())}

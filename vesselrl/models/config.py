@@ -1,13 +1,12 @@
-"""What a Sa2VA checkpoint folder says about its own shape: `config.json` plus the SAM2 side-car.
+"""The shape of a Sa2VA checkpoint: `config.json` plus a side-car for SAM2.
 
 The official `config.json` describes the vision tower and the language model but is silent about SAM2, whose
-dimensions cannot be inferred from tensor shapes (heads, windows and global blocks leave no trace). They are
-read from `sam2_config.json` in the same folder; without that file SAM2-Hiera-Large is assumed, as in every
-published Sa2VA.
+heads, windows and global blocks leave no trace in tensor shapes. They are read from `sam2_config.json` in the
+same folder; without that file SAM2-Hiera-Large is assumed, as in every published Sa2VA.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
@@ -20,6 +19,8 @@ _NEEDED = {
     "vision_config": (*_TRANSFORMER, "image_size", "patch_size"),
     "llm_config": (*_TRANSFORMER, "num_key_value_heads", "vocab_size"),
 }
+# Values of config.json that the native model is written for; absent ones mean the same.
+_SUPPORTED = {"select_layer": -1, "ps_version": "v2", "template": "qwen_chat"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Sam2Dimensions:
     @classmethod
     def from_dict(cls, values: dict) -> "Sam2Dimensions":
         """Reads the side-car's JSON object; unknown or missing fields are errors."""
-        names = set(cls.__dataclass_fields__)
+        names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise CheckpointError(
                 f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; "
@@ -53,10 +54,6 @@ class Sam2Dimensions:
                 kind = "a list of whole numbers" if is_list else "a whole number"
                 raise CheckpointError(f"{SAM2_SIDECAR} has {name} = {value!r}; {kind} is needed.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-    def to_dict(self) -> dict:
-        """The JSON object that `from_dict` reads back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def native(self) -> Sam2Config:
         """The transformers configuration of the same shape."""
@@ -80,48 +77,38 @@ class Sam2Dimensions:
             "backbone_feature_sizes": [[size // s, size // s] for s in (4, 8, 16)],
             "fpn_hidden_size": self.hidden_size,
         }
+        prompt = {"hidden_size": self.hidden_size, "image_size": size}
         decoder = {
             "hidden_size": self.hidden_size,
             "mlp_dim": self.decoder_mlp_dim,
             "iou_head_hidden_dim": self.iou_head_hidden_dim,
         }
-        prompt = {"hidden_size": self.hidden_size, "image_size": size}
         return Sam2Config(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
 
 
 @dataclass(frozen=True)
 class Sa2VAConfig:
-    """The shape of one Sa2VA of the InternVL + Qwen2 family.
+    """The shape of one Sa2VA of the InternVL + Qwen2 family."""
 
-    Attributes:
-        vision: `vision_config` of config.json (InternViT).
-        llm: `llm_config` of config.json (Qwen2).
-        sam2: SAM2's dimensions.
-        tile_px: side of a tile of the language model's image input.
-        downsample_ratio: side ratio of the pixel shuffle; 0.5 means four patches make one image token.
-        template: name of the chat template; only `qwen_chat` is known for Qwen2.
-    """
-
+    # `vision_config` (InternViT) and `llm_config` (Qwen2) of config.json.
     vision: dict
     llm: dict
     sam2: Sam2Dimensions
+    # Side of a tile of the language model's image input.
     tile_px: int = 448
+    # Side ratio of the pixel shuffle; 0.5: four patches make one image token.
     downsample_ratio: float = 0.5
-    template: str = "qwen_chat"
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens that one tile becomes, (tile / patch)^2 * ratio^2."""
+        """Image tokens that one tile becomes, (tile / patch)² · ratio²."""
         return int((self.tile_px // self.vision["patch_size"]) ** 2 * self.downsample_ratio**2)
 
     def native_vision(self) -> InternVLVisionConfig:
         """The transformers configuration of the vision tower."""
         v = self.vision
         return InternVLVisionConfig(
-            hidden_size=v["hidden_size"],
-            num_hidden_layers=v["num_hidden_layers"],
-            num_attention_heads=v["num_attention_heads"],
-            intermediate_size=v["intermediate_size"],
+            **{name: v[name] for name in _TRANSFORMER},
             attention_bias=v.get("qkv_bias", True),
             use_qk_norm=v.get("qk_normalization", False),
             norm_type=v.get("norm_type", "layer_norm"),
@@ -142,49 +129,22 @@ class Sa2VAConfig:
         values = {k: v for k, v in self.llm.items() if k not in ignored}
         return Qwen2Config(**{**values, "tie_word_embeddings": False})
 
-
-def parse_config(values: dict, sam2: Sam2Dimensions, source: str = "config.json") -> Sa2VAConfig:
-    """Reads the official config.json object.
-
-    Raises:
-        CheckpointError: a field is missing or asks for something the native model does not do.
-    """
-    for section in ("vision_config", "llm_config"):
-        if not isinstance(values.get(section), dict):
-            raise CheckpointError(
-                f"{source} has no `{section}` object; is this a Sa2VA of the InternVL family?"
-            )
-        wrong = [name for name in _NEEDED[section] if type(values[section].get(name)) is not int]
-        if wrong:
-            raise CheckpointError(
-                f"{source}: `{section}` needs whole numbers for {', '.join(wrong)}. Copy it from the source."
-            )
-    vision, llm = values["vision_config"], values["llm_config"]
-    architecture = (llm.get("architectures") or ["?"])[0]
-    if architecture != "Qwen2ForCausalLM":
-        raise CheckpointError(
-            f"{source} names the language model {architecture!r}; only Qwen2ForCausalLM "
-            "(Sa2VA-InternVL3 2B/8B/14B and Sa2VA 1B/4B) is supported. Choose one of those checkpoints."
-        )
-    template = str(values.get("template", "qwen_chat")).replace("-", "_")
-    wanted = {
-        "select_layer": (values.get("select_layer", -1), -1),
-        "ps_version": (values.get("ps_version", "v2"), "v2"),
-        "template": (template, "qwen_chat"),
-    }
-    for name, (got, expected) in wanted.items():
-        if got != expected:
-            raise CheckpointError(f"{source} has {name} = {got!r}; only {expected!r} is supported.")
-    tile_px = int(values.get("force_image_size") or vision["image_size"])
-    return Sa2VAConfig(vision, llm, sam2, tile_px, float(values.get("downsample_ratio", 0.5)), template)
+    def to_dict(self) -> dict:
+        """The config.json object that `read_config` reads back, together with SAM2's side-car."""
+        return {
+            "architectures": ["Sa2VAChatModel"],
+            "model_type": "sa2va_chat",
+            "vision_config": self.vision,
+            "llm_config": self.llm,
+            "force_image_size": self.tile_px,
+            "downsample_ratio": self.downsample_ratio,
+            **_SUPPORTED,
+            "tie_word_embeddings": False,
+        }
 
 
-def read_json(path: Path) -> dict:
-    """One JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing or no JSON object; the message names it.
-    """
+def read_json_object(path: Path) -> dict:
+    """Reads one JSON object of a checkpoint; a CheckpointError names the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -197,25 +157,46 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig:
-    """The configuration of a checkpoint folder.
-
-    Args:
-        folder: holds `config.json` and, for another SAM2 than Hiera-Large, `sam2_config.json`.
-        sam2: overrides the side-car.
+    """Reads the configuration of a checkpoint folder; `sam2` overrides its side-car.
 
     Raises:
-        CheckpointError: the folder or config.json is missing or unusable.
+        CheckpointError: missing or damaged, or it asks for something the native model does not do.
     """
+    source = folder / "config.json"
     if not folder.is_dir():
         raise CheckpointError(
             f"Model folder {folder} does not exist. Give --model_path a Sa2VA checkpoint folder."
         )
-    if not (folder / "config.json").exists():
+    if not source.exists():
         raise CheckpointError(
             f"{folder} has no config.json. It is not among the tensors but can be rebuilt from their shapes: "
             f"run `vesselrl doctor --model_path {folder}`, which lists what can be inferred."
         )
     if sam2 is None:
         sidecar = folder / SAM2_SIDECAR
-        sam2 = Sam2Dimensions.from_dict(read_json(sidecar)) if sidecar.exists() else Sam2Dimensions()
-    return parse_config(read_json(folder / "config.json"), sam2, str(folder / "config.json"))
+        sam2 = Sam2Dimensions.from_dict(read_json_object(sidecar)) if sidecar.exists() else Sam2Dimensions()
+    values = read_json_object(source)
+    for section, names in _NEEDED.items():
+        if not isinstance(values.get(section), dict):
+            raise CheckpointError(
+                f"{source} has no `{section}` object; is this a Sa2VA of the InternVL family?"
+            )
+        wrong = ", ".join(name for name in names if type(values[section].get(name)) is not int)
+        if wrong:
+            raise CheckpointError(
+                f"{source}: `{section}` needs whole numbers for {wrong}. Copy it from the source."
+            )
+    vision, llm = values["vision_config"], values["llm_config"]
+    architecture = (llm.get("architectures") or ["?"])[0]
+    if architecture != "Qwen2ForCausalLM":
+        raise CheckpointError(
+            f"{source} names the language model {architecture!r}; only Qwen2ForCausalLM "
+            "(Sa2VA-InternVL3 2B/8B/14B and Sa2VA 1B/4B) is supported. Choose one of those checkpoints."
+        )
+    for name, expected in _SUPPORTED.items():
+        got = values.get(name, expected)
+        got = got.replace("-", "_") if isinstance(got, str) else got
+        if got != expected:
+            raise CheckpointError(f"{source} has {name} = {got!r}; only {expected!r} is supported.")
+    tile_px = int(values.get("force_image_size") or vision["image_size"])
+    return Sa2VAConfig(vision, llm, sam2, tile_px, float(values.get("downsample_ratio", 0.5)))

@@ -1,11 +1,11 @@
 """Images and a prompt to model inputs, bit for bit as the official Sa2VA does it.
 
 The language model sees the image as tiles (the grid whose aspect ratio fits best, plus a thumbnail); SAM2
-sees the whole image resized to its square, aspect ratio not kept. Both are normalised with the ImageNet mean
-and deviation. The answer is teacher-forced, so that one forward pass gives the hidden state at every [SEG].
+sees the whole image resized to its square, aspect ratio not kept. The answer is teacher-forced, so that one
+forward pass gives the hidden state at every [SEG].
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from vesselrl.errors import CheckpointError
 from vesselrl.models.config import Sa2VAConfig
 
+# Of ImageNet, for both branches.
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)
 
@@ -27,41 +28,31 @@ MAX_TILES = 12
 
 @dataclass
 class Sa2VAInputs:
-    """One batch of B images with the same prompt; T tiles in all, L tokens after right padding.
+    """One batch of B images with the same prompt; T tiles in all, L tokens after right padding."""
 
-    Attributes:
-        tiles: (T, 3, t, t) float, the tiles of all images one after the other.
-        input_ids: (B, L) long, prompt and answer with the image tokens expanded.
-        attention_mask: (B, L) long, 0 where padded.
-        sam_pixels: (B, 3, S, S) float.
-        sizes: (height, width) of every original image, in pixels.
-        num_tiles: tiles of every image.
-    """
-
-    tiles: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    sam_pixels: torch.Tensor
-    sizes: tuple[tuple[int, int], ...]
-    num_tiles: tuple[int, ...]
+    tiles: torch.Tensor  # (T, 3, t, t) float, the tiles of all images one after the other
+    input_ids: torch.Tensor  # (B, L) long, prompt and answer with the image tokens expanded
+    attention_mask: torch.Tensor  # (B, L) long, 0 where padded
+    sam_pixels: torch.Tensor  # (B, 3, S, S) float
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of every original image, in px
+    num_tiles: tuple[int, ...]  # of every image
 
     def to(self, device: torch.device | str) -> "Sa2VAInputs":
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Sa2VAInputs(
-            **{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def image(self, index: int) -> "Sa2VAInputs":
         """One image of the batch, without padding."""
+        one = slice(index, index + 1)
         first, length = sum(self.num_tiles[:index]), int(self.attention_mask[index].sum())
         return Sa2VAInputs(
             tiles=self.tiles[first : first + self.num_tiles[index]],
-            input_ids=self.input_ids[index : index + 1, :length],
-            attention_mask=self.attention_mask[index : index + 1, :length],
-            sam_pixels=self.sam_pixels[index : index + 1],
-            sizes=(self.sizes[index],),
-            num_tiles=(self.num_tiles[index],),
+            input_ids=self.input_ids[one, :length],
+            attention_mask=self.attention_mask[one, :length],
+            sam_pixels=self.sam_pixels[one],
+            sizes=self.sizes[one],
+            num_tiles=self.num_tiles[one],
         )
 
 
@@ -84,9 +75,9 @@ def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = MAX_TILES)
     return best
 
 
-def cut_tiles(image: Image.Image, tile_px: int, max_tiles: int = MAX_TILES) -> list[Image.Image]:
+def cut_tiles(image: Image.Image, tile_px: int) -> list[Image.Image]:
     """Tiles row by row, then a thumbnail when there is more than one tile."""
-    columns, rows = tile_grid(image.width, image.height, tile_px, max_tiles)
+    columns, rows = tile_grid(image.width, image.height, tile_px)
     resized = image.resize((columns * tile_px, rows * tile_px), Image.Resampling.BICUBIC)
     corners = [(c * tile_px, r * tile_px) for r in range(rows) for c in range(columns)]
     tiles = [resized.crop((x, y, x + tile_px, y + tile_px)) for x, y in corners]
@@ -95,49 +86,27 @@ def cut_tiles(image: Image.Image, tile_px: int, max_tiles: int = MAX_TILES) -> l
     return tiles
 
 
-def normalise(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) float32, (value / 255 - mean) / deviation per channel."""
+def _normalise(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32, (value / 255 − mean) / deviation per channel."""
     pixels = (np.asarray(image, np.float32) / np.float32(255) - MEAN) / STD
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def clean_prompt(prompt: str) -> str:
-    r"""The user's turn as trained on: one `<image>` and a line break before the question.
-
-    A literal backslash-n, as shells pass it, counts as a line break; a prompt that places
-    `<image>` itself is kept.
-
-    >>> clean_prompt("Please segment the blood vessel.")
-    '<image>\nPlease segment the blood vessel.'
-    """
-    prompt = prompt.replace("\\n", "\n")
-    return prompt if "<image>" in prompt else f"<image>\n{prompt}"
 
 
 class Sa2VAProcessor:
     """Turns images and one prompt into `Sa2VAInputs`."""
 
-    def __init__(
-        self, config: Sa2VAConfig, tokenizer: PreTrainedTokenizerBase, max_tiles: int = MAX_TILES
-    ) -> None:
+    def __init__(self, config: Sa2VAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.max_tiles = max_tiles
         self.image_token_id = self._special_id(IMAGE_TOKEN)
         self.seg_token_id = self._special_id(SEG_TOKEN)
 
     def __call__(
         self, images: list[np.ndarray], prompt: str = DEFAULT_PROMPT, answer: str = ANSWER
     ) -> Sa2VAInputs:
-        """Prepares a batch.
+        """Prepares a batch of uint8 RGB images (H, W, 3), whose sizes may differ.
 
-        Args:
-            images: uint8 RGB arrays (H, W, 3); sizes may differ.
-            prompt: the question; `<image>` is put before it when absent.
-            answer: the teacher-forced answer, with at least one [SEG].
-
-        Raises:
-            ValueError: an image of another shape or type, or an answer without [SEG].
+        `<image>` is put before the prompt where that has none; the teacher-forced answer needs a [SEG].
         """
         if SEG_TOKEN not in answer:
             raise ValueError(f"The answer {answer!r} has no {SEG_TOKEN}; without it there is no mask.")
@@ -147,29 +116,27 @@ class Sa2VAProcessor:
                     f"Image {index} is {image.dtype} {image.shape}; uint8 RGB (H, W, 3) is needed."
                 )
         pictures = [Image.fromarray(image) for image in images]
-        tiles = [cut_tiles(picture, self.config.tile_px, self.max_tiles) for picture in pictures]
-        rows = [self.token_ids(prompt, answer, len(tiles_of_image)) for tiles_of_image in tiles]
-        length = max(len(row) for row in rows)
+        tiles = [cut_tiles(picture, self.config.tile_px) for picture in pictures]
+        rows = [self._token_ids(prompt, answer, len(tiles_of_image)) for tiles_of_image in tiles]
+        length = max(map(len, rows))
+        pad_id = self.tokenizer.pad_token_id or 0
         side = (self.config.sam2.image_size,) * 2
         return Sa2VAInputs(
-            tiles=torch.stack([normalise(tile) for tiles_of_image in tiles for tile in tiles_of_image]),
-            input_ids=torch.tensor([row + [self._pad_id] * (length - len(row)) for row in rows]),
+            tiles=torch.stack([_normalise(tile) for tiles_of_image in tiles for tile in tiles_of_image]),
+            input_ids=torch.tensor([row + [pad_id] * (length - len(row)) for row in rows]),
             attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
-            sam_pixels=torch.stack([normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
+            sam_pixels=torch.stack([_normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
             sizes=tuple((picture.height, picture.width) for picture in pictures),
             num_tiles=tuple(map(len, tiles)),
         )
 
-    def token_ids(self, prompt: str, answer: str, num_tiles: int) -> list[int]:
-        """Prompt and answer as ids; tokenised separately, as in the official training."""
+    def _token_ids(self, prompt: str, answer: str, num_tiles: int) -> list[int]:
+        """Ids of prompt and answer, tokenised separately, as in the official training."""
+        prompt = prompt.replace("\\n", "\n")  # as shells pass a line break
+        question = prompt if "<image>" in prompt else f"<image>\n{prompt}"
         image = f"<img>{IMAGE_TOKEN * (self.config.tokens_per_tile * num_tiles)}</img>"
-        question = clean_prompt(prompt).replace("<image>", image)
-        turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        turn = f"<|im_start|>user\n{question.replace('<image>', image)}<|im_end|>\n<|im_start|>assistant\n"
         return self._encode(turn) + self._encode(f"{answer}<|im_end|>")
-
-    @property
-    def _pad_id(self) -> int:
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -178,7 +145,7 @@ class Sa2VAProcessor:
         ids = self._encode(token)
         if len(ids) != 1:
             raise CheckpointError(
-                f"The tokenizer splits {token!r} into {len(ids)} pieces; its added_tokens.json does not "
+                f"The tokenizer splits {token!r} into {len(ids)} tokens; its added_tokens.json does not "
                 "belong to a Sa2VA. Copy the tokenizer files of the checkpoint again."
             )
         return ids[0]

@@ -2,8 +2,8 @@
 
 One teacher-forced pass: image tokens and text go through the language model, the last hidden state at each
 [SEG] becomes a prompt token of SAM2's mask decoder, and the mask logits are brought to the image's own size.
-Everything is differentiable and nothing here calls `generate`. The parts can be run one by one, so that an
-image is encoded once and decoded many times.
+Everything is differentiable and nothing calls `generate`. The parts can be run one by one, so that an image
+is encoded once and decoded many times.
 """
 
 from typing import NamedTuple
@@ -16,40 +16,108 @@ from transformers import InternVLVisionModel, Qwen2ForCausalLM, Sam2Model
 from vesselrl.models.config import Sa2VAConfig
 from vesselrl.models.processing import Sa2VAInputs
 
+# Tensor names by prefix, official then native. `#` stands for a number and `*` for the rest; the first row
+# that matches wins, in either direction. Of several native names, three are the parts of a tensor fused along
+# dim 0, and two are equal copies; the four official point embeddings are the rows of one table.
+_SAM = "grounding_encoder.sam2_model."
+POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
+NAMES = {
+    ("", ""): """
+        mlp1.*                                      projector.*
+        language_model.*                            lm.*
+        text_hidden_fcs.*                           text_hidden_fcs.*
+        vision_model.embeddings.class_embedding     vision.embeddings.cls_token
+        vision_model.embeddings.position_embedding  vision.embeddings.position_embeddings
+        vision_model.embeddings.patch_embedding.*   vision.embeddings.patch_embeddings.projection.*
+    """,
+    ("vision_model.encoder.layers.#.", "vision.encoder.layer.#."): """
+        attn.qkv.*   attention.q_proj.*  attention.k_proj.*  attention.v_proj.*
+        attn.proj.*  attention.projection_layer.*
+        attn.*       attention.*
+        norm1.*      layernorm_before.*
+        norm2.*      layernorm_after.*
+        ls#          lambda_#
+        mlp.*        mlp.*
+    """,
+    (_SAM + "image_encoder.", "sam.vision_encoder."): """
+        trunk.patch_embed.proj.*       backbone.patch_embed.projection.*
+        trunk.blocks.#.norm#.*         backbone.blocks.#.layer_norm#.*
+        trunk.blocks.#.mlp.layers.0.*  backbone.blocks.#.mlp.proj_in.*
+        trunk.blocks.#.mlp.layers.1.*  backbone.blocks.#.mlp.proj_out.*
+        trunk.*                        backbone.*
+        neck.convs.#.conv.*            neck.convs.#.*
+    """,
+    (_SAM + "sam_prompt_encoder.", "sam.prompt_encoder."): """
+        point_embeddings.#.weight  point_embed.weight
+        not_a_point_embed.*        not_a_point_embed.*
+        no_mask_embed.*            no_mask_embed.*
+        mask_downscaling.0.*       mask_embed.conv1.*
+        mask_downscaling.1.*       mask_embed.layer_norm1.*
+        mask_downscaling.3.*       mask_embed.conv2.*
+        mask_downscaling.4.*       mask_embed.layer_norm2.*
+        mask_downscaling.6.*       mask_embed.conv3.*
+    """,
+    (_SAM, "sam."): """
+        no_mem_embed  no_memory_embedding
+        sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix \
+            prompt_encoder.shared_embedding.positional_embedding  shared_image_embedding.positional_embedding
+    """,
+    (_SAM + "sam_mask_decoder.", "sam.mask_decoder."): """
+        output_upscaling.0.*                 upscale_conv1.*
+        output_upscaling.1.*                 upscale_layer_norm.*
+        output_upscaling.3.*                 upscale_conv2.*
+        transformer.layers.#.norm#.*         transformer.layers.#.layer_norm#.*
+        transformer.layers.#.mlp.layers.0.*  transformer.layers.#.mlp.proj_in.*
+        transformer.layers.#.mlp.layers.1.*  transformer.layers.#.mlp.proj_out.*
+        transformer.norm_final_attn.*        transformer.layer_norm_final_attn.*
+        transformer.*.out_proj.*             transformer.*.o_proj.*
+        transformer.*                        transformer.*
+        *.layers.0.*                         *.proj_in.*
+        *.layers.1.*                         *.layers.0.*
+        *.layers.2.*                         *.proj_out.*
+        *                                    *
+    """,
+}
+# SAM2's video memory: part of every official checkpoint, never used for a single image.
+UNUSED = tuple(
+    _SAM + name
+    for name in "memory_attention. memory_encoder. maskmem_tpos_enc no_mem_pos_enc no_obj_ptr obj_ptr_proj. "
+    "mask_downsample.".split()
+)
+
 
 class ImageFeatures(NamedTuple):
-    """SAM2's raw feature pyramid of B images at S px, before anything that the mask decoder owns.
+    """SAM2's raw feature pyramid of B images at S px, before anything that the mask decoder owns."""
 
-    Attributes:
-        low: (B, C, S/16, S/16).
-        mid: (B, C, S/8, S/8).
-        high: (B, C, S/4, S/4).
-    """
-
-    low: Tensor
-    mid: Tensor
-    high: Tensor
+    low: Tensor  # (B, C, S/16, S/16)
+    mid: Tensor  # (B, C, S/8, S/8)
+    high: Tensor  # (B, C, S/4, S/4)
 
 
 class DecodedMasks(NamedTuple):
-    """Mask decoder output for B images with P prompts each.
+    """Candidate masks of B images with P prompts each, and the decoder's own estimate of their quality."""
 
-    Attributes:
-        logits: (B, P, 3, S/4, S/4), three candidate masks per prompt.
-        iou: (B, P, 3), the decoder's own estimate of their quality.
-    """
-
-    logits: Tensor
-    iou: Tensor
+    logits: Tensor  # (B, P, 3, S/4, S/4)
+    iou: Tensor  # (B, P, 3)
 
     def best(self) -> Tensor:
-        """(B, P) long, the candidate with the largest estimated IoU; official inference takes this one."""
+        """(B, P) long, the candidate with the largest estimated IoU, as in official inference."""
         return self.iou.argmax(-1)
 
     def select(self, index: Tensor) -> Tensor:
         """(B, P, S/4, S/4), one candidate per prompt."""
         height, width = self.logits.shape[-2:]
         return self.logits.gather(2, index[..., None, None, None].expand(-1, -1, 1, height, width)).squeeze(2)
+
+
+class _NoPositions(nn.Module):
+    """In place of the position maps of SAM2's image encoder.
+
+    Only SAM2's video memory reads them; making them anew for every image took a sixth of the encoder's time.
+    """
+
+    def forward(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 class Sa2VA(nn.Module):
@@ -64,7 +132,8 @@ class Sa2VA(nn.Module):
         super().__init__()
         self.config = config
         vision, llm = config.native_vision(), config.native_llm()
-        shuffled = vision.hidden_size * round(1 / config.downsample_ratio) ** 2
+        self.shuffle_factor = round(1 / config.downsample_ratio)
+        shuffled = vision.hidden_size * self.shuffle_factor**2
         self.vision = InternVLVisionModel(vision)
         self.projector = nn.Sequential(
             nn.LayerNorm(shuffled),
@@ -95,24 +164,24 @@ class Sa2VA(nn.Module):
         return upsample(decoded.select(decoded.best()), inputs.sizes, self.config.sam2.image_size)
 
     def image_tokens(self, tiles: Tensor) -> Tensor:
-        """(T, tokens, hidden): what the language model sees of T tiles."""
-        patches = self.vision(tiles.to(self._dtype(self.vision))).last_hidden_state[:, 1:]
+        """(T, tokens, hidden): the language model's view of T tiles."""
+        dtype = next(self.vision.parameters()).dtype
+        patches = self.vision(tiles.to(dtype)).last_hidden_state[:, 1:]
         side = round(patches.shape[1] ** 0.5)
-        grid = pixel_shuffle(patches.unflatten(1, (side, side)), round(1 / self.config.downsample_ratio))
+        grid = pixel_shuffle(patches.unflatten(1, (side, side)), self.shuffle_factor)
         return self.projector(grid.flatten(1, 2))
 
     def seg_prompts(self, inputs: Sa2VAInputs) -> Tensor:
-        """(B, P, C) prompt tokens for SAM2, from the hidden state at each of the P [SEG] tokens.
-
-        Raises:
-            ValueError: the image tokens in the text do not match the tiles, or images differ in their number
-                of [SEG].
-        """
-        states = self.seg_states(inputs)
-        return self.text_hidden_fcs(states.to(self._dtype(self.text_hidden_fcs)))
+        """(B, P, C) prompt tokens for SAM2, from the hidden state at each of the P [SEG] tokens."""
+        dtype = next(self.text_hidden_fcs.parameters()).dtype
+        return self.text_hidden_fcs(self.seg_states(inputs).to(dtype))
 
     def seg_states(self, inputs: Sa2VAInputs) -> Tensor:
-        """(B, P, hidden): last hidden state, after the final norm, where [SEG] is the input token."""
+        """(B, P, hidden): last hidden state, after the final norm, where [SEG] is the input token.
+
+        Raises:
+            ValueError: image tokens do not match the tiles, or images differ in their number of [SEG].
+        """
         ids = inputs.input_ids
         embeds = self.lm.get_input_embeddings()(ids)
         image_tokens = self.image_tokens(inputs.tiles).flatten(0, 1)
@@ -136,8 +205,8 @@ class Sa2VA(nn.Module):
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
         """SAM2's image encoder, once per image; (B, 3, S, S) in."""
-        pyramid = self.sam.vision_encoder(sam_pixels).fpn_hidden_states  # high to low resolution
-        return ImageFeatures(low=pyramid[2], mid=pyramid[1], high=pyramid[0])
+        high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
+        return ImageFeatures(low, mid, high)
 
     def decode(self, features: ImageFeatures, prompts: Tensor) -> DecodedMasks:
         """The mask decoder, any number of times per encoded image; prompts (B, P, C)."""
@@ -148,10 +217,9 @@ class Sa2VA(nn.Module):
         sparse, dense = sam.prompt_encoder(
             input_points=no_points, input_labels=padding, input_boxes=None, input_masks=None
         )
-        positions = sam.get_image_wide_positional_embeddings().repeat(batch, 1, 1, 1)
         logits, iou, _, _ = sam.mask_decoder(
             image_embeddings=features.low + sam.no_memory_embedding.view(1, channels, 1, 1),
-            image_positional_embeddings=positions,
+            image_positional_embeddings=sam.get_image_wide_positional_embeddings().repeat(batch, 1, 1, 1),
             sparse_prompt_embeddings=torch.cat([sparse, prompts[:, :, None]], dim=2),
             dense_prompt_embeddings=dense,
             multimask_output=True,
@@ -162,31 +230,11 @@ class Sa2VA(nn.Module):
         )
         return DecodedMasks(logits, iou)
 
-    @staticmethod
-    def _dtype(module: nn.Module) -> torch.dtype:
-        return next(module.parameters()).dtype
-
-
-class _NoPositions(nn.Module):
-    """In place of the position maps of SAM2's image encoder.
-
-    Only SAM2's video memory reads them; making them anew for every image took a sixth of the encoder's time.
-    """
-
-    def forward(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """An empty tensor."""
-        return torch.empty(0, dtype=dtype, device=device)
-
 
 def pixel_shuffle(grid: Tensor, factor: int) -> Tensor:
-    """Gathers factor x factor neighbouring patches into one token (official `ps_version` v2).
+    """(T, H, W, C) patches to (T, H / f, W / f, C · f²) tokens, as the official `ps_version` v2.
 
-    Args:
-        grid: (T, H, W, C) patches.
-        factor: neighbours per side.
-
-    Returns:
-        (T, H / factor, W / factor, C * factor^2); channels ordered by row, column inside the block, then C.
+    The channels of a token are ordered by row and column inside the block of f x f patches, then C.
     """
     count, height, width, channels = grid.shape
     blocks = grid.view(count, height // factor, factor, width // factor, factor, channels)
@@ -194,24 +242,15 @@ def pixel_shuffle(grid: Tensor, factor: int) -> Tensor:
 
 
 def upsample(low_res: Tensor, sizes: tuple[tuple[int, int], ...], sam_px: int) -> list[Tensor]:
-    """Mask logits at each image's own size, in two bilinear steps as official inference does.
+    """(B, P, S/4, S/4) mask logits to B of each image's own size, (H, W); of several prompts the largest.
 
-    Args:
-        low_res: (B, P, S/4, S/4); with P > 1 the union (largest logit) is returned.
-        sizes: (height, width) of every image.
-        sam_px: S; the step over S x S is kept because leaving it out moves logits by up to 0.9.
-
-    Returns:
-        B float tensors (H, W).
+    Bilinear in two steps, over S x S, as official inference does: one step would move logits by up to 0.9.
     """
-    full = functional.interpolate(
-        low_res.float(), size=(sam_px, sam_px), mode="bilinear", align_corners=False
-    )
+
+    def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+        return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+    full = resize(low_res.float(), (sam_px, sam_px))
     if len(set(sizes)) == 1:
-        native = functional.interpolate(full, size=sizes[0], mode="bilinear", align_corners=False)
-        return list(native.amax(1).unbind(0))
-    pieces = zip(full.split(1), sizes, strict=True)
-    return [
-        functional.interpolate(piece, size=size, mode="bilinear", align_corners=False).amax(1)[0]
-        for piece, size in pieces
-    ]
+        return list(resize(full, sizes[0]).amax(1).unbind(0))
+    return [resize(one, size).amax(1)[0] for one, size in zip(full.split(1), sizes, strict=True)]

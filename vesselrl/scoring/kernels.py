@@ -1,12 +1,9 @@
-"""The shape of a mask, measured in one compiled call that visits the foreground pixels only.
+"""The compiled loops: the shape of a mask, distances to a border, and the paths that join components.
 
-Importing this module imports numba; `topology` does so when the first mask is measured. The functions see the
-mask as a flat frame with one pixel of background around it: `pixels` are the foreground positions in reading
-order, `steps[k]` leads to neighbour k, and `codes[p]` is the neighbourhood code of position p. All of them
-release the GIL, so threads scale.
+Importing this module imports numba, so it is imported where it is first used. All functions release the GIL.
+The topology functions see the mask as a flat frame with one pixel of background around it: `pixels` are the
+foreground positions in reading order, `steps[k]` leads to neighbour k, which owns bit k of `codes[position]`.
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Callable
@@ -14,10 +11,51 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from vesselrl.scoring import paths
-from vesselrl.scoring.neighbourhood import NEIGHBOURS
-
 logger = logging.getLogger(__name__)
+
+# The eight neighbours of a pixel, counter-clockwise from the east, as (row, column) steps.
+NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+
+# ---- Tables by neighbourhood code, 0 to 255: bits[code, k] is neighbour k ----
+
+BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1
+ORTHOGONAL, DIAGONAL = BITS[:, 0::2], BITS[:, 1::2]
+ENDS = (BITS.sum(axis=1) == 1).astype(np.int64)
+# Crossing number (steps from background to foreground once around the pixel) of 3 or more: branches meet.
+JUNCTIONS = ((np.roll(BITS, -1, axis=1) > BITS).sum(axis=1) >= 3).astype(np.int64)
+# Neighbours across a side, and across a corner that cannot be reached by two side steps.
+SIDE_STEPS = ORTHOGONAL.sum(axis=1)
+DIAGONAL_STEPS = (DIAGONAL & ~(ORTHOGONAL | np.roll(ORTHOGONAL, -1, axis=1))).sum(axis=1)
+
+
+def thinning_table() -> np.ndarray:
+    """Which pixels each of the two passes of Guo and Hall (CACM 1989) removes: bool (2, 256).
+
+    The pixel adjoins one run of foreground only, is neither an end nor deep inside, and lies on the side that
+    this pass works on.
+    """
+    e, ne, n, nw, w, sw, s, se = BITS.T.astype(bool)
+    num_runs = sum([~e & (ne | n), ~n & (nw | w), ~w & (sw | s), ~s & (se | e)])
+    pairs_from_corner = sum([ne | e, nw | n, sw | w, se | s])
+    pairs_from_side = sum([n | ne, w | nw, s | sw, e | se])
+    fewer_pairs = np.minimum(pairs_from_corner, pairs_from_side)
+    removable = (num_runs == 1) & (fewer_pairs >= 2) & (fewer_pairs <= 3)
+    return np.stack([removable & ~((ne | n | ~se) & e), removable & ~((sw | s | ~nw) & w)])
+
+
+def touch_table() -> np.ndarray:
+    """Where a new pixel touches the pixels before it in reading order: two directions or -1, int8 (2, 256).
+
+    The north pixel adjoins the three others (west, north-west, north-east), so it stands for all of them.
+    Without it there may be one touch on the west side and a separate one at the north-east corner.
+    """
+    _, north_east, north, north_west, west, *_ = BITS.T.astype(bool)
+    first = np.select([north, west, north_west], [2, 4, 3], -1)
+    return np.stack([first, np.where(north_east & ~north, 1, -1)]).astype(np.int8)
+
+
+THINNING = thinning_table()
+TOUCHES = touch_table()
 
 
 def _compiled(function: Callable) -> Callable:
@@ -29,7 +67,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def framed(mask: np.ndarray) -> np.ndarray:
-    """The mask inside one pixel of background: flat bool, (H+2) x (W+2), its length a multiple of 8."""
+    """The mask inside one pixel of background: flat bool, of a length that is a multiple of 8."""
     height, width = mask.shape[0] + 2, mask.shape[1] + 2
     frame = np.zeros(-(-height * width // 8) * 8, bool)
     frame[: height * width].reshape(height, width)[1:-1, 1:-1] = mask
@@ -60,12 +98,8 @@ def neighbourhood_codes(pixels, steps, num_positions):
 
 
 @_compiled
-def components_and_loops(pixels, codes, steps, touches):
-    """8-connected pieces and loops, by adding the pixels one by one in reading order (union-find).
-
-    Each touch of a new pixel with what is already there joins two pieces, or, where both sides were one piece
-    before, closes a loop.
-    """
+def components_and_loops(pixels, codes, steps):
+    """Number of 8-connected components and of loops, adding the pixels in reading order (union-find)."""
     index = np.empty(codes.size, np.int32)
     parent = np.arange(pixels.size)
     num_components, num_loops = pixels.size, 0
@@ -73,7 +107,7 @@ def components_and_loops(pixels, codes, steps, touches):
         pixel = pixels[i]
         index[pixel] = i
         for touch in range(2):
-            direction = touches[touch, codes[pixel]]
+            direction = TOUCHES[touch, codes[pixel]]
             if direction < 0:
                 continue
             root, other = i, index[pixel + steps[direction]]
@@ -82,7 +116,7 @@ def components_and_loops(pixels, codes, steps, touches):
             while parent[other] != other:
                 parent[other] = parent[parent[other]]
                 other = parent[other]
-            if root == other:
+            if root == other:  # both belonged to one component before
                 num_loops += 1
             else:
                 num_components -= 1
@@ -91,19 +125,17 @@ def components_and_loops(pixels, codes, steps, touches):
 
 
 @_compiled
-def thin(pixels, codes, steps, table):
+def thin(pixels, codes, steps):
     """Guo-Hall thinning: the skeleton pixels in reading order; `codes` become their neighbourhood codes."""
-    kept = pixels.copy()
-    removed = np.empty_like(pixels)
+    kept, removed = pixels.copy(), np.empty_like(pixels)
     num_kept, changed = pixels.size, True
     while changed:
         changed = False
         for step in range(2):
-            removable = table[step]
             num_alive, num_kept, num_removed = num_kept, 0, 0
             for i in range(num_alive):  # decide for all pixels first, then remove them together
                 pixel = kept[i]
-                goes = removable[codes[pixel]]
+                goes = THINNING[step, codes[pixel]]
                 removed[num_removed] = kept[num_kept] = pixel
                 num_removed += goes
                 num_kept += not goes
@@ -115,29 +147,16 @@ def thin(pixels, codes, steps, table):
 
 
 @_compiled
-def measure(frame, num_pixels, shape, thinning, touches, nodes):
-    """All numbers of one mask.
-
-    Args:
-        frame: `framed(mask)`.
-        num_pixels: foreground pixels of the mask.
-        shape: (H, W) of the mask.
-        thinning: `thinning_table()`.
-        touches: `touch_table()`.
-        nodes: `node_tables()`.
-
-    Returns:
-        (skeleton bool (H, W), (skeleton pixels, side steps, diagonal steps), pieces, loops, ends, junctions);
-        each step between two skeleton pixels counts once.
-    """
+def measure(frame, num_pixels, shape):
+    """Skeleton, (its pixels, side steps, diagonal steps), components, loops, ends, junctions of one mask."""
     row = shape[1] + 2
     steps = np.empty(8, np.int64)
     for k in range(8):
         steps[k] = NEIGHBOURS[k][0] * row + NEIGHBOURS[k][1]
     pixels = foreground_positions(frame, num_pixels)
     codes = neighbourhood_codes(pixels, steps, frame.size)
-    num_components, num_loops = components_and_loops(pixels, codes, steps, touches)
-    centreline = thin(pixels, codes, steps, thinning)
+    num_components, num_loops = components_and_loops(pixels, codes, steps)
+    centreline = thin(pixels, codes, steps)
 
     skeleton = np.zeros(shape, np.bool_)
     branching = np.empty_like(centreline)
@@ -145,28 +164,24 @@ def measure(frame, num_pixels, shape, thinning, touches, nodes):
     for pixel in centreline:
         skeleton[pixel // row - 1, pixel % row - 1] = True
         code = codes[pixel]
-        num_ends += nodes.ends[code]
-        num_sides += nodes.side_steps[code]
-        num_diagonals += nodes.diagonal_steps[code]
-        if nodes.junctions[code]:
+        num_ends += ENDS[code]
+        num_sides += SIDE_STEPS[code]
+        num_diagonals += DIAGONAL_STEPS[code]
+        if JUNCTIONS[code]:
             branching[num_branching] = pixel
             num_branching += 1
     branching = branching[:num_branching]
     branching_codes = neighbourhood_codes(branching, steps, frame.size)
-    num_junctions, _ = components_and_loops(branching, branching_codes, steps, touches)
+    num_junctions, _ = components_and_loops(branching, branching_codes, steps)
     lengths = centreline.size, num_sides // 2, num_diagonals // 2
     return skeleton, lengths, num_components, num_loops, num_ends, num_junctions
 
 
 @_compiled
 def distances_to_border(border, positions):
-    """Euclidean distance from each flat position to the nearest True of `border`, bool (H, W) not empty.
-
-    Two sweeps give the distance within each column; then a position looks left and right, column by column,
-    as far as its best distance so far reaches.
-    """
+    """Euclidean distance from each flat position to the nearest True of `border`, bool (H, W) not empty."""
     height, width = border.shape
-    gaps = np.where(border, np.int32(0), np.int32(height + width))
+    gaps = np.where(border, np.int32(0), np.int32(height + width))  # distance within each column
     for row in range(1, height):
         for column in range(width):
             gaps[row, column] = min(gaps[row, column], gaps[row - 1, column] + 1)
@@ -178,7 +193,7 @@ def distances_to_border(border, positions):
     for i, position in enumerate(positions):
         row, column = position // width, position % width
         best, away = gaps[row, column] ** 2, 1
-        while away**2 < best:
+        while away**2 < best:  # look left and right as far as the best distance reaches
             for beside in (column - away, column + away):
                 if 0 <= beside < width:
                     best = min(best, gaps[row, beside] ** 2 + away**2)
@@ -187,5 +202,67 @@ def distances_to_border(border, positions):
     return distances
 
 
-claim_ways = _compiled(paths.claim_ways)
-spanning_paths = _compiled(paths.spanning_paths)
+@_compiled
+def voronoi_labels(candidates, labels, steps):
+    """Label each candidate pixel with the component that is the fewest steps away; find where labels meet.
+
+    Where two labels meet there is a path between the two components; such meetings suffice for the shortest
+    paths between all (Mehlhorn 1988). `candidates` are int32 (N,) flat positions in reading order, `labels`
+    is flat int32 with a border of 0: components from 1 on, 0 elsewhere.
+
+    Returns:
+        owner: int32 (N,), the label of each candidate; 0: it can be reached from no component.
+        before: int32 (N,), the candidate through which it was reached; -1: from the component itself.
+        one, other, length: int32 (M,), two candidates where labels meet and the pixels of the path through
+            them; instead of the second, -c where component c itself is met.
+    """
+    number = np.zeros(len(labels), np.int32)
+    number[candidates] = np.arange(1, len(candidates) + 1)
+    owner, distance = np.zeros(len(candidates), np.int32), np.zeros(len(candidates), np.int32)
+    before = np.full(len(candidates), -1, np.int32)
+    queue, num_queued = np.empty(len(candidates), np.int32), 0
+    room = 16 * len(candidates)
+    one, other, length = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32)
+    met = 0
+    for i in range(len(candidates)):
+        for step in steps:
+            component = labels[candidates[i] + step]
+            if component != 0 and owner[i] == 0:
+                owner[i], distance[i] = component, 1
+                queue[num_queued] = i
+                num_queued += 1
+            elif component != 0 and owner[i] != component:
+                one[met], other[met], length[met] = i, -component, 1
+                met += 1
+    done = 0
+    while done < num_queued:
+        i = queue[done]
+        done += 1
+        for step in steps:
+            j = number[candidates[i] + step] - 1
+            if j >= 0 and owner[j] == 0:
+                owner[j], distance[j], before[j] = owner[i], distance[i] + 1, i
+                queue[num_queued] = j
+                num_queued += 1
+            elif j >= 0 and owner[j] != owner[i]:
+                one[met], other[met], length[met] = i, j, distance[i] + distance[j]
+                met += 1
+    return owner, before, one[:met], other[:met], length[:met]
+
+
+@_compiled
+def spanning_paths(owner, before, one, other, length, num_components):
+    """Which candidates lie on the shortest paths that join what can be joined (Kruskal 1956); bool (N,)."""
+    group = np.arange(num_components + 1)
+    taken = np.zeros(len(owner), np.bool_)
+    for meeting in np.argsort(length, kind="mergesort"):
+        i, j = one[meeting], other[meeting]
+        first, second = group[owner[i]], group[owner[j] if j >= 0 else -j]
+        if first == second:
+            continue
+        group[group == second] = first
+        for end in (i, j):
+            while end >= 0:
+                taken[end] = True
+                end = before[end]
+    return taken

@@ -4,12 +4,14 @@ The colours mean the same in every picture of the project: white is a vessel fou
 missed, blue a vessel invented; told apart by the colour-blind too.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
-from vesselrl.scoring.masks import as_mask, as_mask_pair, check_same_shape
+from vesselrl.scoring.overlap import as_mask, as_mask_pair
 from vesselrl.scoring.topology import topology
 
 HIT = (255, 255, 255)
@@ -19,24 +21,7 @@ REACH = 3  # how far beside a missed stretch the prediction may join its two sid
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
-    """Lay a mask over its image: found white, missed red, invented blue; without a truth the mask is blue.
-
-    An empty mask leaves the image as it is (without a truth) or shows every true vessel as missed.
-
-    Args:
-        image: uint8 (H, W, 3), RGB.
-        mask: bool (H, W), the prediction.
-        truth: bool (H, W), or None.
-
-    Returns:
-        uint8 (H, W, 3), RGB, a new array.
-
-    Raises:
-        ValueError: the sizes of image, mask and truth differ.
-
-    >>> overlay(np.zeros((1, 2, 3), np.uint8), np.array([[True, False]]), np.array([[True, False]])).tolist()
-    [[[217, 217, 217], [0, 0, 0]]]
-    """
+    """Lay a mask over a copy of its image, uint8 (H, W, 3) RGB; without a truth the mask is blue."""
     mask = as_mask(mask, name="mask")
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
         raise ValueError(
@@ -46,8 +31,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
     if truth is None:
         layers = [(mask, INVENTED)]
     else:
-        truth = as_mask(truth, name="truth")
-        check_same_shape(mask, truth)
+        mask, truth = as_mask_pair(mask, truth)
         layers = [(mask & truth, HIT), (truth & ~mask, MISSED), (mask & ~truth, INVENTED)]
     result = image.copy()
     for region, colour in layers:
@@ -58,82 +42,56 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
 
 @dataclass(frozen=True)
 class TopologyErrors:
-    """Where a prediction breaks the vessel tree and where it adds pieces to it; positions as (row, column).
+    """Where a prediction breaks the vessel tree and where it adds components to it, each as (row, column)."""
 
-    Attributes:
-        breaks: the middle of each stretch of the truth's centreline that the prediction misses although it
-            finds the vessel on both sides of the stretch, and does not join the two sides beside it
-            (within `REACH` px).
-        false_pieces: the middle of each 8-connected piece of the prediction that touches no true pixel.
-    """
-
+    # the middle of each stretch of the truth's centreline that the prediction misses although it finds the
+    # vessel on both sides of it, and does not join the two sides beside it (within REACH)
     breaks: tuple[tuple[int, int], ...]
+    # the middle of each 8-connected component of the prediction that touches no true pixel
     false_pieces: tuple[tuple[int, int], ...]
 
 
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
-    """Find the breaks and the false pieces of a prediction.
+    """Find the breaks and the false components of a prediction; both masks are bool or 0/1 (H, W).
 
-    A vessel that only ends too early is not a break, nor is one that is missed entirely; a hole or a bend of
-    the prediction that still joins both sides is none either. An empty truth has no breaks, and every piece
-    of a prediction is then false; an empty prediction has neither.
-
-    Args:
-        pred: bool or 0/1 (H, W).
-        truth: bool or 0/1 (H, W).
-
-    Raises:
-        ValueError: not masks, or of different size.
-
-    >>> truth = np.zeros((9, 30), bool)
-    >>> truth[3:6, 2:28] = True
-    >>> pred = truth.copy()
-    >>> pred[:, 12:17] = False  # a gap of five columns
-    >>> pred[0, 0] = True  # and a speck
-    >>> topology_errors(pred, truth)
-    TopologyErrors(breaks=((4, 14),), false_pieces=((0, 0),))
+    A vessel that only ends too early is not a break, nor is one that is missed entirely.
     """
-    import cv2
-
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton
-    found = np.pad(centreline & pred, REACH)
-    near_pred = np.pad(pred, REACH)
-    missed = np.pad(centreline & ~pred, REACH).astype(np.uint8)
-
+    found, padded_pred = np.pad(centreline & pred, REACH), np.pad(pred, REACH)
     breaks = []
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(missed, connectivity=8)
-    for number in range(1, count):
-        left, top, width, height = boxes[number, :4]
-        window = np.s_[top - REACH : top + height + REACH, left - REACH : left + width + REACH]
-        stretch = labels[window] == number
-        if _is_break(stretch, found[window], near_pred[window]):
-            row, column = _middle(stretch)
-            breaks.append((row + int(top) - 2 * REACH, column + int(left) - 2 * REACH))
-
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(pred.astype(np.uint8), connectivity=8)
-    touching = np.unique(labels[truth])
-    false_pieces = []
-    for number in np.setdiff1d(np.arange(1, count), touching):
-        left, top, width, height = boxes[number, :4]
-        row, column = _middle(labels[top : top + height, left : left + width] == number)
-        false_pieces.append((row + int(top), column + int(left)))
+    for stretch, window in _components(np.pad(centreline & ~pred, REACH), margin=REACH):
+        if _is_break(stretch, found[window], padded_pred[window]):
+            row, column = _middle(stretch, window)
+            breaks.append((row - REACH, column - REACH))
+    false_pieces = [
+        _middle(component, window)
+        for component, window in _components(pred)
+        if not (component & truth[window]).any()
+    ]
     return TopologyErrors(tuple(sorted(breaks)), tuple(sorted(false_pieces)))
 
 
-def _is_break(stretch: np.ndarray, found: np.ndarray, pred: np.ndarray) -> bool:
-    """True if the found centreline meets the stretch in several pieces of the prediction near it."""
-    import cv2
+def _components(mask: np.ndarray, margin: int = 0) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
+    """Each 8-connected component of a mask, as a mask of a window around it."""
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    for number in range(1, count):
+        left, top, width, height = boxes[number, :4].tolist()
+        window = np.s_[top - margin : top + height + margin, left - margin : left + width + margin]
+        yield labels[window] == number, window
 
+
+def _is_break(stretch: np.ndarray, found: np.ndarray, pred: np.ndarray) -> bool:
+    """True if the found centreline meets the stretch in several components of the prediction near it."""
     pixels = stretch.astype(np.uint8)
     contacts = found & (cv2.dilate(pixels, np.ones((3, 3), np.uint8)) > 0)
     beside = cv2.dilate(pixels, np.ones((2 * REACH + 1, 2 * REACH + 1), np.uint8)) > 0
-    _, pieces = cv2.connectedComponents((pred & beside).astype(np.uint8), connectivity=8)
-    return len(np.unique(pieces[contacts])) > 1
+    _, labels = cv2.connectedComponents((pred & beside).astype(np.uint8), connectivity=8)
+    return len(np.unique(labels[contacts])) > 1
 
 
-def _middle(region: np.ndarray) -> tuple[int, int]:
+def _middle(region: np.ndarray, window: tuple[slice, slice]) -> tuple[int, int]:
     """The pixel of a region that is nearest to its centre of mass; the first in reading order if tied."""
     places = np.argwhere(region)
     nearest = np.argmin(((places - places.mean(axis=0)) ** 2).sum(axis=1))
-    return int(places[nearest, 0]), int(places[nearest, 1])
+    return int(places[nearest, 0]) + window[0].start, int(places[nearest, 1]) + window[1].start

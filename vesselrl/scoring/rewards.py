@@ -1,19 +1,13 @@
-"""What is rewarded: one number per predicted mask, and how each part of it was earned.
+"""The rewards: one number per predicted mask, and how each term of it was earned; see docs/rewards.md.
 
-Every reward is called as `reward(pred, gt) -> (float, dict)`. For credit assignment it also splits in two:
-`overlap_terms` need only pixel counts and work on arrays of counts (one entry per "what if this pixel
-flipped"), `structure_terms` need the masks. The two halves add up to the call.
-
-Two specifications exist. "default" is bounded, defined for empty masks, and pays for structure only where
-the centrelines agree. "seed" is the prototype's formula to the last digit, kept for comparison: it prefers a
-bloated mask to a thin one and punishes a correct empty mask.
+Every reward is called as `reward(pred, gt) -> (float, dict)`. For credit assignment it also splits in two
+halves that add up to the call: `overlap_terms` need only pixel counts and work on arrays of counts (one entry
+per "if this pixel flipped"), `structure_terms` need the masks.
 """
 
-from __future__ import annotations
-
-import logging
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from numbers import Real
@@ -22,42 +16,34 @@ from typing import Any
 import numpy as np
 
 from vesselrl.errors import RewardError
-from vesselrl.scoring.masks import as_mask_pair
-from vesselrl.scoring.metrics import (
-    check_topology,
-    cldice_scores,
+from vesselrl.scoring.overlap import (
+    as_mask_pair,
     counts,
     dice_from_counts,
-    length_ratio,
     precision_from_counts,
     recall_from_counts,
 )
-from vesselrl.scoring.seed_reward import prototype_shape_scores
-from vesselrl.scoring.topology import Topology, topology
-
-logger = logging.getLogger(__name__)
+from vesselrl.scoring.scores import cldice_scores, length_ratio
+from vesselrl.scoring.topology import Topology, check_topology, prototype_topology, topology
 
 # Version of each specification, stored with every result; raise it whenever a formula changes. Version 1 of
 # the default paid for structure in any place, and for predicting nothing where the prediction was poor.
 SPEC_VERSIONS = {"default": 2, "seed": 1}
-SPECS = tuple(SPEC_VERSIONS)
+TERM_WEIGHTS = ("dice_weight", "recall_weight", "topology_weight", "length_weight")
 
-# Weight of the precision guard, by measurement: the smallest multiple of 0.05 at which
-#   perfect > dilated 3x3 > eroded 3x3 > dilated 7x7 > empty > all-foreground
-# holds by at least 0.2 at every step, on drawn trees 3 to 9 px wide and on real angiogram masks, 3 to 13 %
-# foreground. Two steps decide: eroded over dilated 7x7 needs 0.74 on real masks; the last one needs 0.53 at
-# 5 % foreground, 0.71 at 11 %, 0.83 at 16 %.
+# Weight of the precision guard: the smallest multiple of 0.05 that keeps the order perfect > dilated 3x3 >
+# eroded 3x3 > dilated 7x7 > empty > all-foreground by 0.2 at every step (measurements in docs/rewards.md).
 PRECISION_WEIGHT = 0.75
 
-# custom(pred, gt) -> number, both masks bool (H, W)
-CustomReward = Callable[[np.ndarray, np.ndarray], float]
+CustomReward = Callable[[np.ndarray, np.ndarray], float]  # of two bool masks (H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """What all rewards share: the specification, a term of the user's own, and the sum over all terms."""
+    """The common part of all rewards: the specification, the user's own term, and the sum over all terms."""
 
-    # "default" (bounded, defined for empty masks) or "seed" (the prototype's formula)
+    # "default": bounded, defined for empty masks, pays for structure only where the centrelines agree;
+    # "seed": the prototype's formula, which prefers a bloated mask and punishes a correct empty one
     spec: str = "default"
     # the user's function, added as term "custom"
     custom: CustomReward | None = None
@@ -67,31 +53,20 @@ class Reward:
     spec_version: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.spec not in SPECS:
-            raise ValueError(f"unknown reward spec {self.spec!r}. Choose one of: {', '.join(SPECS)}.")
+        if self.spec not in SPEC_VERSIONS:
+            raise ValueError(f"unknown reward spec {self.spec!r}. Choose one of: {', '.join(SPEC_VERSIONS)}.")
         object.__setattr__(self, "spec_version", SPEC_VERSIONS[self.spec])
         if self.custom is not None and not callable(self.custom):
             raise ValueError(f"custom must be a function custom(pred, gt) -> float, got {self.custom!r}.")
         _check_range(-math.inf, math.inf, custom_weight=self.custom_weight)
 
-    def __call__(
-        self, pred: Any, gt: Any, gt_topology: Topology | None = None
-    ) -> tuple[float, dict[str, float]]:
-        """Score one prediction.
-
-        Args:
-            pred: bool or 0/1 (H, W).
-            gt: bool or 0/1 (H, W), the truth.
-            gt_topology: `topology(gt)` if the caller has it already.
+    def __call__(self, pred: Any, gt: Any, gt_topology: Topology | None = None) -> tuple[float, dict]:
+        """Score one prediction against its truth, both bool or 0/1 (H, W).
 
         Returns:
             The reward, and a dict with dice, recall, precision (in [0, 1]; where the truth is empty recall is
             1 in spec "default" and 0 in "seed"), every weighted term as `<name>_term`, and what the custom
             function returned as custom_score. The terms add up to the reward.
-
-        Raises:
-            ValueError: not masks, or of different size.
-            RewardError: the custom function failed.
         """
         pred, gt = as_mask_pair(pred, gt)
         tp, fp, fn, _ = counts(pred, gt)
@@ -101,9 +76,7 @@ class Reward:
         details.update({f"{name}_term": term for name, term in terms.items()})
         if self.custom is not None:
             weight = self.custom_weight
-            details["custom_score"] = (
-                terms["custom"] / weight if weight else _call_custom(self.custom, pred, gt)
-            )
+            details["custom_score"] = terms["custom"] / weight if weight else self._call_custom(pred, gt)
         return math.fsum(terms.values()), details
 
     def overlap_scores(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
@@ -126,13 +99,25 @@ class Reward:
         if self.custom is not None:
             # At weight 0 it is worth nothing and may be slow.
             weight = self.custom_weight
-            terms["custom"] = weight * _call_custom(self.custom, pred, gt) if weight else 0.0
+            terms["custom"] = weight * self._call_custom(pred, gt) if weight else 0.0
         return terms
 
-    def _shape_terms(
-        self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None
-    ) -> dict[str, float]:
+    def _shape_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> dict:
         return {}
+
+    def _call_custom(self, pred: np.ndarray, gt: np.ndarray) -> float:
+        """Call the user's function on copies; whatever goes wrong inside it is reported under its name."""
+        name = getattr(self.custom, "__qualname__", repr(self.custom))
+        try:
+            value = self.custom(pred.copy(), gt.copy())
+        except Exception as error:  # the user's code can raise anything; it is passed on, never swallowed
+            problem = f"{type(error).__name__}: {error}"
+            raise RewardError(f"custom reward {name} failed with {problem}. Fix the function.") from error
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()  # a 0-d array or tensor
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise RewardError(f"custom reward {name} must return a finite number, got {value!r}.")
+        return float(value)
 
 
 @dataclass(frozen=True)
@@ -143,31 +128,16 @@ class MultiObjectiveReward(Reward):
     settings the maximum is 6.15, reached by the perfect mask only, and the minimum lies above -11. Terms
     before weighting, in spec "default":
 
-    - dice, 10·Dice: in [0, 10]. Alone it barely notices a thin vessel that is lost or broken.
-    - recall, (R - target)·20 below the target, ·5 above: in [-17, 0.75] for target 0.85. Alone it is gamed by
-      painting the whole image; an empty truth counts as R = 1.
-    - topology, 5·clDice·(0.4·pieces + 0.4·junctions + 0.2·ends): in [0, 5]; each is an agreement of counts,
-      (1+smaller)/(1+larger). Counts say nothing about place, so clDice says how far they are counts of the
-      same vessels. What stays: a break and a lost speck cancel, and specks or rough edges in numbers take
-      the whole term, never more. Exactly one empty mask: 0.
-    - length, -5·(1 - clDice·(1 - min(|1 - L/L_gt|, 1))) with skeleton lengths: in [-5, 0]. False twigs that
-      replace lost vessels cost what clDice loses.
-    - precision, the guard, -precision_weight·10·s·max(0, precision_target - P), outside the normalisation:
-      in [-8.5·precision_weight, 0]. s = A²/(1+A²) with A the predicted area over the true one; an empty
-      prediction raises no false alarm and pays nothing. It makes the first two terms safe: without it a
-      bloated mask beats a thin one. Gamed by leaving out doubtful vessels, which the recall term answers.
+    - dice, 10·Dice: in [0, 10].
+    - recall, (R - target)·20 below the target, ·5 above: in [-17, 0.75]; R = 1 for an empty truth.
+    - topology, 5·clDice·(0.4·components + 0.4·junctions + 0.2·ends): in [0, 5]; each is an agreement of
+      counts, (1+smaller)/(1+larger).
+    - length, -5·(1 - clDice·(1 - min(|1 - L/L_gt|, 1))) with skeleton lengths: in [-5, 0].
+    - precision, the guard, -precision_weight·10·s·max(0, precision_target - P): in [-6.375, 0].
+      s = A²/(1+A²) with A the predicted area over the true one.
 
     Spec "seed" is the prototype: no guard, Zhang-Suen skeletons, length unbounded below, extra junctions
-    free, topology -1 for fewer than 10 predicted pixels, Dice 0 for two empty masks. Perfect 6.15,
-    empty -4.90.
-
-    Raises:
-        ValueError: a weight is negative or not finite, all four are 0, or a target lies outside [0, 1].
-
-    >>> tree = np.zeros((32, 32), bool)
-    >>> tree[14:19, 2:30] = True
-    >>> round(MultiObjectiveReward()(tree, tree)[0], 2)
-    6.15
+    free, topology -1 for fewer than 10 predicted pixels, Dice 0 for two empty masks.
     """
 
     dice_weight: float = 0.5
@@ -180,56 +150,35 @@ class MultiObjectiveReward(Reward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range(0, math.inf, **self._given_weights(), precision_weight=self.precision_weight)
+        given = {name: getattr(self, name) for name in TERM_WEIGHTS}
+        _check_range(0, math.inf, **given, precision_weight=self.precision_weight)
         _check_range(0, 1, recall_target=self.recall_target, precision_target=self.precision_target)
-        if not any(self._given_weights().values()):
-            names = ", ".join(self._given_weights())
-            raise ValueError(f"{names} are all 0. Give at least one of them a positive weight.")
-
-    def _given_weights(self) -> dict[str, float]:
-        names = ("dice_weight", "recall_weight", "topology_weight", "length_weight")
-        return {name: getattr(self, name) for name in names}
+        if not any(given.values()):
+            raise ValueError(f"{', '.join(given)} are all 0. Give at least one of them a positive weight.")
 
     @cached_property
     def weights(self) -> dict[str, float]:
         """The weights of dice, recall, topology and length, normalised to sum 1."""
-        given = self._given_weights()
-        total = math.fsum(given.values())
-        return {name.removesuffix("_weight"): weight / total for name, weight in given.items()}
+        total = math.fsum(getattr(self, name) for name in TERM_WEIGHTS)
+        return {name.removesuffix("_weight"): getattr(self, name) / total for name in TERM_WEIGHTS}
 
     def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
         """Weighted terms dice, recall and, in spec "default", precision; elementwise over counts."""
-        scores = self.overlap_scores(tp, fp, fn)
-        recall_term = _recall_term(scores["recall"], self.recall_target, below=20, above=5)
-        terms = {
-            "dice": self.weights["dice"] * 10 * scores["dice"],
-            "recall": self.weights["recall"] * recall_term,
-        }
-        if self.spec == "default":
-            terms["precision"] = self.precision_weight * _precision_guard(tp, fp, fn, self.precision_target)
-        return terms
+        weights = self.weights["dice"], self.weights["recall"]
+        return _dice_recall_guard(self, (tp, fp, fn), weights, slopes=(20, 5))
 
-    def _shape_terms(
-        self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None
-    ) -> dict[str, float]:
+    def _shape_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> dict:
         topology_weight, length_weight = self.weights["topology"], self.weights["length"]
         if topology_weight == 0 and length_weight == 0:
             return {"topology": 0.0, "length": 0.0}
-        score = prototype_shape_scores if self.spec == "seed" else _shape_scores
+        score = _prototype_shape_scores if self.spec == "seed" else _shape_scores
         topology_score, length_score = score(pred, gt, gt_topology)
         return {"topology": topology_weight * 5 * topology_score, "length": length_weight * 5 * length_score}
 
 
 @dataclass(frozen=True)
 class SimpleDiceReward(Reward):
-    """Dice alone, 10·Dice, in [0, 10]; two empty masks 10 (0 in spec "seed"), exactly one empty mask 0.
-
-    Nearly blind to lost or broken thin vessels, which hold few pixels.
-
-    >>> bar = np.ones((4, 4), bool)
-    >>> SimpleDiceReward()(bar, bar)[0]
-    10.0
-    """
+    """Dice alone, 10·Dice, in [0, 10]: nearly blind to lost or broken thin vessels, which hold few pixels."""
 
     def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
         """Weighted term dice, elementwise over counts."""
@@ -240,17 +189,8 @@ class SimpleDiceReward(Reward):
 class RecallFocusedReward(Reward):
     """Find everything: (1-w)·10·Dice + w·(R - target)·{30 below the target, 10 above}, w = recall_weight 0.7.
 
-    In [-17.85, 4.05] before the guard. Spec "default" adds the precision guard of `MultiObjectiveReward`,
-    which curbs but does not stop over-segmentation here: an all-foreground mask still beats an empty one by
-    far. Choose this reward only where a missed vessel costs more than a false one. An empty truth counts as
-    R = 1. Spec "seed" is the prototype's formula: no guard, all scores 0 for two empty masks.
-
-    Raises:
-        ValueError: recall_weight or a target outside [0, 1], or a negative precision_weight.
-
-    >>> bar = np.ones((4, 4), bool)
-    >>> round(RecallFocusedReward()(bar, bar)[0], 2)
-    4.05
+    Spec "default" adds the precision guard of `MultiObjectiveReward`, which curbs but does not stop
+    over-segmentation here: an all-foreground mask still beats an empty one by far.
     """
 
     recall_target: float = 0.85
@@ -260,21 +200,14 @@ class RecallFocusedReward(Reward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range(0, 1, recall_target=self.recall_target, precision_target=self.precision_target)
-        _check_range(0, 1, recall_weight=self.recall_weight)
+        targets = {"recall_target": self.recall_target, "precision_target": self.precision_target}
+        _check_range(0, 1, **targets, recall_weight=self.recall_weight)
         _check_range(0, math.inf, precision_weight=self.precision_weight)
 
     def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
         """Weighted terms dice, recall and, in spec "default", precision; elementwise over counts."""
-        scores = self.overlap_scores(tp, fp, fn)
-        recall_term = _recall_term(scores["recall"], self.recall_target, below=30, above=10)
-        terms = {
-            "dice": (1 - self.recall_weight) * 10 * scores["dice"],
-            "recall": self.recall_weight * recall_term,
-        }
-        if self.spec == "default":
-            terms["precision"] = self.precision_weight * _precision_guard(tp, fp, fn, self.precision_target)
-        return terms
+        weights = 1 - self.recall_weight, self.recall_weight
+        return _dice_recall_guard(self, (tp, fp, fn), weights, slopes=(30, 10))
 
 
 _REWARDS: dict[str, type[Reward]] = {
@@ -284,20 +217,14 @@ _REWARDS: dict[str, type[Reward]] = {
 }
 
 
+# ---- Making a reward ----
+
+
 def get_reward_function(reward_type: str = "multi_objective", **options: Any) -> Reward:
-    """Make a reward by name, from one common set of options.
+    """Make the reward multi_objective, simple_dice or recall_focused from options of `MultiObjectiveReward`.
 
-    Args:
-        reward_type: multi_objective, simple_dice or recall_focused.
-        **options: keywords of `MultiObjectiveReward`. What another reward has no use for is left out, so the
-            same options serve all three. The four term weights belong to multi_objective alone:
-            recall_focused keeps its own 0.3 / 0.7 whatever recall_weight says here.
-
-    Raises:
-        ValueError: unknown name or option, with the list of those that exist.
-
-    >>> get_reward_function("simple_dice", dice_weight=0.5).spec
-    'default'
+    An option that another reward has no use for is left out, so the same options serve all three. The four
+    term weights belong to multi_objective alone: recall_focused keeps its own recall_weight of 0.7.
     """
     if reward_type not in _REWARDS:
         raise ValueError(f"unknown reward_type {reward_type!r}. Choose one of: {', '.join(_REWARDS)}.")
@@ -311,21 +238,66 @@ def get_reward_function(reward_type: str = "multi_objective", **options: Any) ->
     used = _options_of(reward_class)
     if reward_class is RecallFocusedReward:
         used.remove("recall_weight")
-    unused = sorted(options.keys() - used)
-    if unused:
-        logger.debug("reward %s does not use: %s", reward_type, ", ".join(unused))
     return reward_class(**{name: value for name, value in options.items() if name in used})
+
+
+def make_reward(settings: Mapping[str, Any]) -> Reward:
+    """Make the reward of a run from its flat settings, with the user's own term."""
+    options = {name: settings[name] for name in _options_of(MultiObjectiveReward) & settings.keys()}
+    function = settings.get("reward_fn")
+    return get_reward_function(
+        settings.get("reward_type", "multi_objective"),
+        spec=settings.get("reward_spec", "default"),
+        custom=import_function(function) if function else None,
+        custom_weight=settings.get("reward_fn_weight", 1.0),
+        **options,
+    )
+
+
+def import_function(name: str) -> CustomReward:
+    """Import the function called `package.module:function`, or say in a ValueError why it cannot be."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise ValueError(f"--reward_fn is {name!r}; give it as package.module:function.")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module can raise anything
+        raise ValueError(
+            f"--reward_fn {name}: the module cannot be imported ({type(error).__name__}: {error}). "
+            "It is looked for in the folders of PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name!r}.")
+    return function
 
 
 def _options_of(reward_class: type[Reward]) -> set[str]:
     return {option.name for option in fields(reward_class) if option.init}
 
 
-# ---- Terms, unweighted ----
+def _check_range(low: float, high: float, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{name} must be {limits}, got {value}.")
 
 
-def _recall_term(recall: np.ndarray, target: float, below: float, above: float) -> np.ndarray:
-    return (recall - target) * np.where(recall < target, below, above)
+# ---- Terms ----
+
+
+def _dice_recall_guard(reward: Any, pixel_counts: tuple, weights: tuple, slopes: tuple) -> dict:
+    """Weighted terms dice, recall (slopes below and above the target) and, in spec "default", the guard."""
+    (tp, fp, fn), (dice_weight, recall_weight) = pixel_counts, weights
+    scores = reward.overlap_scores(tp, fp, fn)
+    recall, target = scores["recall"], reward.recall_target
+    recall_term = (recall - target) * np.where(recall < target, *slopes)
+    terms = {"dice": dice_weight * 10 * scores["dice"], "recall": recall_weight * recall_term}
+    if reward.spec == "default":
+        terms["precision"] = reward.precision_weight * _precision_guard(tp, fp, fn, reward.precision_target)
+    return terms
 
 
 def _precision_guard(tp: Any, fp: Any, fn: Any, target: float) -> np.ndarray:
@@ -362,25 +334,25 @@ def _count_agreement(first: int, second: int) -> float:
     return (1 + min(first, second)) / (1 + max(first, second))
 
 
-def _call_custom(custom: CustomReward, pred: np.ndarray, gt: np.ndarray) -> float:
-    """Call the user's function on copies; whatever goes wrong inside it is reported under its name."""
-    name = getattr(custom, "__qualname__", repr(custom))
-    try:
-        value = custom(pred.copy(), gt.copy())
-    except Exception as error:  # the user's code can raise anything; it is passed on, never swallowed
-        problem = f"{type(error).__name__}: {error}"
-        raise RewardError(f"custom reward {name} failed with {problem}. Fix the function.") from error
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        value = value.item()  # a 0-d array or tensor
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise RewardError(f"custom reward {name} must return a finite number, got {value!r}.")
-    return float(value)
+def _prototype_shape_scores(pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> tuple:
+    """(topology score in [-1, 1], length score, 0 or below and without bound) by the prototype's rules."""
+    given = gt_topology is not None and gt_topology.thinning == "zhang"
+    truth_shape = gt_topology if given else prototype_topology(gt)
+    pred_shape = prototype_topology(pred)
+    if truth_shape.length_px > 0:
+        length_score = -abs(1 - pred_shape.length_px / truth_shape.length_px)
+    else:
+        length_score = 0.0 if pred_shape.length_px == 0 else -1.0
+    if np.count_nonzero(pred) < 10:
+        return -1.0, length_score
 
-
-def _check_range(low: float, high: float, **numbers: float) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}.")
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"{name} must be {limits}, got {value}.")
+    component_error = abs(pred_shape.num_components - truth_shape.num_components)
+    component_score = 1 - min(component_error / max(truth_shape.num_components, 1), 1.0)
+    junction_score = 1.0 if pred_shape.num_junctions == 0 else 0.5
+    if truth_shape.num_junctions > 0:
+        junction_score = min(pred_shape.num_junctions / truth_shape.num_junctions, 1.0)
+    end_score = 1.0 if pred_shape.num_ends == 0 else 0.5
+    if truth_shape.num_ends > 0:
+        end_error = abs(pred_shape.num_ends - truth_shape.num_ends)
+        end_score = 1 - min(end_error / truth_shape.num_ends, 1.0)
+    return 0.4 * component_score + 0.4 * junction_score + 0.2 * end_score, length_score

@@ -1,5 +1,6 @@
-"""Training batches in a fixed, seeded order; the same for every stage, so that controls see the same data."""
+"""Training batches in a fixed, seeded order, the same for every stage and control, and the learning rate."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +14,12 @@ from vesselrl.scoring.topology import Topology, topology
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """B images with their truth.
+    """B images with their truth; sizes may differ."""
 
-    Attributes:
-        keys: pseudonyms, for caches.
-        images: uint8 (H, W, 3); sizes may differ.
-        truths: bool (H, W).
-        topologies: of the truths.
-    """
-
-    keys: list[str]
-    images: list[np.ndarray]
-    truths: list[np.ndarray]
-    topologies: list[Topology]
+    keys: list[str]  # pseudonyms, for caches
+    images: list[np.ndarray]  # uint8 (H, W, 3)
+    truths: list[np.ndarray]  # bool (H, W)
+    topologies: list[Topology]  # of the truths
 
 
 class BatchSource:
@@ -40,7 +34,7 @@ class BatchSource:
         num_epochs: of the whole training.
         difficulties: of the images, in the order of the data set: easy ones first, see `open_samples`; None
             shows every image in every epoch.
-        sweeps: how often an epoch, counted from 1, goes through its images, each time in another order.
+        num_passes: passes over the data in an epoch, counted from 1; each is in another order.
     """
 
     def __init__(
@@ -50,19 +44,19 @@ class BatchSource:
         seed: int,
         num_epochs: int = 1,
         difficulties: Sequence[float] | None = None,
-        sweeps: Callable[[int], int] = lambda epoch: 1,
+        num_passes: Callable[[int], int] = lambda epoch: 1,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.num_epochs = num_epochs
         self.difficulties = difficulties
-        self.sweeps = sweeps
+        self.num_passes = num_passes
         self._topologies: dict[str, Topology] = {}
 
     def num_batches(self, epoch: int) -> int:
         """Batches of one epoch, counted from 1."""
-        return self.sweeps(epoch) * -(-len(self._open(epoch)) // self.batch_size)
+        return self.num_passes(epoch) * -(-len(self._open(epoch)) // self.batch_size)
 
     @cached_property
     def num_steps(self) -> int:
@@ -70,31 +64,22 @@ class BatchSource:
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
-        """The batches of one epoch, in an order that depends on the seed and the epoch alone.
+        """Batches of one epoch, counted from 1, without the first `skip` of them.
 
-        The first sweep is the same whatever the number of sweeps.
-
-        Args:
-            epoch: counted from 1.
-            skip: batches at its beginning that are left out.
+        The order depends on seed and epoch alone; the first pass is the same whatever the number of passes.
         """
-        per_sweep = self.num_batches(epoch) // self.sweeps(epoch)
-        for sweep in range(skip // per_sweep, self.sweeps(epoch)):
-            yield from self._sweep(epoch, epoch + sweep * self.num_epochs, skip % per_sweep)
-            skip = 0
-
-    def _sweep(self, epoch: int, number: int, skip: int) -> Iterator[TrainBatch]:
-        """One sweep; its number, like no other's, decides order and augmentation."""
         opened = self._open(epoch)
-        order = [opened[k] for k in epoch_order(len(opened), self.seed, number)]
-        for start in range(skip * self.batch_size, len(order), self.batch_size):
-            items = [self.dataset.augmented(k, number) for k in order[start : start + self.batch_size]]
-            yield TrainBatch(
-                keys=[sample.key for _, _, sample in items],
-                images=[image for image, _, _ in items],
-                truths=[mask for _, mask, _ in items],
-                topologies=[self._topology(sample.key, mask) for _, mask, sample in items],
-            )
+        per_pass = self.num_batches(epoch) // self.num_passes(epoch)
+        for number in range(skip // per_pass, self.num_passes(epoch)):
+            # Like no other pass's, this number decides order and augmentation.
+            one_pass = epoch + number * self.num_epochs
+            order = [opened[k] for k in epoch_order(len(opened), self.seed, one_pass)]
+            first = skip % per_pass if number == skip // per_pass else 0
+            for start in range(first * self.batch_size, len(order), self.batch_size):
+                items = [self.dataset.augmented(k, one_pass) for k in order[start : start + self.batch_size]]
+                images, truths, samples = map(list, zip(*items, strict=True))
+                keys = [sample.key for sample in samples]
+                yield TrainBatch(keys, images, truths, [*map(self._topology, keys, truths)])
 
     def _open(self, epoch: int) -> Sequence[int]:
         """The images that an epoch shows."""
@@ -108,3 +93,35 @@ class BatchSource:
         if key not in self._topologies:
             self._topologies[key] = topology(mask)
         return self._topologies[key]
+
+
+def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
+    """Factor on the peak rate: linear warm-up, then a half cosine from 1 down to 0.
+
+    Args:
+        step: counted from 0.
+        num_steps: of the whole training.
+        warmup_share: share of the steps that warm up, in [0, 1); at least one step does.
+
+    >>> [round(warm_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup = max(1, round(num_steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def staged_warm_cosine(step: int, stages: Sequence[tuple[int, float]], warmup_share: float) -> float:
+    """Learning rate of a training in stages of (number of steps, peak rate), a warm cosine for each.
+
+    >>> [round(staged_warm_cosine(step, [(10, 1.0), (10, 0.1)], 0.2), 2) for step in (1, 6, 10, 11, 16)]
+    [1.0, 0.5, 0.05, 0.1, 0.05]
+    """
+    for num_steps, _ in stages[:-1]:
+        if step < num_steps:
+            break
+        step, stages = step - num_steps, stages[1:]
+    num_steps, peak = stages[0]
+    return peak * warm_cosine(step, num_steps, warmup_share)

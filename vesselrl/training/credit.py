@@ -1,158 +1,219 @@
-"""What a pixel earns: R(on) - R(off) for the mask of one image as it is used, in units of the reward.
+"""Counterfactual credit assignment: R(on) - R(off) of every pixel of one image, in units of the reward.
 
-The mask that is used is the greedy one (threshold 0.5), after the removal of small components and the closing
-of gaps where those are asked for. Drawn masks score lower in everything, so that a target for recall looks
-missed in them when it is met: credit that is taken in drawn masks makes a policy bloat.
+This difference reward (Wolpert & Tumer 2002) is taken in the mask that is used: greedy (probability above
+0.5), then post-processed. Sampled masks score lower in everything, so that a target for recall looks missed
+in them when it is met: difference rewards taken in them make a policy bloat.
 
-Overlap terms depend on pixel counts, so the effect of one pixel is exact for all pixels at the price of four
-evaluations: it depends only on the pixel's truth and its value. Topology, length and a user's own reward have
-no such form. For them, connected regions are flipped one at a time, the mask is post-processed again and
-scored anew. What a region earns beyond its pixels' overlap credit is shared out evenly among its pixels, so
-that the credit of a region adds up to what flipping it is worth. A link that saves a cut-off vessel from
-removal earns all of that vessel; a speck that is removed anyway, or a gap that is closed anyway, is left out.
+Overlap terms depend on pixel counts, so the effect of one pixel is exact for all pixels at the price of
+four evaluations. Topology, length and a user's own reward have no such form. For them, connected regions
+are flipped one at a time, the mask is post-processed again and scored anew. What a region earns beyond its
+pixels' overlap is shared evenly among its pixels, so that the credit of a region adds up to what flipping
+it is worth. A bridge that saves a cut-off vessel from removal earns all of that vessel; a speck that is
+removed anyway, or a gap that is closed anyway, is left out.
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import cv2
 import numpy as np
 
-from vesselrl.scoring.postprocessing import PostProcessing
+from vesselrl.scoring.overlap import counts
+from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing
+from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.topology import Topology
-from vesselrl.training.regions import choose_regions, spread
 
+# Probabilities at which a vessel is followed beyond the greedy mask.
+BRIDGE_LEVELS = (0.1, 0.25)
+# Change of a Lagrange multiplier per validation and unit of violation, and its largest value; in points of
+# reward per unit of the score: the default reward pays 5 for Dice.
+MULTIPLIER_RATE = 100.0
+MAX_MULTIPLIER = 20.0
 
-class CreditedReward(Protocol):
-    """The two halves of a reward; see `vesselrl.scoring.rewards`."""
-
-    def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
-        """Weighted terms of pixel counts, elementwise."""
-
-    def structure_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology) -> dict[str, float]:
-        """Weighted terms that need the masks."""
+Labelled = tuple[np.ndarray, int]  # a label image and one of its labels
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Credit of one image, and what its K drawn masks scored.
+    """Difference rewards of one image, and the scores of its K sampled masks."""
 
-    Attributes:
-        overlap: (H, W) float32, R(on) - R(off) of the overlap terms, exact.
-        structure: (H, W) float32, per pixel, what a region's flip changes in the reward, less the overlap
-            credit of its pixels; the mean over the scored regions that hold the pixel, 0 outside them.
-        rewards: (K,) float, whole reward of each sample.
-        terms: name -> (K,) weighted terms of the reward.
-        greedy_reward: reward of the mask that is used.
-        greedy_counts: its true positives, false positives and false negatives.
-        num_regions: regions that were scored.
+    overlap: np.ndarray  # (H, W) float32, R(on) - R(off) of the overlap terms, exact
+    # (H, W) float32, per pixel, what a region's flip changes in the reward beyond its pixels' overlap; the
+    # mean over the scored regions that hold the pixel, 0 outside them.
+    structure: np.ndarray
+    rewards: np.ndarray  # (K,) of the sampled masks
+    terms: dict[str, np.ndarray]  # name -> (K,) weighted terms of these
+    greedy_reward: float  # of the mask that is used
+    greedy_counts: tuple[int, int, int]  # its true positives, false positives and false negatives
+    num_regions: int  # that were scored
+
+
+@dataclass
+class ConstrainedReward:
+    """A reward with constraints in place of weights, by Lagrange multipliers.
+
+        maximise   the reward's Dice and structure terms (topology, length, the user's own)
+        subject to mean recall, precision and Dice on validation patients >= their lower bounds
+
+    Every validation is one step of dual ascent: a multiplier rises by the violation, or falls, down to 0,
+    by what the mean lies above its bound. So nobody has to guess weights: a constraint that holds costs
+    nothing. Training images would not do: the model has seen them, and meets bounds on them that it misses
+    on other patients.
     """
 
-    overlap: np.ndarray
-    structure: np.ndarray
-    rewards: np.ndarray
-    terms: dict[str, np.ndarray]
-    greedy_reward: float
-    greedy_counts: tuple[int, int, int]
-    num_regions: int
+    reward: Reward  # its other overlap terms give way to the constraints
+    lower_bounds: dict[str, float]  # metric (dice, recall, precision) to the mean that it must reach
+    multipliers: dict[str, float] = field(default_factory=dict)  # in [0, MAX_MULTIPLIER]; all begin at 0
+
+    def __post_init__(self) -> None:
+        self.multipliers = dict.fromkeys(self.lower_bounds, 0.0) | self.multipliers
+
+    def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
+        """Dice term of the reward and, per bound, multiplier x (score - bound), elementwise over counts."""
+        scores = self.reward.overlap_scores(tp, fp, fn)
+        terms = {"dice": self.reward.overlap_terms(tp, fp, fn)["dice"]}
+        for name, bound in self.lower_bounds.items():
+            terms[f"{name}_floor"] = self.multipliers[name] * (scores[name] - bound)
+        return terms
+
+    def structure_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Any = None) -> dict[str, float]:
+        """Structure terms of the reward."""
+        return self.reward.structure_terms(pred, gt, gt_topology)
+
+    def update_multipliers(self, means: Mapping[str, float]) -> None:
+        """One step of dual ascent from the mean scores of a validation."""
+        for name, bound in self.lower_bounds.items():
+            multiplier = self.multipliers[name] + MULTIPLIER_RATE * (bound - means[name])
+            self.multipliers[name] = min(max(multiplier, 0.0), MAX_MULTIPLIER)
 
 
 def assign_credit(
     masks: np.ndarray,
-    on: np.ndarray,
+    probabilities: np.ndarray,
     truth: np.ndarray,
     truth_topology: Topology,
-    reward: CreditedReward,
+    reward: Reward | ConstrainedReward,
     post: PostProcessing,
     num_regions: int,
     rng: np.random.Generator,
 ) -> Credit:
-    """Scores the samples of one image and credits its pixels.
+    """Scores the sampled masks of one image and credits its pixels.
 
     Args:
-        masks: (K, H, W) bool samples.
-        on: (H, W) float, probability of vessel; above 0.5 the greedy mask is on.
+        masks: (K, H, W) bool, sampled.
+        probabilities: (H, W) float, of vessel; above 0.5 the greedy mask is on.
         truth: (H, W) bool.
         truth_topology: of the truth, computed once.
         reward: splits into `overlap_terms` and `structure_terms`.
-        post: what becomes of a mask before it is used and scored.
+        post: is applied to every mask before it is scored.
         num_regions: regions scored for the image; 0 for none.
         rng: chooses the regions.
     """
-    used = post.finisher(on)
+    postprocess = post.postprocess_for(probabilities)
 
     def score(mask: np.ndarray) -> dict[str, float]:
-        overlap = reward.overlap_terms(*overlap_counts(mask, truth))
+        overlap = reward.overlap_terms(*counts(mask, truth)[:3])
         values = {name: float(value) for name, value in overlap.items()}
         return values | reward.structure_terms(mask, truth, truth_topology)
 
-    drawn = [score(used(mask)) for mask in masks]
-    terms = {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
+    sampled = [score(postprocess(mask)) for mask in masks]
+    terms = {name: np.array([one[name] for one in sampled]) for name in sampled[0]}
 
-    greedy = on > 0.5
-    present = used(greedy)
-    counts = overlap_counts(present, truth)
-    overlap = overlap_credit(reward, *counts)[truth.astype(np.uint8), present.astype(np.uint8)]
-    present_terms = score(present)
+    greedy = probabilities > 0.5
+    used = postprocess(greedy)
+    used_counts = counts(used, truth)[:3]
+    overlap = overlap_credit(reward, *used_counts)[truth.astype(np.uint8), used.astype(np.uint8)]
+    used_terms = score(used)
+    greedy_reward = sum(used_terms.values())
     # Without structure terms, and with masks used as they are, a region earns what its pixels earn.
-    has_structure = post.changes_masks or len(present_terms) > len(reward.overlap_terms(*counts))
-    regions = choose_regions(masks, greedy, on, num_regions if has_structure else 0, rng)
-    greedy_reward = sum(present_terms.values())
-    tried, shares = [], []
-    for region in regions:
-        flipped = used(greedy ^ region)
+    has_structure = post.changes_masks or len(used_terms) > len(reward.overlap_terms(*used_counts))
+    flipped, values = [], []
+    for region in choose_regions(masks, greedy, probabilities, num_regions if has_structure else 0, rng):
+        changed = postprocess(greedy ^ region)
         # What is removed or closed anyway changes nothing; its overlap credit goes on teaching.
-        if np.array_equal(flipped, present):
+        if np.array_equal(changed, used):
             continue
-        gain = sum(score(flipped).values()) - greedy_reward
-        tried.append(region)
-        shares.append(region_share(gain, region, greedy, overlap))
+        gain = sum(score(changed).values()) - greedy_reward
+        difference = -gain if greedy[region].any() else gain
+        flipped.append(region)
+        values.append((difference - float(overlap[region].sum())) / np.count_nonzero(region))
     return Credit(
         overlap=overlap,
-        structure=spread(tried, np.array(shares, np.float32), truth.shape),
+        structure=mean_over_regions(flipped, np.array(values, np.float32), truth.shape),
         rewards=np.sum(list(terms.values()), axis=0),
         terms=terms,
         greedy_reward=greedy_reward,
-        greedy_counts=counts,
-        num_regions=len(tried),
+        greedy_counts=used_counts,
+        num_regions=len(flipped),
     )
 
 
-def region_share(gain: float, region: np.ndarray, mask: np.ndarray, overlap: np.ndarray) -> float:
-    """What each pixel of a region earns by the region's being on rather than off, beyond its overlap credit.
-
-    Args:
-        gain: R(region flipped) - R(mask).
-        region: (H, W) bool.
-        mask: (H, W) bool, on in the whole of a region, or off.
-        overlap: (H, W), credit of single pixels.
-    """
-    on_minus_off = -gain if mask[region].any() else gain
-    return (on_minus_off - float(overlap[region].sum())) / np.count_nonzero(region)
-
-
-def overlap_counts(mask: np.ndarray, truth: np.ndarray) -> tuple[int, int, int]:
-    """True positive, false positive and false negative pixels."""
-    tp = int(np.count_nonzero(mask & truth))
-    return tp, int(np.count_nonzero(mask)) - tp, int(np.count_nonzero(truth)) - tp
-
-
-def overlap_credit(reward: CreditedReward, tp: int, fp: int, fn: int) -> np.ndarray:
+def overlap_credit(reward: Reward | ConstrainedReward, tp: int, fp: int, fn: int) -> np.ndarray:
     """R(on) - R(off) for a pixel by its truth (first index) and its value (second); (2, 2) float32.
 
     Cases that do not occur in the mask (a false negative where there is none) are 0.
     """
+
+    def total(tp: int, fp: int, fn: int) -> float:
+        return float(sum(reward.overlap_terms(tp, fp, fn).values()))
+
     table = np.zeros((2, 2), np.float32)
-    present = total_overlap(reward, tp, fp, fn)
+    present = total(tp, fp, fn)
     if fn:
-        table[1, 0] = total_overlap(reward, tp + 1, fp, fn - 1) - present
+        table[1, 0] = total(tp + 1, fp, fn - 1) - present
     if tp:
-        table[1, 1] = present - total_overlap(reward, tp - 1, fp, fn + 1)
-    table[0, 0] = total_overlap(reward, tp, fp + 1, fn) - present
+        table[1, 1] = present - total(tp - 1, fp, fn + 1)
+    table[0, 0] = total(tp, fp + 1, fn) - present
     if fp:
-        table[0, 1] = present - total_overlap(reward, tp, fp - 1, fn)
+        table[0, 1] = present - total(tp, fp - 1, fn)
     return table
 
 
-def total_overlap(reward: CreditedReward, tp: int, fp: int, fn: int) -> float:
-    """Sum of the overlap terms for given counts."""
-    return float(sum(reward.overlap_terms(tp, fp, fn).values()))
+def choose_regions(
+    masks: np.ndarray, greedy: np.ndarray, probabilities: np.ndarray, count: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Up to `count` boolean masks (H, W) to flip, each connected, and wholly on or off in the greedy mask.
+
+    Up to half are bridges, where the mask at a lower threshold crosses a gap or goes beyond an end; of the
+    rest half are connected components of the greedy mask, half sample-greedy differences: a bump, a hole, a
+    twig. A component that holds more than half of the mask is the tree itself and is left alone. What one
+    kind does not use, the next may.
+    """
+    if count == 0:
+        return []
+    bridges = []  # sampled masks rarely cross a gap in one connected component
+    for level in BRIDGE_LEVELS:
+        labels, num_bridges = LowThresholdMask(probabilities, level).bridges(greedy)
+        bridges += [(labels, k) for k in range(1, num_bridges + 1)]
+    bridges = _some(bridges, count // 2, rng)
+    count -= len(bridges)
+    components = _components(greedy, max_area=int(np.count_nonzero(greedy)) // 2)
+    differences = [
+        pair for mask in masks for part in (mask & ~greedy, greedy & ~mask) for pair in _components(part)
+    ]
+    components = _some(components, max(count // 2, count - len(differences)), rng)
+    chosen = bridges + components + _some(differences, count - len(components), rng)
+    return [labels == label for labels, label in chosen]
+
+
+def mean_over_regions(
+    regions: Sequence[np.ndarray], values: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """(H, W) float32: the mean value of the regions that hold a pixel, 0 where none does."""
+    total, covered = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for region, value in zip(regions, values, strict=True):
+        total[region] += value
+        covered[region] += 1
+    return total / np.maximum(covered, 1)
+
+
+def _components(mask: np.ndarray, max_area: int | None = None) -> list[Labelled]:
+    """8-connected components, without those above `max_area`."""
+    total, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    return [(labels, k) for k in range(1, total) if max_area is None or areas[k - 1] <= max_area]
+
+
+def _some(regions: list[Labelled], count: int, rng: np.random.Generator) -> list[Labelled]:
+    return [regions[k] for k in rng.permutation(len(regions))[:count]]

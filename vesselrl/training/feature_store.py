@@ -1,4 +1,4 @@
-"""What the frozen image encoder says about each image, computed once: in memory first, then in files.
+"""Features of the frozen image encoder, computed once per image: kept in memory first, then in files.
 
 A file is named after the model and the pixels, so a changed model or image can never meet an old value, and
 runs side by side share the folder: a file appears complete or not at all.
@@ -6,7 +6,6 @@ runs side by side share the folder: a file appears complete or not at all.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.models.sa2va import ImageFeatures
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ GIB = 1024**3
 
 
 class FeatureStore:
-    """Features by image; every value is on the CPU.
+    """Features by image, on the CPU.
 
     Args:
         folder: for the files; None keeps memory only.
@@ -40,29 +40,29 @@ class FeatureStore:
         memory_bytes: int = 2 * GIB,
         disk_bytes: int = 20 * GIB,
     ) -> None:
-        self.folder = None if folder is None or disk_bytes <= 0 else Path(folder) / model_hash
+        self.folder = None if folder is None else folder / model_hash
         self._memory: dict[str, ImageFeatures] = {}
         self._memory_left = memory_bytes
         self._disk_left = disk_bytes
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._disk_left -= _size_of(folder)
+        for path in folder.rglob("*") if folder else ():
+            with suppress(FileNotFoundError):  # other runs may remove files meanwhile
+                self._disk_left -= path.stat().st_size if path.is_file() else 0
 
     def fetch(self, key: str, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
-        """The features of one image, from memory, from a file, or computed and kept.
+        """Features of one image, from memory, from a file, or computed and kept.
 
         Args:
             key: names the image within this run; it must always stand for the same pixels.
-            pixels: what the encoder sees, (1, 3, S, S).
+            pixels: input of the encoder, (1, 3, S, S).
             compute: makes the features, each (1, C, h, w).
         """
         if key in self._memory:
             return self._memory[key]
-        file = None if self.folder is None else self.folder / f"{tensor_hash(pixels)}.safetensors"
-        features = None if file is None else self._read(file)
+        file = self.folder / f"{tensor_hash(pixels)}.safetensors" if self.folder else None
+        features = self._read(file) if file and file.exists() else None
         if features is None:
             features = ImageFeatures(*(level.detach().cpu() for level in compute()))
-            if file is not None:
+            if file:
                 self._write(file, features)
         size = sum(level.nbytes for level in features)
         if size <= self._memory_left:
@@ -71,8 +71,6 @@ class FeatureStore:
         return features
 
     def _read(self, file: Path) -> ImageFeatures | None:
-        if not file.exists():
-            return None
         try:
             return ImageFeatures(**load_file(file))
         except (SafetensorError, TypeError, OSError) as error:
@@ -90,25 +88,13 @@ class FeatureStore:
                 )
             self._disk_left = 0
             return
-        partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
-            save_file({name: level.contiguous() for name, level in features._asdict().items()}, partial)
-            os.replace(partial, file)
+            with atomic_write(file) as partial:
+                save_file({name: level.contiguous() for name, level in features._asdict().items()}, partial)
             self._disk_left -= size
         except (SafetensorError, OSError) as error:
             logger.warning("%s cannot be written (%s): features are kept in memory only", file, error)
             self._disk_left = 0
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of all files below a folder; other runs may remove some meanwhile."""
-    total = 0
-    for path in Path(folder).rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def tensor_hash(values: Tensor) -> str:

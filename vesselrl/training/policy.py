@@ -1,12 +1,12 @@
 """Sa2VA as a stochastic policy over masks.
 
 The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbouring
-pixels are drawn together (a Gaussian copula over a smooth random field), so that samples gain and lose whole
-twigs instead of specks while every pixel keeps exactly its own probability. Log-probabilities are therefore
+pixels are sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose
+whole twigs instead of specks while every pixel keeps its own probability. Log-probabilities are therefore
 per pixel.
 """
 
-from contextlib import AbstractContextManager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,19 +14,21 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 
-from vesselrl.models.lora import adapter_parameters
+from vesselrl.errors import LearningError
+from vesselrl.inference.predictor import Prediction, Predictor
+from vesselrl.models.lora import adapter_delta_norm, adapter_parameters, save_adapter, trainable_counts
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
+from vesselrl.training.checkpoint import with_values
 from vesselrl.training.feature_store import FeatureStore
-from vesselrl.training.restorable import Restorable
 
 
-class MaskPolicy(Restorable):
-    """The trainable model: images in, mask logits at native size out.
+class MaskPolicy:
+    """A Sa2VA with trainable adapters: images in, mask logits at native size out.
 
-    What frozen parts say about an image never changes. It is computed once and kept: the [SEG] state where
-    the language model is frozen, the features where the image encoder is. Frozen parts see one image at a
-    time, so that a kept value is the computed one to the last bit, whatever else is in the batch.
+    Outputs of frozen parts never change for an image. They are computed once and kept: the [SEG] state
+    where the language model is frozen, the features where the image encoder is. Frozen parts see one image
+    at a time, so that a kept value is the computed one to the last bit, whatever else is in the batch.
 
     Args:
         peft_model: model with adapters.
@@ -36,6 +38,8 @@ class MaskPolicy(Restorable):
         keys_repeat: whether a key always stands for the same pixels; False, as with augmentation, keeps
             nothing beyond one batch.
     """
+
+    kind = "lora"
 
     def __init__(
         self,
@@ -49,24 +53,77 @@ class MaskPolicy(Restorable):
         self.model: Sa2VA = peft_model.get_base_model()
         self.processor = processor
         self.prompt = prompt
+        self.predictor = Predictor(self.model, processor, prompt)
         self.trainable = adapter_parameters(peft_model)
+        self.counts = trainable_counts(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
         self.store = store
         self.keys_repeat = keys_repeat
-        self._states: dict[str, Tensor] = {}
         self.start = self.values()
         self.reference_values = self.start
+        self._states: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
 
+    # ---- As a model in training, see `checkpoint.Model`
+
+    def predict(self, image: np.ndarray) -> Prediction:
+        """Segments one image."""
+        self.peft_model.eval()
+        return self.predictor.predict(image)
+
     def values(self) -> dict[str, Tensor]:
-        """A copy of the trainable values."""
+        """Returns a copy of the trainable values."""
         return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
 
-    def freeze_reference(self, values: dict[str, Tensor] | None = None) -> None:
-        """Makes these values the reference, by default those of this moment; PPO does so when it begins."""
-        self.reference_values = self.values() if values is None else values
-        self._reference.clear()
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Sets the trainable values."""
+        for name, parameter in self.trainable.items():
+            parameter.data.copy_(values[name])
+
+    def distance(self, start: dict[str, Tensor] | None = None) -> float:
+        """Euclidean distance of the adapters from `start`, by default their own."""
+        return adapter_delta_norm(self.peft_model, start or self.start)
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter in PEFT's layout."""
+        save_adapter(self.peft_model, folder)
+
+    def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
+        """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""
+        self.peft_model.train()
+        inputs = self.prepare(images)
+        decoded = self.decode(inputs, keys)
+        logits = self.logits(decoded, decoded.best(), inputs)
+        self.peft_model.eval()
+        return logits
+
+    def check_gradients(self) -> None:
+        """Refuses first gradients that miss an adapter, or reach frozen weights.
+
+        LoRA's first matrix has none while the second is zero, so the second one is looked at. Of the
+        decoder's hyper-networks only that of the chosen candidate mask has one.
+
+        Raises:
+            LearningError: names such weights.
+        """
+        parameters = self.peft_model.named_parameters()
+        strays = [name for name, p in parameters if p.grad is not None and not p.requires_grad]
+        if strays:
+            raise LearningError(f"{len(strays)} frozen weights received a gradient, such as {strays[0]}.")
+        second = {name: p.grad for name, p in self.trainable.items() if ".lora_B." in name}
+        silent = {name for name, gradient in second.items() if gradient is None or not bool(gradient.any())}
+        candidates = {name for name in second if "output_hypernetworks_mlps." in name}
+        if not candidates <= silent:
+            silent -= candidates
+        if silent or not second:
+            raise LearningError(
+                f"{len(silent)} of {len(self.trainable)} adapter matrices received no gradient, such as "
+                f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; "
+                "narrow --lora_scope."
+            )
+
+    # ---- Forward passes
 
     def prepare(self, images: list[np.ndarray]) -> Sa2VAInputs:
         """Model inputs for a batch, on the model's device."""
@@ -84,8 +141,10 @@ class MaskPolicy(Restorable):
         if not self.encoder_is_frozen:
             return self.model.encode_image(inputs.sam_pixels)
         with torch.no_grad():
-            images = [self._frozen_features(pixels[None], key)
-                      for pixels, key in zip(inputs.sam_pixels, keys, strict=True)]  # fmt: skip
+            images = [
+                self._frozen_features(pixels[None], key)
+                for pixels, key in zip(inputs.sam_pixels, keys, strict=True)
+            ]
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
     def _frozen_features(self, pixels: Tensor, key: str) -> ImageFeatures:
@@ -113,38 +172,36 @@ class MaskPolicy(Restorable):
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
         return upsample(decoded.select(choice), inputs.sizes, self.model.config.sam2.image_size)
 
+    # ---- The reference of the KL term
+
+    def freeze_reference(self, values: dict[str, Tensor] | None = None) -> None:
+        """Makes these values the reference, by default the present ones; PPO does so when it begins."""
+        self.reference_values = self.values() if values is None else values
+        self._reference.clear()
+
     def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
         """Native-size logits of the reference policy; its low-resolution masks are kept for each image.
 
         The candidates are those that the current policy chose, so that a changed choice is no divergence.
         """
         if any(key not in self._reference for key in keys):
-            with torch.no_grad(), self.at(self.reference_values):
+            with torch.no_grad(), with_values(self, self.reference_values):
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 
-    def at_start(self) -> AbstractContextManager[None]:
-        """The model with its starting adapter, for the length of a `with` block."""
-        return self.at(self.start)
-
-    def restore(self, values: dict[str, Tensor]) -> None:
-        """Puts trainable values back."""
-        for name, parameter in self.trainable.items():
-            parameter.data.copy_(values[name])
-
 
 def sample_masks(
     logits: Tensor, num_samples: int, correlation_px: float, temperature: float, generator: torch.Generator
 ) -> Tensor:
-    """Draws K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
+    """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
     Args:
         logits: (H, W) float.
         num_samples: K.
-        correlation_px: standard deviation of the smoothing of the random field, in pixels;
-            0 draws pixels independently.
+        correlation_px: standard deviation of the smoothing of the random field, in pixels; 0 samples pixels
+            independently.
         temperature: above 0; larger explores more.
         generator: CPU generator, so that a seed gives the same masks on every device.
 
@@ -162,8 +219,8 @@ def gaussian_field(
 ) -> Tensor:
     """(count, H, W) smooth random fields, exactly standard normal at every pixel.
 
-    White noise on a larger canvas is filtered by a Gaussian of unit energy, so that borders
-    need no correction.
+    White noise on a larger canvas is filtered by a Gaussian of unit energy, so that borders need no
+    correction.
     """
     height, width = shape
     if correlation_px <= 0:

@@ -1,35 +1,237 @@
-"""From settings to the parts of a run: reward, device, model with adapters."""
+"""From settings to the parts of a run: data, batches, and the model with its adapters."""
 
 import logging
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from PIL import Image
 
-from vesselrl.data.annotations import load_mask
 from vesselrl.data.augment import get_augmentation
+from vesselrl.data.check import check_data
+from vesselrl.data.curriculum import difficulty_table
+from vesselrl.data.dataset import VesselDataset, contact_sheet
+from vesselrl.data.findings import CODES, DataReport
+from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
+from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.errors import DataError
+from vesselrl.evaluation.evaluate import caveats_of
+from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.run_folder import RunFolder, find_run
 from vesselrl.inference.predictor import adapter_folder
-from vesselrl.models.loading import describe_config, load_sa2va
+from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.scoring.rewards import Reward
+from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
+from vesselrl.training.baselines import Frangi, UNet
+from vesselrl.training.batches import BatchSource
+from vesselrl.training.checkpoint import Model
 from vesselrl.training.feature_store import GIB, FeatureStore, weights_hash
+from vesselrl.training.health import check_finite_gradients
 from vesselrl.training.policy import MaskPolicy
-from vesselrl.training.run_data import RunData
+from vesselrl.training.ppo import PPOUpdate
+from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
 
+SPLIT_FILE = "data_split.json"
+SHEET_FILE = "contact_sheet.png"
+SHEET_IMAGES = 12
+# On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
+BETAS = (0.9, 0.95)
+SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
+CONTROLS = {
+    "unet": {"model": "U-Net from random weights", "start": "them"},
+    "frangi": {"model": "Frangi filter", "start": "default settings"},
+}
 
-def check_reward(reward: Reward, data: RunData) -> None:
-    """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once.
+
+@dataclass(frozen=True)
+class RunData:
+    """Samples of one run, how many were asked for and found, and the caveats of scores on them."""
+
+    train: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    counts: dict
+    val_caveats: Mapping[Caveat, str]
+    test_caveats: Mapping[Caveat, str]
+
+
+def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
+    """Checks, finds, splits and chooses the samples; writes data_split.json.
 
     Raises:
-        RewardError: it failed or returned no number.
+        DataError: unusable data; the message names file and record.
     """
+    data, sanity, control = config.data, config.run.sanity_overfit, config.optim.control
+    report = check_before_training(config) if data.data_root else None
+    size = SMALL if config.model.model_path == RANDOM_MODEL else FULL
+    root = Path(data.data_root) if data.data_root else builtin_data(config.run.output_dir, size)
+    samples = find_samples(root, data.patient_pattern, data.patient_aliases)
+    split = make_split(config, samples, report)
+    write_split(run.path / SPLIT_FILE, split)
+    train = take(list(split.train), sanity or data.max_train_samples, data.split_seed)
+    val = train if sanity else take(list(split.val), data.max_val_samples, data.split_seed)
+    test = [] if sanity else list(split.test)
+    # A control has no base model.
+    seen = pretraining_overlap("none" if control else data.base_trained_on, samples)
+    logger.info("data: %d train, %d validation, %d test images", len(train), len(val), len(test))
+    counts = {"found": len(samples), "patients": len({sample.patient for sample in samples})}
+    requests = (data.max_train_samples, data.max_val_samples, None)
+    for name, used, requested in zip(("train", "val", "test"), (train, val, test), requests, strict=True):
+        available = len(getattr(split, name))
+        if requested and requested > available:
+            logger.warning("%s: %d images requested, %d available", name, requested, available)
+        counts[name] = {"requested": requested, "available": available, "used": len(used)}
+    counts |= {"split_unit": split.unit, "test_seen_by_base": sum(sample.key in seen for sample in test)}
+    own = {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
+    return RunData(
+        train, val, test, counts, *(caveats_of(split, subset, seen) | own for subset in (val, test))
+    )
+
+
+def check_before_training(config: TrainConfig) -> DataReport:
+    """Checks every file of the user's data; warnings are counted in the log.
+
+    Raises:
+        DataError: there are errors.
+    """
+    root = config.data.data_root
+    report = check_data(root, config.data.patient_pattern, config.data.patient_aliases)
+    errors, warnings = report.of("error"), report.of("warning")
+    hint = f"`vesselrl data check {root}`"
+    if errors:
+        count = f"This is the first of {len(errors)} errors; {hint} lists all."
+        raise DataError(f"{errors[0].message} {count if len(errors) > 1 else f'{hint} shows more.'}")
+    if warnings:
+        kinds = Counter(finding.code for finding in warnings)
+        listed = ", ".join(f"{CODES[code]}: {number}" for code, number in kinds.items())
+        logger.warning("data check: %s (%s lists them)", listed, hint)
+    return report
+
+
+def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | None) -> Split:
+    """The split with its caveats: a given one, that of the run of `init_lora`, or a new one.
+
+    Raises:
+        DataError: too few patients, near duplicates in two subsets, or options that contradict that run.
+    """
+    data, init_lora = config.data, config.model.init_lora
+    fold, unit = data.fold_numbers, data.split_unit
+    if data.split_file is not None:
+        split = replace(read_split(data.split_file, samples), caveats=())  # those of another training
+    elif (start := find_run(init_lora)) is not None:
+        split = read_split(start / SPLIT_FILE, samples)
+        if (fold or split.fold, unit) != (split.fold, split.unit):
+            raise DataError(
+                f"--init_lora {init_lora} goes on with that run's split (fold {split.fold}, unit {split.unit})."
+                f" It cannot be trained on fold {fold or split.fold}, unit {unit}: leave the options out, or "
+                "start from another adapter."
+            )
+    else:
+        shares = None if report is None else report.foreground
+        split = split_by_patient(samples, data.split_seed, shares=shares, fold=fold, unit=unit)
+        split = split if init_lora is None else replace(split, caveats=(Caveat.UNKNOWN_START.text(),))
+    for caveat in split.caveats:
+        logger.warning(caveat)
+    if data.data_root and not split.is_leaky:
+        try:
+            check_near_duplicates(split, load_image)
+        except DataError as error:
+            if data.near_duplicates == "stop":
+                raise DataError(f"{error} Or accept them with --near_duplicates allow.") from None
+            logger.warning("%s", error)
+            caveats = dict.fromkeys((*split.caveats, Caveat.NEAR_DUPLICATES.text()))
+            split = replace(split, caveats=tuple(caveats))
+    return split
+
+
+def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
+    """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json.
+
+    A sanity run has epochs enough for `SANITY_STEPS` batches, without augmentation or curriculum.
+    """
+    batch_size, seed, num_epochs = config.optim.batch_size, config.optim.seed, config.optim.num_epochs
+    if config.run.sanity_overfit:
+        num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
+        passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
+        return BatchSource(VesselDataset(data.train), batch_size, seed, num_epochs, num_passes=passes)
+    plan = get_augmentation(config.data.augment)
+    logger.info("augmentation: %s", plan)
+    difficulties = None
+    if config.data.curriculum:
+        table = difficulty_table(data.train, lambda sample: (load_image(sample), load_mask(sample)))
+        run.write_json("difficulty.json", table)
+        difficulties = [table[sample.key]["difficulty"] for sample in data.train]
+    dataset = VesselDataset(data.train, augmentation=plan, seed=seed)
+    passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
+    batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
+    shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
+    items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
+    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)
+    return batches
+
+
+@contextmanager
+def new_folder(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
+    """A new run folder, which an error removes again; to resume, a scratch folder in its place."""
+    if resume_from is not None:
+        with TemporaryDirectory() as scratch:
+            yield RunFolder(Path(scratch))
+        return
+    run = RunFolder.create(config.run.output_dir)
+    logger.info("run folder %s", run.path)
+    try:
+        yield run
+    except BaseException:
+        run.remove()
+        raise
+
+
+def make_model(config: TrainConfig, device: str) -> Model:
+    """The Sa2VA with adapters, or a baseline in its place."""
+    if config.optim.control == "frangi":
+        return Frangi()
+    if config.optim.control == "unet":
+        torch.manual_seed(config.optim.seed)
+        return UNet(device)
+    return load_policy(config, device)
+
+
+def make_updates(
+    config: TrainConfig, model: Model, reward: Reward
+) -> tuple[torch.optim.Optimizer | None, dict[str, PPOUpdate | SupervisedUpdate]]:
+    """AdamW, which refuses gradients that are not finite, and the steps by stage; none for a filter."""
+    if not model.trainable:
+        return None, {}
+    weight_decay = config.optim.weight_decay
+    optimizer = torch.optim.AdamW(model.trainable.values(), betas=BETAS, weight_decay=weight_decay)
+    optimizer.register_step_pre_hook(check_finite_gradients)
+    is_unet = config.optim.control == "unet"
+    flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
+    updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}
+    if not is_unet:
+        updates["rl"] = PPOUpdate(model, optimizer, reward, config)
+    return optimizer, updates
+
+
+def check_reward(reward: Reward, data: RunData) -> None:
+    """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once."""
     truth = load_mask(data.train[0])
-    for pred in (truth, np.zeros_like(truth)):
-        reward(pred, truth)
+    for mask in (truth, np.zeros_like(truth)):
+        reward(mask, truth)
 
 
 def select_device(gpu: int) -> str:
@@ -55,47 +257,40 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
     Raises:
         CheckpointError: unusable model or adapter folder.
     """
-    dtype = torch.bfloat16 if config.use_bf16 else torch.float32
-    torch.manual_seed(config.seed)  # LoRA's first matrices are random
-    if config.model_path == RANDOM_MODEL:
-        with random_checkpoint(config.seed) as folder:
+    s, seed = config.model, config.optim.seed
+    dtype = torch.bfloat16 if s.use_bf16 else torch.float32
+    torch.manual_seed(seed)  # LoRA's first matrices are random
+    if s.model_path == RANDOM_MODEL:
+        with random_checkpoint(seed) as folder:
             model, processor = load_sa2va(folder, device, dtype)
     else:
-        model, processor = load_sa2va(config.model_path, device, dtype)
+        model, processor = load_sa2va(s.model_path, device, dtype)
     logger.info("model %s", describe_config(model.config, processor))
-    if config.init_lora is not None:
-        peft_model = load_adapter(model, adapter_folder(Path(config.init_lora)), is_trainable=True)
+    if s.init_lora is not None:
+        peft_model = load_adapter(model, adapter_folder(Path(s.init_lora)), is_trainable=True)
     else:
-        preset = LORA_PRESETS[config.lora_preset]
-        peft_model = attach_lora(
-            model,
-            config.lora_scope,
-            preset.projections,
-            rank=config.lora_rank or preset.rank,
-            alpha=config.lora_alpha or preset.alpha,
-            dropout=preset.dropout if config.lora_dropout is None else config.lora_dropout,
-        )
-    policy = MaskPolicy(peft_model, processor, config.prompt, keys_repeat=keys_repeat(config))
+        preset = LORA_PRESETS[s.lora_preset]
+        rank, alpha = s.lora_rank or preset.rank, s.lora_alpha or preset.alpha
+        dropout = preset.dropout if s.lora_dropout is None else s.lora_dropout
+        peft_model = attach_lora(model, s.lora_scope, preset.projections, rank, alpha, dropout)
+    keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
+    policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat=keys_repeat)
     policy.store = feature_store(config, policy)
     return policy
-
-
-def keys_repeat(config: TrainConfig) -> bool:
-    """Whether an image looks the same in every epoch, so that what is computed for it can be kept."""
-    return bool(config.sanity_overfit) or get_augmentation(config.augment).is_none
 
 
 def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | None:
     """Keeps the features of a frozen image encoder; None, with the reason logged, where they change."""
     if not policy.keys_repeat:
-        logger.info("augmentation changes the images: nothing that the model says of them is kept")
+        logger.info("augmentation changes the images: no features or [SEG] states are kept")
         return None
     if not policy.encoder_is_frozen:
         logger.info("image features are not kept: the image encoder is trained")
         return None
-    if config.cache_gb == 0:
+    cache_gb = config.run.cache_gb
+    if cache_gb == 0:
         return FeatureStore()
+    folder = Path(config.run.output_dir) / "cache" / "features"
+    logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
     encoder_hash = weights_hash(policy.model.sam.vision_encoder)
-    folder = Path(config.output_dir) / "cache" / "features"
-    logger.info("image features are kept in memory and, up to %g GB, in %s", config.cache_gb, folder)
-    return FeatureStore(folder, encoder_hash, disk_bytes=round(config.cache_gb * GIB))
+    return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))

@@ -1,30 +1,27 @@
-"""The supervised objectives.
-
-They are the controls that reinforcement learning must beat, and the miniature's pre-training.
-"""
+"""Supervised steps: the controls that reinforcement learning must beat, and the miniature's pre-training."""
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.models.lora import adapter_delta_norm
-from vesselrl.training import checks
 from vesselrl.training.batches import TrainBatch
-from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.checkpoint import Model
+from vesselrl.training.health import check_finite, check_moved
+
+# Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
+SKELETON_ITERATIONS = 10
 
 
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy plus soft Dice loss, at the image's own size.
+    """Binary cross-entropy plus soft Dice loss per image, at the image's own size.
 
-    Per image: mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with
-    p = sigmoid(logit).
+    Mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with p = sigmoid(logit).
 
     Args:
         logits: (B, H, W) float.
@@ -40,24 +37,13 @@ def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
     return cross_entropy + 1 - soft_dice
 
 
-# Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
-SKELETON_ITERATIONS = 10
-
-
 def mask_cldice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """`mask_loss` and MONAI's soft-clDice loss, half and half.
+    """Half `mask_loss`, half MONAI's soft-clDice loss; shapes as for `mask_loss`.
 
-    Per image: 0.5 * mask_loss + 0.5 * (1 - 2 * tprec * tsens / (tprec + tsens)), where tprec is the share of
-    the prediction's soft skeleton inside the truth and tsens that of the truth's inside the prediction, both
-    with 1 added above and below. One half is the largest weight that Shit et al. (clDice, 2021) use and the
-    one that favours connectivity most; they add it to soft Dice, here it is added to BCE + soft Dice.
-
-    Args:
-        logits: (B, H, W) float.
-        truth: (B, H, W) float in {0, 1}.
-
-    Returns:
-        (B,) losses, at least 0.
+    Soft clDice is 2 * tprec * tsens / (tprec + tsens), where tprec is the share of the prediction's soft
+    skeleton inside the truth and tsens that of the truth's inside the prediction, both with 1 added above
+    and below. One half is the largest weight that Shit et al. (clDice, 2021) use, and favours connectivity
+    most; they add it to soft Dice, here it is added to BCE + soft Dice.
     """
     from monai.losses import SoftclDiceLoss
 
@@ -73,104 +59,72 @@ SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class SupervisedSteps(ABC):
-    """Supervised steps of any model, one pass over a batch each, with the self-checks at the first.
+class SupervisedUpdate:
+    """Supervised steps of the adapters or of the U-Net, with self-checks at the first.
 
     Args:
-        parameters: that are trained.
-        optimizer: of these.
+        model: has `batch_logits` and `check_gradients` besides what every model in training has.
+        optimizer: of the model's trainable parameters.
         config: loss and largest gradient.
+        flips: flips each image with its truth at random; None shows images as they are.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, config: TrainConfig
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        flips: np.random.Generator | None = None,
     ) -> None:
-        self.parameters = parameters
+        self.model = model
         self.optimizer = optimizer
-        self.config = config
-        self.loss = SFT_LOSSES[config.sft_loss]
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.loss = SFT_LOSSES[config.optim.sft_loss]
+        self.flips = flips
         self.checked = False
 
-    @abstractmethod
-    def forward(self, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
-        """The logits and truths of the images, all (H, W)."""
-
-    @abstractmethod
-    def distance(self) -> float:
-        """How far the model has moved from its start."""
-
     def step(self, batch: TrainBatch) -> dict[str, float]:
-        """One update on a batch; returns its figures.
+        """One update on a batch; returns its metrics.
 
         Raises:
             LearningError: at the first step, when the model does not move; later, when a loss is not finite.
         """
         started = time.perf_counter()
-        logits, truths = self.forward(batch)
-        losses = [self.loss(one[None], truth[None]) for one, truth in zip(logits, truths, strict=True)]
+        images, truths = batch.images, batch.truths
+        if self.flips:
+            pairs = [flip(*pair, self.flips) for pair in zip(images, truths, strict=True)]
+            images, truths = map(list, zip(*pairs, strict=True))
+        logits = self.model.batch_logits(images, batch.keys)
+        losses = [
+            self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
+            for one, truth in zip(logits, truths, strict=True)
+        ]
         loss = torch.cat(losses).mean()
-        checks.check_finite(loss)
+        check_finite(loss)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not self.checked:
-            self.check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.model.check_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.trainable.values(), self.max_grad_norm)
         self.optimizer.step()
         if not self.checked:
-            checks.check_changed(self.distance())
+            check_moved(self.model.distance())
             self.checked = True
-        return {
-            "train/loss": float(loss.detach()),
-            "train/grad_norm": float(norm),
-            "time/step": time.perf_counter() - started,
-        }
-
-    def validated(self, means: Mapping[str, float]) -> None:  # noqa: B027  (nothing is meant)
-        """The loss stays the same whatever the scores."""
+        metrics = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
+        return metrics | {"time/step": time.perf_counter() - started}
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the self-checks are done."""
-        return {"checked": self.checked}
+        """State of the self-checks and of the flips."""
+        return {"checked": self.checked, "flips": self.flips and self.flips.bit_generator.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state_dict` gave."""
+        """Restores the self-checks and the flips."""
         self.checked = state["checked"]
-
-    @abstractmethod
-    def check_gradients(self) -> None:
-        """The first gradients reach what is trained.
-
-        Raises:
-            LearningError: they do not.
-        """
-
-    @staticmethod
-    def truth(mask: np.ndarray, device: torch.device | str) -> Tensor:
-        """A mask as the target of the loss."""
-        return torch.from_numpy(mask.astype(np.float32)).to(device)
+        if self.flips:
+            self.flips.bit_generator.state = state["flips"]
 
 
-class SupervisedUpdate(SupervisedSteps):
-    """Supervised steps of the adapters: the same adapters, images and number of passes as `PPOUpdate`."""
-
-    def __init__(self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
-        super().__init__(list(policy.trainable.values()), optimizer, config)
-        self.policy = policy
-
-    def forward(self, batch: TrainBatch) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits and truths of a batch; LoRA dropout is on, the frozen model has none."""
-        self.policy.peft_model.train()
-        inputs = self.policy.prepare(batch.images)
-        truths = [self.truth(mask, self.policy.model.device) for mask in batch.truths]
-        decoded = self.policy.decode(inputs, batch.keys)
-        logits = self.policy.logits(decoded, decoded.best(), inputs)
-        self.policy.peft_model.eval()
-        return logits, truths
-
-    def check_gradients(self) -> None:
-        """Every adapter has a gradient, and nothing else has."""
-        checks.check_gradients(self.policy.peft_model)
-
-    def distance(self) -> float:
-        """Of the adapters from their start."""
-        return adapter_delta_norm(self.policy.peft_model, self.policy.start)
+def flip(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Image and mask flipped along the same axes, each by chance."""
+    axes = [axis for axis in (0, 1) if rng.random() < 0.5]
+    return np.flip(image, axes).copy(), np.flip(mask, axes).copy()

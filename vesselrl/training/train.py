@@ -1,50 +1,40 @@
-"""One training from data to verdict, in numbered steps.
-
-1. Data: find the samples, split them by patient, choose how many.
-2. Model: load it, put adapters on the chosen parts.
-3. Validate before the first update; the untouched adapter is the first `best_lora`.
-4. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
-5. Test once: the untouched model and the best adapter, on patients that nothing was chosen on.
-6. Write results, curves, pictures and the report.
-"""
+"""One training from data to verdict: `train` is the whole story, its steps follow below it in order."""
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 
-from vesselrl.data.annotations import Sample
 from vesselrl.data.dataset import VesselDataset
-from vesselrl.errors import LearningError
-from vesselrl.evaluation.cases import Case, choose_cases, write_cases
+from vesselrl.data.samples import Sample
+from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.evaluation.evaluate import evaluate
-from vesselrl.evaluation.figures import plot_curves, plot_panels
+from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
+from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation, before_after_table, evaluation_from_json, write_evaluation
-from vesselrl.evaluation.run_report import write_run_report
-from vesselrl.evaluation.run_settings import make_reward, post_processing
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
 from vesselrl.models.lora import check_scope
-from vesselrl.scoring.rewards import Reward
-from vesselrl.scoring.spec import METRIC_SPEC
-from vesselrl.training.batches import BatchSource
-from vesselrl.training.control_learners import FrangiLearner, UNetLearner
-from vesselrl.training.diagnosis import Diagnosis
-from vesselrl.training.learner import AdapterLearner, Learner
-from vesselrl.training.loop import TrainingLoop
-from vesselrl.training.monitor import Monitor, check_wandb
-from vesselrl.training.resuming import STATE_FILE, check_origins, origins, read_state, write_state
-from vesselrl.training.run_data import SHEET_FILE, RunData, prepare_data, training_batches
-from vesselrl.training.setup import check_reward, load_policy, select_device
+from vesselrl.scoring.overlap import METRIC_SPEC
+from vesselrl.scoring.postprocessing import post_processing
+from vesselrl.scoring.rewards import Reward, make_reward
+from vesselrl.training import checkpoint, setup
+from vesselrl.training.baselines import best_frangi
+from vesselrl.training.batches import BatchSource, staged_warm_cosine
+from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
+from vesselrl.training.health import Health
+from vesselrl.training.logging import Monitor, check_wandb
+from vesselrl.training.ppo import PPOUpdate
+from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -53,303 +43,344 @@ HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "l
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run hands to the command line.
-
-    Attributes:
-        folder: the run folder.
-        validation: rows of `before_after_table` on the validation images.
-        test: the same on the test images; empty for a sanity run.
-        info: the content of training_info.json.
-        marks: what must be said beside the scores, such as a split that leaks.
-    """
+    """A finished run, for the command line."""
 
     folder: Path
-    validation: list[dict]
-    test: list[dict]
-    info: dict
-    marks: tuple[str, ...] = ()
+    validation: list[dict]  # rows of `before_after_table`
+    test: list[dict]  # the same on the test images; empty for a sanity run
+    info: dict  # the content of training_info.json
+    caveats: tuple[str, ...] = ()  # sentences to show beside the scores, such as that of a split that leaks
 
 
-def train(config: TrainConfig, argv: list[str], console: Console | None = None) -> TrainResult:
-    """Runs one training; see the module's docstring for the steps.
+@dataclass
+class Training:
+    """The parts of a run, and how far it has come."""
+
+    config: TrainConfig
+    run: RunFolder
+    data: setup.RunData
+    batches: BatchSource
+    model: Model
+    optimizer: torch.optim.Optimizer | None
+    updates: dict[str, PPOUpdate | SupervisedUpdate]  # by stage, `rl` and `sft`; none: the model has no steps
+    reward: Reward
+    provenance: dict
+    fingerprint: dict[str, str]
+    monitor: Monitor = field(init=False)
+    health: Health = field(init=False)
+    step: int = 0
+    before: Evaluation | None = None
+    latest: Evaluation | None = None
+    best: Evaluation | None = None
+    best_step: int = 0
+    best_values: Any = None
+
+    def __post_init__(self) -> None:
+        self.num_steps = self.batches.num_steps if self.updates else 0
+        self.post = post_processing(self.config.to_dict())
+        images = map(VesselDataset, (self.data.val, self.data.test))
+        self.pixels = {s.key: (dataset, k) for dataset in images for k, s in enumerate(dataset.samples)}
+
+
+def train(
+    config: TrainConfig, argv: list[str], console: Console | None = None, resume_from: Path | None = None
+) -> TrainResult:
+    """Runs one training, or goes on with an interrupted one.
 
     Args:
         config: all settings.
         argv: the command line, stored as provenance.
         console: for progress bars; None shows none.
+        resume_from: folder of the interrupted run, whose settings `config` are; see `resume`.
 
     Raises:
-        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; the run
-            folder is removed again.
+        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
+            folder is removed again, an older one left as it is.
         LearningError: the run does not learn.
     """
-    reward = check_settings(config)
-    run = RunFolder.create(config.output_dir)
-    with ExitStack() as bad_input:
-        bad_input.callback(run.remove)
-        logger.info("run folder %s", run.path)
-        training = prepare(config, reward, run, argv)
-        facts = {"counts": training.counts, "provenance": training.provenance}
-        run.write_json("config.json", {"args": config.to_dict()} | facts)
-        bad_input.pop_all()  # from here on the folder stays
-    if training.num_steps:
-        logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
-    return training.run(console)
+    # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
+    state = None if resume_from is None else checkpoint.read_state(resume_from)
+    t = set_up(config, argv, resume_from, state)
+    with Monitor(t.run, config, t.num_steps, console, state and state["step"]) as t.monitor:
+        t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
+        # 2. Validate before the first update: the starting adapter is the first `best_lora`.
+        if state is None:
+            if (sheet := t.run.path / setup.SHEET_FILE).exists():
+                t.monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
+            validate(t)
+        else:
+            restore(t, state)
+        # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
+        if config.optim.control == "frangi":
+            fit_filter(t)
+        else:
+            run_epochs(t)
+        # 4. Save the last adapter.
+        t.model.save(t.run.path / f"final_{t.model.kind}")
+        check_learned(t)
+        # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
+        tested = score_test(t)
+    # 6. Write results, curves, pictures and the report.
+    draw(t)
+    return write_results(t, tested)
 
 
 def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
     On a CPU it ends with the values that it would have had without the interruption; with several images per
-    step, up to the rounding of the reference policy's masks, which feel their neighbours in the batch.
-
-    Args:
-        folder: of the run.
-        argv: the command line, stored beside the first one.
-        console: as for `train`.
-
-    Raises:
-        RunError: the run has finished, or had not come to its first validation, or images or model have
-            changed since. What the folder holds is left as it is.
-        DataError, CheckpointError, RewardError, LearningError: as for `train`.
+    step, up to the rounding of the reference policy's masks, which depend on their neighbours in the batch.
+    Raises as `train` does, and RunError where the run has finished, or images or model have changed since.
     """
-    state, run = read_state(folder), RunFolder(folder)
-    config = TrainConfig.from_dict(run_settings(folder))
-    with TemporaryDirectory() as scratch:  # nothing is written to the run before all is known to fit
-        training = prepare(config, check_settings(config), RunFolder(Path(scratch)), argv)
-    check_origins(state["origins"], training.origins)
-    training.folder = run
-    return training.run(console, state)
+    return train(TrainConfig.from_dict(run_settings(folder)), argv, console, resume_from=folder)
 
 
-def check_settings(config: TrainConfig) -> Reward:
-    """The reward; raises what is wrong with settings that need no data to be judged."""
-    reward = make_reward(config)
-    check_scope(config.lora_scope)
-    if config.use_wandb:
+# ---- 1. Data and model
+
+
+def set_up(
+    config: TrainConfig, argv: list[str], resume_from: Path | None, state: Mapping[str, Any] | None
+) -> Training:
+    """Checks the settings, prepares data and model, and writes config.json of a new run."""
+    reward = make_reward(config.to_dict())
+    check_scope(config.model.lora_scope)
+    if config.run.use_wandb:
         check_wandb()
-    return reward
-
-
-def prepare(config: TrainConfig, reward: Reward, run: RunFolder, argv: list[str]) -> "_Training":
-    """Data, model and batches of a training; what there is to say about the data is written to `run`."""
-    data = prepare_data(config, run)
-    check_reward(reward, data)
-    device = select_device(config.gpu)
-    learner = make_learner(config, device)
-    for component, count in learner.counts.items():
-        logger.info("trainable in %s: %s values", component, f"{count:,}")
-    batches = training_batches(config, data, run)
-    return _Training(config, run, data, batches, learner, reward, provenance(argv, device))
-
-
-def make_learner(config: TrainConfig, device: str) -> Learner:
-    """What the settings ask to train: a Sa2VA with adapters, or a control in its place.
-
-    Raises:
-        CheckpointError: unusable model or adapter folder.
-    """
-    if config.control == "unet":
-        return UNetLearner(config, device)
-    if config.control == "frangi":
-        return FrangiLearner()
-    return AdapterLearner(load_policy(config, device), config)
-
-
-class _Training:
-    """State of a running training; the steps are its methods, in order."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        run: RunFolder,
-        data: RunData,
-        batches: BatchSource,
-        learner: Learner,
-        reward: Reward,
-        provenance: dict,
-    ) -> None:
-        self.config = config
-        self.folder = run
-        self.data = data
-        self.batches = batches
-        self.learner = learner
-        self.reward = reward
-        self.provenance = provenance
-        self.counts = data.counts | {"trainable": learner.counts}
-        self.post = post_processing(config.to_dict())
-        self.pixels = {s.key: (dataset, k) for dataset in map(VesselDataset, (data.val, data.test))
-                       for k, s in enumerate(dataset.samples)}  # fmt: skip
-        self.before: Evaluation | None = None
-        self.latest: Evaluation | None = None
-        self.best: Evaluation | None = None
-        self.best_step, self.best_values = 0, learner.start
-        self.origins = {} if isinstance(learner, FrangiLearner) else origins(data, learner.start)
-        self.num_steps = 0 if isinstance(learner, FrangiLearner) else batches.num_steps
-
-    def run(self, console: Console | None, state: Mapping[str, Any] | None = None) -> TrainResult:
-        """The whole training, or what is left of it after the state of an interrupted one."""
-        settings = self.config.to_dict() if self.config.use_wandb else None
-        diagnosis = Diagnosis(self.config.max_grad_norm)
-        resumed_at = None if state is None else state["loop"]["step"]
-        with Monitor(
-            self.folder, self.num_steps, console, self.config.log_freq, settings, diagnosis, resumed_at
-        ) as monitor:
-            if state is None:
-                if (sheet := self.folder.path / SHEET_FILE).exists():
-                    monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
-                self.before = self._validate(0, monitor)
-            else:
-                self._go_on(state, monitor)
-            self._learn(monitor, state)
-            self._save(f"final_{self.learner.kind}")
-            delta_norm = self.learner.distance()
-            if delta_norm == 0 and self.num_steps:
-                raise LearningError(
-                    f"After {self.num_steps} steps the adapter is exactly where it started: no sampled mask "
-                    "ever earned more than another, or every change had to be taken back (the log says so). "
-                    "Check the reward (a constant one teaches nothing) and --learning_rate."
-                )
-            tested = self._test(monitor)
-        info = {
-            "args": self.config.to_dict(),
-            "counts": self.counts,
-            "initial_metrics": headline(self.before),
-            "final_metrics": headline(self.latest),
-            "best_metrics": headline(self.best),
-            "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
-            "best_val_dice": headline(self.best)["dice"],
-            "total_steps": self.num_steps,
-            "adapter_delta_norm": delta_norm,
-            "grad_norm_max": monitor.grad_norm_max,
-            "reward_time_share": monitor.reward_time_share,
-            "findings": [asdict(finding) for finding in monitor.findings],
-            "metric_spec": METRIC_SPEC,
-            "provenance": self.provenance,
-        }
-        self._draw()
-        self.folder.write_json("training_info.json", info)
-        write_run_report(self.folder.path)
-        (self.folder.path / STATE_FILE).unlink(missing_ok=True)
-        names = tuple(headline(self.before))
-        validation = before_after_table(self.before, self.best, names)
-        test = before_after_table(tested["before"], tested["after"], names) if tested else []
-        marks = dict.fromkeys((*self.data.val_marks, *self.data.test_marks))
-        return TrainResult(self.folder.path, validation, test, info, tuple(marks))
-
-    def _learn(self, monitor: Monitor, state: Mapping[str, Any] | None) -> None:
-        """Takes the steps, or lets a filter choose its settings."""
-        if isinstance(self.learner, FrangiLearner):
-            self.learner.choose(self.data.train, monitor.bar("filter"))
-            self.best = None  # the training images have chosen; validation must not choose again
-            self._validate(1, monitor)
-            return
-        loop = TrainingLoop(
-            self.config, self.learner, self.batches, self.reward, monitor, headline(self.before)
-        )
-        if state is not None:
-            loop.load_state_dict(state["loop"])
-        keep = partial(self._keep_state, loop, monitor)
+    with setup.new_folder(config, resume_from) as run:
+        data = setup.prepare_data(config, run)
+        setup.check_reward(reward, data)
+        device = setup.select_device(config.run.gpu)
+        model = setup.make_model(config, device)
+        for component, count in model.counts.items():
+            logger.info("trainable in %s: %s values", component, f"{count:,}")
+        batches = setup.training_batches(config, data, run)
+        origin = provenance(argv, device)
+        subsets = {"train": data.train, "val": data.val, "test": data.test}
+        keys = {name: [sample.key for sample in samples] for name, samples in subsets.items()}
+        fingerprint = checkpoint.fingerprint(keys, model)
         if state is None:
-            keep()
-        loop.run(lambda step: headline(self._validate(step, monitor)), keep, self._save)
+            counts = data.counts | {"trainable": model.counts}
+            run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
+        else:
+            checkpoint.check_fingerprint(state["fingerprint"], fingerprint)
+            run = RunFolder(resume_from)
+    optimizer, updates = setup.make_updates(config, model, reward)
+    if updates and state is None:
+        logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
+    return Training(config, run, data, batches, model, optimizer, updates, reward, origin, fingerprint)
 
-    def _keep_state(self, loop: TrainingLoop, monitor: Monitor) -> None:
-        """Writes down all that an interrupted run needs to go on from here."""
-        evaluations = {"before": self.before, "best": self.best, "latest": self.latest}
-        state = {
-            "origins": self.origins,
-            "provenance": self.provenance,
-            "evaluations": {name: evaluation.to_json() for name, evaluation in evaluations.items()},
-            "best_step": self.best_step,
-            "best_values": self.best_values,
-            "monitor": monitor.state_dict(),
-            "loop": loop.state_dict(),
-        }
-        write_state(self.folder.path, state)
 
-    def _go_on(self, state: Mapping[str, Any], monitor: Monitor) -> None:
-        """Puts back what was validated so far."""
-        step, here = state["loop"]["step"], self.provenance
-        logger.info("going on after step %d of %d", step, self.num_steps)
-        self.provenance = dict(state["provenance"])
-        self.provenance["resumed"] = [*self.provenance.get("resumed", ()), {"step": step} | here]
-        monitor.load_state_dict(state["monitor"])
-        source = self.folder.path / STATE_FILE
-        evaluations = {
-            name: evaluation_from_json(each, source) for name, each in state["evaluations"].items()
-        }
-        self.before, self.latest = evaluations["before"], evaluations["latest"]
-        with self.learner.at(state["best_values"]):  # what lies in the folder may be of a later step
-            self._keep_best(state["best_step"], evaluations["best"])
+# ---- 2. Validation
 
-    def _evaluate(self, side: str, monitor: Monitor, label: str) -> Evaluation:
-        samples, marks = getattr(self.data, side), getattr(self.data, f"{side}_marks")
 
-        def load(sample: Sample) -> tuple:
-            dataset, index = self.pixels[sample.key]
-            return dataset[index][:2]
+def validate(t: Training, is_last: bool = False) -> None:
+    """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
+    t.latest = evaluate_subset(t, "val", "validation")
+    t.before = t.before or t.latest
+    means = headline(t.latest)
+    t.monitor.log_validation(t.step, means)
+    if t.best is None or means["reward"] > headline(t.best)["reward"]:
+        keep_best(t, t.step, t.latest)
+    name = "val_before" if t.step == 0 else "val_latest"
+    write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+    t.health.after_validation(t.step, means, is_last)
 
-        result = evaluate(self._predict, samples, load, self.reward, monitor.bar(label))
-        return replace(result, marks=marks)
 
-    def _predict(self, image: np.ndarray) -> Prediction:
-        """Segments one image as masks of this run are used."""
-        prediction = self.learner.predict(image)
-        finish = self.post.finisher(prediction.probabilities)
-        return prediction._replace(mask=finish(prediction.mask))
+def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
+    """Scores the model as it is on the `val` or `test` images."""
 
-    def _validate(self, step: int, monitor: Monitor) -> Evaluation:
-        result = self._evaluate("val", monitor, "validation")
-        means = headline(result)
-        monitor.log_validation(step, means)
-        if self.best is None or means["reward"] > headline(self.best)["reward"]:
-            self._keep_best(step, result)
-        write_evaluation(
-            self.folder.path, "val_before" if step == 0 else "val_latest", result, {"step": step}
-        )
-        self.latest = result
-        return result
+    def load(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        dataset, index = t.pixels[sample.key]
+        return dataset[index][:2]
 
-    def _keep_best(self, step: int, result: Evaluation) -> None:
-        """The learner as it is now becomes the best."""
-        self.best_step, self.best, self.best_values = step, result, self.learner.values()
-        self._save(f"best_{self.learner.kind}")
-        write_evaluation(self.folder.path, "val_best", result, {"step": step})
+    samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
+    progress = t.monitor.bar(label)
+    return evaluate(partial(predict, t), samples, t.reward, load=load, caveats=caveats, progress=progress)
 
-    def _test(self, monitor: Monitor) -> dict[str, Evaluation]:
-        """Scores the untouched model and the best adapter on the test images, once."""
-        if not self.data.test:
-            return {}
-        with self.learner.at(self.learner.start):
-            before = self._evaluate("test", monitor, "test before")
-        with self.learner.at(self.best_values):
-            after = self._evaluate("test", monitor, "test after")
-        for name, evaluation in (("test_before", before), ("test_after", after)):
-            write_evaluation(self.folder.path, name, evaluation, {"threshold": 0.5, "run": self.folder.name})
-        return {"before": before, "after": after}
 
-    def _draw(self) -> None:
-        """Curves, and image | truth | before | after for the best, median and worst validation images."""
-        plot_curves(self.folder.path / "metrics.jsonl", self.folder.path / "curves.png")
-        cases = []
-        for key, rank in choose_cases(self.best.rows).items():
-            dataset, index = self.pixels[key]
-            image, truth, _ = dataset[index]
-            with self.learner.at(self.learner.start):
-                first = self._predict(image).mask
-            with self.learner.at(self.best_values):
-                last = self._predict(image).mask
-            cases.append(Case(key, image, truth, first, last, rank))
-        panels = [(case.key, case.image, case.truth, case.before, case.after) for case in cases]
-        plot_panels(panels, self.folder.path / "panel.png")
-        write_cases(self.folder.path, cases)
-
-    def _save(self, name: str) -> None:
-        self.learner.save(self.folder.path / name)
+def predict(t: Training, image: np.ndarray) -> Prediction:
+    """Segments one image, with the run's post-processing."""
+    prediction = t.model.predict(image)
+    postprocess = t.post.postprocess_for(prediction.probabilities)
+    return prediction._replace(mask=postprocess(prediction.mask))
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
     """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
     metrics = evaluation.summary["metrics"]
     return {name: metrics[name]["patient_mean"] for name in (*HEADLINE, "custom_score") if name in metrics}
+
+
+def keep_best(t: Training, step: int, result: Evaluation) -> None:
+    """Makes the present weights the best."""
+    t.best_step, t.best, t.best_values = step, result, t.model.values()
+    t.model.save(t.run.path / f"best_{t.model.kind}")
+    write_evaluation(t.run.path, "val_best", result, {"step": step})
+
+
+# ---- 3. Steps
+
+
+def run_epochs(t: Training) -> None:
+    """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
+    batches, optim, run = t.batches, t.config.optim, t.config.run
+    stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
+    schedule = [
+        (sum(map(batches.num_batches, epochs)), t.config.rate_of_stage(stage))
+        for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
+    ]
+    if t.step == 0:
+        save_state(t)
+    end = 0
+    for epoch in range(1, batches.num_epochs + 1):
+        begin, end = end, end + batches.num_batches(epoch)
+        if end < t.step:
+            continue
+        stage = stage_of(epoch)
+        if t.step <= begin and (epoch == 1 or stage != stage_of(epoch - 1)):
+            t.optimizer.state.clear()  # the moments of another loss say nothing about this one
+            update_multipliers(t, stage)
+        for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+            rate = t.health.rate_factor * staged_warm_cosine(t.step, schedule, optim.warmup_share)
+            for group in t.optimizer.param_groups:
+                group["lr"] = rate
+            t.step += 1
+            try:
+                metrics = t.updates[stage].step(batch)
+            except NotFiniteError as error:
+                metrics = {}
+                t.health.roll_back(t.step, str(error))
+            t.health.after_step(t.step, metrics)
+            t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+
+            is_last, ends_epoch = t.step == batches.num_steps, t.step == end and not run.sanity_overfit
+            if is_last or ends_epoch or t.step % run.val_freq == 0:
+                validate(t, is_last)
+                update_multipliers(t, stage)
+                save_state(t)
+        if epoch % run.save_freq == 0 and not run.sanity_overfit:
+            t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+
+
+def update_multipliers(t: Training, stage: str) -> None:
+    """Updates the Lagrange multipliers of the constrained objective from the latest validation."""
+    if stage == "rl":
+        t.updates[stage].update_multipliers(headline(t.latest))
+
+
+def fit_filter(t: Training) -> None:
+    """Chooses the settings of the Frangi filter on the training images, and scores them."""
+    t.model.restore(best_frangi(t.data.train, t.monitor.bar("filter")))
+    t.best = None  # the training images have chosen; validation must not choose again
+    t.step = 1
+    validate(t)
+
+
+def save_state(t: Training) -> None:
+    """Writes all that an interrupted run needs to go on from here."""
+    state = {
+        name: getattr(t, name) for name in ("fingerprint", "provenance", "step", "best_step", "best_values")
+    }
+    state |= {f"evaluation_{name}": getattr(t, name).to_json() for name in ("before", "best", "latest")}
+    state |= {
+        "values": t.model.values(),
+        "moments": checkpoint.moments(t.optimizer, t.model),
+        "updates": {stage: update.state_dict() for stage, update in t.updates.items()},
+        "health": t.health.state_dict(),
+        "monitor": t.monitor.state_dict(),
+        "random": checkpoint.random_state(),
+    }
+    checkpoint.write_state(t.run.path, state)
+
+
+def restore(t: Training, state: Mapping[str, Any]) -> None:
+    """Restores the state that `save_state` wrote."""
+    t.step = state["step"]
+    logger.info("going on after step %d of %d", t.step, t.num_steps)
+    earlier = state["provenance"]
+    resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
+    t.provenance = earlier | {"resumed": resumed}
+    t.monitor.load_state_dict(state["monitor"])
+    source = t.run.path / STATE_FILE
+    t.before, best, t.latest = (
+        evaluation_from_json(state[f"evaluation_{name}"], source) for name in ("before", "best", "latest")
+    )
+    with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
+        keep_best(t, state["best_step"], best)
+    t.model.restore(state["values"])
+    checkpoint.restore_moments(t.optimizer, t.model, state["moments"])
+    t.health.load_state_dict(state["health"])
+    for stage, update in t.updates.items():
+        update.load_state_dict(state["updates"][stage])
+    checkpoint.restore_random_state(state["random"])
+
+
+# ---- 4. to 6. The last weights, the test, and the results
+
+
+def check_learned(t: Training) -> None:
+    """Refuses a run that has ended exactly where it began.
+
+    Raises:
+        LearningError: it has.
+    """
+    if t.num_steps and t.model.distance() == 0:
+        raise LearningError(
+            f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
+            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
+            "constant one teaches nothing) and --learning_rate."
+        )
+
+
+def score_test(t: Training) -> dict[str, Evaluation]:
+    """Scores the base model (`before`) and the best weights (`after`) on the test images."""
+    tested = {}
+    for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
+        with with_values(t.model, values):
+            tested[name] = evaluate_subset(t, "test", f"test {name}")
+        write_evaluation(t.run.path, f"test_{name}", tested[name], {"threshold": 0.5, "run": t.run.name})
+    return tested
+
+
+def draw(t: Training) -> None:
+    """Curves, and image | truth | before | after for the best, median and worst validation images."""
+    plot_curves(t.run.path / "metrics.jsonl", t.run.path / "curves.png")
+    cases = []
+    for key, rank in choose_cases(t.best.rows).items():
+        dataset, index = t.pixels[key]
+        image, truth, _ = dataset[index]
+        masks = []
+        for values in (t.model.start, t.best_values):
+            with with_values(t.model, values):
+                masks.append(predict(t, image).mask)
+        cases.append(Case(key, image, truth, *masks, rank))
+    plot_panels(cases, t.run.path / "panel.png")
+    write_cases(t.run.path, cases)
+
+
+def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
+    """Writes training_info.json and the report; the run cannot be resumed any more."""
+    info = {
+        "args": t.config.to_dict(),
+        "counts": t.data.counts | {"trainable": t.model.counts},
+        "initial_metrics": headline(t.before),
+        "final_metrics": headline(t.latest),
+        "best_metrics": headline(t.best),
+        "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
+        "best_val_dice": headline(t.best)["dice"],
+        "total_steps": t.num_steps,
+        "adapter_delta_norm": t.model.distance(),
+        "grad_norm_max": t.monitor.grad_norm_max,
+        "reward_time_share": t.monitor.reward_time_share,
+        "findings": [issue.to_json() for issue in t.monitor.issues],
+        "metric_spec": METRIC_SPEC,
+        "provenance": t.provenance,
+    }
+    t.run.write_json("training_info.json", info)
+    write_run_report(t.run.path)
+    (t.run.path / STATE_FILE).unlink(missing_ok=True)
+    names = tuple(headline(t.before))
+    validation = before_after_table(t.before, t.best, names)
+    test = before_after_table(tested["before"], tested["after"], names) if tested else []
+    caveats = dict.fromkeys((*t.data.val_caveats.values(), *t.data.test_caveats.values()))
+    return TrainResult(t.run.path, validation, test, info, tuple(caveats))

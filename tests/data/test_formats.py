@@ -1,0 +1,437 @@
+"""The readers of all layouts: what they find, and how they name what is broken without naming a person."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.broken_roots import NAMES, draw_mask, encode_mask, write_root
+from vesselrl.data.polygons import rasterise
+from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.errors import DataError
+
+SIZE = (16, 12)  # width, height
+POINTS = [[2, 3], [6, 3], [6, 8], [2, 8]]  # rows 3 to 7, columns 2 to 5
+SQUARE = [value for point in POINTS for value in point]
+PERSON = "LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011"
+
+
+def square() -> np.ndarray:
+    mask = np.zeros(SIZE[::-1], bool)
+    mask[3:8, 2:6] = True
+    return mask
+
+
+def write_image(path: Path, values: np.ndarray | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(SIZE[::-1], 90, np.uint8) if values is None else values).save(path)
+
+
+def write_mask(path: Path, mask: np.ndarray | None = None, value: int = 255) -> None:
+    write_image(path, (square() if mask is None else mask).astype(np.uint8) * value)
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def record(name: str = "train_001.png", mask: object = (SQUARE,), **more: object) -> dict:
+    return {"image": name, "mask": mask, "text": ["blood vessel"], **more}
+
+
+def write_records(root: Path, *records: dict) -> Path:
+    """A data root with an image for each record."""
+    for item in records:
+        write_image(root / "images" / item["image"])
+    write_json(root / "annotations.json", records)
+    return root
+
+
+def failure(root: Path, pattern: str | None = None) -> str:
+    """The message of the error that find_samples raises; it never shows the person."""
+    with pytest.raises(DataError) as raised:
+        find_samples(root, pattern)
+    message = str(raised.value)
+    assert not [secret for secret in ("LI_MING", "0123456789", "\n") if secret in message]
+    return message
+
+
+def pairs(root: Path) -> dict[str, str]:
+    """Name of the label by name of the image."""
+    return {sample.image_path.name: sample.mask_path.name for sample in find_samples(root)}
+
+
+# ---- annotations.json
+
+
+def test_polygons_of_both_nestings_become_one_target(tmp_path: Path) -> None:
+    other = [10, 0, 12, 0, 12, 12, 10, 12]
+    bars = [[x, 0, x + 0.7, 0, x + 0.7, 12, x, 12] for x in 0.7 * np.arange(21)]
+    flat, nested = record("1.png", [SQUARE, other]), record("2.png", [[SQUARE], [other]], text="vessel")
+    samples = find_samples(write_records(tmp_path, flat, nested, record("3.png", bars)))
+    assert [sample.mask_path for sample in samples] == [None] * 3
+    expected = square()
+    expected[:, 10:12] = True
+    stripes = np.zeros(SIZE[::-1], bool)
+    stripes[:, :15] = True  # side by side the bars reach 14.7, past the centre of column 14
+    found = {sample.image_path.stem: load_mask(sample) for sample in samples}
+    for name, mask in (("1", expected), ("2", expected), ("3", stripes)):
+        assert found[name].dtype == bool
+        assert (found[name] == mask).all()
+
+
+def test_image_field_with_and_without_folder(tmp_path: Path) -> None:
+    write_records(tmp_path, record("a.png"), record("b.png"))
+    write_image(tmp_path / "elsewhere" / "c.png")
+    records = [record("images/a.png"), record("images\\b.png"), record("elsewhere/c.png")]
+    (tmp_path / "annotations.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
+    paths = {sample.image_path for sample in find_samples(tmp_path)}
+    assert paths == {tmp_path / "images/a.png", tmp_path / "images/b.png", tmp_path / "elsewhere/c.png"}
+
+
+def test_points_are_skipped_with_a_counted_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [record(f"{PERSON}.png", [[3, 3], SQUARE]), record("train_002.png", [[1, 1], [2, 2]])]
+    samples = find_samples(write_records(tmp_path, *records))
+    assert "polygon with fewer than 3 points, left out: 3, in 2 records" in caplog.text
+    assert "LI_MING" not in caplog.text
+    assert sorted(int(load_mask(sample).sum()) for sample in samples) == [0, 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": [SQUARE, [1, 2, 3, 4, 5]]}, "record 1 (?): polygon 1 has 5 coordinates"),
+        ({"mask": [[0, 0, 700, 0, 700, 9]]}, "record 1 (?): polygon 0 has x = 700, outside"),
+        ({"mask": None}, "record 1 (?): 'mask' is null, not a list of polygons"),
+        ({"mask": {"counts": "", "size": [3, 4]}}, "'mask' is an object, not a list of polygons"),
+        ({"mask": "LI_MING.png"}, "'mask' is a text, not a list of polygons"),
+        ({"mask": [[[0, 0], [4, 0], [4, 4]]]}, "'mask' holds points as [x, y] pairs"),
+        ({"mask": SQUARE}, "'mask' holds a number where a polygon was expected"),
+        ({"mask": [[0, 0, [4, 0], 4, 3]]}, "'mask' mixes numbers and lists"),
+        ({"mask": [[[SQUARE]]]}, "polygon 0 holds a list, not a number"),
+        ({"image": 3}, "record 1 has no text 'image'"),
+        ({"image": "  "}, "record 1 has no text 'image'"),
+        ({"image": "images/.."}, "record 1: 'image' points outside the data root"),
+        ({"image": "/etc/passwd"}, "record 1: 'image' points outside the data root"),
+        ({"image": "..\\..\\x.png"}, "record 1: 'image' points outside the data root"),
+        ({"image": PERSON}, "record 1 (?): its image is missing in images/"),
+        ({"image": "zhao_frame_000001.png"}, "record 1 (?) names the same image as record 0."),
+        ({"image": "images/zhao_frame_000001.png"}, "record 1 (?) names the same image as record 0."),
+    ],
+)
+def test_broken_record(tmp_path: Path, change: dict, message: str) -> None:
+    records = [record("zhao_frame_000001.png"), record(f"{PERSON}.png")]
+    write_records(tmp_path, *records)
+    write_json(tmp_path / "annotations.json", [records[0], records[1] | change])
+    found = failure(tmp_path)
+    assert found.startswith("annotations.json record 1")
+    # Which of the two persons is P001 depends on a hash.
+    for key in ("P001_S1_F0011", "P002_S1_F0011", "P001_S1_F0001", "P002_S1_F0001"):
+        found = found.replace(key, "?")
+    assert message in found
+
+
+def test_record_without_mask(tmp_path: Path) -> None:
+    write_records(tmp_path, record())
+    write_json(tmp_path / "annotations.json", [{"image": "train_001.png"}])
+    assert "record 0 (P001_S1_F0001) has no 'mask', and masks/ has no file for it" in failure(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"image": "a.png",\n "mask": [[1, 2,]]}]', "not valid JSON: Expecting value at line 2, column 17"),
+        ("", "not valid JSON"),
+        ('{"images": []}', "holds no list"),
+        ("[]", "is an empty list"),
+        ("[[1, 2]]", "record 0 has no text 'image'"),
+        ('[{"image": "Müller.png"}]', "annotations.json is not UTF-8 (byte 13)"),
+    ],
+)
+def test_broken_annotations(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "annotations.json").write_bytes(text.encode("latin-1"))
+    assert message in failure(tmp_path)
+
+
+# ---- LabelMe
+
+
+def shape(points: object = POINTS, kind: str | None = "polygon", **more: object) -> dict:
+    return {"label": "artery", "points": points, "shape_type": kind, **more}
+
+
+def labelme(root: Path, *shapes: object, **more: object) -> Sample:
+    """The sample of a LabelMe file."""
+    write_image(root / "images" / "001.png")
+    content = {"shapes": list(shapes), "imageWidth": SIZE[0], "imageHeight": SIZE[1], **more}
+    write_json(root / "json" / "001.json", content)
+    (sample,) = find_samples(root)
+    return sample
+
+
+@pytest.mark.parametrize("kind", ["polygon", None])
+def test_labelme_polygons_are_one_target(tmp_path: Path, kind: str | None) -> None:
+    sample = labelme(tmp_path, shape(POINTS, kind), shape([[10, 0], [12, 0], [12, 12], [10, 12]], kind))
+    expected = square()
+    expected[:, 10:12] = True
+    assert (load_mask(sample) == expected).all()
+    assert sample.record == "json/001.json"
+
+
+def test_labelme_rectangles_points_and_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = shape([[1, 1]], "point"), shape([[1, 1], [9, 9]], "line")
+    sample = labelme(tmp_path, *lines, shape([[6, 8], [2, 3]], "rectangle"))
+    assert (load_mask(sample) == square()).all()
+    assert "left out: 2, in 1 records: json/001.json" in caplog.text
+
+
+def test_labelme_mask_shape_keeps_its_hole(tmp_path: Path) -> None:
+    ring = np.ones((5, 4), bool)
+    ring[2, 1:3] = False
+    buffer = io.BytesIO()
+    Image.fromarray(ring.astype(np.uint8)).save(buffer, "PNG")  # LabelMe writes 0 and 1
+    text = base64.b64encode(buffer.getvalue()).decode()
+    expected = square()
+    expected[5, 3:5] = False
+    assert (load_mask(labelme(tmp_path, shape([[2, 3], [5, 7]], "mask", mask=text))) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (shape([[1, 1], [3, 3]], "circle"), "shape 0 is no polygon, rectangle or mask"),
+        (shape([[1, 1], [3, 3, 3], [2, 2]]), "shape 0 has a point of 3 coordinates"),
+        (shape([[1, 1], 3]), "shape 0 holds a number where a point was expected"),
+        (shape("LI_MING"), "shape 0 has no list 'points'"),
+        ("LI_MING", "shape 0 is a text, not an object"),
+        (shape([[1, 1], [3, 3]], "mask"), "shape 0 is a mask without 'mask'"),
+        (shape([[1, 1], [3, 3]], "mask", mask="LI_MING!"), "its mask is no base64"),
+        (shape([[1, 1], [3, 3]], "mask", mask="aGVsbG8="), "its mask: the file is not an image"),
+        (shape([[1, 1]], "rectangle"), "shape 0 has 1 corners where 2 were expected"),
+    ],
+)
+def test_broken_labelme_shapes(tmp_path: Path, wrong: object, message: str) -> None:
+    write_image(tmp_path / "images" / "001.png")
+    write_json(tmp_path / "json" / "001.json", {"shapes": [wrong]})
+    found = failure(tmp_path)
+    assert found.startswith("json/001.json")
+    assert message in found
+
+
+def test_labelme_of_800_px_over_512_px(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outline = 60 + 300 * np.random.default_rng(0).random((7, 2))
+    write_image(tmp_path / "images" / "001.png", np.zeros((512, 512), np.uint8))
+    content = {"shapes": [shape((outline * 800 / 512).tolist())], "imageWidth": 800, "imageHeight": 800}
+    write_json(tmp_path / "json" / "001.json", content)
+    (sample,) = find_samples(tmp_path)
+    assert (load_mask(sample) == rasterise([outline], (512, 512))).all()
+    assert "label of another size than its image, scaled: 1, in 1 records: json/001.json" in caplog.text
+
+
+def test_labelme_image_by_its_path(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "002.png")
+    content = {"shapes": [shape()], "imagePath": "C:\\Users\\LI_MING\\002.png"}
+    write_json(tmp_path / "json" / "label_of_2.json", content)
+    (sample,) = find_samples(tmp_path)
+    assert sample.image_path.name == "002.png"
+
+
+def test_labelme_files_beside_the_images_and_masks(tmp_path: Path) -> None:
+    for stem in ("001", "002", "003"):
+        write_image(tmp_path / "images" / f"{stem}.png")
+    write_json(tmp_path / "images" / "001.json", {"shapes": [shape()]})
+    write_json(tmp_path / "images" / "002.json", {"shapes": [shape()]})
+    write_mask(tmp_path / "masks" / "002_mask.png", ~square())  # goes before the shapes
+    write_mask(tmp_path / "masks" / "003.png", ~square())  # has no shapes
+    found = {sample.image_path.stem: load_mask(sample) for sample in find_samples(tmp_path)}
+    assert (found["001"] == square()).all()
+    assert (found["002"] == ~square()).all()
+    assert (found["003"] == ~square()).all()
+
+
+# ---- COCO
+
+
+def coco(root: Path, *segmentations: object, file: str = "coco.json", **image: object) -> Sample:
+    """The sample of a COCO file with one image."""
+    write_image(root / "images" / "001.png")
+    images = [{"id": 7, "file_name": "001.png", "width": SIZE[0], "height": SIZE[1]} | image]
+    annotations = [{"image_id": 7, "category_id": k, "segmentation": s} for k, s in enumerate(segmentations)]
+    write_json(root / file, {"images": images, "annotations": annotations, "categories": []})
+    (sample,) = find_samples(root)
+    return sample
+
+
+@pytest.mark.parametrize("file", ["annotations.json", "coco.json", "annotations/instances_train2017.json"])
+def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str) -> None:
+    bar = np.zeros(SIZE[::-1], bool)
+    bar[:, 10:12] = True
+    sample = coco(tmp_path, [SQUARE, [8, 0, 9, 0, 9, 12, 8, 12]], encode_mask(bar), file=file)
+    expected = square() | bar
+    expected[:, 8] = True
+    assert (load_mask(sample) == expected).all()
+    assert sample.record == f"{Path(file).name} image 0 (P001_S1_F0001)"
+
+
+def test_coco_run_lengths_of_another_size_are_scaled(tmp_path: Path) -> None:
+    large = square().repeat(2, 0).repeat(2, 1)
+    sample = coco(tmp_path, encode_mask(large), width=2 * SIZE[0], height=2 * SIZE[1])
+    assert (load_mask(sample) == square()).all()
+
+
+def test_coco_image_without_annotations_is_empty(tmp_path: Path) -> None:
+    assert not load_mask(coco(tmp_path)).any()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"images": [], "annotations": {}}, "coco.json: 'images' and 'annotations' must be lists"),
+        ({"images": [3], "annotations": []}, "coco.json image 0 has no 'id'"),
+        ({"images": [{"id": 1}], "annotations": []}, "coco.json image 0 has no text 'file_name'"),
+        ({"images": [], "annotations": [{"image_id": 5}]}, "annotation 0 belongs to no image"),
+        ({"images": [], "annotations": [3]}, "annotation 0 has no 'image_id'"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1}], "annotations": []}, "same 'id' as image 0"),
+        ({"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}, "its image is missing"),
+    ],
+)
+def test_broken_coco_files(tmp_path: Path, content: dict, message: str) -> None:
+    write_json(tmp_path / "coco.json", content)
+    assert message in failure(tmp_path)
+
+
+# ---- Pairs of files
+
+
+def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = {"a.png": "a.png", "b.jpg": "b_mask.png", "c.TIF": "c.tif", "d.jpeg": "d.PNG"}
+    for image, mask in expected.items():
+        write_image(tmp_path / "images" / image)
+        write_mask(tmp_path / "masks" / mask)
+    for name in (".DS_Store", "._a.png", "notes.txt"):
+        (tmp_path / "images" / name).write_text("")
+    assert pairs(tmp_path) == expected
+    assert all(load_mask(sample).sum() == 20 for sample in find_samples(tmp_path))
+    assert caplog.text == ""
+
+
+def test_images_without_mask_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in "abc":
+        write_image(tmp_path / "images" / f"{name}.png")
+    write_mask(tmp_path / "masks" / "b.png")
+    write_mask(tmp_path / "masks" / "z.png")
+    assert pairs(tmp_path) == {"b.png": "b.png"}
+    assert "2 of 3 images have no mask and are left out" in caplog.text
+    assert "1 of 2 files in masks/ belong to no image" in caplog.text
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    write_image(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "masks" / "a.png")
+    assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)
+
+
+def test_drive(tmp_path: Path) -> None:
+    for number in (21, 22):
+        write_image(tmp_path / "images" / f"{number}_training.tif")
+        write_mask(tmp_path / "1st_manual" / f"{number}_manual1.gif")
+        write_mask(tmp_path / "2nd_manual" / f"{number}_manual2.gif", ~square())
+        write_mask(tmp_path / "mask" / f"{number}_training_mask.gif", ~square())  # the field of view
+    assert pairs(tmp_path) == {f"{n}_training.tif": f"{n}_manual1.gif" for n in (21, 22)}
+    assert all((load_mask(sample) == square()).all() for sample in find_samples(tmp_path))
+
+
+@pytest.mark.parametrize(("images", "labels"), [("images/", "labels/"), ("", "")])
+def test_chase(tmp_path: Path, images: str, labels: str, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("01L", "01R"):
+        write_image(tmp_path / f"{images}Image_{name}.jpg")
+        write_mask(tmp_path / f"{labels}Image_{name}_1stHO.png")
+        write_mask(tmp_path / f"{labels}Image_{name}_2ndHO.png", ~square())
+    assert pairs(tmp_path) == {f"Image_{n}.jpg": f"Image_{n}_1stHO.png" for n in ("01L", "01R")}
+    assert caplog.text == ""
+
+
+def test_dca1(tmp_path: Path) -> None:
+    for number in (1, 2, 10):
+        write_image(tmp_path / f"{number}.pgm")
+        write_mask(tmp_path / f"{number}_gt.pgm")
+    assert pairs(tmp_path) == {f"{n}.pgm": f"{n}_gt.pgm" for n in (1, 2, 10)}
+
+
+def test_a_label_of_another_number_is_not_taken(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "21_training.png")
+    write_image(tmp_path / "images" / "22_training.png")
+    write_mask(tmp_path / "masks" / "21.png")
+    write_mask(tmp_path / "masks" / "22_training.png")
+    assert pairs(tmp_path) == {"22_training.png": "22_training.png"}
+
+
+def test_folders_of_patients(tmp_path: Path) -> None:
+    # The stem of c/001 alone would fit another patient's label.
+    for image in ("a/001.png", "b/001.png", "c/002.png", "c/001.png"):
+        write_image(tmp_path / "images" / image)
+    for mask in ("a/001_mask.png", "b/001_mask.png", "002.png", "001.png"):
+        write_mask(tmp_path / "masks" / mask, ~square() if mask.startswith("b") else None)
+    folder = tmp_path / "images"
+    found = {s.image_path.relative_to(folder).as_posix(): load_mask(s) for s in find_samples(tmp_path)}
+    assert sorted(found) == ["a/001.png", "b/001.png", "c/002.png"]
+    assert (found["a/001.png"] == square()).all()
+    assert (found["b/001.png"] == ~square()).all()
+
+
+def test_chase_db1_as_pairs(tmp_path: Path, shared_folder: Path) -> None:
+    source = shared_folder / "data" / "chase_db1"
+    for layout, folders in (("published", ("images", "1st_manual")), ("flat", ("", ""))):
+        for path in sorted((source / "images").iterdir()):
+            name = "Image_" + path.stem.split("_")[1]
+            files = ((folders[0], path, ""), (folders[1], source / "masks" / path.name, "_1stHO"))
+            for folder, file, suffix in files:
+                target = tmp_path / layout / folder / f"{name}{suffix}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(file)
+        samples = find_samples(tmp_path / layout, r"_(?P<patient>\d+)(?P<frame>[LR])$")
+        assert (len(samples), len({sample.patient for sample in samples})) == (28, 14)
+        assert load_image(samples[0]).shape == (960, 999, 3)
+        for sample in samples:
+            with Image.open(source / "masks" / sample.image_path.resolve().name) as image:
+                assert (load_mask(sample) == (np.asarray(image) > 0)).all()
+
+
+# ---- Which layout is read
+
+
+def test_no_root_and_no_annotations(tmp_path: Path) -> None:
+    assert "is not a folder" in failure(tmp_path / "nowhere")
+    (tmp_path / "masks").mkdir()
+    assert "has masks/ but no images/" in failure(tmp_path)
+    write_image(tmp_path / "images" / "a.png")
+    assert "holds no annotations: none of 1 images" in failure(tmp_path)
+    (tmp_path / "masks").rmdir()
+    assert "holds no annotations: neither annotations.json nor masks/" in failure(tmp_path)
+
+
+def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path) -> None:
+    for layout in ("annotations", "nested", "labelme", "coco", "rle"):
+        root = write_root(tmp_path / layout, layout)
+        (root.path / "masks").mkdir()
+        Image.fromarray(draw_mask(3)).save(root.path / "masks" / f"{NAMES[0]}.png")
+        Image.fromarray(draw_mask(2)).save(root.path / "masks" / f"{NAMES[3]}_mask.png")
+        write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
+        samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
+        assert samples[NAMES[0]].polygons is None
+        for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
+            assert (load_mask(samples[name]) == draw_mask(number)).all()
+
+
+def test_the_record_list_is_read_first(tmp_path: Path) -> None:
+    root = write_root(tmp_path, "annotations")
+    write_json(root.file, json.loads(root.file.read_text())[:1])
+    write_json(tmp_path / "json" / "x.json", {"shapes": []})
+    write_json(tmp_path / "coco.json", {"images": [], "annotations": []})
+    assert [sample.image_path.stem for sample in find_samples(tmp_path)] == [NAMES[0]]

@@ -1,0 +1,278 @@
+"""Pseudonyms and the mapping file: keys that stay, hold no name, and whoever may read them."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import stat
+from fnmatch import fnmatch
+
+import numpy as np
+import pytest
+
+from vesselrl.data.pseudonyms import MAPPING_FILE, PseudonymMap, pseudonyms
+from vesselrl.data.samples import find_samples
+from vesselrl.errors import DataError
+from vesselrl.synthetic.dataset import FULL, SEED, SMALL
+
+NAMES = [
+    f"NAME_{chr(ord('A') + patient)}({1234567890 + patient})_1-{sequence}_3_0A1B2C3D_frame_{frame:06d}"
+    for patient in range(12)
+    for sequence in (1, 2)
+    for frame in range(3)
+]
+# Three patients, in every way of writing them.
+HOSPITAL = [
+    "LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011",
+    "LI MING^(0123456789) 1-2 3 0A1B2C3D frame 000012",
+    "Ming Li__0123456789__1-3_3_0A1B2C3E_frame_000001",
+    "li_ming_frame_000044",
+    "WANG_WEI_1111111111__1-1_1_FFFFFFFF_frame_000001",
+    "WANG_WEI_2222222222__1-1_1_FFFFFFFF_frame_000001",
+]
+
+
+@pytest.fixture
+def mapping(tmp_path):
+    return tmp_path / MAPPING_FILE
+
+
+def keys(names, **options):
+    return {name: alias.key for name, alias in pseudonyms(names, **options).items()}
+
+
+def reading(mapping):
+    return json.loads(mapping.read_text(encoding="utf-8"))["readings"][""]
+
+
+def test_one_person_and_two_with_one_name(caplog):
+    caplog.set_level(logging.INFO)
+    result = pseudonyms(HOSPITAL)
+    patients = [result[name].patient for name in HOSPITAL]
+    assert len(set(patients[:4])) == 1
+    assert len(set(patients)) == 3
+    sequences = [result[name].sequence for name in HOSPITAL]
+    assert sequences[0] == sequences[1] != sequences[2]
+    assert result[HOSPITAL[0]].key == f"{sequences[0]}_F0011"
+    # A bare name with two IDs stays apart.
+    assert len({alias.patient for alias in pseudonyms([*HOSPITAL, "wang_wei_frame_1"]).values()}) == 4
+    assert "1 names occur with more than one ID" in caplog.text
+    assert "wang" not in caplog.text.lower()
+
+
+def test_keys_are_unique_and_hold_no_name_and_no_id():
+    names = [
+        *HOSPITAL,
+        "LI_MING__0123456789__1-2_3_0A1B2C3D_frame_000011",  # the same frame under another spelling
+        "zhao_frame_1234567890123",  # too long for a frame number
+        *[f"sun(0000000007)_x{i}" for i in range(3)],  # no frame number
+    ]
+    result = pseudonyms(names)
+    found = [alias.key for alias in result.values()]
+    assert len(set(found)) == len(names)
+    assert all(re.fullmatch(r"P\d{3}_S\d+_F\d{4}b?", key) for key in found), found
+    assert not re.search(r"li|ming|wang|zhao|sun|\d{10}", repr(result.values()), re.IGNORECASE)
+
+
+def test_frames_without_a_number_are_counted_around_the_numbers():
+    result = pseudonyms(["p1_a", "p1_1", "p1_b", "p1_0001"], r"(?P<patient>p\d)_(?P<frame>\w+)")
+    assert sorted(alias.frame for alias in result.values()) == ["F0001", "F0001b", "F0002", "F0003"]
+
+
+def stems_of_sequence(patient, sequence, num_frames):
+    """The file names that the built-in data set gives to a sequence, without drawing it."""
+    rng = np.random.default_rng([SEED, patient, sequence])
+    code, number = f"{int(rng.integers(2**32)):08X}", int(rng.integers(3, 14))
+    for _ in range(num_frames):
+        yield f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}"
+        number += int(rng.integers(1, 4))
+
+
+def fingerprint(rows):
+    return hashlib.sha256("\n".join(f"{key}\t{name}" for key, name in sorted(rows)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (FULL, "6fef84859d0cae46700ab7430841b74335698fe47f3d3054c8e5285ed8a022e2"),
+        (SMALL, "228e9acec8a43560cd9c0f0fea1ef475e0b1921b392d92969c9bf37cc406bb35"),
+    ],
+)
+def test_keys_of_the_built_in_data_are_as_they_were(tmp_path, size, expected):
+    """SHA-256 over key and file name, from the time of the earlier results."""
+    patients, sequences = range(1, size.num_patients + 1), range(1, size.num_sequences + 1)
+    stems = [stem for p in patients for s in sequences for stem in stems_of_sequence(p, s, size.num_frames)]
+    result = pseudonyms(stems, mapping=tmp_path / MAPPING_FILE)
+    assert fingerprint((alias.key, f"{stem}.jpg") for stem, alias in result.items()) == expected
+    assert list(tmp_path.iterdir()) == []  # made-up people need no mapping file
+
+
+def test_keys_of_coronary80_are_as_they_were(shared_folder):
+    samples = find_samples(shared_folder / "data" / "coronary80")
+    expected = "ce5b5a956c8cdca80c6233af9e448fda539066326af0343bfc986f6668e5fbd0"
+    assert fingerprint((sample.key, sample.image_path.name) for sample in samples) == expected
+
+
+# ---- The mapping file
+
+
+def test_the_file_is_private_ignored_by_git_and_complete(mapping, repository):
+    before = keys(NAMES, mapping=mapping)
+    assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
+    assert [path.name for path in mapping.parent.iterdir()] == [MAPPING_FILE]
+    assert {name: key for key, name in reading(mapping)["files"].items()} == before
+    assert sorted(reading(mapping)["patients"].values()) == [f"id:{1234567890 + i}" for i in range(12)]
+    patterns = (repository / ".gitignore").read_text().splitlines()
+    assert any(fnmatch(MAPPING_FILE, pattern) for pattern in patterns)
+    assert not re.search("NAME|1234", repr(PseudonymMap(**reading(mapping))))
+
+
+def test_added_and_removed_files_change_no_key(mapping):
+    generator = random.Random(0)
+    for _ in range(30):
+        mapping.unlink(missing_ok=True)
+        names = generator.sample(NAMES, generator.randint(1, len(NAMES) - 1))
+        before = keys(names, mapping=mapping)
+        after = keys(NAMES, mapping=mapping)
+        assert {name: after[name] for name in names} == before
+        assert len(set(after.values())) == len(NAMES)
+        assert len({key.split("_")[0] for key in after.values()}) == 12
+    mapping.unlink()
+    before = keys(NAMES, mapping=mapping)
+    keys(NAMES[6:], mapping=mapping)
+    other = "NAME_Z(9999999999)_1-1_3_0A1B2C3D_frame_000001"
+    assert keys([*NAMES[6:], other], mapping=mapping)[other].split("_")[0] == "P013"
+    assert keys(NAMES, mapping=mapping) == before
+
+
+def test_the_same_data_has_the_same_keys_on_every_machine(mapping, tmp_path):
+    other = tmp_path / "other.mapping.json"
+    assert keys(NAMES, mapping=mapping) == keys(NAMES[::-1], mapping=other) == keys(NAMES)
+    assert mapping.read_bytes() == other.read_bytes()
+
+
+def test_numbers_do_not_follow_the_hashes_that_anyone_can_make(mapping):
+    """Who knows all patients, but not all file names, cannot find out the numbers."""
+    result = pseudonyms(NAMES, mapping=mapping)
+    hashes = {name: hashlib.sha256(f"id:{name[7:17]}".encode()).hexdigest() for name in NAMES}
+    order = sorted({(result[name].patient, hashes[name]) for name in NAMES})
+    assert [result[name].patient for name in NAMES[::6]] != sorted(
+        result[name].patient for name in NAMES[::6]
+    )
+    assert [digest for _, digest in order] != sorted(set(hashes.values()))
+    other = mapping.with_name("b.mapping.json")
+    pseudonyms(NAMES[1:], mapping=other)
+    salts = {reading(mapping)["salt"], reading(other)["salt"]}
+    assert [len(salt) for salt in salts] == [64, 64]
+
+
+def test_another_pattern_has_numbers_of_its_own(mapping):
+    names = [f"{name}_{eye}" for name in ("zhang", "li", "wang", "zhao", "sun", "chen") for eye in "LR"]
+    plain = keys(names, mapping=mapping)
+    by_name = keys(names, patient_pattern=r"(?P<patient>[a-z]+)_", mapping=mapping)
+    assert len({key[:4] for key in plain.values()}) == 12
+    assert by_name == keys(names, patient_pattern=r"(?P<patient>[a-z]+)_") != plain
+    assert keys(names, mapping=mapping) == plain
+
+
+def test_an_alias_keeps_the_numbers_of_the_others(mapping, tmp_path):
+    before = keys(NAMES, mapping=mapping)
+    csv = tmp_path / "aliases.csv"
+    csv.write_text(f"file_name,patient\n{NAMES[0]},x\n{NAMES[6]},x\n")  # persons 1 and 2 are one
+    after = keys(NAMES, aliases=csv, mapping=mapping)
+    assert {name: after[name] for name in NAMES[12:]} == {name: before[name] for name in NAMES[12:]}
+    (joined,) = {after[name].split("_")[0] for name in NAMES[:12]}
+    assert joined in {before[NAMES[0]].split("_")[0], before[NAMES[6]].split("_")[0]}
+    assert len(set(after.values())) == len(NAMES)
+    # The same with, without, and again with the alias file.
+    for _ in range(2):
+        assert keys(NAMES, mapping=mapping) == before
+        assert keys(NAMES, aliases=csv, mapping=mapping) == after
+    assert reading(mapping)["files"].keys() == {*before.values(), *after.values()}
+
+
+def test_the_key_of_a_file_that_moved_is_never_given_out_again(mapping, tmp_path):
+    names = ["li_ming_frame_000001", "li_ming_frame_000002"]
+    before = keys(names, mapping=mapping)
+    csv = tmp_path / "aliases.csv"
+    csv.write_text(f"file_name,patient\n{names[0]},a\n{names[1]},b\n")  # two people of one name
+    apart = keys(names, aliases=csv, mapping=mapping)
+    moved = next(name for name in names if apart[name] != before[name])
+    stayed = next(name for name in names if name != moved)
+    assert apart[stayed] == before[stayed]
+    added = f"LI__MING_frame_{moved[-6:]}"
+    with csv.open("a") as file:
+        file.write(f"{added},{'a' if stayed == names[0] else 'b'}\n")
+    later = keys([*names, added], aliases=csv, mapping=mapping)
+    assert later[added] == f"{before[moved]}b"
+    assert {name: later[name] for name in names} == apart
+
+
+def test_keys_can_be_read_without_writing_any_and_an_open_file_is_closed(mapping, caplog):
+    assert keys(NAMES, mapping=mapping, keep="nothing") == keys(NAMES)
+    assert not mapping.exists()
+    before = keys(NAMES[:9], mapping=mapping)
+    text, state = mapping.read_bytes(), mapping.stat()
+    found = keys(NAMES, mapping=mapping, keep="nothing")
+    keys(NAMES[3:9], mapping=mapping)  # nothing is new
+    assert (mapping.read_bytes(), mapping.stat().st_ino) == (text, state.st_ino)
+    assert found.items() >= before.items()
+    mapping.chmod(0o644)
+    assert keys(NAMES, mapping=mapping) == found
+    assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
+    assert "was open to other users (mode 644)" in caplog.text
+
+
+def test_impersonal_names_keep_their_keys_only_where_that_was_asked_for(mapping, tmp_path):
+    names = [f"train_{i:03d}" for i in range(9)]
+    assert keys(names, mapping=mapping) == keys(names)
+    assert not mapping.exists()
+    csv = tmp_path / "aliases.csv"
+    csv.write_text("file_name,patient\ntrain_000,LI MING\n")
+    salted = mapping.with_name("salted.mapping.json")
+    keys(names, aliases=csv, mapping=salted)
+    assert keys(names[1:], mapping=salted) == keys(names[1:]), "a salted map is none of theirs"
+    before = keys(names, mapping=mapping, keep="all")
+    assert before == keys(names)
+    after = keys(names[1:], mapping=mapping)
+    assert after.items() <= before.items()
+    assert after != keys(names[1:])
+    # People that join them are not numbered by hashes that anyone can make.
+    keys([*names, *NAMES], mapping=mapping)
+    assert len(reading(mapping)["salt"]) == 64
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(mapping, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        result = keys(NAMES, mapping=mapping)
+    assert result == keys(NAMES)
+    assert list(mapping.parent.iterdir()) == []
+    assert "patients.mapping.json cannot be written (Read-only file system)" in caplog.text
+    assert "NAME" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"readings": {"": {}}}',
+        '{"readings": {"": {"salt": "", "patients": {"x": ""}, "sequences": {}, "files": {}}}}',
+        '{"readings": {"": {"salt": "", "patients": {}, "sequences": {}, "files": {"P001_S1_F1": 1}}}}',
+        '{"readings": {"": {"salt": 1, "patients": {}, "sequences": {}, "files": {}}}}',
+    ],
+)
+def test_damaged_files(mapping, content):
+    mapping.write_text(content)
+    with pytest.raises(DataError, match="is damaged" if content == "{" else "is no mapping file"):
+        keys(NAMES, mapping=mapping)
+    assert mapping.read_text() == content

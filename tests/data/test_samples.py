@@ -1,0 +1,159 @@
+"""Samples: pseudonyms alone, a fixed order, sizes that fit, and masks that survive any layout."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+from skimage.draw import polygon2mask
+
+from tests.data.broken_roots import encode_mask, flat_polygons, labelme_shapes
+from tests.data.test_formats import PERSON, failure, pairs, record, write_image, write_mask, write_records
+from vesselrl.data.samples import find_samples, load_image, load_mask
+
+SIDE = 96
+FORMATS = ("flat", "nested", "labelme", "coco polygons", "coco rle", "mask file")
+point = st.tuples(st.integers(4, SIDE - 5), st.integers(4, SIDE - 5))
+# Vessels of 4 px along random lines; lines that cross enclose holes.
+lines = st.lists(st.lists(point, min_size=2, max_size=5), min_size=1, max_size=4)
+
+
+def test_samples_know_pseudonyms_only(tmp_path: Path) -> None:
+    (sample,) = find_samples(write_records(tmp_path, record(f"{PERSON}.jpg")))
+    assert (sample.key, sample.patient) == ("P001_S1_F0011", "P001")
+    assert (sample.sequence, sample.frame) == ("P001_S1", "F0011")
+    assert sample.record == "annotations.json record 0 (P001_S1_F0011)"
+    assert "MING" not in repr(sample)
+
+
+def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
+    names = [f"{name}_frame_{i:06d}.png" for name in ("anna", "ben", "carla") for i in range(3)]
+    forwards = find_samples(write_records(tmp_path, *map(record, names)))
+    backwards = find_samples(write_records(tmp_path, *map(record, names[::-1])))
+    assert [(s.key, s.image_path) for s in forwards] == [(s.key, s.image_path) for s in backwards]
+    assert [s.key for s in forwards] == sorted(s.key for s in forwards)
+
+
+def test_patient_pattern(tmp_path: Path) -> None:
+    for name in ("test_11L", "test_11R", "test_12L"):
+        write_image(tmp_path / "images" / f"{name}.png")
+        write_mask(tmp_path / "masks" / f"{name}.png")
+    assert len(pairs(tmp_path)) == 3
+    patients = [s.patient for s in find_samples(tmp_path, r"_(?P<patient>\d+)(?P<frame>[LR])$")]
+    assert sorted(patients) in (["P001", "P001", "P002"], ["P001", "P002", "P002"])
+    assert "finds no patient in 3 of 3 file names" in failure(tmp_path, r"(?P<patient>x)")
+
+
+@pytest.mark.parametrize(
+    ("stem", "named"),
+    [("train_001", "images/train_001.png"), (PERSON, "images/ file 1 in name order (P001_S1_F0011)")],
+)
+def test_mask_of_other_proportions_names_both_sizes(tmp_path: Path, stem: str, named: str) -> None:
+    write_image(tmp_path / "images" / f"{stem}.png")
+    write_mask(tmp_path / "masks" / f"{stem}.png", np.ones((12, 8), bool))
+    assert failure(tmp_path).startswith(f"{named}: the mask has 8×12 px, its image 16×12 px.")
+
+
+# ---- A mask that is written in any layout and read back is the same mask, holes and 4-px vessels included
+
+
+def draw_vessels(polylines: list[list[tuple[int, int]]]) -> np.ndarray:
+    """The pixels less than 2 px away from lines, by the distance transform: no rasteriser of ours."""
+    centre = np.ones((SIDE, SIDE), bool)
+    for polyline in polylines:
+        for start, end in pairwise(polyline):
+            for share in np.linspace(0, 1, 2 * SIDE):
+                row, column = np.round((1 - share) * np.array(start) + share * np.array(end)).astype(int)
+                centre[row, column] = False
+    return ndimage.distance_transform_edt(centre) < 2
+
+
+def export(root: Path, layout: str, mask: np.ndarray) -> None:
+    """Writes a black image and its mask in a layout."""
+    height, width = mask.shape
+    write_image(root / "images" / "001.png", np.zeros(mask.shape, np.uint8))
+    flat = flat_polygons(mask)
+    if layout in ("flat", "nested"):
+        value = [[polygon] for polygon in flat] if layout == "nested" else flat
+        content = [{"image": "001.png", "mask": value, "imageWidth": width, "imageHeight": height}]
+        (root / "annotations.json").write_text(json.dumps(content))
+    elif layout == "labelme":
+        content = {"shapes": labelme_shapes(flat), "imageWidth": width, "imageHeight": height}
+        (root / "json").mkdir(exist_ok=True)
+        (root / "json" / "001.json").write_text(json.dumps(content))
+    elif layout.startswith("coco"):
+        segmentations = [encode_mask(mask)] if layout == "coco rle" else [[polygon] for polygon in flat]
+        content = {
+            "images": [{"id": 1, "file_name": "001.png", "width": width, "height": height}],
+            "annotations": [{"image_id": 1, "segmentation": value} for value in segmentations],
+        }
+        (root / "coco.json").write_text(json.dumps(content))
+    else:
+        write_mask(root / "masks" / "001_mask.png", mask)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@settings(max_examples=15)
+@given(polylines=lines)
+def test_vessels_of_four_px(tmp_path_factory: pytest.TempPathFactory, layout: str, polylines: list) -> None:
+    mask = draw_vessels(polylines)
+    root = tmp_path_factory.mktemp("export")
+    export(root, layout, mask)
+    (sample,) = find_samples(root)
+    assert (load_mask(sample) == mask).all()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_holes_survive(tmp_path: Path, layout: str) -> None:
+    mask = draw_vessels([[(10, 10), (10, 80), (80, 80), (80, 10), (10, 10)], [(45, 10), (45, 80)]])
+    assert ndimage.label(~mask)[1] == 3  # two holes and the outside
+    export(tmp_path, layout, mask)
+    (sample,) = find_samples(tmp_path)
+    assert (load_mask(sample) == mask).all()
+
+
+@pytest.mark.parametrize("layout", ["flat", "labelme", "coco polygons", "coco rle", "mask file"])
+def test_a_label_of_800_px_keeps_its_vessels_at_512_px(tmp_path: Path, layout: str) -> None:
+    """Widths of 4 px at 512: the label is drawn on 800 px, the truth at 512 by another rasteriser."""
+    t = np.linspace(0, 1, 300)
+    line = np.stack([60 + 400 * t, 256 + 120 * np.sin(5 * t)], axis=1)
+    along = np.gradient(line, axis=0)
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1) / np.linalg.norm(along, axis=1, keepdims=True)
+    outline = np.concatenate([line + 2 * across, (line - 2 * across)[::-1]])
+    truth = polygon2mask((512, 512), outline[:, ::-1] - 0.5)
+    export(tmp_path, layout, polygon2mask((800, 800), (outline * 800 / 512)[:, ::-1] - 0.5))
+    Image.new("L", (512, 512)).save(tmp_path / "images" / "001.png")
+    (sample,) = find_samples(tmp_path)
+    mask = load_mask(sample)
+    assert mask.shape == (512, 512)
+    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.93  # two rounds of whole pixels
+    assert mask.sum() == pytest.approx(truth.sum(), rel=0.02)  # neither thicker nor thinner
+    assert ndimage.label(mask, np.ones((3, 3)))[1] == 1  # and in one component
+
+
+# ---- Real images
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern", "num_images", "num_patients", "shape", "foreground"),
+    [
+        ("coronary80", None, 80, 80, (300, 300, 3), 0.056),
+        ("chase_db1", None, 28, 14, (960, 999, 3), 0.069),
+        ("chase_db1", r"_(?P<patient>\d+)(?P<frame>[LR])$", 28, 14, (960, 999, 3), 0.069),
+    ],
+)
+def test_real_images(
+    shared_folder: Path, folder: str, pattern: str | None, num_images: int, num_patients: int,
+    shape: tuple, foreground: float,
+) -> None:  # fmt: skip
+    samples = find_samples(shared_folder / "data" / folder, pattern)
+    assert (len(samples), len({s.patient for s in samples})) == (num_images, num_patients)
+    assert load_image(samples[0]).shape == shape
+    shares = [load_mask(sample).mean() for sample in samples]
+    assert np.mean(shares) == pytest.approx(foreground, abs=0.001)
+    assert all(shares)

@@ -1,0 +1,323 @@
+"""Reports of a run, an evaluation and a comparison: stored pages, and what no page may do."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vesselrl.cli import main
+from vesselrl.evaluation.compare import Run, compare_runs
+from vesselrl.evaluation.figures import Case, write_cases
+from vesselrl.evaluation.report import (
+    markdown,
+    png_uri,
+    write_comparison_report,
+    write_evaluation_report,
+    write_run_report,
+)
+from vesselrl.evaluation.results import Caveat, write_evaluation
+from vesselrl.evaluation.words import metric_name
+
+GOLDEN = Path(__file__).parent / "golden"
+BEFORE = [0.70, 0.72, 0.60, 0.80, 0.66]
+AFTER = [0.75, 0.78, 0.64, 0.87, 0.70]  # 0.748 against 0.696: +0.052
+LUCKY = [0.99, 0.60, 0.75, 0.80, 0.68]
+WORSE = [0.65, 0.66, 0.56, 0.73, 0.62]
+CAVEATS = {kind: kind.text() for kind in (Caveat.PATIENT_LEAKAGE, Caveat.NEAR_DUPLICATES)}
+INPUTS = json.loads((GOLDEN / "inputs.json").read_text())
+EXTRA = {"plan": INPUTS["plan"], "threshold": 0.5, "flips": False}
+
+
+def case(key, rank):
+    truth = np.zeros((30, 30), bool)
+    truth[14:17, 3:27] = True
+    before = None if rank == "worst" else truth & ~np.isin(np.arange(30), range(12, 17))
+    return Case(key, np.full((30, 30, 3), 90, np.uint8), truth, before, truth, rank)
+
+
+def write_info(run, **changes):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "training_info.json").write_text(json.dumps(INPUTS["info"] | changes))
+
+
+def add_later(run, made, **extra):
+    """The files of an evaluation of the best adapter at 0.5 and at a tuned threshold."""
+    folder, tuned = run / "evaluation", [score + 0.01 for score in AFTER]
+    given = replace(made(AFTER), calibration=INPUTS["calibration"])
+    write_evaluation(folder, "test_best_lora", given, {"threshold": 0.5})
+    write_evaluation(folder, "test_best_lora_tuned", made(tuned, **extra), {"threshold": 0.42})
+    write_evaluation(folder, "test_human_agreement", made(BEFORE))
+    (folder / "test_best_lora_thresholds.json").write_text(json.dumps(INPUTS["curve"]))
+
+
+def make_run(made, folder):
+    """A run without cases and without a later evaluation."""
+    write_info(folder)
+    recall = [[0.9, 0.8, 0.7, 0.9, 0.8], [0.8, 0.7, 0.6, 0.85, 0.7]]  # every patient loses
+    for before, after in (("val_before", "val_latest"), ("test_before", "test_after")):
+        write_evaluation(folder, before, made(BEFORE, recall=recall[0], beta0_error=[9.0] * 5))
+        last = made(AFTER, failed=[2], recall=recall[1], beta0_error=[9, 8, 8, 6, np.nan])
+        write_evaluation(folder, after, replace(last, caveats=CAVEATS))
+    steps = [{"step": 0, "val/dice": 0.696}]
+    steps += [{"step": step, "train/reward": 1.0, "train/reward/dice": 2.0} for step in range(1, 31)]
+    lines = [json.dumps(line) + "\n" for line in [*steps, {"step": 30, "val/dice": 0.748}]]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    make_run(made, folder := tmp_path / "run")
+    return folder
+
+
+def run_pages(made, folder):
+    make_run(made, run := folder / "sa2va_lora_ppo_20261122_135948")
+    write_cases(run, [case("P002_S1_F0001", "worst"), case("P001_S1_F0001", "best")])
+    add_later(run, made)
+    return write_run_report(run)
+
+
+def evaluation_pages(made, folder):
+    given = made(AFTER, failed=[2], recall=[0.5] * 4 + [np.nan])
+    given = replace(given, calibration=INPUTS["calibration"], caveats=CAVEATS)
+    path, _ = write_evaluation(folder, "test_base", given, EXTRA | {"close_gaps": 0.1})
+    write_evaluation(folder, "test_base_tuned_post", made(AFTER), EXTRA | {"min_component_px": 20})
+    write_evaluation(folder, "test_human_agreement", made(BEFORE))
+    (folder / "test_base_thresholds.json").write_text(json.dumps(INPUTS["curve"]))
+    return write_evaluation_report(path)
+
+
+def comparison_pages(made, folder):
+    scores = {"good_<1>": AFTER, "a|lucky": LUCKY, "worse": WORSE}
+    runs = [Run(name, made(values), made(BEFORE)) for name, values in scores.items()]
+    runs[1] = replace(runs[1], human=made(WORSE), after=replace(runs[1].after, caveats=CAVEATS))
+    return write_comparison_report(folder, compare_runs(runs, skipped={"half": "no test_after.json"}))
+
+
+MAKERS = {"run": run_pages, "evaluation": evaluation_pages, "comparison": comparison_pages}
+MADE = {}
+
+
+@pytest.fixture
+def pages(request, made, tmp_path_factory):
+    """The kind of a report, its HTML and its Markdown; each is made once."""
+    kind = request.param
+    if kind not in MADE:
+        folder = tmp_path_factory.mktemp(kind)
+        MADE[kind] = kind, *(path.read_text() for path in MAKERS[kind](made, folder)[:2])
+    return MADE[kind]
+
+
+all_kinds = pytest.mark.parametrize("pages", ["run", "evaluation", "comparison"], indirect=True)
+
+
+@all_kinds
+def test_pages_are_the_stored_ones(pages):
+    """After a wanted change delete the stored pages, run this twice, and read what git says has changed."""
+    kind, html, text = pages
+    html = re.sub(r"(?s)<svg.*?(aria-label=\"[^\"]*\").*?</svg>", r"<svg \1></svg>", html)
+    html = re.sub(r"(?s)<style>.*?</style>|(?<=base64,)[^\"]*", "", html)
+    files = {GOLDEN / f"{kind}.html": html, GOLDEN / f"{kind}.md": text}
+    missing = [file for file in files if not file.exists()]
+    for file in missing:
+        file.write_text(files[file])
+    assert not missing
+    assert {file: file.read_text() for file in files} == files
+
+
+@all_kinds
+def test_the_page_is_whole_and_needs_nothing_else(pages):
+    _, html, _ = pages
+    open_tags = []
+    for closes, tag in re.findall(r"<(/?)([a-z0-9]+)[^>]*(?<!/)>", html):
+        assert tag not in {"script", "iframe", "object", "embed", "1", "2"}
+        if closes:
+            assert open_tags.pop() == tag
+        elif tag not in {"meta", "link", "img", "wbr"}:
+            open_tags.append(tag)
+    assert not open_tags
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', html)) <= set(ids)
+    targets = re.findall(r'(?:src|href|data|action)="([^"]*)"|url\(([^)]*)\)', html)
+    assert all("".join(target).startswith(("#", "data:")) for target in targets)
+    assert "://" not in html
+    assert "@import" not in html
+    assert "default-src 'none'" in html
+
+
+@all_kinds
+def test_caveats_are_always_shown_and_no_folder_of_the_machine_is(pages):
+    kind, *forms = pages
+    for page in forms:
+        for caveat in CAVEATS.values():
+            assert caveat in page
+            assert kind == "comparison" or page.index(caveat) < page.index("Dice on 5 test images")
+        assert "jane.doe" not in page
+        assert "/tmp" not in page
+
+
+def cells(text, section):
+    """Rows of the first table below a heading of a Markdown report, header first."""
+    table = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [line.strip("| ").split(" | ") for line in lines if not line.startswith(("| ---", "| --:"))]
+
+
+def test_every_number_is_that_of_the_stored_files(run, made, tmp_path):
+    text = write_run_report(run)[1].read_text()
+    files = [run / "test_before.json", run / "test_after.json"]
+    stored = [json.loads(file.read_text())["summary"]["metrics"] for file in files]
+    rows = cells(text, "Test")[1:]
+    assert [row[0] for row in rows] == ["Dice", "Recall", "Betti-0 error"]
+    for row, metric in zip(rows, ("dice", "recall", "beta0_error"), strict=True):
+        for cell, score in zip(row[2:4], (one[metric] for one in stored), strict=True):
+            expected = [score[name] for name in ("patient_mean", "low", "high")]
+            values = [float(value) for value in re.findall(r"-?\d+\.\d+", cell)]
+            assert values == pytest.approx(expected, abs=0.051 if metric == "beta0_error" else 0.00051)
+    assert rows[0][4].startswith("+0.052 (+0.0")
+    assert [row[5:] for row in rows] == [["better"], ["worse"], []]
+    many = made([0.9, 0.9, 0.9, 0.3, 0.6], patients=["P003", "P003", "P003", "P002", "P001"])
+    text = write_evaluation_report(write_evaluation(tmp_path, "test_base", many, EXTRA)[0])[1].read_text()
+    assert cells(text, "Scores")[3][2].startswith("0.600 (")  # a patient with many frames counts once
+    patients = [["P002", "1", "0", "0.300"], ["P001", "1", "0", "0.600"], ["P003", "3", "0", "0.900"]]
+    assert cells(text, "Patients")[1:] == patients
+
+
+def test_nothing_unproven_gets_a_verdict(run, made, tmp_path):
+    def text(*pair):
+        for name, evaluation in zip(("test_before", "test_after"), pair, strict=True):
+            write_evaluation(run, name, evaluation)
+        return write_run_report(run)[1].read_text()
+
+    assert "Clearly better: nothing.\n\nClearly worse: nothing." in text(made(BEFORE), made(BEFORE))
+    few = text(made(BEFORE[:2]), made(AFTER[:2]))
+    assert "+0.055: only 2 patients: an interval needs at least 3." in few
+    assert "Clearly better: nothing." in few
+    for path in run.glob("test_*"):
+        path.unlink()
+    assert "there is no test result" in write_run_report(run)[1].read_text()
+    alone = compare_runs([Run("alone", made(AFTER))])
+    html = write_comparison_report(tmp_path, alone)[0].read_text()
+    assert "No run has anything to be compared with." in html
+    assert "<svg" not in html
+    assert "nan" not in markdown(alone)
+
+
+@pytest.mark.parametrize(("side", "warned"), [("test", False), ("val", True), ("train", True), ("all", True)])
+def test_scores_on_images_of_the_training_are_no_test_result(tmp_path, made, side, warned):
+    plan = INPUTS["plan"] | {"side": side, "lora_weights": "output/run/best_lora"}
+    path, _ = write_evaluation(tmp_path, f"{side}_best_lora", made(AFTER), EXTRA | {"plan": plan})
+    text = write_evaluation_report(path)[1].read_text()
+    assert text.startswith("# Evaluation of the adapter best_lora\n")
+    assert ("no test result" in text or "nothing about new patients" in text) == warned
+
+
+def test_missing_files_leave_their_part_out_and_damaged_ones_are_named(run, made, tmp_path):
+    assert "After is the last validation" in write_run_report(run)[1].read_text()
+    write_evaluation(run, "val_best", made([score + 0.1 for score in BEFORE]))
+    text = write_run_report(run)[1].read_text()
+    assert "After is the last validation" not in text
+    assert "| +0.100 " in text.split("## Validation\n")[1].split("\n## ")[0]
+    write_info(bare := tmp_path / "bare", findings=[])
+    sections = re.findall("^## (.*)", write_run_report(bare)[1].read_text(), flags=re.MULTILINE)
+    assert sections == ["How to read this", "Settings and origin"]
+    with pytest.raises(ValueError, match="nothing is no finished run"):
+        write_run_report(tmp_path / "nothing")
+    (bare / "training_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training_info\.json of bare is no valid JSON"):
+        write_run_report(bare)
+    write_cases(run, [case("P001_S1_F0001", "best")])
+    (run / "cases" / "P001_S1_F0001.png").unlink()
+    with pytest.raises(ValueError, match=r"P001_S1_F0001\.png cannot be shown"):
+        write_run_report(run)
+    write_evaluation(tmp_path, "test_after", made(AFTER))
+    with pytest.raises(ValueError, match=r"test_after\.json is no evaluation of held-out patients"):
+        write_evaluation_report(tmp_path / "test_after.json")
+
+
+def test_files_of_another_evaluation_are_not_shown(tmp_path, made):
+    path, _ = write_evaluation(tmp_path, "test_base", made(AFTER), EXTRA)
+    other = EXTRA | {"plan": INPUTS["plan"] | {"base_model": "another"}, "threshold": 0.3}
+    write_evaluation(tmp_path, "test_base_tuned", made(AFTER), other)
+    write_evaluation(tmp_path, "test_human_agreement", made(AFTER, truth="corrected"))
+    (tmp_path / "test_base_thresholds.json").write_text("{}")
+    text = write_evaluation_report(path)[1].read_text()
+    assert cells(text, "Scores")[0] == ["score", "better is", "threshold 0.5"]
+    assert "## Threshold" not in text
+    write_evaluation(tmp_path, "test_base_tuned", made(AFTER), other | {"plan": INPUTS["plan"]})
+    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in .* is no threshold"):
+        write_evaluation_report(path)
+
+
+def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):
+    add_later(run, made, truth="corrected")
+    text = write_run_report(run)[1].read_text()
+    assert "not those of the rest: test_best_lora_tuned." in text
+    assert cells(text, "Test at other settings")[0][2:] == ["threshold 0.5", "human agreement"]
+    assert "## Threshold" not in text
+    for prompt, ending in (("Segment.", ""), ("Another?", "_tuned"), ("Segment.", "_tuned_post")):
+        facts = {"threshold": 0.5, "plan": {"base_model": None, "prompt": prompt}}
+        write_evaluation(run / "evaluation", f"test_best_lora{ending}", made(AFTER), facts)
+    text = write_run_report(run)[1].read_text()
+    assert "are not those of the rest: test_best_lora_tuned." in text
+    labels = ["threshold 0.5", "threshold 0.5, tuned for reward", "human agreement"]
+    assert cells(text, "Test at other settings")[0][2:] == labels
+
+
+def test_a_picture_is_embedded_as_it_is_or_smaller_if_it_is_too_large(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 600, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path := tmp_path / "large.png")
+    head, data = png_uri(path).split(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(data) == path.read_bytes()
+    content = base64.b64decode(png_uri(path, num_pictures=30).split(",")[1])
+    assert len(content) <= 100_000 < path.stat().st_size
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.width == pytest.approx(2 * picture.height, abs=2)
+    path.write_text("text")
+    with pytest.raises(ValueError, match=r"large\.png cannot be shown"):
+        png_uri(path)
+
+
+def test_reports_are_made_without_torch_and_are_small_and_repeatable(run):
+    code = (
+        "import sys, vesselrl.evaluation.report as report\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numba', 'jinja2', 'PIL'} & set(sys.modules)\n"
+        f"report.write_run_report({str(run)!r})\n"
+        "sys.exit(sorted(heavy | ({'torch', 'transformers'} & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = (run / "report.html").read_bytes()
+    assert len(first) < 1_000_000
+    assert write_run_report(run)[0].read_bytes() == first
+
+
+def test_an_evaluation_refreshes_the_report_of_its_run_and_names_no_person(finished_run, tmp_path, capsys):
+    run = Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
+    assert "## Threshold" not in (run / "report.md").read_text()
+    assert main(["evaluate", "--lora_weights", str(run)]) == 0
+    assert "test_best_lora.html" in capsys.readouterr().out.replace("\n", "")
+    report, page = (run / "report.md").read_text(), (run / "evaluation" / "test_best_lora.md").read_text()
+    assert cells(report, "Test at other settings") == cells(page, "Scores")
+    for section in ("Threshold", "Calibration"):
+        assert cells(report, section) == cells(page, section)
+    stored = json.loads((run / "evaluation" / "test_best_lora.json").read_text())["summary"]["metrics"]
+    assert {row[0] for row in cells(page, "Scores")[3:]} == {metric_name(metric) for metric in stored}
+    pages = [*run.glob("report.*"), *(run / "evaluation").glob("test_best_lora.[hm]*")]
+    assert len(pages) == 4
+    for text in (path.read_text() for path in pages):
+        assert "P0" in text
+        assert "ZHANG" not in text.upper()
+        words = re.sub(r"(?s)<svg.*?</svg>|base64,[^\"]*", "", text)
+        assert not re.search(r"(?<![\d.])\d{10}(?!\d)", words)

@@ -1,0 +1,104 @@
+"""The gate for masks, and the scores of pixel counts against hand counts and scikit-learn."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
+
+from vesselrl.scoring.overlap import (
+    Counts,
+    as_mask,
+    as_mask_pair,
+    counts,
+    dice,
+    dice_from_counts,
+    overlap_scores,
+    precision_from_counts,
+    recall_from_counts,
+)
+
+NAN = math.nan
+MASK = np.array([[False, True, True], [True, False, False]])
+
+
+def test_every_form_of_a_mask_gives_the_same_bool_array():
+    arrays = MASK.astype(np.uint8), MASK.astype(np.int64), MASK.astype(np.float32), MASK.tolist()
+    views = np.asfortranarray(MASK), np.repeat(MASK, 2, axis=1)[:, ::2]
+    tensor = torch.from_numpy(MASK)
+    for mask in (MASK, *arrays, *views, tensor, tensor.to(torch.bfloat16), tensor.float().requires_grad_()):
+        result = as_mask(mask)
+        assert result.dtype == np.bool_
+        assert result.flags.c_contiguous
+        np.testing.assert_array_equal(result, MASK)
+        assert as_mask(result) is result
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (MASK.astype(np.uint8) * 255, r"truth holds values from 0 to 255.*pass truth > 127"),
+        (MASK * 0.7, r"truth holds values from 0\.0 to 0\.7.*truth > 0\.5 for probabilities"),
+        (np.full((2, 3), np.nan), "truth holds values from nan"),
+        (MASK.astype(int) * -1, "truth holds values from -1 to 0"),
+        (MASK[None], r"two-dimensional \(H, W\), got shape \(1, 2, 3\)"),
+        (np.zeros((0, 4), bool), r"truth has no pixels, got shape \(0, 4\)"),
+        (np.array([["a", "b"]]), "must be bool or 0/1, got dtype <U1"),
+    ],
+)
+def test_what_is_not_a_mask_is_refused_with_a_way_out(mask, message):
+    with pytest.raises(ValueError, match=message):
+        as_mask(mask, "truth")
+
+
+@pytest.mark.parametrize("function", [as_mask_pair, counts, dice])
+def test_two_sizes_and_grey_values_are_refused(function):
+    with pytest.raises(ValueError, match=r"prediction \(2, 3\), truth \(3, 2\).*Resize the prediction"):
+        function(MASK, MASK.T)
+    with pytest.raises(ValueError, match="truth holds values from 0 to 255"):
+        function(MASK, MASK * np.uint8(255))
+
+
+def random_pairs(number=12):
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        truth = cv2.GaussianBlur(rng.random((41, 53)).astype(np.float32), (0, 0), 3) > 0.5
+        yield truth ^ (rng.random(truth.shape) < 0.15), truth
+
+
+def test_scores_by_hand():
+    """Prediction 3 px, truth 4 px, 2 in common, 20 px in all."""
+    pred, truth = np.zeros((4, 5), bool), np.zeros((4, 5), bool)
+    pred[0, :3] = truth[0, 1:5] = True
+    assert counts(pred, truth) == Counts(tp=2, fp=1, fn=2, tn=15)
+    expected = {"dice": 4 / 7, "iou": 2 / 5, "recall": 2 / 4, "precision": 2 / 3, "specificity": 15 / 16}
+    assert overlap_scores(counts(pred, truth)) == pytest.approx(expected)
+
+
+def test_overlap_scores_equal_scikit_learn():
+    for pred, truth in random_pairs():
+        flat, scores = (truth.ravel(), pred.ravel()), overlap_scores(counts(pred, truth))
+        theirs = f1_score(*flat), jaccard_score(*flat), recall_score(*flat), precision_score(*flat)
+        assert [*scores.values()] == pytest.approx([*theirs, recall_score(*flat, pos_label=0)], abs=1e-12)
+        assert dice(pred, truth) == dice(torch.from_numpy(pred), truth) == scores["dice"]
+
+
+@pytest.mark.slow
+def test_dice_equals_monai():
+    compute_dice = pytest.importorskip("monai.metrics.meandice").compute_dice
+    empty = np.zeros_like(MASK)
+    for pred, truth in [*random_pairs(), (empty, empty), (MASK, empty), (empty, MASK)]:
+        pair = (torch.tensor(mask)[None, None] for mask in (pred, truth))
+        assert dice(pred, truth) == pytest.approx(compute_dice(*pair, ignore_empty=False).item(), abs=1e-6)
+
+
+def test_scores_from_arrays_of_counts():
+    tp, fp, fn = np.array([2, 0, 0, 0]), np.array([1, 0, 3, 0]), np.array([1, 0, 0, 4])
+    np.testing.assert_allclose(dice_from_counts(tp, fp, fn), [4 / 6, 1, 0, 0])
+    np.testing.assert_allclose(dice_from_counts(tp, fp, fn, empty=0), [4 / 6, 0, 0, 0])
+    np.testing.assert_allclose(recall_from_counts(tp, fn), [2 / 3, NAN, NAN, 0])
+    np.testing.assert_allclose(recall_from_counts(tp, fn, empty=1), [2 / 3, 1, 1, 0])
+    np.testing.assert_allclose(precision_from_counts(tp, fp, fn), [2 / 3, 1, 0, 0])
+    np.testing.assert_allclose(dice_from_counts(tp, 1, 0), [4 / 5, 0, 0, 0])

@@ -1,0 +1,190 @@
+"""Closing gaps by hand and against SciPy's spanning trees; small components; the order of the steps."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import dijkstra, minimum_spanning_tree
+
+from vesselrl.scoring.postprocessing import (
+    LowThresholdMask,
+    PostProcessing,
+    drop_small_components,
+    post_processing,
+)
+from vesselrl.scoring.topology import topology
+
+EIGHT = np.ones((3, 3), bool)
+
+
+def num_components(mask: np.ndarray) -> int:
+    return ndimage.label(mask, EIGHT)[1]
+
+
+@pytest.mark.parametrize("min_px", [0, 1, 2, 5, 12, 5000])
+@pytest.mark.parametrize("density", [0.0, 0.15, 0.4, 1.0])
+def test_small_components_are_those_of_scipy(density: float, min_px: int) -> None:
+    mask = np.random.default_rng(7).random((61, 47)) < density
+    labels, num = ndimage.label(mask, EIGHT)
+    areas = ndimage.sum_labels(mask, labels, range(num + 1))
+    np.testing.assert_array_equal(drop_small_components(mask, min_px), mask & (areas[labels] >= min_px))
+    with pytest.raises(ValueError, match="min_px is -1"):
+        drop_small_components(mask, -1)
+
+
+@pytest.fixture
+def faint() -> np.ndarray:
+    """Probabilities of a bar 3 px wide with a faint stretch of 4 px, a wide faint rim and a faint twig."""
+    values = np.full((30, 50), 0.001)
+    values[11:18, 3:47] = 0.15  # the rim, 7 px wide
+    values[18:28, 35:38] = 0.15  # the twig, which leads nowhere
+    values[13:16, 3:47] = 0.9
+    values[13:16, 22:26] = 0.3
+    return values
+
+
+def test_a_gap_is_closed_and_nothing_else(faint: np.ndarray) -> None:
+    mask = faint > 0.5
+    assert np.array_equal(LowThresholdMask(faint, 0.4).close(mask), mask)  # stays open above its level
+    closed = LowThresholdMask(faint, 0.2).close(mask)
+    assert np.array_equal(closed, faint > 0.2)  # above 0.2 there is the bar alone, with its gap
+    wider = LowThresholdMask(faint, 0.1).close(mask)
+    assert (num_components(mask), num_components(wider)) == (2, 1)
+    assert wider[11:18, 23:25].all()  # as wide as the low-threshold mask
+    added = wider & ~mask
+    assert not added[:, :18].any()  # the half width of the rim, 4 px, beyond the gap
+    assert not added[:, 30:].any()  # neither the rest of the rim nor the twig
+
+
+@pytest.mark.parametrize("shape", [(32, 128), (64, 64)])
+def test_a_low_threshold_mask_without_an_edge_closes_nothing(shape: tuple[int, int]) -> None:
+    """It has a centreline, but no width: a path across would be as wide as the image."""
+    values = np.full(shape, 0.3)
+    values[10:20, 5:20] = values[10:20, 30:60] = 0.9
+    mask = values > 0.5
+    assert np.array_equal(LowThresholdMask(values, 0.2).close(mask), mask)
+    assert LowThresholdMask(values, 0.2).bridges(mask)[1] == 0
+
+
+def test_an_end_is_not_prolonged(faint: np.ndarray) -> None:
+    """One component and a twig: there is a bridge, but no gap."""
+    faint[13:16, 22:26] = 0.9
+    mask = faint > 0.5
+    low = LowThresholdMask(faint, 0.1)
+    labels, count = low.bridges(mask)
+    assert count == 1
+    assert (labels == 1)[20:26, 35:38].all()
+    assert np.array_equal(low.close(mask), mask)
+    assert not LowThresholdMask(np.zeros(mask.shape), 0.1).close(mask & False).any()
+
+
+def test_of_two_paths_the_shorter_is_taken_and_twigs_are_not() -> None:
+    """Two bars, a faint path of 5 px between them, one of 15 px, and a twig on each."""
+    values = np.zeros((30, 40), np.float32)
+    values[5:25, 5] = values[5:25, 30] = 0.9
+    values[10, 6:30] = values[20, 6:30] = 0.1
+    values[10, 11:25] = 0.9  # leaves two gaps of 5 px in the upper path
+    values[14:20, 12] = 0.1
+    expected = values > 0.5
+    expected[10, 6:30] = True
+    assert np.array_equal(LowThresholdMask(values, 0.05).close(values > 0.5), expected)
+
+
+def spanning_length(paths: np.ndarray, mask: np.ndarray) -> int:
+    """Pixels of the shortest paths between all components, as a minimum spanning tree; by SciPy."""
+    components, count = ndimage.label(mask, EIGHT)
+    numbers = np.full(mask.shape, -1)
+    numbers[paths] = np.arange(paths.sum())
+    edges = set()
+    for row, column in np.argwhere(paths):
+        here = numbers[row, column]
+        for r, c in np.ndindex(3, 3):
+            y, x = row + r - 1, column + c - 1
+            if not (0 <= y < mask.shape[0] and 0 <= x < mask.shape[1]):
+                continue
+            if components[y, x]:
+                edges.add((int(here), int(paths.sum() + components[y, x] - 1)))
+            elif numbers[y, x] > here:
+                edges.add((int(here), int(numbers[y, x])))
+    size = int(paths.sum()) + count
+    rows, columns = np.array(sorted(edges)).T
+    graph = coo_array((np.full(len(rows), 1.0), (rows, columns)), shape=(size, size)).tocsr()
+    terminals = np.arange(size - count, size)
+    # Not through a component: its edges are left out for all but the component where a path begins.
+    between = np.zeros((count, count))
+    for k, terminal in enumerate(terminals):
+        others = np.setdiff1d(terminals, terminal)
+        own = graph.copy().tolil()
+        own[:, others] = 0
+        distance = dijkstra(own.tocsr(), directed=False, indices=terminal)
+        for other in others:
+            # A path over n pixels has n steps from its first component to its last pixel.
+            between[k, other - terminals[0]] = min(distance[rows[columns == other]], default=np.inf)
+    between[np.isinf(between)] = 0
+    return int(minimum_spanning_tree(between).sum())
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
+)
+def test_all_that_can_be_joined_is_joined_by_the_fewest_pixels(seed: int) -> None:
+    values = ndimage.gaussian_filter(np.random.default_rng(seed).random((80, 90)), 2)
+    values = ((values - values.min()) / np.ptp(values)).astype(np.float32)
+    mask = values > 0.6
+    low = LowThresholdMask(values, 0.45)
+    closed = low.close(mask)
+    assert (closed >= mask).all()
+    assert (values[closed] > 0.45).all()
+    candidates = topology(values > np.float32(0.45)).skeleton & ~mask
+    # Of the parts of the candidates, islands touch no component and join nothing.
+    parts, count = ndimage.label(candidates, EIGHT)
+    touches = [mask[ndimage.binary_dilation(parts == k, EIGHT)].any() for k in range(1, count + 1)]
+    paths = low._paths(mask)
+    assert (paths <= candidates).all()
+    joined = num_components(mask | candidates) - touches.count(False)
+    assert num_components(mask) > num_components(mask | paths) == joined
+    assert 0 < paths.sum() <= spanning_length(candidates, mask)
+
+
+def test_small_components_go_before_gaps_are_closed(faint: np.ndarray) -> None:
+    """The component right of the gap has 63 px, the bar left of it 57 px."""
+    kept = PostProcessing(min_component_px=60, close_gaps=0.2).mask(faint)
+    assert np.array_equal(kept, (faint > 0.5) & (np.arange(50) > 25))
+    both = PostProcessing(min_component_px=57, close_gaps=0.2).mask(faint)
+    assert np.array_equal(both, faint > 0.2)
+
+
+def test_all_thresholds_of_one_image_are_those_alone(faint: np.ndarray) -> None:
+    post = PostProcessing(0.5, 10, 0.05)
+    thresholds = (0.1, 0.2, 0.5, 0.95)
+    for threshold, mask in zip(thresholds, post.masks(faint, thresholds), strict=True):
+        assert np.array_equal(mask, PostProcessing(threshold, 10, 0.05).mask(faint))
+    assert np.array_equal(post.postprocess_for(faint)(faint > 0.5), post.mask(faint))
+
+
+def test_post_processing_is_as_asked_or_as_in_the_run() -> None:
+    settings = {"min_component_px": 12, "close_gaps": 0.1}
+    assert post_processing(settings, 0.4) == PostProcessing(0.4, 12, 0.1)
+    assert post_processing(settings, min_component_px=0, close_gaps=0.0) == PostProcessing()
+    assert post_processing({}) == PostProcessing()
+    assert [PostProcessing(0.5, *rest).changes_masks for rest in ((1, 0), (2, 0), (0, 0.1))] == [
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"threshold": 0.0}, "The threshold is 0.0; give a probability between 0 and 1"),
+        ({"threshold": 85}, "The threshold is 85"),
+        ({"min_component_px": -3}, "min_component_px is -3; give 0 or more"),
+        ({"close_gaps": -0.1}, "close_gaps is -0.1; give 0, or a probability below 1"),
+        ({"close_gaps": 1.0}, "close_gaps is 1.0"),
+        ({"close_gaps": float("nan")}, "close_gaps is nan"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PostProcessing(**settings)

@@ -1,0 +1,201 @@
+"""The files of a data root, and the entries that the readers of all layouts make of them."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from vesselrl.data.findings import Findings
+from vesselrl.data.images import IMAGE_SUFFIXES
+from vesselrl.data.patients import is_impersonal
+from vesselrl.data.polygons import Outlines, Size
+from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
+from vesselrl.errors import DataError
+
+# Folders of label files, the first that exists is read; DRIVE's `mask/` is the field of view, not a label.
+LABEL_FOLDERS = ("masks", "1st_manual", "manual1", "labels", "ground_truth", "gt")
+# What comes after the name of the image in the name of its label, best first.
+LABEL_ENDINGS = ("_mask", "", "_1stHO", "_manual1", "_manual", "_gt", "_label")
+# Labels of a second observer: never read, never reported as left over.
+SECOND_OBSERVER = ("_2ndHO", "_manual2")
+# What an image has where its label has the ending: 21_training.tif and 21_manual1.gif (DRIVE).
+IMAGE_ENDINGS = ("_training", "_test")
+_LIST_PLACE = re.compile(r" (?:record|image) \d+$")
+_KNOWN_FOLDERS = ("images", "json", *LABEL_FOLDERS)
+
+# Called with the size of the image the label was drawn on, the record for messages, and what takes faults.
+LabelReader = Callable[[Size, str, Findings], Outlines]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a data root, before anything but names was read."""
+
+    # Path below the image folder, without the ending: the pseudonym is made of it. Never shown.
+    name: str = field(repr=False)
+    place: str  # where it stands, such as "annotations.json record 17" or "images/train_001.png"
+    image_path: Path | None = field(repr=False)  # None: there is no such image
+    read_label: LabelReader | None = field(default=None, repr=False)  # None: no outlines in this layout
+    label_size: tuple | None = field(default=None, repr=False)  # width and height as written beside it
+    content: Mapping = field(default_factory=dict, repr=False)  # the record itself, with its other fields
+    mask_path: Path | None = field(default=None, repr=False)  # a label file, which goes before outlines
+
+    @property
+    def file(self) -> str:
+        """The file that says so, such as `annotations.json` or `images/train_001.png`."""
+        return _LIST_PLACE.sub("", self.place)
+
+    def record(self, alias: Pseudonym) -> str:
+        """How messages name it: the place, and the pseudonym unless the place shows the file name."""
+        return self.place if is_impersonal(PurePosixPath(self.place).stem) else f"{self.place} ({alias.key})"
+
+
+class DataFolder:
+    """The files of a data root, and how messages name them without the persons in their names."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.image_folder = path / "images"
+        self.label_folder = next((path / name for name in LABEL_FOLDERS if (path / name).is_dir()), None)
+        self.mapping_file = path / MAPPING_FILE
+        self._numbers: dict[str, dict[Path, int]] = {}
+
+    @cached_property
+    def images(self) -> list[Path]:
+        """All files in `images/`."""
+        return list_images(self.image_folder)
+
+    def locate(self, written: object, place: str, field_name: str = "image") -> tuple[str, Path | None]:
+        """Name and file of the image that a record calls `a.jpg` or `images/a.jpg`, with either slash."""
+        if not isinstance(written, str) or not PurePosixPath(written).name.strip():
+            message = f"{place} has no text '{field_name}'. Name the image file there, or remove the record."
+            raise DataError(message, "bad_record")
+        path = PurePosixPath(written.replace("\\", "/"))
+        path = PurePosixPath(*path.parts[1:]) if len(path.parts) > 1 and path.parts[0] == "images" else path
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            advice = "Write the file name as it is in images/."
+            message = f"{place}: '{field_name}' points outside the data root. {advice}"
+            raise DataError(message, "bad_record")
+        is_text = written.encode(errors="replace").decode() == written  # no half of a surrogate pair
+        longest = max(len(part.encode(errors="replace")) for part in path.parts)
+        if not is_text or longest > 255 or len(written) > 1000 or "\0" in written:
+            raise DataError(f"{place}: '{field_name}' is no usable file name. Correct it.", "bad_record")
+        files = (self.image_folder / path, self.path / path)
+        return str(path.with_suffix("")), next((file for file in files if file.is_file()), None)
+
+    def shown(self, path: Path) -> str:
+        """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's."""
+        parts = path.relative_to(self.path).parts
+        folder = parts[0] if len(parts) > 1 else ""
+        place = f"{folder}/" if folder in _KNOWN_FOLDERS else "another folder"
+        if len(parts) < 3 and is_impersonal(path.stem) and folder in ("", *_KNOWN_FOLDERS):
+            return f"{place}{path.name}" if folder else path.name
+        if folder not in self._numbers:  # counted from 1, images and JSON files each
+            files = list_files(self.path / folder, deep=bool(folder))
+            kinds = [[f for f in files if f.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, (".json",))]
+            self._numbers[folder] = {file: k for kind in kinds for k, file in enumerate(kind, 1)}
+        number = self._numbers[folder].get(path, 0)
+        return f"{place if folder else 'data root'} file {number} in name order"
+
+    def listing(self, layout: str, entries: Sequence[Entry], names: Iterable[str] = ()) -> "Listing":
+        """Gives each entry its label file; one that then has no label of any kind and no content is left out.
+
+        A label in another folder than its image fits only if no other image has the same stem: `names` are
+        those of all images, where there are more than entries.
+        """
+        masks = [] if self.label_folder is None else list_images(self.label_folder)
+        png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
+        labels = {below(path, self.label_folder): path for path in png_last}
+        names = names or (entry.name for entry in entries)
+        num_stems = Counter(PurePosixPath(name).name for name in set(names))
+        complete = []
+        for entry in entries:
+            stem = PurePosixPath(entry.name).name
+            own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
+            mask_path = find_label(own_names, labels, LABEL_ENDINGS)
+            if mask_path or entry.read_label or entry.content:
+                complete.append(replace(entry, mask_path=mask_path))
+        return Listing(self, layout, complete, self.images, masks)
+
+
+@dataclass
+class Listing:
+    """The content of a data root in one layout."""
+
+    folder: DataFolder
+    layout: str  # "annotations.json", "LabelMe", "COCO" or "image and mask files"
+    entries: list[Entry]
+    images: list[Path]  # all image files of the image folder
+    masks: list[Path]  # all label files
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the entries."""
+        return [entry.name for entry in self.entries]
+
+    @property
+    def pairs(self) -> bool:
+        """Whether images and labels are paired by their names alone."""
+        return all(entry.read_label is None and not entry.content for entry in self.entries)
+
+    @property
+    def extra_images(self) -> list[Path]:
+        """Image files that no entry names."""
+        used = {entry.image_path for entry in self.entries} | set(self.masks)
+        return [path for path in self.images if path not in used]
+
+    @property
+    def extra_masks(self) -> list[Path]:
+        """Label files that no entry uses, without those of a second observer."""
+        used = {entry.mask_path for entry in self.entries}
+        return [path for path in self.masks if path not in used and not path.stem.endswith(SECOND_OBSERVER)]
+
+
+def find_label(own_names: Sequence[str], labels: Mapping[str, Path], endings: Sequence[str]) -> Path | None:
+    """The label file of an image that goes by one of `own_names`; `labels` are the files by name."""
+    drive = [name.removesuffix(ending) for name in own_names for ending in IMAGE_ENDINGS]
+    for name in (*own_names, *drive):
+        for ending in endings:
+            # The bare number of DRIVE is not enough: `21` may be the label of another image.
+            if name + ending in labels and (ending or name in own_names):
+                return labels[name + ending]
+    return None
+
+
+def list_files(folder: Path, deep: bool = True) -> list[Path]:
+    """The files of a folder in the order of their names, without hidden ones; sub-folders too if `deep`."""
+    paths = folder.rglob("*") if deep else folder.glob("*")
+    files = [path for path in paths if not path.name.startswith(".") and path.is_file()]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def list_images(folder: Path, deep: bool = True) -> list[Path]:
+    """The image files of a folder in the order of their names; none where there is no folder."""
+    files = list_files(folder, deep) if folder.is_dir() else []
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def below(path: Path, folder: Path) -> str:
+    """The name of a file: its path below the folder without the ending."""
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def read_json(path: Path, shown: str) -> object:
+    """The content of a JSON file; `shown` is how messages name it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:  # its text holds the path
+        fault = f"cannot be read ({error.strerror}). Restore it, or give yourself the right to."
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        fault = f"is not valid JSON: {error.msg} at {place}. Correct it, or write it again."
+    except UnicodeDecodeError as error:
+        fault = f"is not UTF-8 (byte {error.start}). Save it as UTF-8."
+    except RecursionError:
+        fault = "is nested too deeply. Write it again."
+    except ValueError:  # an integer of thousands of digits
+        fault = "holds a number that is too long. Correct it."
+    raise DataError(f"{shown} {fault}", "bad_json")

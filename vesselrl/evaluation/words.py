@@ -1,0 +1,102 @@
+"""Names of metrics and forms of numbers for readers. The words themselves are in templates/words.toml."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION
+
+LABELS = tomllib.loads(files("vesselrl.evaluation").joinpath("templates/words.toml").read_text("utf-8"))
+# Column -> (name, meaning).
+WORDS = {column: tuple(name_and_meaning) for column, name_and_meaning in LABELS["metrics"].items()}
+# What was chosen on validation, by the ending of its file.
+TUNED_FILES = LABELS["tuned"]
+_ONE_DECIMAL = frozenset({"beta0_error", "beta1_error", "hd95"})
+
+
+class Cell(NamedTuple):
+    """A number as text, with its interval (or why it has none) and its verdict."""
+
+    value: str
+    interval: str = ""
+    verdict: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.value, self.interval and f"({self.interval})", self.verdict)))
+
+
+def metric_name(metric: str) -> str:
+    """The name a reader sees; an unknown column keeps its own, without underscores."""
+    return WORDS[metric][0] if metric in WORDS else metric.replace("_", " ").capitalize()
+
+
+def good_direction(metric: str) -> str:
+    """`higher`, `lower` or `-`: which way is better."""
+    return "-" if metric in NO_DIRECTION else "lower" if metric in LOWER_IS_BETTER else "higher"
+
+
+def number(metric: str, value: float | None, sign: bool = False) -> str:
+    """A score as text, with as many decimals as its kind deserves; nan and None are `undefined`.
+
+    A difference (`sign`) that would round to nothing gets up to three decimals more, so that no zero hides
+    on which side of 0 it lies.
+
+    >>> number("dice", 0.81234), number("beta0_error", 3.25), number("dice", 0.012, sign=True)
+    ('0.812', '3.2', '+0.012')
+    >>> number("beta1_error", -0.012, sign=True), number("dice", 0.0, sign=True)
+    ('-0.01', '0.000')
+    """
+    if value is None or math.isnan(value):
+        return "undefined"
+    decimals = wanted = 1 if metric in _ONE_DECIMAL else 3
+    if not sign:
+        return f"{value:.{decimals}f}"
+    while round(value, decimals) == 0 and decimals < wanted + 3:
+        decimals += 1
+    return f"{value:+.{decimals}f}" if round(value, decimals) != 0 else f"{0:.{wanted}f}"
+
+
+def with_interval(
+    metric: str, mean: float, low: float, high: float, sign: bool = False, verdict: str = ""
+) -> Cell:
+    """A mean with its interval, without one if there is none.
+
+    >>> str(with_interval("dice", 0.8, 0.7, 0.9))
+    '0.800 (0.700 to 0.900)'
+    """
+    missing = any(value is None or math.isnan(value) for value in (mean, low, high))
+    interval = "" if missing else f"{number(metric, low, sign)} to {number(metric, high, sign)}"
+    return Cell(number(metric, mean, sign), interval, verdict)
+
+
+def masks_in_words(post: Mapping[str, Any]) -> str:
+    """How masks are made, from the fields of a `PostProcessing`; what is not done is left out.
+
+    >>> masks_in_words({"threshold": 0.5, "min_component_px": 20, "close_gaps": 0.002})
+    'threshold 0.5, components from 20 px, gaps closed above 0.002'
+    """
+    if post.get("threshold") is None:
+        return "threshold unknown"
+    smallest, level = post.get("min_component_px"), post.get("close_gaps")
+    words = [f"threshold {post['threshold']:g}"]
+    words += [f"components from {smallest} px"] if smallest else []
+    words += [f"gaps closed above {level:g}"] if level else []
+    return ", ".join(words)
+
+
+def setting_text(value: Any) -> str:
+    """A setting as text; of a path from the root or a home folder only its last part, also after `--option=`.
+
+    >>> setting_text("--data_root=/home/somebody/angio"), setting_text("output/run"), setting_text(0.50)
+    ('--data_root=.../angio', 'output/run', '0.5')
+    """
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting_text, value))
+    text = f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    option, equals, path = text.rpartition("=") if text.startswith("-") else ("", "", text)
+    if not path.startswith(("/", "~", "\\\\")) and path[1:3] not in (":\\", ":/"):
+        return text
+    last = path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return f"{option}{equals}.../{last}"

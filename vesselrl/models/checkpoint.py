@@ -1,0 +1,276 @@
+"""Official Sa2VA checkpoint folders to a native model and back; strict, safetensors only.
+
+Every tensor of a folder is used, known to be unused, or an error; every native tensor is filled, or an error;
+every error is a CheckpointError that names file or tensor. The names of both sides are a table in the model's
+module. Nothing here runs code from the checkpoint.
+"""
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+
+from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.models.config import SAM2_SIDECAR, Sa2VAConfig, Sam2Dimensions, read_config, read_json_object
+from vesselrl.models.processing import Sa2VAProcessor
+from vesselrl.models.sa2va import NAMES, POINTS, UNUSED, Sa2VA
+
+EMBEDDED = Path(__file__).parent / "embedded"
+_ROWS = [
+    [prefixes[k > 0] + name for k, name in enumerate(row.split())]
+    for prefixes, text in NAMES.items()
+    for row in text.strip().splitlines()
+]
+
+
+@cache
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
+
+
+def _fill(template: str, parts: tuple[str, ...]) -> str:
+    left = iter(parts)
+    return re.sub(r"[#*]", lambda _: next(left), template)
+
+
+def is_unused(official: str) -> bool:
+    """Whether an official tensor is known and has no part in single-image segmentation."""
+    return official.startswith(UNUSED)
+
+
+def native_names(official: str) -> tuple[str, ...] | None:
+    """Native tensors that hold an official one, or None when the name is unknown.
+
+    >>> native_names("mlp1.0.weight")
+    ('projector.0.weight',)
+    """
+    for template, *natives in _ROWS:
+        if match := _pattern(template).fullmatch(official):
+            return tuple(_fill(native, match.groups()) for native in natives)
+    return None
+
+
+def official_names(native: str) -> tuple[str, ...]:
+    """Official tensors that a native one is stored in; the inverse of `native_names`.
+
+    >>> official_names("vision.encoder.layer.3.attention.k_proj.weight")
+    ('vision_model.encoder.layers.3.attn.qkv.weight',)
+    """
+    for official, *natives in _ROWS:
+        for template in natives:
+            if match := _pattern(template).fullmatch(native):
+                if official == POINTS:
+                    return tuple(_fill(official, (str(k),)) for k in range(4))
+                return (_fill(official, match.groups()),)
+    raise KeyError(f"no official name for the native tensor {native!r}")
+
+
+def _point_row(official: str) -> int | None:
+    """The row of the point-embedding table that an official tensor fills, or None for any other tensor."""
+    match = _pattern(POINTS).fullmatch(official)
+    return int(match[1]) if match else None
+
+
+# ---- Reading
+
+
+def load_sa2va(
+    path: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sam2: Sam2Dimensions | None = None,
+) -> tuple[Sa2VA, Sa2VAProcessor]:
+    """Loads a model, in evaluation mode and without gradients, and its processor.
+
+    Args:
+        path: folder with config.json, safetensors shards and tokenizer files; None is the embedded miniature.
+        device: where the model goes.
+        dtype: of vision tower, projector and language model; SAM2 and its prompt projection stay float32.
+        sam2: SAM2's dimensions, overriding the side-car.
+
+    Raises:
+        CheckpointError: folder, file or tensor missing, broken, unknown or of another shape.
+    """
+    folder = EMBEDDED if path is None else Path(path)
+    config = read_config(folder, sam2)
+    processor = Sa2VAProcessor(config, load_tokenizer(folder))
+    with torch.device("meta"):
+        model = Sa2VA(config)
+    state = native_state(model, read_tensors(folder), dtype, str(folder))
+    model.load_state_dict(state, strict=True, assign=True)
+    # The rotary table is computed, not stored; on the meta device it is still empty.
+    model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
+    model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
+    rows = model.lm.get_input_embeddings().num_embeddings
+    if max(processor.image_token_id, processor.seg_token_id) >= rows:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has ids beyond the {rows} rows of the embedding table."
+        )
+    return model.requires_grad_(False).eval().to(device), processor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Loads the checkpoint's tokenizer without running its code."""
+    needed = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    missing = ", ".join(name for name in needed if not (folder / name).exists())
+    if missing:
+        raise CheckpointError(f"{folder} lacks the tokenizer files {missing}. Copy them from the source.")
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise CheckpointError(
+            f"{folder}: the tokenizer files cannot be used ({error}). Copy them from the source again."
+        ) from None
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each of which exists."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}: "
+                f"{', '.join(missing)}."
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} holds no model*.safetensors file. Pickled .bin or .pth weights are not read."
+        )
+    return files
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields official names and tensors of all shards, one at a time."""
+    return chain.from_iterable(map(read_shard, shard_files(folder)))
+
+
+def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields names and tensors of one safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
+                yield name, shard.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}). It may be truncated: copy it again."
+        ) from None
+
+
+def native_state(
+    model: Sa2VA,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    source: str = "The checkpoint",
+) -> dict[str, torch.Tensor]:
+    """Builds the model's state dict from official tensors; the error lists all that do not fit."""
+    expected = model.state_dict()
+    found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    unknown = []
+    for official, tensor in tensors:
+        natives = native_names(official)
+        if is_unused(official):
+            continue
+        if natives is None or any(name not in expected for name in natives):
+            unknown.append(official)
+            continue
+        parts = tensor.chunk(3) if len(natives) == 3 else [tensor] * len(natives)
+        for name, part in zip(natives, parts, strict=False):
+            wanted = torch.float32 if name.startswith(("sam.", "text_hidden_fcs.")) else dtype
+            found[name][_point_row(official) or 0] = part.to(wanted).contiguous()
+    state, wrong = {}, []
+    for name, rows in found.items():
+        parts = [rows[k] for k in sorted(rows)]
+        state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        got, shape = tuple(state[name].shape), tuple(expected[name].shape)
+        if got != shape:
+            wrong.append(f"{official_names(name)[0]} {got} (model {name}: {shape})")
+    problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
+    if any(problems.values()):
+        listed = [
+            f"{len(names)} {label}: {'; '.join(names[:3])}"
+            + f"; and {len(names) - 3} more" * (len(names) > 3)
+            for label, names in problems.items()
+            if names
+        ]
+        raise CheckpointError(
+            f"{source} does not fit its config.json. {' | '.join(listed)}. "
+            "Check that config.json, sam2_config.json and the shards come from one model."
+        )
+    return state
+
+
+def describe_config(config: Sa2VAConfig, processor: Sa2VAProcessor) -> str:
+    """One line on the model's shape for logs."""
+    vision, llm = (f"{v['num_hidden_layers']}x{v['hidden_size']}" for v in (config.vision, config.llm))
+    sam2 = f"{'-'.join(map(str, config.sam2.blocks_per_stage))} at {config.sam2.image_size} px"
+    return f"vision {vision}, LM {llm}, SAM2 {sam2}, tile {config.tile_px} px, [SEG] {processor.seg_token_id}"
+
+
+# ---- Writing
+
+
+def official_tensor(official: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Puts one official tensor together from the native state dict."""
+    natives, row = native_names(official), _point_row(official)
+    if row is not None:
+        return state[natives[0]][row : row + 1].contiguous()
+    if len(natives) == 3:
+        return torch.cat([state[name] for name in natives])
+    return state[natives[0]].contiguous()
+
+
+def save_sa2va(model: Sa2VA, folder: Path) -> None:
+    """Writes config.json, the SAM2 side-car and model.safetensors in float32, but no tokenizer."""
+    write_json(folder / "config.json", model.config.to_dict())
+    write_json(folder / SAM2_SIDECAR, asdict(model.config.sam2))
+    state = model.state_dict()
+    names = dict.fromkeys(official for native in state for official in official_names(native))
+    tensors = {name: official_tensor(name, state).detach().to("cpu", torch.float32) for name in names}
+    save_tensors(tensors, folder / "model.safetensors")
+
+
+def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
+    """Copies a checkpoint to a new folder with the model's weights in place of its own, shard by shard.
+
+    Files that are not weights and tensors that single images do not use are copied unchanged; the source is
+    only read. Without a `dtype` each tensor keeps its own.
+    """
+    shards = shard_files(source)
+    needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
+    if free < needed * 1.05:
+        raise CheckpointError(
+            f"{target.parent} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed."
+        )
+    state = model.state_dict()
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
+    for file in shards:
+        tensors = {}
+        for name, original in read_shard(file):
+            new = original if is_unused(name) else official_tensor(name, state)
+            tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
+        save_tensors(tensors, target / file.name)
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that appears only when complete, with the metadata in its header."""
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))

@@ -1,0 +1,205 @@
+"""Baselines in place of the model: a small U-Net from random weights, and the Frangi filter.
+
+Both see one grey image: the green channel, which is the whole image where it is grey and the channel with the
+strongest vessels where it is not.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from scipy.special import expit
+from torch import Tensor
+from torch.nn import functional
+
+from vesselrl.data.samples import Sample, load_image, load_mask
+from vesselrl.errors import LearningError
+from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
+from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.inference.predictor import Prediction
+
+BEST = "best_control"
+FILE = "control.json"
+WEIGHTS = "model.safetensors"
+FORMAT = "vesselrl control 1"
+
+UNET_FEATURES = (8, 16, 32, 64, 64, 8)
+UNET_MULTIPLE = 16  # px; four halvings
+UNET_SMALLEST = 32  # px; below that the deepest level has one pixel and nothing to normalise with
+
+# The few choices of a filter: standard deviations of its Gaussians in px, a third of a vessel's width or so.
+# The first is the start.
+SIGMAS = ((2, 3), (2,), (3,), (2, 3, 4))
+DEFAULT_VESSELNESS = 0.05
+_FLOOR = 1e-6  # of the vesselness, so that every logit is finite
+
+
+class UNet:
+    """MONAI's BasicUNet with 0.3 million random weights, on one grey image of any size."""
+
+    kind = "control"
+
+    def __init__(self, device: str = "cpu") -> None:
+        from monai.networks.nets import BasicUNet
+
+        self.net = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=UNET_FEATURES).to(device)
+        self.net.eval()
+        self.device = device
+        self.trainable = dict(self.net.named_parameters())
+        self.counts = {"unet": sum(parameter.numel() for parameter in self.trainable.values())}
+        self.start = self.values()
+
+    def logits(self, image: np.ndarray) -> Tensor:
+        """(H, W) logits of one image, with gradient; padded for the net and cut back."""
+        grey = torch.from_numpy(image[..., 1].astype(np.float32)).to(self.device)
+        grey = (grey - grey.mean()) / grey.std().clamp(min=1.0)
+        height, width = grey.shape
+        right, below = (
+            max(UNET_SMALLEST, -(-size // UNET_MULTIPLE) * UNET_MULTIPLE) - size for size in (width, height)
+        )
+        padded = functional.pad(grey[None, None], (0, right, 0, below), mode="replicate")
+        return self.net(padded)[0, 0, :height, :width]
+
+    def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
+        """Logits per image for a supervised step."""
+        return [self.logits(image) for image in images]
+
+    @torch.inference_mode()
+    def predict(self, image: np.ndarray) -> Prediction:
+        """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
+        return _prediction(self.logits(image).float().cpu().numpy())
+
+    def check_gradients(self) -> None:
+        """Refuses a first gradient that misses a weight."""
+        silent = [name for name, weight in self.trainable.items() if weight.grad is None]
+        if silent:
+            raise LearningError(f"{len(silent)} weights of the U-Net have no gradient, such as {silent[0]}.")
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns a copy of the weights."""
+        return {name: value.clone() for name, value in self.net.state_dict().items()}
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Sets the weights."""
+        self.net.load_state_dict(values)
+
+    def distance(self) -> float:
+        """Euclidean distance of the weights from their start."""
+        now = self.net.state_dict()
+        return float(sum((now[name] - self.start[name]).double().square().sum() for name in now) ** 0.5)
+
+    def save(self, folder: Path) -> None:
+        """Writes control.json and model.safetensors."""
+        write_json(folder / FILE, {"format": FORMAT, "control": "unet", "features": UNET_FEATURES})
+        with atomic_write(folder / WEIGHTS) as partial:
+            save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, partial)
+
+
+class Frangi:
+    """The Frangi filter for dark vessels, cut at a vesselness.
+
+    probability = v / (v + threshold) of the vesselness v, so that 0.5 is at the threshold.
+
+    Args:
+        sigmas: of the Gaussians, in px.
+        threshold: vesselness above which a pixel is vessel, above 0.
+    """
+
+    kind = "control"
+
+    def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
+        self.trainable: dict = {}
+        self.counts: dict[str, int] = {}
+        self.start = (tuple(sigmas), threshold)
+        self.restore(self.start)
+
+    def predict(self, image: np.ndarray) -> Prediction:
+        """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
+        return self.cut(vesselness(image, self.sigmas))
+
+    def cut(self, response: np.ndarray) -> Prediction:
+        """Prediction of a vesselness that is known already."""
+        return _prediction(np.log((response + _FLOOR) / (self.threshold + _FLOOR)).astype(np.float32))
+
+    def values(self) -> tuple[tuple[float, ...], float]:
+        """Returns sigmas and threshold."""
+        return self.sigmas, self.threshold
+
+    def restore(self, values: tuple[tuple[float, ...], float]) -> None:
+        """Sets sigmas and threshold."""
+        self.sigmas, self.threshold = values
+
+    def distance(self) -> float:
+        """Distance of the threshold from its start, as the difference of their logarithms."""
+        return float(abs(np.log(self.threshold / self.start[1])))
+
+    def save(self, folder: Path) -> None:
+        """Writes control.json."""
+        settings = {"control": "frangi", "sigmas": self.sigmas, "threshold": self.threshold}
+        write_json(folder / FILE, {"format": FORMAT} | settings)
+
+
+def vesselness(image: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
+    """(H, W) response of the Frangi filter to dark ridges, in [0, 1]: the largest over the sigmas."""
+    from skimage.filters import frangi
+
+    return frangi(image[..., 1] / 255.0, sigmas=sigmas, black_ridges=True)
+
+
+def best_frangi(
+    samples: Sequence[Sample], progress: Callable[[int, int], None] | None = None
+) -> tuple[tuple[float, ...], float]:
+    """The sigmas and the threshold with the best mean over patients of Dice on these samples."""
+    counted: dict[tuple, list] = {sigmas: [] for sigmas in SIGMAS}
+    for number, sample in enumerate(samples, start=1):
+        image, truth = load_image(sample), load_mask(sample)
+        # The filter takes the largest response over its sigmas, so each is computed once for all sets.
+        single = {s: vesselness(image, (s,)) for s in sorted({s for sigmas in SIGMAS for s in sigmas})}
+        for sigmas, counts in counted.items():
+            response = np.maximum.reduce([single[s] for s in sigmas])
+            counts.append(counts_by_threshold(Frangi(sigmas).cut(response).probabilities, truth))
+        if progress is not None:
+            progress(number, len(samples))
+    patients = [sample.patient for sample in samples]
+    curves = {sigmas: threshold_curve(counts, patients) for sigmas, counts in counted.items()}
+    best = max(curves, key=lambda sigmas: curves[sigmas].best.dice)
+    probability = curves[best].best.threshold
+    # The curve's thresholds are on v / (v + default); the same cut as a vesselness.
+    return best, DEFAULT_VESSELNESS * probability / (1 - probability)
+
+
+def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | None:
+    """The best model of a control run; None if this is no control run.
+
+    Args:
+        folder: the run folder, or a folder such as RUN/final_control.
+        device: for the U-Net.
+
+    Raises:
+        ValueError: control.json is damaged or of another version.
+    """
+    folder = Path(folder)
+    place = next((f for f in (folder / BEST, folder) if (f / FILE).is_file()), None)
+    if place is None:
+        return None
+    try:
+        settings: dict[str, Any] = json.loads((place / FILE).read_text(encoding="utf-8"))
+        kind = settings["control"] if settings["format"] == FORMAT else None
+        if kind == "frangi":
+            return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
+        if kind == "unet" and tuple(settings["features"]) == UNET_FEATURES:
+            model = UNet(device)
+            model.net.load_state_dict(load_file(place / WEIGHTS, device=device))
+            return model
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{place} holds no control that can be read ({error}). Train it again.") from error
+    raise ValueError(f"{place / FILE} is not of the format {FORMAT!r}. Train the control again.")
+
+
+def _prediction(logits: np.ndarray) -> Prediction:
+    return Prediction(logits > 0, expit(logits), logits)

@@ -1,0 +1,149 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard, wandb on request, the log, diagnosis.json, progress bars."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from rich import progress
+from rich.console import Console
+
+from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.run_folder import RunFolder
+from vesselrl.training.health import Issue
+
+logger = logging.getLogger(__name__)
+
+SHOWN = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
+
+
+class Monitor:
+    """Writes the metrics of one run; a context manager that closes its writers.
+
+    Args:
+        run: gets metrics.jsonl, diagnosis.json and the TensorBoard files.
+        config: steps between log lines, and whether to start a wandb run.
+        total_steps: of the training, for the bar.
+        console: shows progress bars; None shows none.
+        resumed_at: step that an interrupted run goes on from; TensorBoard hides what it has of later ones.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: TrainConfig,
+        total_steps: int = 0,
+        console: Console | None = None,
+        resumed_at: int | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        self.log_freq = config.run.log_freq
+        self.grad_norm_max = 0.0
+        self.issues: list[Issue] = []
+        self._reward_s = self._step_s = 0.0
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
+        self._wandb = start_wandb(run.name, config) if config.run.use_wandb else None
+        columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
+                   progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
+        self._progress = progress.Progress(
+            *columns, console=console or Console(quiet=True), disable=console is None
+        )
+        self._training = self._progress.add_task("training", total=total_steps)
+
+    def __enter__(self) -> "Monitor":
+        self._progress.start()
+        self._write_issues()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Stores any metrics."""
+        self.run.append_metrics({"step": step, **metrics})
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Stores the metrics of one training step and moves the bar."""
+        self.grad_norm_max = max(self.grad_norm_max, metrics.get("train/grad_norm", 0.0))
+        self._reward_s += metrics.get("time/reward", 0.0)
+        self._step_s += metrics.get("time/step", 0.0)
+        self.log(step, metrics)
+        self._progress.update(self._training, completed=step)
+        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+        if step % self.log_freq == 0 and shown:
+            logger.info("step %d: %s", step, ", ".join(shown))
+
+    def log_validation(self, step: int, scores: Mapping[str, float]) -> None:
+        """Stores the mean scores of a validation."""
+        self.log(step, {f"val/{name}": value for name, value in scores.items()})
+        logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+
+    def log_image(self, name: str, image: np.ndarray) -> None:
+        """Stores a picture, uint8 (H, W, 3), with the TensorBoard files."""
+        self._board.add_image(name, image, 0, dataformats="HWC")
+
+    def note(self, issue: Issue) -> None:
+        """Writes an issue to the log, as a warning, and to diagnosis.json."""
+        logger.warning("%s", issue)
+        self.issues.append(issue)
+        self._write_issues()
+
+    def _write_issues(self) -> None:
+        self.run.write_json("diagnosis.json", {"findings": [issue.to_json() for issue in self.issues]})
+
+    @property
+    def reward_time_share(self) -> float:
+        """Share of the training steps' time that scoring and crediting masks took, in [0, 1]."""
+        return self._reward_s / self._step_s if self._step_s else 0.0
+
+    def bar(self, label: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows a second bar for the length of an evaluation."""
+        task = self._progress.add_task(label, total=None)
+
+        def show(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+            if done == total:
+                self._progress.remove_task(task)
+
+        return show
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and issues so far, and the length of metrics.jsonl."""
+        sums = (self.grad_norm_max, self._reward_s, self._step_s)
+        return {"sums": sums, "issues": self.issues, "bytes": self.run.metrics_file.stat().st_size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores sums and issues; metrics.jsonl loses what it got after that."""
+        self.grad_norm_max, self._reward_s, self._step_s = state["sums"]
+        self.issues = [Issue(*issue) for issue in state["issues"]]
+        os.truncate(self.run.metrics_file, state["bytes"])
+        self._write_issues()
+
+
+def check_wandb() -> None:
+    """Refuses --use_wandb where the package is missing.
+
+    Raises:
+        ModuleNotFoundError: it is; the message says how to get it.
+    """
+    if find_spec("wandb") is None:
+        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
+
+
+def start_wandb(name: str, config: TrainConfig) -> Any:
+    """Starts a wandb run."""
+    import wandb
+
+    return wandb.init(project="vesselrl", name=name, config=config.to_dict())
