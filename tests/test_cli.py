@@ -50,24 +50,29 @@ PARTS = {
 } | {verb: getattr(options, verb.capitalize()) for verb in VERBS if verb not in ("train", "data")}
 
 
+def parts_of(verb: str) -> list[type]:
+    """The classes whose fields are a verb's options: those of training stand in groups."""
+    return [type(group) for group in vars(TrainConfig()).values()] if verb == "train" else [PARTS[verb]]
+
+
 @pytest.mark.parametrize("verb", PARTS)
 def test_every_verb_answers_help(verb: str, capsys: pytest.CaptureFixture) -> None:
     assert main([*verb.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert f"usage: vesselrl {verb}" in out
-    settings = PARTS[verb]
     positional = {"data_root"} if verb in ("data check", "data show") else set()
-    named = [field.name for field in fields(settings) if field.name not in positional]
+    named = [field.name for part in parts_of(verb) for field in fields(part) if field.name not in positional]
     assert [name for name in named if f"--{name}" not in out] == []
 
 
 @pytest.mark.parametrize("verb", PARTS)
 def test_every_option_has_a_comment_of_its_own(verb: str) -> None:
     """Help shows the comment over a field; for a field without one, that of the field before."""
-    lines = [line.strip() for line in inspect.getsource(PARTS[verb]).splitlines()]
+    sources = [inspect.getsource(part) for part in parts_of(verb)]
+    lines = [line.strip() for source in sources for line in source.splitlines()]
     above = {line.partition(":")[0]: before for before, line in itertools.pairwise(lines)}
-    names = [field.name for field in fields(PARTS[verb])]
+    names = [field.name for part in parts_of(verb) for field in fields(part)]
     assert [name for name in names if not above[name].startswith("# ")] == []
     assert [name for name in names if above[name].startswith("# ----")] == []
 
@@ -147,7 +152,7 @@ def test_an_unknown_or_missing_preset_names_the_choices(
 def test_hyphens_and_underscores_are_the_same(trained: list) -> None:
     main(["train", "--num_epochs", "5", "--lora_scope", "projector", "mask_decoder", "--use_bf16"])
     main(["train", "--num-epochs", "5", "--lora-scope", "projector", "mask_decoder", "--use-bf16"])
-    expected = TrainConfig(num_epochs=5, lora_scope=("projector", "mask_decoder"), use_bf16=True)
+    expected = TrainConfig().with_(num_epochs=5, lora_scope=("projector", "mask_decoder"), use_bf16=True)
     assert [config for config, _ in trained] == [expected, expected]
 
 
@@ -160,8 +165,9 @@ def test_the_options_of_the_prototype_are_known(trained: list) -> None:
         "--log_freq 10 --val_freq 100 --save_freq 1"
     ).split()
     assert main(["train", *typed, "--prompt", "Please segment the blood vessel."]) == 0
-    config = trained[0][0]
-    assert (config.model_path, config.lora_dropout, config.recall_weight, config.gpu) == ("m", 0.1, 0.2, 1)
+    settings = trained[0][0].to_dict()
+    given = {name: settings[name] for name in ("model_path", "lora_dropout", "recall_weight", "gpu")}
+    assert given == {"model_path": "m", "lora_dropout": 0.1, "recall_weight": 0.2, "gpu": 1}
 
 
 # ---- The other verbs
@@ -176,7 +182,7 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch: p
         evaluation = SimpleNamespace(
             summary={"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1},
             metrics=(),
-            caveats=(),
+            caveats={},
             too_many_failed=args.split == "val",
         )
         return HeldOutResult(evaluation, Path("x.json"), Path("x.html"))

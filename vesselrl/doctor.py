@@ -24,6 +24,20 @@ GB = 1e9
 INSTALL = "Run: bash install_dependencies.sh"
 COPY = "Copy the missing or broken files from the source again."
 Shapes = dict[str, tuple[int, ...]]
+# Fields of config.json, and the tensor and axis, or the numbered layers, that tell their value.
+_PATCHES, _LLM = "vision_model.embeddings.patch_embedding.weight", "language_model.model."
+SHAPED = {
+    "vision_config.hidden_size": (_PATCHES, 0),
+    "vision_config.patch_size": (_PATCHES, 2),
+    "vision_config.intermediate_size": ("vision_model.encoder.layers.0.mlp.fc1.weight", 0),
+    "llm_config.vocab_size": (_LLM + "embed_tokens.weight", 0),
+    "llm_config.hidden_size": (_LLM + "embed_tokens.weight", 1),
+    "llm_config.intermediate_size": (_LLM + "layers.0.mlp.gate_proj.weight", 0),
+}
+LAYERED = {
+    "vision_config.num_hidden_layers": "vision_model.encoder.layers.",
+    "llm_config.num_hidden_layers": _LLM + "layers.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,9 @@ def diagnose(
     output_dir: str | Path = "output",
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out."""
-    checks = [check_python(), check_packages(), check_processor(), check_gpu(), check_disk(Path(output_dir))]
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    checks = [Check("python", "ok", python), check_packages(), *check_processor()]
+    checks.append(check_disk(Path(output_dir)))
     if model_path is not None:
         checks += check_model(Path(model_path))
     if data_root is not None:
@@ -60,11 +76,6 @@ def format_report(checks: list[Check]) -> str:
         f"{check.status:8} {check.name:10} {check.detail}" + (f" -> {check.todo}" if check.todo else "")
         for check in checks
     )
-
-
-def check_python() -> Check:
-    """Python's version and the platform."""
-    return Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def check_packages(pins: dict[str, str] | None = None) -> Check:
@@ -95,36 +106,26 @@ def required_packages() -> list[str]:
 
 def read_pins(path: Path) -> dict[str, str]:
     """Versions by package name from a file of `name==version` lines; empty when there is no file."""
-    if not path.is_file():
-        return {}
-    lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    return {
-        name.lower(): version for name, equals, version in (line.partition("==") for line in lines) if equals
-    }
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    pairs = (line.partition("#")[0].strip().partition("==") for line in lines)
+    return {name.lower(): version for name, equals, version in pairs if equals}
 
 
-def check_processor() -> Check:
-    """CPU cores and the threads torch will use."""
+def check_processor() -> list[Check]:
+    """CPU threads, and name and memory of every CUDA device."""
     try:
         import torch
     except ImportError as error:
-        return Check("processor", "problem", f"torch cannot be imported: {error}", INSTALL)
-    return Check("processor", "ok", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-
-
-def check_gpu() -> Check:
-    """Name and memory of every CUDA device."""
-    try:
-        import torch
-    except ImportError:
-        return Check("gpu", "warning", "unknown, torch cannot be imported")
+        return [Check("processor", "problem", f"torch cannot be imported: {error}", INSTALL)]
+    threads = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    processor = Check("processor", "ok", threads)
     if not torch.cuda.is_available():
         todo = "The miniature runs on the CPU; an 8B model needs a GPU and a CUDA build (CONTRIBUTING.md)."
-        return Check("gpu", "warning", f"none that torch {torch.__version__} can use", todo)
+        return [processor, Check("gpu", "warning", f"none that torch {torch.__version__} can use", todo)]
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     found = ", ".join(f"{device.name} with {device.total_memory / GB:.0f} GB" for device in devices)
     bf16 = "works" if torch.cuda.is_bf16_supported() else "is not supported"
-    return Check("gpu", "ok", f"{found}; bf16 {bf16}")
+    return [processor, Check("gpu", "ok", f"{found}; bf16 {bf16}")]
 
 
 def check_disk(output_dir: Path) -> Check:
@@ -155,7 +156,7 @@ def check_model(folder: Path) -> list[Check]:
 def check_weights(folder: Path) -> tuple[Check, Shapes]:
     """Opens the header of every safetensors file, compares it with the index, and returns the shapes too."""
     try:
-        listed = _read_index(folder)
+        listed = _read_object(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
     except (ValueError, OSError) as error:
         return Check("weights", "problem", f"{INDEX} cannot be read: {error}", COPY), {}
     files = sorted(set(listed.values()) or {path.name for path in folder.glob("model*.safetensors")})
@@ -223,19 +224,8 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
     >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
     {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
     """
-    fields = {
-        "vision_config.hidden_size": ("vision_model.embeddings.patch_embedding.weight", 0),
-        "vision_config.patch_size": ("vision_model.embeddings.patch_embedding.weight", 2),
-        "vision_config.intermediate_size": ("vision_model.encoder.layers.0.mlp.fc1.weight", 0),
-        "llm_config.vocab_size": ("language_model.model.embed_tokens.weight", 0),
-        "llm_config.hidden_size": ("language_model.model.embed_tokens.weight", 1),
-        "llm_config.intermediate_size": ("language_model.model.layers.0.mlp.gate_proj.weight", 0),
-    }
-    found = {field: shapes[name][axis] for field, (name, axis) in fields.items() if name in shapes}
-    for field, prefix in (
-        ("vision_config.num_hidden_layers", "vision_model.encoder.layers."),
-        ("llm_config.num_hidden_layers", "language_model.model.layers."),
-    ):
+    found = {field: shapes[name][axis] for field, (name, axis) in SHAPED.items() if name in shapes}
+    for field, prefix in LAYERED.items():
         layers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
         if layers:
             found[field] = len(layers)
@@ -268,13 +258,6 @@ def _read_object(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} holds a {type(values).__name__}, an object was expected")
     return values
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """File name by tensor name; empty when the checkpoint has no index."""
-    if not (folder / INDEX).is_file():
-        return {}
-    return _read_object(folder / INDEX).get("weight_map", {})
 
 
 def _read_shapes(path: Path) -> Shapes:

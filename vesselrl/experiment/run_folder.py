@@ -18,16 +18,7 @@ from typing import Any
 from vesselrl.errors import RunError
 
 PREFIX = "sa2va_lora_ppo_"
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "numba",
-    "opencv-python-headless",
-    "scikit-image",
-)
+_PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
 class RunFolder:
