@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.broken_roots import NAMES, draw_mask, encode_mask, write_root
-from vesselrl.data.polygons import rasterise
-from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.errors import DataError
 
 SIZE = (16, 12)  # width, height
@@ -174,9 +173,8 @@ def labelme(root: Path, *shapes: object, **more: object) -> Sample:
     return sample
 
 
-@pytest.mark.parametrize("kind", ["polygon", None])
-def test_labelme_polygons_are_one_target(tmp_path: Path, kind: str | None) -> None:
-    sample = labelme(tmp_path, shape(POINTS, kind), shape([[10, 0], [12, 0], [12, 12], [10, 12]], kind))
+def test_labelme_polygons_are_one_target(tmp_path: Path) -> None:
+    sample = labelme(tmp_path, shape(), shape([[10, 0], [12, 0], [12, 12], [10, 12]], None))
     expected = square()
     expected[:, 10:12] = True
     assert (load_mask(sample) == expected).all()
@@ -223,16 +221,6 @@ def test_broken_labelme_shapes(tmp_path: Path, wrong: object, message: str) -> N
     assert message in found
 
 
-def test_labelme_of_800_px_over_512_px(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    outline = 60 + 300 * np.random.default_rng(0).random((7, 2))
-    write_image(tmp_path / "images" / "001.png", np.zeros((512, 512), np.uint8))
-    content = {"shapes": [shape((outline * 800 / 512).tolist())], "imageWidth": 800, "imageHeight": 800}
-    write_json(tmp_path / "json" / "001.json", content)
-    (sample,) = find_samples(tmp_path)
-    assert (load_mask(sample) == rasterise([outline], (512, 512))).all()
-    assert "label of another size than its image, scaled: 1, in 1 records: json/001.json" in caplog.text
-
-
 def test_labelme_image_by_its_path(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "002.png")
     content = {"shapes": [shape()], "imagePath": "C:\\Users\\LI_MING\\002.png"}
@@ -276,12 +264,6 @@ def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str)
     expected[:, 8] = True
     assert (load_mask(sample) == expected).all()
     assert sample.record == f"{Path(file).name} image 0 (P001_S1_F0001)"
-
-
-def test_coco_run_lengths_of_another_size_are_scaled(tmp_path: Path) -> None:
-    large = square().repeat(2, 0).repeat(2, 1)
-    sample = coco(tmp_path, encode_mask(large), width=2 * SIZE[0], height=2 * SIZE[1])
-    assert (load_mask(sample) == square()).all()
 
 
 def test_coco_image_without_annotations_is_empty(tmp_path: Path) -> None:
@@ -337,31 +319,28 @@ def test_two_images_of_one_name(tmp_path: Path) -> None:
     assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)
 
 
-def test_drive(tmp_path: Path) -> None:
-    for number in (21, 22):
-        write_image(tmp_path / "images" / f"{number}_training.tif")
-        write_mask(tmp_path / "1st_manual" / f"{number}_manual1.gif")
-        write_mask(tmp_path / "2nd_manual" / f"{number}_manual2.gif", ~square())
-        write_mask(tmp_path / "mask" / f"{number}_training_mask.gif", ~square())  # the field of view
-    assert pairs(tmp_path) == {f"{n}_training.tif": f"{n}_manual1.gif" for n in (21, 22)}
-    assert all((load_mask(sample) == square()).all() for sample in find_samples(tmp_path))
-
-
-@pytest.mark.parametrize(("images", "labels"), [("images/", "labels/"), ("", "")])
-def test_chase(tmp_path: Path, images: str, labels: str, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("01L", "01R"):
-        write_image(tmp_path / f"{images}Image_{name}.jpg")
-        write_mask(tmp_path / f"{labels}Image_{name}_1stHO.png")
-        write_mask(tmp_path / f"{labels}Image_{name}_2ndHO.png", ~square())
-    assert pairs(tmp_path) == {f"Image_{n}.jpg": f"Image_{n}_1stHO.png" for n in ("01L", "01R")}
+@pytest.mark.parametrize(
+    ("image", "label", "others"),
+    [
+        ("images/{}_training.tif", "1st_manual/{}_manual1.gif",  # DRIVE, with the field of view
+         ["mask/{}_training_mask.gif", "2nd_manual/{}_manual2.gif"]),
+        ("images/Image_{}L.jpg", "labels/Image_{}L_1stHO.png", ["labels/Image_{}L_2ndHO.png"]),  # CHASE_DB1
+        ("Image_{}L.jpg", "Image_{}L_1stHO.png", ["Image_{}L_2ndHO.png"]),
+        ("{}.pgm", "{}_gt.pgm", []),  # DCA1
+    ],
+)  # fmt: skip
+def test_public_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, image: str, label: str, others: list[str]
+) -> None:
+    for number in ("1", "2", "10"):
+        write_image(tmp_path / image.format(number))
+        write_mask(tmp_path / label.format(number))
+        for other in others:
+            write_mask(tmp_path / other.format(number), ~square())
+    found = {s.image_path: s.mask_path for s in find_samples(tmp_path)}
+    expected = {tmp_path / image.format(n): tmp_path / label.format(n) for n in ("1", "2", "10")}
+    assert found == expected
     assert caplog.text == ""
-
-
-def test_dca1(tmp_path: Path) -> None:
-    for number in (1, 2, 10):
-        write_image(tmp_path / f"{number}.pgm")
-        write_mask(tmp_path / f"{number}_gt.pgm")
-    assert pairs(tmp_path) == {f"{n}.pgm": f"{n}_gt.pgm" for n in (1, 2, 10)}
 
 
 def test_a_label_of_another_number_is_not_taken(tmp_path: Path) -> None:
@@ -383,24 +362,6 @@ def test_folders_of_patients(tmp_path: Path) -> None:
     assert sorted(found) == ["a/001.png", "b/001.png", "c/002.png"]
     assert (found["a/001.png"] == square()).all()
     assert (found["b/001.png"] == ~square()).all()
-
-
-def test_chase_db1_as_pairs(tmp_path: Path, shared_folder: Path) -> None:
-    source = shared_folder / "data" / "chase_db1"
-    for layout, folders in (("published", ("images", "1st_manual")), ("flat", ("", ""))):
-        for path in sorted((source / "images").iterdir()):
-            name = "Image_" + path.stem.split("_")[1]
-            files = ((folders[0], path, ""), (folders[1], source / "masks" / path.name, "_1stHO"))
-            for folder, file, suffix in files:
-                target = tmp_path / layout / folder / f"{name}{suffix}.png"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(file)
-        samples = find_samples(tmp_path / layout, r"_(?P<patient>\d+)(?P<frame>[LR])$")
-        assert (len(samples), len({sample.patient for sample in samples})) == (28, 14)
-        assert load_image(samples[0]).shape == (960, 999, 3)
-        for sample in samples:
-            with Image.open(source / "masks" / sample.image_path.resolve().name) as image:
-                assert (load_mask(sample) == (np.asarray(image) > 0)).all()
 
 
 # ---- Which layout is read

@@ -169,28 +169,21 @@ def check_keys(report: DataReport, before: dict[str, str], out: Path, lost: str)
     assert f"({before[lost]})" in left_out.record
 
 
-@pytest.mark.parametrize("is_known", [True, False])
-def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, is_known: bool) -> None:
-    for number in range(4):  # whichever is left out
-        root = write_root(tmp_path / f"root{number}", "annotations")
-        fresh = write_root(tmp_path / f"fresh{number}", "annotations")
-        before = keys((root if is_known else fresh).path)
-        faults("annotations")["odd length"][0](root, number)
-        report = repair_data(root.path, tmp_path / f"out{number}")
-        check_keys(report, before, tmp_path / f"out{number}", NAMES[number])
-
-
-def test_the_copy_keeps_pseudonyms_of_impersonal_names_too(tmp_path: Path) -> None:
-    for number in range(4):
-        root = write_root(tmp_path / f"root{number}", "annotations")
-        for index in range(4):
-            root.image(index).rename(root.path / "images" / f"train_{index:03}.png")
-            root.change(index, lambda record, index=index: record.update(image=f"train_{index:03}.png"))
-        before = keys(root.path)
-        faults("annotations")["odd length"][0](root, number)
-        report = repair_data(root.path, tmp_path / f"out{number}")
-        assert not (root.path / "patients.mapping.json").exists()
-        check_keys(report, before, tmp_path / f"out{number}", f"train_{number:03}")
+@pytest.mark.parametrize("kind", ["known", "new", "impersonal"])
+@pytest.mark.parametrize("number", range(4))
+def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, kind: str, number: int) -> None:
+    """Whichever image is left out, and whether the data root has a mapping file, none yet, or needs none."""
+    root, fresh = (write_root(tmp_path / name, "annotations") for name in ("root", "fresh"))
+    lost = NAMES[number]
+    for index in range(4 if kind == "impersonal" else 0):
+        root.image(index).rename(root.path / "images" / f"train_{index:03}.png")
+        root.change(index, lambda record, index=index: record.update(image=f"train_{index:03}.png"))
+        lost = f"train_{number:03}"
+    before = keys((fresh if kind == "new" else root).path)
+    faults("annotations")["odd length"][0](root, number)
+    report = repair_data(root.path, tmp_path / "out")
+    assert (root.path / "patients.mapping.json").exists() == (kind == "known")
+    check_keys(report, before, tmp_path / "out", lost)
 
 
 def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path) -> None:

@@ -98,62 +98,47 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def read_mask(source: Path | io.BytesIO, record: str) -> np.ndarray:
+def read_mask(source: Path | io.BytesIO, record: str, guess: bool = False) -> np.ndarray:
     """A mask file as bool (H, W): 0 is background; 1, or 255, is vessel.
 
     Colours must be grey, transparency is dropped. A mask with the value 0 only is empty, not an error.
 
+    Args:
+        source: image file.
+        record: how messages name it.
+        guess: accept other values. Of two values with 0 among them, the other is vessel then. Otherwise it is
+            what is at least half as bright as the format can hold, in any colour channel.
+
     Raises:
         DataError: the file cannot be decoded, or holds other values, which are named (a JPEG has many).
     """
-    channels = _channels(source, record)
-    values = channels[:, :, 0]
+    image = _read(source, record)
+    pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
+    channels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if image.mode in ("LA", "RGBA", "P"):
+        channels = channels[:, :, :-1]
+    values = channels[:, :, 0] if channels.shape[2] == 1 else channels.max(axis=2)
     if values.dtype == bool:
         # A 1-bit image comes as bytes of 0 and 255 that call themselves bool: True must be 1.
         return values.view(np.uint8) > 0
-    if (channels != channels[:, :, :1]).any():
-        message = f"{record}: the mask is coloured. Save it as grey with the values 0 and 255."
-        raise DataError(message, "non_binary_mask")
     # Counting bytes is faster than sorting them.
     bytewise = values.dtype == np.uint8
     levels = np.flatnonzero(np.bincount(values.ravel(), minlength=256)) if bytewise else np.unique(values)
-    if set(levels.tolist()) <= {0, 1} or set(levels.tolist()) <= {0, 255}:
+    is_grey = (channels == channels[:, :, :1]).all()
+    if is_grey and (set(levels.tolist()) <= {0, 1} or set(levels.tolist()) <= {0, 255}):
         return values > 0
-    shown = [f"{level:g}" for level in levels]
-    if len(shown) > 6:
-        shown = [*shown[:4], "...", shown[-1]]
-    raise DataError(
-        f"{record}: the mask has {len(levels)} values ({', '.join(shown)}), not 0 and 1, or 0 and 255. "
-        "Threshold it and save it as PNG.",
-        "non_binary_mask",
-    )
-
-
-def threshold_mask(path: Path, record: str) -> np.ndarray:
-    """A mask file that is not binary as bool (H, W), by a guess.
-
-    Of two values with 0 among them, the other is vessel. Otherwise it is what is at least half as bright as
-    the brightest value that the format can hold, in any colour channel.
-    """
-    values = _channels(path, record).max(axis=2)
-    if values.dtype == bool:
-        return values.view(np.uint8) > 0
-    levels = np.unique(values)
-    if len(levels) == 2 and levels[0] == 0:
-        return values > 0
-    full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
-    return values >= full / 2
-
-
-def _channels(source: Path | io.BytesIO, record: str) -> np.ndarray:
-    """The values of a mask as (H, W, 1 or more), without transparency."""
-    image = _read(source, record)
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    values = np.array(image)
-    if values.ndim == 2:
-        return values[:, :, None]
-    return values[:, :, :-1] if image.mode in ("LA", "RGBA") else values
+    if guess:
+        full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
+        return values > 0 if len(levels) == 2 and levels[0] == 0 else values >= full / 2
+    if not is_grey:
+        fault = "is coloured. Save it as grey with the values 0 and 255."
+    else:
+        shown = [f"{level:g}" for level in levels]
+        shown = ", ".join(shown if len(shown) <= 6 else [*shown[:4], "...", shown[-1]])
+        fault = (
+            f"has {len(levels)} values ({shown}), not 0 and 1, or 0 and 255. Threshold it and save it as PNG."
+        )
+    raise DataError(f"{record}: the mask {fault}", "non_binary_mask")
 
 
 def _read(source: Path | io.BytesIO, record: str) -> Image.Image:

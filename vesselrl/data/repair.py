@@ -24,7 +24,7 @@ from PIL import Image
 from vesselrl.data.check import check_entry, check_listing
 from vesselrl.data.findings import CODES, DataReport, Finding, Findings
 from vesselrl.data.formats import ANNOTATIONS, list_entries
-from vesselrl.data.images import read_rgb, read_size, threshold_mask
+from vesselrl.data.images import read_mask, read_rgb, read_size
 from vesselrl.data.polygons import mask_to_polygons, resize_mask
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
 from vesselrl.data.records import DataFolder, Entry
@@ -165,7 +165,8 @@ def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.
     record = entry.record(alias)
     if checked.digest and {error.code for error in errors} == {"non_binary_mask"}:
         width, height = read_size(entry.image_path, record)
-        return resize_mask(threshold_mask(entry.mask_path, record), (height, width)), codes, checked.digest
+        mask = read_mask(entry.mask_path, record, guess=True)
+        return resize_mask(mask, (height, width)), codes, checked.digest
     if checked.digest and entry.mask_path is not None and entry.read_label is not None:
         mask, more, digest = _read_label(replace(entry, mask_path=None), alias, folder)
         if mask.any():
