@@ -111,7 +111,7 @@ def test_distractors_are_in_the_image_and_not_in_the_mask(change):
 
 def test_width_of_the_mask_is_twice_the_radius():
     """A level and an upright vessel; a pixel counts where its centre is inside."""
-    across = render_mask([straight((20, 100), (230, 100), 2.4)], 256)  # centres 0, 1, 2 px off the middle
+    across = render_mask([straight((20, 100), (230, 100), 2.9)], 256)  # centres 0, 1, 2 px off the middle
     assert np.flatnonzero(across[:, 128]).tolist() == [98, 99, 100, 101, 102]
     down = render_mask([straight((100.5, 20), (100.5, 230), 1.6)], 256)  # centres 0.5 and 1.5 px off
     assert np.flatnonzero(down[128]).tolist() == [99, 100, 101, 102]

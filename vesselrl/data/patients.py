@@ -54,7 +54,7 @@ _ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".
 
 @dataclass(frozen=True, repr=False)
 class Identity:
-    """What a file name says; never logged or shown (`repr` gives nothing away)."""
+    """Contents of a file name; never logged or shown (`repr` gives nothing away)."""
 
     person: str  # what tells it from others: "id:…", "name:…", "eyes:…", "pattern:…", "alias:…" or "file:…"
     other_name: str = ""  # "name:…" where the person has an ID as well

@@ -181,7 +181,7 @@ def _number_frames(frames: Mapping[str, str], taken: set[str]) -> dict[str, str]
 
 
 def _free(label: str, taken: set[str]) -> str:
-    """The label, with b, c, … or a number where it is taken; marks it as taken."""
+    """The label, with b, c, … or a number where it is taken; takes it."""
     candidate, number = label, 1
     while candidate in taken:
         number += 1
@@ -191,7 +191,7 @@ def _free(label: str, taken: set[str]) -> str:
 
 
 def _read_map(path: Path, patient_pattern: str | None, impersonal: bool) -> PseudonymMap | None:
-    """What the mapping file holds for these names; impersonal ones have no part in a salted map."""
+    """The stored map of this pattern; impersonal names have no part in a salted one."""
     try:
         content = _read_readings(path).get(patient_pattern or "")
     except DataError:

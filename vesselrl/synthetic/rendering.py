@@ -133,7 +133,7 @@ def _crop(padded: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Style:
-    """What all frames of one sequence share."""
+    """Appearance that all frames of one sequence share."""
 
     contrast: float
     brightness: float
@@ -230,7 +230,7 @@ def _streaks(rng: Rng, size: int) -> np.ndarray:
 
 
 def _subtract(rng: Rng, anatomy: np.ndarray) -> np.ndarray:
-    """What digital subtraction leaves of the anatomy: hardly anything, but a relief where it has moved."""
+    """Digital subtraction: hardly anything is left of the anatomy, but a relief where it has moved."""
     size = anatomy.shape[0]
     right, down = rng.normal(0, 1.2, 2) * size / CANVAS_PX
     shift = np.float32([[1, 0, right], [0, 1, down]])
