@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import f1_score
 
 from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.data.splits import split_by_patient
@@ -272,22 +271,6 @@ def test_equal_names_in_a_folder_for_each_patient(tmp_path):
     (tmp_path / "second" / "p1" / "001.png").rename(tmp_path / "second" / "001.png")
     with pytest.raises(DataError, match="the second observer has no mask of it"):
         second_observer(first, tmp_path / "second")
-
-
-def test_human_agreement_on_chase_db1(shared_folder):
-    data = shared_folder / "data" / "chase_db1"
-    if not data.is_dir():
-        pytest.skip("needs ../shared")
-    first = find_samples(data, CHILD)
-    second = second_observer(first, data / "masks_2nd")
-    found = agreement(first, second)
-    assert (found.summary["n_images"], found.summary["n_patients"]) == (28, 14)
-    scores = found.summary["metrics"]["dice"]
-    assert scores["image_mean"] == pytest.approx(0.777, abs=0.002)
-    assert scores["low"] < 0.777 < scores["high"]
-    for place in (0, 27):
-        one, other = load_mask(first[place]).ravel(), load_mask(second[place]).ravel()
-        assert found.rows[place]["dice"] == pytest.approx(f1_score(one, other))
 
 
 def test_caveats_of_a_split_and_of_a_base_that_has_seen_the_patients(angiograms):

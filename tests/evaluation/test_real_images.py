@@ -10,8 +10,8 @@ import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDiceMetric
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
-from vesselrl.data.samples import find_samples
-from vesselrl.evaluation.evaluate import evaluate, load_pixels
+from vesselrl.data.samples import find_samples, load_mask
+from vesselrl.evaluation.evaluate import evaluate, evaluate_masks, load_pixels, second_observer
 from vesselrl.evaluation.results import write_evaluation
 
 NUM_TEST = 8
@@ -66,3 +66,19 @@ def test_the_written_numbers_are_those_of_other_libraries(shared_folder, tmp_pat
         assert summary["patient_mean"] == pytest.approx(np.mean(values), abs=1e-4)
         assert summary["low"] < summary["patient_mean"] < summary["high"]
     assert 0.3 < document["summary"]["metrics"]["dice"]["patient_mean"] < 0.9  # the rule is no nonsense
+
+
+def test_human_agreement_on_chase_db1(shared_folder):
+    data = shared_folder / "data" / "chase_db1"
+    if not data.is_dir():
+        pytest.skip("needs ../shared")
+    first = find_samples(data, r"(?:train|test)_(?P<patient>\d+)(?P<sequence>[LR])")  # the eyes of a child
+    masks = [
+        [load_mask(one) for one in samples] for samples in (second_observer(first, data / "masks_2nd"), first)
+    ]
+    found = evaluate_masks(first, zip(*masks, strict=True))
+    assert (found.summary["n_images"], found.summary["n_patients"]) == (28, 14)
+    scores = found.summary["metrics"]["dice"]
+    assert scores["image_mean"] == pytest.approx(0.777, abs=0.002)
+    assert scores["low"] < 0.777 < scores["high"]
+    assert found.rows[27]["dice"] == pytest.approx(f1_score(masks[1][27].ravel(), masks[0][27].ravel()))

@@ -22,6 +22,7 @@ from vesselrl.evaluation.results import Caveat, Evaluation, check_unique, read_c
 from vesselrl.evaluation.tuning import calibration, count_pixels
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask
 from vesselrl.scoring.postprocessing import PostProcessing
+from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.scores import evaluation_scores
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ FLIPS = tuple((slice(None, None, y), slice(None, None, x)) for y in (None, -1) f
 Predict = Callable[[np.ndarray], Any]
 Load = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 Progress = Callable[[int, int], None]
-Reward = Callable[[np.ndarray, np.ndarray], tuple[float, dict]]
 
 
 class EvaluatedSample(Protocol):

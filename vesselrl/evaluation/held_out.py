@@ -116,10 +116,7 @@ def evaluate_held_out(
             results[ending], extra["chosen_on"] = scored, "val"
             results[f"{ending}_path"], _ = write_evaluation(folder, f"{name}_{ending}", scored, extra)
     if tuning:
-        results["curve_path"] = folder / f"{name}_thresholds.json"
-        write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
-        if tuning.grid:
-            write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
+        results["curve_path"] = _write_tuning(folder / name, tuning, {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
         results["human"] = evaluate_masks(samples, pairs, reward)
@@ -137,6 +134,14 @@ def _predicted_images(
     predicted = predict_each(predict, samples, progress=progress)
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
         yield PredictedImage(None if prediction is None else prediction.probabilities, truth, sample.patient)
+
+
+def _write_tuning(start: Path, tuning: Tuning, labels: dict[str, Any]) -> Path:
+    if tuning.grid:
+        write_json(start.with_name(f"{start.name}_post_processing.json"), tuning.grid_json() | labels)
+    path = start.with_name(f"{start.name}_thresholds.json")
+    write_json(path, tuning.curve.to_json() | labels)
+    return path
 
 
 def _refresh_run_report(run: Path) -> None:
