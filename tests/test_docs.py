@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vesselrl.data.samples import find_samples, load_mask
-from vesselrl.training.health import RULES
 
 import vesselrl
 from vesselrl import cli
+from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.scoring.rewards import MultiObjectiveReward
 from vesselrl.training.credit import ConstrainedReward
+from vesselrl.training.health import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
