@@ -1,12 +1,23 @@
 """Credit assignment against brute force: flip one pixel or one region, score again."""
 
+import cv2
 import numpy as np
 import pytest
 
+from vesselrl.scoring.overlap import counts
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get_reward_function
 from vesselrl.scoring.topology import topology
-from vesselrl.training.credit import assign_credit, overlap_counts, overlap_credit
+from vesselrl.training.credit import (
+    MAX_MULTIPLIER,
+    ConstrainedReward,
+    assign_credit,
+    choose_regions,
+    mean_over_regions,
+    overlap_credit,
+)
+
+PLAIN = PostProcessing()
 
 
 @pytest.fixture
@@ -17,36 +28,8 @@ def truth() -> np.ndarray:
     return mask
 
 
-def noisy(truth: np.ndarray, seed: int, share: float = 0.1) -> np.ndarray:
-    return truth ^ (np.random.default_rng(seed).random(truth.shape) < share)
-
-
-@pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice", "recall_focused"])
-@pytest.mark.parametrize("spec", ["default", "seed"])
-def test_overlap_credit_is_exact(truth: np.ndarray, reward_type: str, spec: str) -> None:
-    reward = get_reward_function(reward_type, spec=spec)
-    mask = noisy(truth, 1)
-    table = overlap_credit(reward, *overlap_counts(mask, truth))
-
-    def total(m: np.ndarray) -> float:
-        return float(sum(reward.overlap_terms(*overlap_counts(m, truth)).values()))
-
-    for i, j in [(0, 0), (11, 5), (11, 20), (23, 23), (4, 14), (20, 3)]:
-        on, off = mask.copy(), mask.copy()
-        on[i, j], off[i, j] = True, False
-        assert table[int(truth[i, j]), int(mask[i, j])] == pytest.approx(total(on) - total(off), abs=1e-5)
-
-
-def test_signs_for_dice(truth: np.ndarray) -> None:
-    """A vessel pixel earns by being on, a background pixel by being off."""
-    table = overlap_credit(SimpleDiceReward(), *overlap_counts(noisy(truth, 2), truth))
-    assert (table[1] > 0).all()
-    assert (table[0] < 0).all()
-
-
-def test_overlap_credit_of_empty_and_perfect_masks(truth: np.ndarray) -> None:
-    for mask in (np.zeros_like(truth), truth):
-        assert np.isfinite(overlap_credit(MultiObjectiveReward(), *overlap_counts(mask, truth))).all()
+def noisy(truth: np.ndarray, seed: int) -> np.ndarray:
+    return truth ^ (np.random.default_rng(seed).random(truth.shape) < 0.1)
 
 
 def gap(truth: np.ndarray) -> np.ndarray:
@@ -60,19 +43,46 @@ def probability(greedy: np.ndarray) -> np.ndarray:
     return np.where(greedy, 0.95, 0.02).astype(np.float32)
 
 
-PLAIN = PostProcessing()
-
-
 def credit_of(sample: np.ndarray, on: np.ndarray, truth: np.ndarray, reward, count: int, post=PLAIN):
     rng = np.random.default_rng(0)
     return assign_credit(sample[None], on, truth, topology(truth), reward, post, count, rng)
+
+
+# ---- Overlap: exact for every pixel
+
+
+@pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice", "recall_focused"])
+@pytest.mark.parametrize("spec", ["default", "seed"])
+def test_overlap_credit_is_exact(truth: np.ndarray, reward_type: str, spec: str) -> None:
+    reward = get_reward_function(reward_type, spec=spec)
+    mask = noisy(truth, 1)
+    table = overlap_credit(reward, *counts(mask, truth)[:3])
+
+    def total(m: np.ndarray) -> float:
+        return float(sum(reward.overlap_terms(*counts(m, truth)[:3]).values()))
+
+    for i, j in [(0, 0), (11, 5), (11, 20), (23, 23), (4, 14), (20, 3)]:
+        on, off = mask.copy(), mask.copy()
+        on[i, j], off[i, j] = True, False
+        assert table[int(truth[i, j]), int(mask[i, j])] == pytest.approx(total(on) - total(off), abs=1e-5)
+
+
+def test_a_vessel_pixel_earns_by_being_on_and_a_background_pixel_by_being_off(truth: np.ndarray) -> None:
+    table = overlap_credit(SimpleDiceReward(), *counts(noisy(truth, 2), truth)[:3])
+    assert (table[1] > 0).all()
+    assert (table[0] < 0).all()
+    for mask in (np.zeros_like(truth), truth):
+        assert np.isfinite(overlap_credit(MultiObjectiveReward(), *counts(mask, truth)[:3])).all()
+
+
+# ---- Regions: flipped, post-processed, scored
 
 
 @pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice"])
 def test_the_credit_of_a_region_adds_up_to_what_flipping_it_changes(
     truth: np.ndarray, reward_type: str
 ) -> None:
-    """A bar that closes a gap, and the smaller of the two pieces that it joins: R(with) - R(without)."""
+    """A bar that closes a gap, and the smaller of the two components that it joins: R(with) - R(without)."""
     reward = get_reward_function(reward_type, custom=lambda pred, gt: float(pred.sum()) / 100)
     greedy = truth & ~gap(truth)
     result = credit_of(truth, probability(greedy), truth, reward, 9)
@@ -80,24 +90,21 @@ def test_the_credit_of_a_region_adds_up_to_what_flipping_it_changes(
     without = reward(greedy, truth)[0]
     assert result.num_regions == 2
     assert credit[gap(truth)].sum() == pytest.approx(reward(truth, truth)[0] - without, abs=1e-4)
-    piece = np.zeros_like(truth)
-    piece[10:13, 2:6] = True
-    assert credit[piece].sum() == pytest.approx(without - reward(greedy & ~piece, truth)[0], abs=1e-4)
+    component = np.zeros_like(truth)
+    component[10:13, 2:6] = True
+    worth = without - reward(greedy & ~component, truth)[0]
+    assert credit[component].sum() == pytest.approx(worth, abs=1e-4)
     # The user's term pays for every pixel; topology and length, where the reward has them, for much more.
     share = result.structure[gap(truth)]
     assert (share > 0).all()
     assert (share > 0.011).all() == (reward_type == "multi_objective")
 
 
-def test_region_credit_of_a_lost_piece_is_on_minus_off(truth: np.ndarray) -> None:
-    """The sample drops a piece that the greedy mask has; the credit still says what being ON is worth."""
+def test_region_credit_is_on_minus_off_whatever_the_greedy_mask_has(truth: np.ndarray) -> None:
+    """A sample without a stretch that the greedy mask has, and a speck that no sample lacks."""
     result = credit_of(truth & ~gap(truth), probability(truth), truth, MultiObjectiveReward(), 4)
     assert result.num_regions == 1  # the tree itself is never flipped
     assert np.array_equal(result.structure > 0, gap(truth))
-
-
-def test_a_speck_of_the_greedy_mask_is_tried_without_it(truth: np.ndarray) -> None:
-    """No sample differs, yet the speck is found: R(on) - R(off) < 0."""
     greedy = truth.copy()
     greedy[20:22, 3:5] = True
     result = credit_of(greedy, probability(greedy), truth, MultiObjectiveReward(), 4)
@@ -105,9 +112,9 @@ def test_a_speck_of_the_greedy_mask_is_tried_without_it(truth: np.ndarray) -> No
     assert np.array_equal(result.structure < 0, greedy & ~truth)
 
 
-def test_a_link_earns_what_it_saves_from_removal(truth: np.ndarray) -> None:
-    """Pieces below 20 px are removed: the gap's 9 px bring back the 12 px behind it, and earn them too."""
-    reward = MultiObjectiveReward()
+@pytest.mark.parametrize("reward", [MultiObjectiveReward(), SimpleDiceReward()])
+def test_a_bridge_earns_what_it_saves_from_removal(truth: np.ndarray, reward) -> None:
+    """Components below 20 px are removed: the gap's 9 px bring back the 12 px behind it and earn them."""
     post = PostProcessing(min_component_px=20)
     greedy = truth & ~gap(truth)
     tree = post.mask(probability(greedy))
@@ -115,21 +122,21 @@ def test_a_link_earns_what_it_saves_from_removal(truth: np.ndarray) -> None:
     greedy[20:22, 3:5] = True  # a speck, which is removed before and after
     on = probability(greedy)
     on[gap(truth)] = 0.3
-    result = credit_of(greedy, on, truth, reward, 9, post)  # no sample closes the gap: a link does
-    # The link, once per level; the piece that is removed anyway is not flipped.
+    result = credit_of(greedy, on, truth, reward, 9, post)  # no sample closes the gap: a bridge does
+    # The bridge, once per level; the component that is removed anyway is not flipped.
     assert result.num_regions == 2
     credit = result.overlap + result.structure
     wanted = reward(truth, truth)[0] - reward(tree, truth)[0]
     assert credit[gap(truth)].sum() == pytest.approx(wanted, abs=1e-4)
     assert result.greedy_reward == pytest.approx(reward(tree, truth)[0], abs=1e-5)
-    assert result.greedy_counts == overlap_counts(tree, truth)
-    # Pixels of the removed piece keep their own credit, and it pays to put them back.
+    assert result.greedy_counts == counts(tree, truth)[:3]
+    # Pixels of the removed component keep their own credit, and it pays to put them back.
     assert (result.overlap[greedy & ~tree & truth] > 0).all()
     assert not result.structure[greedy & ~tree].any()
 
 
 def test_a_gap_that_is_closed_anyway_keeps_its_overlap_credit(truth: np.ndarray) -> None:
-    """At 0.3 the gap is closed above 0.2 and left open above 0.4; only then a link earns the connection."""
+    """At 0.3 the gap is closed above 0.2 and left open above 0.4; only then a bridge earns the connection."""
     reward = MultiObjectiveReward()
     on = probability(truth & ~gap(truth))
     on[gap(truth)] = 0.3
@@ -142,32 +149,25 @@ def test_a_gap_that_is_closed_anyway_keeps_its_overlap_credit(truth: np.ndarray)
     assert (left.structure[gap(truth)] > 0).all()
 
 
-def test_a_speck_that_will_be_removed_is_not_tried(truth: np.ndarray) -> None:
-    """Off in the greedy mask, on in a sample, 4 px: in or out, the mask that is used stays the same."""
+def test_sampled_masks_are_scored_as_they_are_used(truth: np.ndarray) -> None:
+    """A speck of 4 px, off in the greedy mask, on in the sample: removed, it counts for nothing."""
     sample = truth.copy()
     sample[20:22, 3:5] = True
-    reward = MultiObjectiveReward()
-    removed = credit_of(sample, probability(truth), truth, reward, 9, PostProcessing(min_component_px=20))
+    reward, post = MultiObjectiveReward(), PostProcessing(min_component_px=20)
+    removed = credit_of(sample, probability(truth), truth, reward, 9, post)
+    assert removed.rewards == pytest.approx([6.15])
     assert removed.num_regions == 0
     assert not removed.structure.any()
-    assert credit_of(sample, probability(truth), truth, reward, 9).num_regions == 1
-
-
-def test_drawn_masks_are_scored_as_they_are_used(truth: np.ndarray) -> None:
-    sample = truth.copy()
-    sample[20:22, 3:5] = True
-    reward = MultiObjectiveReward()
-    post = PostProcessing(min_component_px=20)
-    assert credit_of(sample, probability(truth), truth, reward, 0, post).rewards == pytest.approx([6.15])
-    assert credit_of(sample, probability(truth), truth, reward, 0).rewards[0] < 6.1
+    kept = credit_of(sample, probability(truth), truth, reward, 9)
+    assert kept.rewards[0] < 6.1
+    assert kept.num_regions == 1
 
 
 def test_rewards_and_terms_add_up(truth: np.ndarray) -> None:
     reward = MultiObjectiveReward()
     samples = np.stack([noisy(truth, seed) for seed in range(3)])
-    result = assign_credit(
-        samples, probability(truth), truth, topology(truth), reward, PLAIN, 2, np.random.default_rng(0)
-    )
+    rng = np.random.default_rng(0)
+    result = assign_credit(samples, probability(truth), truth, topology(truth), reward, PLAIN, 2, rng)
     for k, sample in enumerate(samples):
         assert result.rewards[k] == pytest.approx(reward(sample, truth)[0], abs=1e-6)
         assert sum(values[k] for values in result.terms.values()) == pytest.approx(result.rewards[k])
@@ -175,49 +175,129 @@ def test_rewards_and_terms_add_up(truth: np.ndarray) -> None:
 
 
 def test_a_users_reward_earns_region_credit(truth: np.ndarray) -> None:
+    """And its function is called, as docs/rewards.md promises, once per sample, greedy mask and region."""
+    calls = []
+
     def corner(pred: np.ndarray, gt: np.ndarray) -> float:
+        calls.append(1)
         return float(pred[:4, :4].all())
 
     sample = truth.copy()
     sample[:4, :4] = True
     reward = SimpleDiceReward(custom=corner, custom_weight=2.0)
     result = credit_of(sample, probability(truth), truth, reward, 4)
+    assert len(calls) == 1 + 1 + result.num_regions == 3
     credit = result.overlap + result.structure
     gained = reward(sample, truth)[0] - reward(truth, truth)[0]
     assert 1 < gained < 2  # 2 for the corner, less what its 16 wrong pixels cost in Dice
     assert credit[:4, :4].sum() == pytest.approx(gained, abs=1e-4)
     assert np.count_nonzero(result.structure) == 16
     assert result.terms["custom"].tolist() == [2.0]
+    without = credit_of(noisy(truth, 1), probability(truth), truth, SimpleDiceReward(), 5)
+    assert without.num_regions == 0  # nothing but overlap pays
+    assert not without.structure.any()
 
 
-def test_structure_is_scored_once_per_mask_and_once_per_region(truth: np.ndarray) -> None:
-    """As docs/rewards.md promises to whoever brings a slow function: drawn masks, greedy mask, regions."""
-    calls = []
-
-    def counted(pred: np.ndarray, gt: np.ndarray) -> float:
-        calls.append(1)
-        return 0.0
-
-    reward = SimpleDiceReward(custom=counted)
-    masks = np.stack([noisy(truth, seed) for seed in range(3)])
-    on, rng = probability(truth), np.random.default_rng(0)
-    result = assign_credit(masks, on, truth, topology(truth), reward, PLAIN, 5, rng)
-    assert result.num_regions == 5
-    assert len(calls) == 3 + 1 + 5
+# ---- Which regions
 
 
-def test_a_link_earns_what_it_saves_from_removal_with_dice_alone(truth: np.ndarray) -> None:
-    """No structure term, but masks are not used as they are: 9 px of a gap bring back the 12 px behind it."""
-    post, greedy = PostProcessing(min_component_px=20), truth & ~gap(truth)
-    on = probability(greedy)
-    on[gap(truth)] = 0.3
-    result = credit_of(greedy, on, truth, SimpleDiceReward(), 9, post)
-    whole, lost = truth.sum(), np.count_nonzero(truth & ~post.mask(probability(greedy)))
-    wanted = 10 - 10 * 2 * (whole - lost) / (2 * whole - lost)  # Dice of all, and of all but the lost piece
-    assert (result.overlap + result.structure)[gap(truth)].sum() == pytest.approx(wanted, abs=1e-4)
+def chosen(samples: np.ndarray, greedy: np.ndarray, count: int, seed: int = 0, on: np.ndarray | None = None):
+    on = greedy.astype(np.float32) if on is None else on
+    return choose_regions(samples, greedy, on, count, np.random.default_rng(seed))
 
 
-def test_without_structure_terms_no_region_is_scored(truth: np.ndarray) -> None:
-    result = credit_of(noisy(truth, 1), probability(truth), truth, SimpleDiceReward(), 5)
-    assert result.num_regions == 0
-    assert not result.structure.any()
+def test_regions_are_connected_and_shared_between_components_and_differences() -> None:
+    greedy = np.zeros((20, 20), bool)
+    greedy[0:10, 0:10] = True  # the tree: more than half of the mask
+    greedy[15, 15] = greedy[16, 16] = True  # 8-connected pair
+    greedy[19, 0] = True
+    sample = greedy.copy()
+    sample[12, 2:6] = sample[5, 12] = True
+    assert sorted(int(region.sum()) for region in chosen(sample[None], greedy, 9)) == [1, 1, 2, 4]
+    pairs = [chosen(sample[None], greedy, 2, seed) for seed in range(20)]
+    assert all([bool(greedy[region].all()) for region in pair] == [True, False] for pair in pairs)
+    assert len(chosen(greedy[None], greedy, 2)) == 2  # no differences
+    assert chosen(sample[None], greedy, 0) == []
+    assert chosen(np.zeros((1, 3, 3), bool), np.zeros((3, 3), bool), 5) == []
+
+
+def test_bridges_cross_gaps_as_wide_as_the_low_threshold_mask_and_come_first_up_to_half() -> None:
+    """A bar 5 px wide with a faint stretch of 6 px, and faint rims all along."""
+    on = np.full((40, 60), 0.01, np.float32)
+    on[17:24, 5:55] = 0.3  # 7 px wide at a low threshold
+    on[18:23, 5:25] = on[18:23, 31:55] = 0.9
+    greedy = on > 0.5
+    sample = greedy.copy()
+    sample[2, 2:6] = sample[35, 8] = True
+    bridge, other, *rest = chosen(sample[None], greedy, 4, on=on)
+    assert np.array_equal(bridge, other)  # the same one at both levels: 0.3 lies above 0.1 and 0.25
+    assert not (bridge & greedy).any()
+    assert bridge[17:24, 26:30].all()  # the whole gap but for its ends, with the rims
+    assert not bridge[:, :22].any()
+    assert not bridge[:, 34:].any()
+    joined = [cv2.connectedComponents(m.astype(np.uint8))[0] - 1 for m in (greedy, greedy | bridge)]
+    assert joined == [2, 1]
+    assert [bool(greedy[region].any()) for region in rest] == [True, False]
+    assert [bool(region[20, 28]) for region in chosen(sample[None], greedy, 2, on=on)] == [True, False]
+    assert len(chosen(sample[None], greedy, 20, on=on)) == 2 + 1 + 2  # bridges, the smaller part, two bumps
+    on[18:23, 25:31] = 0.9
+    assert chosen(on[None] > 0.5, on > 0.5, 4, on=on) == []  # a lower threshold only widens
+
+
+def test_regions_that_overlap_share_their_mean() -> None:
+    left, both = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
+    left[:, :1], both[:, :2] = True, True
+    credit = mean_over_regions([left, both], np.array([6.0, 1.0]), (2, 4))
+    assert credit.tolist() == [[3.5, 1.0, 0.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_region_is_wholly_on_or_wholly_off(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    on = cv2.GaussianBlur(rng.random((48, 48)).astype(np.float32), (0, 0), 2)
+    on = (on - on.min()) / (on.max() - on.min())
+    greedy = on > 0.5
+    regions = chosen(rng.random((3, 48, 48)) < on, greedy, 60, seed, on)
+    assert len(regions) == 60
+    assert all(greedy[region].all() or not greedy[region].any() for region in regions)
+    assert all(region.any() for region in regions)
+
+
+# ---- Constraints in place of weights
+
+MISSED = {"dice": 0.67, "recall": 0.83, "precision": 0.75}
+
+
+def constrained(**bounds: float) -> ConstrainedReward:
+    return ConstrainedReward(MultiObjectiveReward(), bounds)
+
+
+def test_a_multiplier_rises_by_the_violation_and_falls_where_the_constraint_holds() -> None:
+    one = constrained(recall=0.85, precision=0.74)
+    one.multipliers["precision"] = 4.0
+    one.update_multipliers(MISSED)  # recall 0.02 short: 2 points; precision 0.01 above: 1 point less
+    assert one.multipliers == {"recall": pytest.approx(2.0), "precision": pytest.approx(3.0)}
+    for _ in range(100):
+        one.update_multipliers(MISSED)
+    assert one.multipliers == {"recall": MAX_MULTIPLIER, "precision": 0.0}
+
+
+def test_overlap_is_dice_and_multiplier_times_score_above_the_bound() -> None:
+    one = constrained(recall=0.8, precision=0.7)
+    one.multipliers["precision"] = 2.0
+    terms = one.overlap_terms(np.array([60.0]), np.array([20.0]), np.array([40.0]))
+    assert set(terms) == {"dice", "recall_floor", "precision_floor"}
+    assert terms["dice"] == pytest.approx(5 * 120 / 180)
+    assert terms["recall_floor"] == 0.0  # a constraint without a multiplier
+    assert terms["precision_floor"] == pytest.approx(2.0 * (0.75 - 0.7))
+    without = overlap_credit(one, 60, 20, 40)
+    one.multipliers["recall"] = 3.0
+    gain = overlap_credit(one, 60, 20, 40) - without
+    assert (gain[1] > 0).all()
+    assert not gain[0].any()  # recall does not see a false alarm
+
+
+def test_structure_is_that_of_the_reward(truth: np.ndarray) -> None:
+    broken = truth & ~gap(truth)
+    structure = constrained(dice=0.8).structure_terms(broken, truth, topology(truth))
+    assert structure == MultiObjectiveReward().structure_terms(broken, truth)

@@ -1,14 +1,21 @@
-"""What an action is: sampled masks keep every pixel's probability, and neighbours move together."""
+"""Sampled masks keep every pixel's probability; kept outputs of frozen parts are the computed ones."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
+from vesselrl.models.sa2va import ImageFeatures
+from vesselrl.training import feature_store
+from vesselrl.training.checkpoint import with_values
+from vesselrl.training.feature_store import FeatureStore, tensor_hash, weights_hash
 from vesselrl.training.policy import MaskPolicy, gaussian_field, sample_masks
 
-QKVO = LORA_PRESETS["medium"].projections
+# ---- Sampling
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -24,6 +31,9 @@ def test_every_pixel_keeps_its_probability(correlation_px: float, temperature: f
     wanted = torch.sigmoid(logits / temperature)
     error = (wanted * (1 - wanted) / 4000).sqrt()
     assert bool(((masks.float().mean(0) - wanted).abs() < 5 * error).all())
+    same = sample_masks(logits, 4000, correlation_px, temperature, generator())
+    assert torch.equal(masks, same)
+    assert not torch.equal(masks, sample_masks(logits, 4000, correlation_px, temperature, generator(1)))
 
 
 def test_neighbours_move_together_and_strangers_do_not() -> None:
@@ -39,17 +49,7 @@ def test_neighbours_move_together_and_strangers_do_not() -> None:
     assert abs(float(torch.corrcoef(independent[:, 0, :2].T)[0, 1])) < 0.08
 
 
-def test_field_is_standard_normal_at_borders_too() -> None:
-    field = gaussian_field(6000, (6, 6), 3.0, generator())
-    assert float(field.mean(0).abs().max()) < 0.08
-    assert bool(((field.std(0) - 1).abs() < 0.06).all())
-
-
-def test_same_seed_same_masks() -> None:
-    logits = torch.randn(16, 16)
-    first, again, other = (sample_masks(logits, 4, 2.0, 1.0, generator(seed)) for seed in (5, 5, 6))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+# ---- The policy
 
 
 @pytest.fixture
@@ -59,13 +59,8 @@ def images() -> list[np.ndarray]:
 
 def make_policy(tiny_checkpoint, scope=("projector", "mask_decoder")) -> MaskPolicy:
     model, processor = load_sa2va(tiny_checkpoint)
-    return MaskPolicy(attach_lora(model, scope, QKVO, 4, 8), processor, "Segment.")
-
-
-def move(policy: MaskPolicy) -> None:
-    with torch.no_grad():
-        for parameter in policy.trainable.values():
-            parameter.add_(0.2)
+    peft_model = attach_lora(model, scope, LORA_PRESETS["medium"].projections, 4, 8)
+    return MaskPolicy(peft_model, processor, "Segment.")
 
 
 @torch.no_grad()
@@ -74,22 +69,17 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
     inputs = policy.prepare(images)
     decoded = policy.decode(inputs, ["a", "b"])
     start = policy.logits(decoded, decoded.best(), inputs)
-    move(policy)
+    for parameter in policy.trainable.values():
+        parameter.add_(0.2)
     reference = policy.reference_logits(inputs, ["a", "b"], decoded.best())
     now = policy.logits(policy.decode(inputs, ["a", "b"]), decoded.best(), inputs)
     for first, ref, moved in zip(start, reference, now, strict=True):
         assert torch.equal(first, ref)
         assert float((first - moved).norm() / first.norm()) > 0.1
-
-
-@torch.no_grad()
-def test_looking_at_the_start_puts_everything_back(tiny_checkpoint, images) -> None:
-    policy = make_policy(tiny_checkpoint)
-    move(policy)
-    before = {name: p.clone() for name, p in policy.trainable.items()}
+    before = policy.values()
 
     def interrupted() -> None:
-        with policy.at_start():
+        with with_values(policy, policy.start):
             assert all(torch.equal(p, policy.start[name]) for name, p in policy.trainable.items())
             raise RuntimeError("interrupted")
 
@@ -110,42 +100,104 @@ def test_a_frozen_language_model_runs_once_per_image(tiny_checkpoint, images, mo
     assert calls == [1, 1]  # two images, once each
     assert torch.equal(first, again)
     assert torch.allclose(first, policy.model.seg_prompts(inputs), atol=1e-6)
+    policy.keys_repeat = False  # with augmentation the same key has other pixels in the next epoch
+    second = policy.seg_prompts(policy.prepare(images[::-1]), ["a", "b"])
+    assert float((first - second).norm() / first.norm()) > 1e-3
 
 
-def test_a_trainable_language_model_is_never_cached(tiny_checkpoint, images) -> None:
-    policy = make_policy(tiny_checkpoint, SCOPES)
-    assert not policy.language_is_frozen
-    inputs = policy.prepare(images)
-    policy.seg_prompts(inputs, ["a", "b"]).sum().backward()
-    touched = [n for n, p in policy.trainable.items() if ".lm." in n and p.grad is not None and p.grad.any()]
-    assert touched
-
-
-@torch.no_grad()
-def test_swapped_images_change_the_seg_embedding(tiny_checkpoint, images) -> None:
+def test_a_trainable_language_model_is_never_cached_and_sees_the_image(tiny_checkpoint, images) -> None:
     """The prototype's models were blind: the image tokens never reached the language model."""
     policy = make_policy(tiny_checkpoint, SCOPES)
-    straight = policy.model.seg_prompts(policy.prepare(images))
-    swapped = policy.model.seg_prompts(policy.prepare(images[::-1]))
-    assert float((straight - swapped).norm() / straight.norm()) > 1e-3
+    inputs = policy.prepare(images)
+    straight = policy.seg_prompts(inputs, ["a", "b"])
+    straight.sum().backward()
+    assert any(".lm." in n and p.grad is not None and p.grad.any() for n, p in policy.trainable.items())
+    swapped = policy.seg_prompts(policy.prepare(images[::-1]), ["a", "b"])
+    assert float((straight - swapped).detach().norm() / straight.detach().norm()) > 1e-3
     assert torch.allclose(straight.flip(0), swapped, atol=1e-6)
-
-
-@torch.no_grad()
-def test_nothing_outlives_a_batch_where_keys_do_not_repeat(tiny_checkpoint, images) -> None:
-    """With augmentation the same key has other pixels in the next epoch."""
-    policy = make_policy(tiny_checkpoint)
-    policy.keys_repeat = False
-    first = policy.seg_prompts(policy.prepare(images[:1]), ["a"])
-    second = policy.seg_prompts(policy.prepare(images[1:]), ["a"])
-    assert float((first - second).norm() / first.norm()) > 1e-3
 
 
 @torch.no_grad()
 def test_a_frozen_part_does_not_feel_its_neighbours(tiny_checkpoint, images) -> None:
     alone, together = make_policy(tiny_checkpoint), make_policy(tiny_checkpoint)
-    one = alone.prepare(images[1:])
-    both = together.prepare(images)
+    one, both = alone.prepare(images[1:]), together.prepare(images)
     for level, pair in zip(alone.features(one, ["b"]), together.features(both, ["a", "b"]), strict=True):
         assert torch.equal(level[0], pair[1])
     assert torch.equal(alone.seg_states(one, ["b"])[0], together.seg_states(both, ["a", "b"])[1])
+
+
+# ---- Kept features
+
+PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
+
+
+class Encoder:
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, pixels: Tensor = PIXELS) -> ImageFeatures:
+        self.calls += 1
+        return ImageFeatures(pixels + 1, pixels * 2, pixels**2)
+
+
+def equal(one: ImageFeatures, other: ImageFeatures) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path) -> None:
+    encoder, store = Encoder(), FeatureStore(tmp_path, "model")
+    first = store.fetch("a", PIXELS, encoder)
+    assert store.fetch("a", PIXELS, encoder) is first
+    assert equal(FeatureStore(tmp_path, "model").fetch("another key", PIXELS, encoder), first)
+    assert encoder.calls == 1
+    assert [file.suffix for file in (tmp_path / "model").iterdir()] == [".safetensors"]
+    FeatureStore(tmp_path, "other model").fetch("a", PIXELS, encoder)
+    FeatureStore(tmp_path, "model").fetch("a", PIXELS + 1, encoder)
+    full = FeatureStore(memory_bytes=10)
+    assert [full.fetch("a", PIXELS, encoder) for _ in range(2)]
+    assert encoder.calls == 1 + 2 + 2
+
+
+def test_a_full_disk_limit_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, store = Encoder(), FeatureStore(tmp_path, "model", disk_bytes=200)
+    for key in range(3):  # 144 bytes each
+        store.fetch(str(key), PIXELS + key, encoder)
+    assert len(list((tmp_path / "model").iterdir())) == 1
+    assert len([record for record in caplog.records if "limit" in record.message]) == 1
+    # What lies there from another run counts as well.
+    FeatureStore(tmp_path, "model 2", disk_bytes=200).fetch("a", PIXELS, encoder)
+    assert not (tmp_path / "model 2").exists()
+
+
+def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(tmp_path: Path, monkeypatch, caplog) -> None:
+    encoder = Encoder()
+    expected = FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder)
+    (file,) = (tmp_path / "model").iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    for _ in range(2):  # computed and written anew, then read
+        assert equal(FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder), expected)
+    assert encoder.calls == 2
+    assert "computed again" in caplog.text
+
+    def full(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(feature_store, "save_file", full)
+    store = FeatureStore(tmp_path, "other")
+    assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_hashes_see_values_shape_and_names() -> None:
+    assert tensor_hash(PIXELS) == tensor_hash(PIXELS.clone())
+    assert len({tensor_hash(PIXELS), tensor_hash(PIXELS + 1), tensor_hash(PIXELS.view(1, 3, 4, 1))}) == 3
+    layer = torch.nn.Linear(2, 2)
+    before = weights_hash(layer)
+    assert before == weights_hash(layer)
+    with torch.no_grad():
+        layer.bias[0] += 1
+    assert weights_hash(layer) != before

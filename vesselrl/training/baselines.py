@@ -101,13 +101,9 @@ class UNet:
 
 
 class Frangi:
-    """The Frangi filter for dark vessels, cut at a vesselness.
+    """The Frangi filter for dark vessels with Gaussians of some sigmas, in px, cut at a vesselness.
 
     probability = v / (v + threshold) of the vesselness v, so that 0.5 is at the threshold.
-
-    Args:
-        sigmas: of the Gaussians, in px.
-        threshold: vesselness above which a pixel is vessel, above 0.
     """
 
     kind = "control"
@@ -174,11 +170,7 @@ def best_frangi(
 
 
 def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | None:
-    """The best model of a control run; None if this is no control run.
-
-    Args:
-        folder: the run folder, or a folder such as RUN/final_control.
-        device: for the U-Net.
+    """The best model of a control run, or that of a folder such as RUN/final_control; None for other folders.
 
     Raises:
         ValueError: control.json is damaged or of another version.

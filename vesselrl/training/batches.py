@@ -32,8 +32,7 @@ class BatchSource:
         batch_size: images per batch; the last one of an epoch may be smaller.
         seed: decides, with the epoch, the order and the augmentation.
         num_epochs: of the whole training.
-        difficulties: of the images, in the order of the data set: easy ones first, see `open_samples`; None
-            shows every image in every epoch.
+        difficulties: of the images: easy ones first, see `open_samples`; None shows all in every epoch.
         num_passes: passes over the data in an epoch, counted from 1; each is in another order.
     """
 

@@ -98,17 +98,9 @@ def assign_credit(
     num_regions: int,
     rng: np.random.Generator,
 ) -> Credit:
-    """Scores the sampled masks of one image and credits its pixels.
+    """Scores the sampled masks (K, H, W) of one image, after post-processing, and credits its pixels.
 
-    Args:
-        masks: (K, H, W) bool, sampled.
-        probabilities: (H, W) float, of vessel; above 0.5 the greedy mask is on.
-        truth: (H, W) bool.
-        truth_topology: of the truth, computed once.
-        reward: splits into `overlap_terms` and `structure_terms`.
-        post: is applied to every mask before it is scored.
-        num_regions: regions scored for the image; 0 for none.
-        rng: chooses the regions.
+    Up to `num_regions` regions, which `rng` chooses, are flipped in the greedy mask.
     """
     postprocess = post.postprocess_for(probabilities)
 

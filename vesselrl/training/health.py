@@ -230,14 +230,9 @@ RULES = (
 class Health:
     """Applies the rules to every step and validation of a run: it reports, corrects, and stops.
 
-    Whether weights were good shows only afterwards: they are kept as a candidate, and count as good once
-    another window of steps has passed without a symptom.
-
-    Args:
-        model: its values are kept and restored.
-        optimizer: a correction clears its moments; None for a model without steps.
-        max_grad_norm: where gradients are clipped.
-        note: is told of every issue, once; again only after a window of steps (or one validation) without it.
+    An issue is noted once; again only after a window of steps (or one validation) without it. Whether weights
+    were good shows only afterwards: they are kept as a candidate, and count as good once another window of
+    steps has passed without a symptom.
     """
 
     def __init__(

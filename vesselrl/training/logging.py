@@ -22,12 +22,7 @@ SHOWN = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "tra
 class Monitor:
     """Writes the metrics of one run; a context manager that closes its writers.
 
-    Args:
-        run: gets metrics.jsonl, diagnosis.json and the TensorBoard files.
-        config: steps between log lines, and whether to start a wandb run.
-        total_steps: of the training, for the bar.
-        console: shows progress bars; None shows none.
-        resumed_at: step that an interrupted run goes on from; TensorBoard hides what it has of later ones.
+    Of a run that goes on after step `resumed_at`, TensorBoard hides what it has of later steps.
     """
 
     def __init__(
@@ -47,7 +42,11 @@ class Monitor:
         self._reward_s = self._step_s = 0.0
         purge_step = None if resumed_at is None else resumed_at + 1
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
-        self._wandb = start_wandb(run.name, config) if config.run.use_wandb else None
+        self._wandb = None
+        if config.run.use_wandb:
+            import wandb
+
+            self._wandb = wandb.init(project="vesselrl", name=run.name, config=config.to_dict())
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(
@@ -140,10 +139,3 @@ def check_wandb() -> None:
     """
     if find_spec("wandb") is None:
         raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
-
-
-def start_wandb(name: str, config: TrainConfig) -> Any:
-    """Starts a wandb run."""
-    import wandb
-
-    return wandb.init(project="vesselrl", name=name, config=config.to_dict())

@@ -29,14 +29,8 @@ class MaskPolicy:
     Outputs of frozen parts never change for an image. They are computed once and kept: the [SEG] state
     where the language model is frozen, the features where the image encoder is. Frozen parts see one image
     at a time, so that a kept value is the computed one to the last bit, whatever else is in the batch.
-
-    Args:
-        peft_model: model with adapters.
-        processor: of the same checkpoint.
-        prompt: the question put to the model.
-        store: keeps features; None computes them anew each time.
-        keys_repeat: whether a key always stands for the same pixels; False, as with augmentation, keeps
-            nothing beyond one batch.
+    `keys_repeat` is False where a key does not always stand for the same pixels, as with augmentation; then
+    nothing is kept beyond one batch.
     """
 
     kind = "lora"
@@ -199,14 +193,10 @@ def sample_masks(
 
     Args:
         logits: (H, W) float.
-        num_samples: K.
-        correlation_px: standard deviation of the smoothing of the random field, in pixels; 0 samples pixels
-            independently.
-        temperature: above 0; larger explores more.
-        generator: CPU generator, so that a seed gives the same masks on every device.
-
-    Returns:
-        (K, H, W) bool.
+        num_samples: K of the (K, H, W) bool masks.
+        correlation_px: deviation of the Gaussian that smooths the random field; 0: independent pixels.
+        temperature: larger explores more.
+        generator: on the CPU, so that a seed gives the same masks on every device.
     """
     field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
     # P(field < quantile of p) = p for a standard normal field.

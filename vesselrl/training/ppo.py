@@ -24,18 +24,11 @@ from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
+from vesselrl.training import ppo_math
 from vesselrl.training.batches import TrainBatch
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
 from vesselrl.training.health import check_finite, check_moved
 from vesselrl.training.policy import MaskPolicy, sample_masks
-from vesselrl.training.ppo_math import (
-    action_logprobs,
-    bernoulli_entropy,
-    bernoulli_kl,
-    bernoulli_variance,
-    clipped_policy_loss,
-    inverse_probability_weighted,
-)
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
@@ -97,7 +90,9 @@ class PPOUpdate:
         if reward_varies:
             reference = policy.reference_logits(inputs, batch.keys, choice)
             if is_first:
-                self._check_rollout(batch, inputs, choice, images, reference)
+                with torch.no_grad():
+                    again = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
+                self._check_rollout(batch, inputs, again, (images, reference))
             for number in range(self.settings.num_passes):
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
@@ -142,13 +137,13 @@ class PPOUpdate:
 
     def _sampled(self, logits: Tensor, masks: Tensor, credit: Credit) -> Sampled:
         s = self.settings
-        old_logprobs = action_logprobs(logits, s.temperature)
+        old_logprobs = ppo_math.action_logprobs(logits, s.temperature)
         on = old_logprobs[1].exp()
         difference = torch.from_numpy(credit.overlap + s.structure_weight * credit.structure).to(on.device)
         if s.advantage == "success":
-            difference = inverse_probability_weighted(difference, on)
+            difference = ppo_math.inverse_probability_weighted(difference, on)
         action_weight = on[None] if s.pixel_action == "expected" else masks.float()
-        variance = bernoulli_variance(logits, s.temperature)
+        variance = ppo_math.bernoulli_variance(logits, s.temperature)
         return Sampled(masks, old_logprobs, difference, action_weight, variance)
 
     def _update(
@@ -170,9 +165,11 @@ class PPOUpdate:
     ) -> tuple[Tensor, dict[str, float]]:
         s, total, rows = self.settings, 0.0, []
         for now, image, ref in zip(logits, images, reference, strict=True):
-            policy = clipped_policy_loss(action_logprobs(now, s.temperature), *image[1:], s.clip)
-            kl = bernoulli_kl(now, ref, image.variance, s.temperature)
-            entropy = bernoulli_entropy(now, image.variance, s.temperature)
+            policy = ppo_math.clipped_policy_loss(
+                ppo_math.action_logprobs(now, s.temperature), *image[1:], s.clip
+            )
+            kl = ppo_math.bernoulli_kl(now, ref, image.variance, s.temperature)
+            entropy = ppo_math.bernoulli_entropy(now, image.variance, s.temperature)
             total = total + policy.loss + s.kl_coef * kl - s.entropy_coef * entropy
             rows.append({"policy_loss": policy.loss, **policy._asdict(), "kl_ref": kl, "entropy": entropy})
         names = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
@@ -182,22 +179,16 @@ class PPOUpdate:
 
     @torch.no_grad()
     def _check_rollout(
-        self,
-        batch: TrainBatch,
-        inputs: Sa2VAInputs,
-        choice: Tensor,
-        images: list[Sampled],
-        reference: list[Tensor],
+        self, batch: TrainBatch, inputs: Sa2VAInputs, again: list[Tensor], rollout: tuple
     ) -> None:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
-        policy, masks = self.policy, images[0].masks
+        policy, masks = self.policy, rollout[0][0].masks
         if bool((masks[1:] == masks[:1]).all()):
             raise LearningError(
                 f"All {len(masks)} sampled masks of the first image are equal: the policy is completely sure "
                 "of every pixel. Raise --temperature or --num_samples."
             )
-        again = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-        _, metrics = self._loss(again, images, reference)
+        _, metrics = self._loss(again, *rollout)
         if metrics["ratio_gap"] > TOLERANCE:
             raise LearningError(
                 f"The ratio before the first update is off by {metrics['ratio_gap']:.2g} (allowed "
@@ -206,8 +197,8 @@ class PPOUpdate:
             )
         if abs(metrics["kl_ref"]) > TOLERANCE:
             raise LearningError(
-                f"The KL to the reference is {metrics['kl_ref']:.2g} before the first update, 0 was expected: the "
-                "reference is not the starting policy. Start the run again from a saved adapter."
+                f"The KL to the reference is {metrics['kl_ref']:.2g} before the first update, not 0: "
+                "the reference is not the starting policy. Start the run again from a saved adapter."
             )
         prompts = policy.model.seg_prompts(inputs)
         negative = policy.model.seg_prompts(policy.prepare([255 - image for image in batch.images]))

@@ -136,9 +136,9 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
         split = read_split(start / SPLIT_FILE, samples)
         if (fold or split.fold, unit) != (split.fold, split.unit):
             raise DataError(
-                f"--init_lora {init_lora} goes on with that run's split (fold {split.fold}, unit {split.unit})."
-                f" It cannot be trained on fold {fold or split.fold}, unit {unit}: leave the options out, or "
-                "start from another adapter."
+                f"--init_lora {init_lora} goes on with that run's split (fold {split.fold}, unit "
+                f"{split.unit}); it cannot be trained on fold {fold or split.fold}, unit {unit}. Leave the "
+                "options out, or start from another adapter."
             )
     else:
         shares = None if report is None else report.foreground

@@ -62,11 +62,7 @@ SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class SupervisedUpdate:
     """Supervised steps of the adapters or of the U-Net, with self-checks at the first.
 
-    Args:
-        model: has `batch_logits` and `check_gradients` besides what every model in training has.
-        optimizer: of the model's trainable parameters.
-        config: loss and largest gradient.
-        flips: flips each image with its truth at random; None shows images as they are.
+    With `flips` each image is flipped at random with its truth.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The controls: images and order of a run, soft clDice by hand, a filter set on training masks alone."""
+"""The baselines: images and order of a run, a filter set on training masks alone, losses by hand."""
 
 import json
 import shutil
@@ -9,24 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vesselrl.training.control_learners import FrangiLearner, UNetLearner
 
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
 from vesselrl.evaluation.compare import compare_runs, load_runs
-from vesselrl.experiment.config import TrainConfig, get_preset
+from vesselrl.experiment.config import get_preset
 from vesselrl.scoring.overlap import dice
-from vesselrl.training.baselines import Frangi, UNet, load_control
+from vesselrl.training import train as training
+from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
 from vesselrl.training.batches import TrainBatch
-from vesselrl.training.supervised import SupervisedSteps, mask_cldice_loss, mask_loss
-from vesselrl.training.train import train
+from vesselrl.training.supervised import SupervisedUpdate, flip, mask_cldice_loss, mask_loss
 
 CONTROLS = ("unet", "frangi")
 
 
 def short_run(data_root: Path, output: Path, **changes: object) -> Path:
     settings = {"data_root": str(data_root), "output_dir": str(output), "max_train_samples": None}
-    return train(get_preset("debug", **(settings | changes)), ["vesselrl", "train"]).folder
+    return training.train(get_preset("debug", **(settings | changes)), ["vesselrl", "train"]).folder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def settings_of(run: Path, which: str = "best") -> dict:
 # ---- The U-Net
 
 
-def bars(height: int, width: int) -> TrainBatch:
+def bars(height: int = 40, width: int = 56) -> TrainBatch:
     """Two dark bars on noise."""
     rng, truth = np.random.default_rng(0), np.zeros((height, width), bool)
     truth[10:14] = truth[:, 20:24] = True
@@ -66,37 +65,45 @@ def bars(height: int, width: int) -> TrainBatch:
     return TrainBatch(keys=["a", "b"], images=images, truths=[truth, truth], topologies=[])
 
 
+def unet_update(**settings: object) -> SupervisedUpdate:
+    torch.manual_seed(42)
+    model = UNet()
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=4e-3)
+    return SupervisedUpdate(
+        model, optimizer, get_preset("debug", control="unet", **settings), np.random.default_rng(0)
+    )
+
+
 def test_gradients_reach_the_unet_and_its_loss_falls() -> None:
-    learner = UNetLearner(TrainConfig(control="unet"), "cpu")
-    optimizer = torch.optim.AdamW(learner.trainable.values(), lr=4e-3)
-    update = learner.updates(optimizer, reward=None)["sft"]
-    assert learner.distance() == 0
-    losses = [update.step(bars(40, 56))["train/loss"]]
+    update = unet_update()
+    model = update.model
+    assert model.distance() == 0
+    losses = [update.step(bars())["train/loss"]]
     # A bias before a normalisation has a gradient of 0, so a few layers have only the one of their weights.
-    reached = {name for name, weight in learner.trainable.items() if weight.grad.abs().max() > 1e-7}
-    convolutions = {name for name, _ in learner.model.net.named_parameters() if name.endswith("conv.weight")}
+    reached = {name for name, weight in model.trainable.items() if weight.grad.abs().max() > 1e-7}
+    convolutions = {name for name in model.trainable if name.endswith("conv.weight")}
     assert convolutions
     assert convolutions <= reached
-    losses += [update.step(bars(40, 56))["train/loss"] for _ in range(25)]
+    losses += [update.step(bars())["train/loss"] for _ in range(25)]
     assert 0 < losses[-1] < 0.7 * losses[0]
-    assert learner.distance() > 0
-    batch = bars(40, 56)
-    assert dice(learner.predict(batch.images[0]).mask, batch.truths[0]) > 0.9
+    assert model.distance() > 0
+    assert dice(model.predict(bars().images[0]).mask, bars().truths[0]) > 0.9
+    other = unet_update(sft_loss="bce_dice_cldice").step(bars())["train/loss"]
+    assert abs(losses[0] - other) > 0.01  # the loss is the one asked for
 
 
-def test_the_unet_shows_each_image_flipped_with_its_truth() -> None:
+def test_the_unet_shows_each_image_flipped_with_its_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """A net cannot learn images whose masks are flipped otherwise; here the pair is looked at itself."""
-    learner = UNetLearner(TrainConfig(control="unet"), "cpu")
-    update = learner.updates(torch.optim.AdamW(learner.trainable.values()), reward=None)["sft"]
-    seen = []
-    learner.model.logits = lambda image: seen.append(image) or torch.zeros(image.shape[:2])
-    truths = [truth for _ in range(20) for truth in update.forward(bars(40, 56))[1]]
-    assert len(seen) == len(truths) == 40
-    assert len({truth.numpy().tobytes() for truth in truths}) == 4
-    assert all(
-        ((image[..., 0] < 120) == (truth.numpy() > 0)).all()
-        for image, truth in zip(seen, truths, strict=True)
-    )
+    update, seen = unet_update(), []
+    monkeypatch.setattr(update.model, "batch_logits", lambda images, keys: seen.append(images) or 1 / 0)
+    for _ in range(20):
+        with pytest.raises(ZeroDivisionError):
+            update.step(bars())
+    assert len({image.tobytes() for images in seen for image in images}) == 4
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        image, truth = flip(bars().images[0], bars().truths[0], rng)
+        assert ((image[..., 0] < 120) == truth).all()
 
 
 @pytest.mark.parametrize("size", [(37, 50), (64, 48), (9, 100)])
@@ -121,13 +128,13 @@ def test_order_and_passes_are_those_of_the_model(
     angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple] = []
-    step = SupervisedSteps.step
+    step = SupervisedUpdate.step
 
-    def recorded(self: SupervisedSteps, batch: TrainBatch) -> dict[str, float]:
+    def recorded(self: SupervisedUpdate, batch: TrainBatch) -> dict[str, float]:
         seen.append((tuple(batch.keys), [image.tobytes() for image in batch.images]))
         return step(self, batch)
 
-    monkeypatch.setattr(SupervisedSteps, "step", recorded)
+    monkeypatch.setattr(SupervisedUpdate, "step", recorded)
     settings = {"num_epochs": 2, "batch_size": 6, "num_passes": 3, "augment": "light", "val_freq": 100}
     orders = []
     for changes in ({"stage": "sft"}, {"control": "unet"}):
@@ -144,37 +151,30 @@ def test_order_and_passes_are_those_of_the_model(
 # ---- The filter
 
 
-def flip_masks(data: Path, stems: set[str]) -> None:
-    """Turns masks upside down: as many vessel pixels as before, at other places."""
-    for stem in stems:
-        path = data / "masks" / f"{stem}.png"
-        Image.fromarray(np.flipud(np.array(Image.open(path)))).save(path)
-
-
 def test_the_filter_is_set_on_training_masks_alone(
     control_runs: dict[str, Path], angiograms: Path, tmp_path: Path
 ) -> None:
-    chosen = settings_of(control_runs["frangi"])
-    split = read_split(control_runs["frangi"] / "data_split.json", find_samples(angiograms))
+    """Masks are turned upside down: as many vessel pixels as before, at other places."""
+    run = control_runs["frangi"]
+    split = read_split(run / "data_split.json", find_samples(angiograms))
     results = {}
-    for sides in (("val", "test"), ("train",)):
-        data = shutil.copytree(angiograms, tmp_path / sides[0])
-        flip_masks(data, {sample.image_path.stem for side in sides for sample in getattr(split, side)})
-        run = short_run(data, tmp_path / "runs" / sides[0], control="frangi")
-        assert (run / "data_split.json").read_text() == (
-            control_runs["frangi"] / "data_split.json"
-        ).read_text()
-        results[sides] = run
-    assert settings_of(results["val", "test"]) == chosen
-    assert info_of(results["val", "test"])["test_metrics"] != info_of(control_runs["frangi"])["test_metrics"]
-    assert settings_of(results["train",]) != chosen
+    for subsets in (("val", "test"), ("train",)):
+        data = shutil.copytree(angiograms, tmp_path / subsets[0])
+        for stem in {sample.image_path.stem for subset in subsets for sample in getattr(split, subset)}:
+            path = data / "masks" / f"{stem}.png"
+            Image.fromarray(np.flipud(np.array(Image.open(path)))).save(path)
+        results[subsets] = short_run(data, tmp_path / "runs" / subsets[0], control="frangi")
+        again = (results[subsets] / "data_split.json").read_text()
+        assert again == (run / "data_split.json").read_text()
+    assert settings_of(results["val", "test"]) == settings_of(run)
+    assert info_of(results["val", "test"])["test_metrics"] != info_of(run)["test_metrics"]
+    assert settings_of(results["train",]) != settings_of(run)
 
 
 def test_the_filter_is_the_best_of_its_grid_on_the_training_images(angiograms: Path) -> None:
     """Found again by trying thresholds one by one."""
     samples = find_samples(angiograms)[:6]
-    learner = FrangiLearner()
-    learner.choose(samples)
+    found = Frangi(*best_frangi(samples))
 
     def score(model: Frangi) -> float:
         scores: dict[str, list] = {}
@@ -183,33 +183,25 @@ def test_the_filter_is_the_best_of_its_grid_on_the_training_images(angiograms: P
             scores.setdefault(sample.patient, []).append(dice(mask, load_mask(sample)))
         return float(np.mean([np.mean(values) for values in scores.values()]))
 
-    best = score(learner.model)
-    shares = np.arange(0.1, 1, 0.1)
-    tried = [score(Frangi(learner.model.sigmas, 0.05 * share / (1 - share))) for share in shares]
+    best = score(found)
+    tried = [score(Frangi(found.sigmas, 0.05 * one / (1 - one))) for one in np.arange(0.1, 1, 0.1)]
     assert best >= max(tried) - 1e-12
     assert min(tried) < best - 0.1
     assert best >= max(score(Frangi(sigmas)) for sigmas in ((2,), (3,), (2, 3), (2, 3, 4)))
+    image = bars().images[0].copy()
+    image[..., [0, 2]] = 7  # dark vessels, in the green channel
+    assert dice(Frangi((2,)).predict(image).mask, bars().truths[0]) > 0.7
+    assert dice(Frangi((2,)).predict(255 - image).mask, bars().truths[0]) < 0.3
 
 
 def test_validation_does_not_choose_between_start_and_filter(
     angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def choose(self: FrangiLearner, samples: object, progress: object) -> None:
-        self.model = Frangi((3,), threshold=1e6)  # finds nothing
-
-    monkeypatch.setattr(FrangiLearner, "choose", choose)
+    monkeypatch.setattr(training, "best_frangi", lambda samples, progress: ((3,), 1e6))  # finds nothing
     run = short_run(angiograms, tmp_path, control="frangi")
     assert settings_of(run) == settings_of(run, "final")
     assert settings_of(run)["threshold"] == 1e6
     assert info_of(run)["test_metrics"]["after"]["dice"] == 0
-
-
-def test_the_filter_sees_dark_vessels_in_the_green_channel() -> None:
-    batch = bars(40, 56)
-    image = batch.images[0].copy()
-    image[..., [0, 2]] = 7
-    assert dice(Frangi((2,)).predict(image).mask, batch.truths[0]) > 0.7
-    assert dice(Frangi((2,)).predict(255 - image).mask, batch.truths[0]) < 0.3
 
 
 # ---- Run folders
@@ -269,7 +261,7 @@ def test_what_is_no_control_run_is_none(finished_run: Path, control_runs: dict, 
         load_control(broken)
 
 
-# ---- Soft clDice
+# ---- Losses
 
 
 def test_soft_cldice_by_hand() -> None:
@@ -310,34 +302,8 @@ def test_a_wide_vessel_has_a_centre_line() -> None:
     assert 0.15 < float(structure) < 0.5
 
 
-def test_the_loss_is_the_one_asked_for() -> None:
-    losses = []
-    for name in ("bce_dice", "bce_dice_cldice"):
-        learner = UNetLearner(TrainConfig(control="unet", sft_loss=name), "cpu")
-        update = learner.updates(torch.optim.AdamW(learner.trainable.values()), reward=None)["sft"]
-        losses.append(update.step(bars(40, 56))["train/loss"])
-    assert abs(losses[0] - losses[1]) > 0.01
-
-
-# ---- Settings
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"control": "unet", "init_lora": "run"}, "no adapters to start from"),
-        ({"control": "frangi", "stage": "sft+rl"}, "no second stage"),
-        ({"control": "frangi", "sft_loss": "bce_dice_cldice"}, "there are none"),
-        ({"sft_loss": "bce_dice_cldice"}, "there are none"),
-    ],
-)
-def test_contradictions_are_refused(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**settings)
-
-
-def test_a_control_is_supervised_at_its_own_rate() -> None:
-    config = TrainConfig(control="unet", sft_loss="bce_dice_cldice")
-    assert [config.stage_of_epoch(epoch, 2) for epoch in (1, 2)] == ["sft", "sft"]
-    assert config.peak_learning_rate == 4e-3
-    assert TrainConfig(control="unet", learning_rate=1e-4).peak_learning_rate == 1e-4
+def test_mask_loss_by_hand() -> None:
+    truth = torch.tensor([[[1.0, 0.0]]])
+    soft_dice = (2 * 0.5 + 1) / (1 + 1 + 1)
+    assert float(mask_loss(torch.zeros(1, 1, 2), truth)) == pytest.approx(np.log(2) + 1 - soft_dice)
+    assert float(mask_loss(torch.tensor([[[50.0, -50.0]]]), truth)) == pytest.approx(0, abs=1e-6)
