@@ -29,7 +29,7 @@ UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3
 # Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
 # state of the run that goes with them; 4.75: after that, before the checkpoint of the epoch.
 RUNS = {
-    "two stages": (STAGES, (1, 9, 10.75, 15)),
+    "two stages": (STAGES, (9, 10.75, 15)),
     "constrained, going wrong": (CONSTRAINED, (4, 4.5, 4.75)),
     "unet": (UNET, (4,)),
 }

@@ -273,7 +273,7 @@ def fit_filter(t: Training) -> None:
     t.model.restore(best_frangi(t.data.train, t.monitor.bar("filter")))
     t.best = None  # the training images have chosen; validation must not choose again
     t.step = 1
-    validate(t)
+    validate(t, is_last=True)
 
 
 def save_state(t: Training) -> None:
