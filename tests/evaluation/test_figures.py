@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.evaluation import charts
-from vesselrl.evaluation.charts import interval_figure, svg
 from vesselrl.evaluation.figures import (
     Case,
     choose_cases,
     curves_figure,
+    interval_figure,
+    patient_figure,
     plot_curves,
     plot_panels,
-    read_cases,
     read_metrics,
+    reliability_figure,
+    svg,
+    threshold_figure,
     write_cases,
 )
+from vesselrl.evaluation.report import read_cases
 
 CURVE = {"thresholds": [0.25, 0.5, 0.75], "chosen": 0.75}
 CURVE |= {"dice": [0.7, 0.8, 0.75], "recall": [0.9, 0.8, 0.65], "precision": [0.6, 0.8, 0.9]}
@@ -191,17 +194,17 @@ def test_charts_draw_the_given_numbers():
     assert axes.yaxis_inverted()  # the first line is on top
     assert len({axes.lines[place].get_color() for place in (2, 4, 5)}) == 3
 
-    left, right = charts.threshold_figure(CURVE).axes
+    left, right = threshold_figure(CURVE).axes
     curves = [CURVE["dice"], CURVE["recall"], CURVE["precision"]]
     assert [list(line.get_ydata()) for line in left.lines[:3]] == curves
     assert [line.get_xdata()[0] for line in left.lines[3:]] == [0.5, 0.75]
     points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
     assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
 
-    (axes,) = charts.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
+    (axes,) = patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["P2", "P1"]
     assert [list(map(float, line.get_xdata())) for line in axes.lines[::3]] == [[0.5, 0.6], [0.8, 0.7]]
     assert axes.lines[0].get_color() != axes.lines[3].get_color()
     bins = [{"predicted": 0.1, "observed": 0.3}, {"predicted": 0.9, "observed": 0.7}]
-    (axes,) = charts.reliability_figure(bins).axes
+    (axes,) = reliability_figure(bins).axes
     assert (list(axes.lines[1].get_xdata()), list(axes.lines[1].get_ydata())) == ([0.1, 0.9], [0.3, 0.7])
