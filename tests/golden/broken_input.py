@@ -310,6 +310,19 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "no tokenizer": lambda m: (m / "vocab.json").unlink(),
     "damaged tokenizer": lambda m: (m / "vocab.json").write_text('{"a":'),
 }
+# Modules of rewards that cannot work.
+CODE = {
+    "my_reward": """
+def fails(pred, gt):
+    return 1 / 0
+
+def answers(pred, gt):
+    return "good"
+
+number = 3
+""",
+    "broken_module": "undefined_name",
+}
 REWARDS = ("my_reward:fails", "my_reward:answers", "my_reward:absent", "my_reward:number", "my_reward",
            "no_such_module:f", "broken_module:f")  # fmt: skip
 SETTINGS = (
