@@ -67,9 +67,6 @@ def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, cap
     return train
 
 
-# ---- The model folder
-
-
 BAD_MODELS = {
     "no folder": ["Model folder", "model does not exist"],
     "no config": ["model has no config.json"],
@@ -95,9 +92,6 @@ def test_model_folder(refused: Refused, tiny_checkpoint: Path, tmp_path: Path, k
     line = refused(model_path=folder)
     assert str(folder) in line or "sam2_config.json" in line
     assert [word for word in BAD_MODELS[kind] if word not in line] == []
-
-
-# ---- Data
 
 
 @pytest.fixture
@@ -167,9 +161,6 @@ def test_some_masks_empty_is_a_warning(data: Path, tmp_path: Path, caplog) -> No
     assert not PERSON.search(caplog.text)
 
 
-# ---- The reward
-
-
 BAD_FUNCTIONS = {
     "my_reward:fails": "custom reward fails failed with ZeroDivisionError: division by zero",
     "my_reward:answers": "custom reward answers must return a finite number, got 'good'",
@@ -204,9 +195,6 @@ def test_wrong_usage_exits_with_2(capsys, tmp_path: Path, words: str, said: list
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- Adapters
-
-
 OTHER_BASES = {
     "fewer blocks": ({"blocks_per_stage": (1, 1, 1, 1), "global_attention_blocks": (2,)}, "does not have"),
     "wider": ({"embed_dim_per_stage": (16, 32, 64, 128)}, "size mismatch"),
@@ -214,9 +202,7 @@ OTHER_BASES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_BASES)
-def test_adapter_of_another_base_model(
-    refused: Refused, finished_run: Path, tmp_path: Path, kind: str
-) -> None:
+def test_adapter_of_another_base(refused: Refused, finished_run: Path, tmp_path: Path, kind: str) -> None:
     changes, words = OTHER_BASES[kind]
     sam2 = dataclasses.replace(DEBUG_CONFIG.sam2, **changes)
     config = dataclasses.replace(DEBUG_CONFIG, sam2=sam2)
@@ -257,9 +243,6 @@ def test_split_of_the_start_belongs_to_other_data(refused: Refused, finished_run
     assert "data_split.json" in refused(init_lora=finished_run, data_root=data)
 
 
-# ---- Settings and the output folder
-
-
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_output_folder_is_a_file(refused: Refused, tmp_path: Path, below: str) -> None:
     file = tmp_path / "results"
@@ -295,9 +278,6 @@ def test_a_learning_rate_of_0_is_no_success(refused: Refused, stage: str) -> Non
     line = refused(may_have_begun=True, learning_rate=0, stage=stage)
     assert "the adapter has moved by 0.0" in line
     assert "--learning_rate (0 teaches nothing" in line
-
-
-# ---- As a user sees it
 
 
 def test_in_a_process_of_its_own(repository: Path, angiograms: Path, tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 
-def judge(
-    tmp_path: Path, repository: Path, cases: str, floor: int = 2, shared: str = "absent"
-) -> tuple[int, str]:
+def judge(tmp_path: Path, repository: Path, cases: str, floor=2, shared="absent") -> tuple[int, str]:
     (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
     (tmp_path / "reasons.txt").write_text("# a comment\nneeds a display\nshared: needs ../shared\n")
     options = ["--floor", str(floor), "--reasons", tmp_path / "reasons.txt", "--shared", shared]

@@ -39,9 +39,6 @@ def trained(monkeypatch) -> list:
     return calls
 
 
-# ---- Help and usage
-
-
 PARTS = {
     "train": TrainConfig,
     "data check": options.DataCheck,

@@ -25,7 +25,7 @@ def test_the_import_alone_loads_nothing_heavy(repository: Path) -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_the_version_is_that_of_pyproject(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_version_is_that_of_pyproject(repository: Path, monkeypatch) -> None:
     declared = tomllib.loads((repository / "pyproject.toml").read_text())["project"]["version"]
     assert vesselrl.__version__ == declared
 

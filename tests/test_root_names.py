@@ -55,9 +55,6 @@ def test_a_script_is_valid_bash_and_stops_at_errors(repository: Path, name: str)
     assert "set -euo pipefail" in (repository / name).read_text()
 
 
-# ---- run_lora_ppo.sh
-
-
 def write_python(folder: Path, code: str) -> None:
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -103,16 +100,11 @@ def test_every_shell_variable_becomes_an_option_before_those_typed(clone: Path, 
     assert len(list((tmp_path / "value of OUTPUT_DIR").glob("train_quick_*.log"))) == 1
 
 
-def test_the_exit_code_is_that_of_python_not_of_tee_or_of_a_failed_install(
-    clone: Path, tmp_path: Path
-) -> None:
+def test_the_exit_code_is_that_of_python_or_of_a_failed_install(clone: Path, tmp_path: Path) -> None:
     assert run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, FAKE_EXIT="7").returncode == 7
     (clone / "install_dependencies.sh").write_text("exit 3\n")
     done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path)
     assert (done.returncode, done.stdout) == (3, "")
-
-
-# ---- install_dependencies.sh
 
 
 @pytest.fixture
@@ -181,9 +173,6 @@ def test_install_remembers_another_torch(install: Callable) -> None:
     assert install("dev")[1] == "torch==2.12.0"
 
 
-# ---- launch.py: started by a Python without the dependencies (-S hides installed packages)
-
-
 @pytest.fixture
 def bare_clone(clone: Path, repository: Path) -> Path:
     (clone / "vesselrl").mkdir()
@@ -211,9 +200,6 @@ def test_without_a_usable_venv_one_line_says_what_to_run(bare_clone: Path, tmp_p
         assert "torch" in line
         assert f"bash {bare_clone / 'install_dependencies.sh'}" in line
         shutil.rmtree(bare_clone / ".venv", ignore_errors=True)
-
-
-# ---- The commands themselves
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
