@@ -3,10 +3,12 @@
 import os
 
 # Before torch, transformers or matplotlib is imported anywhere.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["MPLBACKEND"] = "Agg"
-os.environ["WANDB_MODE"] = "disabled"
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "WANDB_MODE": "disabled",
+}
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import ipaddress

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.golden.broken_input import CODE, MODELS
 from vesselrl.cli import main
 from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder
+from vesselrl.experiment.run_folder import RunFolder, write_json
 from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniature
 from vesselrl.training.setup import prepare_data
 
@@ -37,14 +37,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def refused(
-    tiny_checkpoint: Path,
-    angiograms: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Refused:
+def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, caplog, monkeypatch) -> Refused:
     """Trains with these options, checks how that failed and what it left, and returns the message."""
     monkeypatch.delenv("VESSELRL_TRACEBACK", raising=False)
     output = tmp_path / "output"
@@ -74,90 +67,31 @@ def refused(
     return train
 
 
-# ---- The model folder
-
-
-def lose_a_shard(folder: Path) -> None:
-    names = load_file(folder / "model.safetensors")
-    half = {name: f"model-0000{1 + (k % 2)}-of-00002.safetensors" for k, name in enumerate(sorted(names))}
-    first = {name: names[name] for name, file in half.items() if "00001" in file}
-    save_file(first, folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": half}))
-
-
-def truncate(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def change_tensors(folder: Path, change: Callable[[dict], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def change_json(file: Path, change: Callable[[dict], object]) -> None:
-    values = json.loads(file.read_text())
-    change(values)
-    file.write_text(json.dumps(values))
-
-
 BAD_MODELS = {
-    "no folder": (shutil.rmtree, ["Model folder", "model does not exist"]),
-    "no config": (lambda m: (m / "config.json").unlink(), ["model has no config.json"]),
-    "missing shard": (lose_a_shard, ["lacks 1 of 2 shards", "model-00002-of-00002.safetensors"]),
-    "truncated": (truncate, ["model.safetensors cannot be read", "truncated"]),
-    "no weights": (
-        lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"),
-        ["model holds no model*.safetensors file"],
-    ),
-    "unknown tensor": (
-        lambda m: change_tensors(m, lambda t: t.update(bogus=t["mlp1.0.weight"].clone())),
-        ["model does not fit", "1 unknown: bogus"],
-    ),
-    "missing tensor": (
-        lambda m: change_tensors(m, lambda t: t.pop("mlp1.0.weight")),
-        ["model does not fit", "1 missing: projector.0.weight"],
-    ),
-    "wrong shape": (
-        lambda m: change_tensors(m, lambda t: t.update({"mlp1.0.weight": t["mlp1.0.weight"][:3].clone()})),
-        ["model does not fit", "1 wrong shape: mlp1.0.weight (3,)"],
-    ),
-    "config without a field": (
-        lambda m: change_json(m / "config.json", lambda c: c["vision_config"].pop("hidden_size")),
-        ["config.json", "vision_config", "hidden_size"],
-    ),
-    "damaged config": (lambda m: (m / "config.json").write_text("{"), ["config.json is not valid JSON"]),
-    "side-car with a word": (
-        lambda m: change_json(m / "sam2_config.json", lambda c: c.update(image_size="128 px")),
-        ["sam2_config.json has image_size = '128 px'"],
-    ),
-    "index without shards": (
-        lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": []}'),
-        ["model.safetensors.index.json has no `weight_map`"],
-    ),
-    "no tokenizer": (lambda m: (m / "vocab.json").unlink(), ["model lacks the tokenizer files vocab.json"]),
-    "damaged tokenizer": (
-        lambda m: (m / "vocab.json").write_text('{"a":'),
-        ["model: the tokenizer files cannot be used"],
-    ),
+    "no folder": ["Model folder", "model does not exist"],
+    "no config": ["model has no config.json"],
+    "missing shard": ["lacks 1 of 2 shards", "model-00002-of-00002.safetensors"],
+    "truncated": ["model.safetensors cannot be read", "truncated"],
+    "no weights": ["model holds no model*.safetensors file"],
+    "unknown tensor": ["model does not fit", "1 unknown: bogus"],
+    "missing tensor": ["model does not fit", "1 missing: projector.0.weight"],
+    "wrong shape": ["model does not fit", "1 wrong shape: mlp1.0.weight (3,)"],
+    "config without a field": ["config.json", "vision_config", "hidden_size"],
+    "damaged config": ["config.json is not valid JSON"],
+    "side-car with a word": ["sam2_config.json has image_size = '128 px'"],
+    "index without shards": ["model.safetensors.index.json has no `weight_map`"],
+    "no tokenizer": ["model lacks the tokenizer files vocab.json"],
+    "damaged tokenizer": ["model: the tokenizer files cannot be used"],
 }
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
 def test_model_folder(refused: Refused, tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
-    spoil, words = BAD_MODELS[kind]
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_checkpoint, folder)
-    spoil(folder)
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    MODELS[kind](folder)
     line = refused(model_path=folder)
     assert str(folder) in line or "sam2_config.json" in line
-    for word in words:
-        assert word in line
-
-
-# ---- Data
+    assert [word for word in BAD_MODELS[kind] if word not in line] == []
 
 
 @pytest.fixture
@@ -166,78 +100,67 @@ def data(angiograms: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(angiograms, tmp_path / "data"))
 
 
-def write_records(data: Path) -> list[dict]:
-    """annotations.json in place of the mask files; one square per image."""
+def pictures(data: Path, folder: str) -> list[Path]:
+    return sorted((data / folder).iterdir())
+
+
+def lose_an_image(data: Path) -> None:
+    """annotations.json in place of the mask files, with a record whose image is missing."""
     shutil.rmtree(data / "masks")
-    names = sorted(path.name for path in (data / "images").iterdir())
-    records = [
-        {"image": name, "mask": [[10, 10, 20, 10, 20, 40, 10, 40]], "text": "vessel"} for name in names
-    ]
-    (data / "annotations.json").write_text(json.dumps(records))
-    return records
+    square = [[10, 10, 20, 10, 20, 40, 10, 40]]
+    records = [{"image": path.name, "mask": square, "text": "vessel"} for path in pictures(data, "images")]
+    write_json(data / "annotations.json", records)
+    pictures(data, "images")[3].unlink()
 
 
-def save_mask(path: Path, mask: np.ndarray) -> None:
-    Image.fromarray(mask).save(path)
-
-
-def test_no_data_root(refused: Refused, tmp_path: Path) -> None:
-    assert f"The data root {tmp_path / 'nowhere'} is not a folder" in refused(data_root=tmp_path / "nowhere")
-
-
-def test_no_annotations(refused: Refused, data: Path) -> None:
-    shutil.rmtree(data / "masks")
-    assert f"{data} holds no annotations: neither annotations.json nor masks/" in refused(data_root=data)
-
-
-def test_missing_image(refused: Refused, data: Path) -> None:
-    records = write_records(data)
-    (data / "images" / records[3]["image"]).unlink()
-    line = refused(data_root=data)
-    assert re.search(r"annotations.json record 3 \(P\d{3}_S1_F0001\): its image is missing in images/", line)
-
-
-def test_mask_of_another_size(refused: Refused, data: Path) -> None:
-    save_mask(sorted((data / "masks").iterdir())[2], np.ones((32, 64), bool))
-    line = refused(data_root=data)
-    assert re.search(r"images/ file 3 in name order \(P\d{3}_S1_F0000\): the mask has 64×32 px", line)
-
-
-def test_image_that_ends_too_early(refused: Refused, data: Path) -> None:
+def cut_an_image(data: Path) -> None:
     """Its header is whole, so only reading all of it shows the damage; that is done before training."""
-    file = sorted((data / "images").iterdir())[4]
+    file = pictures(data, "images")[4]
     file.write_bytes(file.read_bytes()[:-2000])
-    line = refused(data_root=data, max_train_samples=20)
-    assert re.search(r"images/ file 5 in name order \(P\d{3}_S1_F0000\): image: the file is damaged", line)
 
 
-def test_all_masks_empty(refused: Refused, data: Path) -> None:
-    for path in (data / "masks").iterdir():
-        save_mask(path, np.zeros((64, 64), bool))
-    assert "All 20 masks are empty" in refused(data_root=data)
+def empty(paths: list[Path]) -> None:
+    for path in paths:
+        Image.fromarray(np.zeros((64, 64), bool)).save(path)
 
 
-def test_some_masks_empty_is_a_warning(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for path in sorted((data / "masks").iterdir())[:3]:
-        save_mask(path, np.zeros((64, 64), bool))
+BAD_DATA = {
+    "no root": (shutil.rmtree, r"The data root \S+data is not a folder"),
+    "no annotations": (
+        lambda data: shutil.rmtree(data / "masks"),
+        r"\S+data holds no annotations: neither annotations.json nor masks/",
+    ),
+    "missing image": (
+        lose_an_image,
+        r"annotations.json record 3 \(P\d{3}_S1_F0001\): its image is missing in images/",
+    ),
+    "mask of another size": (
+        lambda data: Image.fromarray(np.ones((32, 64), bool)).save(pictures(data, "masks")[2]),
+        r"images/ file 3 in name order \(P\d{3}_S1_F0000\): the mask has 64×32 px",
+    ),
+    "image that ends too early": (
+        cut_an_image,
+        r"images/ file 5 in name order \(P\d{3}_S1_F0000\): image: the file is damaged",
+    ),
+    "empty masks": (lambda data: empty(pictures(data, "masks")), "All 20 masks are empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_data(refused: Refused, data: Path, kind: str) -> None:
+    spoil, words = BAD_DATA[kind]
+    spoil(data)
+    assert re.search(words, refused(data_root=data, max_train_samples=20))
+
+
+def test_some_masks_empty_is_a_warning(data: Path, tmp_path: Path, caplog) -> None:
+    empty(pictures(data, "masks")[:3])
     prepared = prepare_data(TrainConfig.from_dict({"data_root": str(data)}), RunFolder.create(tmp_path))
     assert prepared.counts["found"] == 20
     assert "data check: empty mask: 3" in caplog.text
     assert not PERSON.search(caplog.text)
 
 
-# ---- The reward
-
-
-FUNCTIONS = """
-def fails(pred, gt):
-    return 1 / 0
-
-def answers(pred, gt):
-    return "good"
-
-number = 3
-"""
 BAD_FUNCTIONS = {
     "my_reward:fails": "custom reward fails failed with ZeroDivisionError: division by zero",
     "my_reward:answers": "custom reward answers must return a finite number, got 'good'",
@@ -250,31 +173,26 @@ BAD_FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", BAD_FUNCTIONS)
-def test_reward_function(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
+def test_reward_function(refused: Refused, tmp_path: Path, monkeypatch, function: str) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    for name, code in (("my_reward", FUNCTIONS), ("broken_module", "undefined_name")):
+    for name, code in CODE.items():
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert BAD_FUNCTIONS[function] in refused(reward_fn=function)
 
 
-def test_unknown_reward_type_names_the_choices(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    code = main(["train", "--reward_type", "best", "--output_dir", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--reward_type best", ["'best'", "multi_objective", "simple_dice", "recall_focused"]),
+        ("--num_samples 1", ["--num_samples is 1; give at least 2."]),
+    ],
+)
+def test_wrong_usage_exits_with_2(capsys, tmp_path: Path, words: str, said: list[str]) -> None:
+    assert main(["train", *words.split(), "--output_dir", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert code == 2
-    assert "'best'" in err
-    for name in ("multi_objective", "simple_dice", "recall_focused"):
-        assert name in err
+    assert [word for word in said if word not in err] == []
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- Adapters
-
-
-def test_init_lora_that_is_no_adapter(refused: Refused, angiograms: Path) -> None:
-    assert f"{angiograms} has no adapter_config.json" in refused(init_lora=angiograms)
 
 
 OTHER_BASES = {
@@ -284,9 +202,7 @@ OTHER_BASES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_BASES)
-def test_adapter_of_another_base_model(
-    refused: Refused, finished_run: Path, tmp_path: Path, kind: str
-) -> None:
+def test_adapter_of_another_base(refused: Refused, finished_run: Path, tmp_path: Path, kind: str) -> None:
     changes, words = OTHER_BASES[kind]
     sam2 = dataclasses.replace(DEBUG_CONFIG.sam2, **changes)
     config = dataclasses.replace(DEBUG_CONFIG, sam2=sam2)
@@ -302,19 +218,12 @@ def drop_a_tensor(adapter: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors")
 
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BAD_ADAPTERS = {
-    "truncated": (
-        lambda a: (a / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{"),
-        "adapter_model.safetensors cannot be read",
-    ),
-    "half": (
-        drop_a_tensor,
-        "adapter_model.safetensors does not fit its adapter_config.json: 1 tensors missing",
-    ),
-    "no type": (
-        lambda a: (a / "adapter_config.json").write_text("{}"),
-        "adapter_config.json describes no LoRA",
-    ),
+    "truncated": (lambda a: (a / WEIGHTS).write_bytes(b"\x08\0\0\0\0\0\0\0{"), f"{WEIGHTS} cannot be read"),
+    "half": (drop_a_tensor, f"{WEIGHTS} does not fit its {CONFIG}: 1 tensors missing"),
+    "no type": (lambda a: (a / CONFIG).write_text("{}"), f"{CONFIG} describes no LoRA"),
+    "no adapter": (lambda a: (a / CONFIG).unlink(), f"adapter has no {CONFIG}"),
 }
 
 
@@ -334,9 +243,6 @@ def test_split_of_the_start_belongs_to_other_data(refused: Refused, finished_run
     assert "data_split.json" in refused(init_lora=finished_run, data_root=data)
 
 
-# ---- Settings and the output folder
-
-
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_output_folder_is_a_file(refused: Refused, tmp_path: Path, below: str) -> None:
     file = tmp_path / "results"
@@ -345,30 +251,24 @@ def test_output_folder_is_a_file(refused: Refused, tmp_path: Path, below: str) -
     assert file.read_text() == "kept"
 
 
-def test_lora_scope_is_looked_at_before_model_and_data(refused: Refused) -> None:
-    line = refused(lora_scope="everything", model_path="nowhere", data_root="nowhere")
-    assert "LoRA scope ['everything'] is not usable; choose one or more of language_model, projector," in line
-
-
 BAD_SETTINGS = {
     "recall_target": (85, "recall_target must be between 0 and 1, got 85"),
     "patient_pattern": ("(", "patient_pattern is not a regular expression"),
+    "lora_scope": (
+        "everything",
+        "LoRA scope ['everything'] is not usable; choose one or more of language_model, projector,",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_setting(refused: Refused, name: str) -> None:
+def test_a_setting_is_looked_at_before_model_and_data(refused: Refused, name: str) -> None:
     value, words = BAD_SETTINGS[name]
-    assert words in refused(**{name: value})
+    nowhere = {} if name == "patient_pattern" else {"model_path": "nowhere", "data_root": "nowhere"}
+    assert words in refused(**nowhere, **{name: value})
 
 
-def test_a_setting_out_of_range_is_wrong_usage(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    assert main(["train", "--num_samples", "1", "--output_dir", str(tmp_path)]) == 2
-    assert "--num_samples is 1; give at least 2." in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_wandb_is_asked_for_and_absent(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_asked_for_and_absent(refused: Refused, monkeypatch) -> None:
     monkeypatch.setattr("vesselrl.training.logging.find_spec", lambda name: None)
     assert "--use_wandb needs the package wandb" in refused(use_wandb=True)
 
@@ -378,9 +278,6 @@ def test_a_learning_rate_of_0_is_no_success(refused: Refused, stage: str) -> Non
     line = refused(may_have_begun=True, learning_rate=0, stage=stage)
     assert "the adapter has moved by 0.0" in line
     assert "--learning_rate (0 teaches nothing" in line
-
-
-# ---- As a user sees it
 
 
 def test_in_a_process_of_its_own(repository: Path, angiograms: Path, tmp_path: Path) -> None:
@@ -395,7 +292,7 @@ def test_in_a_process_of_its_own(repository: Path, angiograms: Path, tmp_path: P
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_the_traceback_is_there_for_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_there_for_whoever_asks(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("VESSELRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="is not a folder"):
         main(["train", "--data_root", str(tmp_path / "x"), "--output_dir", str(tmp_path / "y")])

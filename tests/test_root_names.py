@@ -55,19 +55,20 @@ def test_a_script_is_valid_bash_and_stops_at_errors(repository: Path, name: str)
     assert "set -euo pipefail" in (repository / name).read_text()
 
 
-# ---- run_lora_ppo.sh
+def write_python(folder: Path, code: str) -> None:
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(code)
+    python.chmod(0o755)
 
 
 @pytest.fixture
 def clone(tmp_path: Path, repository: Path) -> Path:
     """The script in a folder whose name has a space, with a Python that prints its arguments."""
     folder = tmp_path / "my clone"
-    (folder / ".venv" / "bin").mkdir(parents=True)
+    write_python(folder, FAKE_PYTHON)
     shutil.copy(repository / "run_lora_ppo.sh", folder)
     (folder / "install_dependencies.sh").write_text("exit 0\n")
-    python = folder / ".venv" / "bin" / "python"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
     return folder
 
 
@@ -99,31 +100,25 @@ def test_every_shell_variable_becomes_an_option_before_those_typed(clone: Path, 
     assert len(list((tmp_path / "value of OUTPUT_DIR").glob("train_quick_*.log"))) == 1
 
 
-def test_the_exit_code_is_that_of_python_not_of_tee(clone: Path, tmp_path: Path) -> None:
+def test_the_exit_code_is_that_of_python_or_of_a_failed_install(clone: Path, tmp_path: Path) -> None:
     assert run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, FAKE_EXIT="7").returncode == 7
-
-
-def test_a_failed_install_stops_the_run(clone: Path, tmp_path: Path) -> None:
     (clone / "install_dependencies.sh").write_text("exit 3\n")
     done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path)
-    assert done.returncode == 3
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (3, "")
 
 
-# ---- install_dependencies.sh
-
-
-def test_install_refuses_an_unknown_extra(repository: Path, tmp_path: Path) -> None:
-    shutil.copy(repository / "install_dependencies.sh", tmp_path)
-    done = run(["bash", tmp_path / "install_dependencies.sh", "gpu"], tmp_path)
-    assert done.returncode == 2
-    assert "unknown argument 'gpu'" in done.stderr
-
-
-def test_install_without_a_new_enough_python_says_so(repository: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def installer(repository: Path, tmp_path: Path) -> list:
     for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
         shutil.copy(repository / name, tmp_path)
-    done = run(["bash", tmp_path / "install_dependencies.sh"], tmp_path, PYTHON="no-such-python")
+    return ["bash", tmp_path / "install_dependencies.sh"]
+
+
+def test_install_refuses_an_unknown_extra_and_an_old_python(installer: list, tmp_path: Path) -> None:
+    done = run([*installer, "gpu"], tmp_path)
+    assert done.returncode == 2
+    assert "unknown argument 'gpu'" in done.stderr
+    done = run(installer, tmp_path, PYTHON="no-such-python")
     assert done.returncode == 1
     assert "no Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
@@ -140,18 +135,13 @@ esac
 
 
 @pytest.fixture
-def install(repository: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def install(installer: list, tmp_path: Path) -> Callable[..., list[str]]:
     """Runs the script with these arguments and variables; gives the lines that pip got."""
-    for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
-        shutil.copy(repository / name, tmp_path)
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(FAKE_PIP)
-    python.chmod(0o755)
+    write_python(tmp_path, FAKE_PIP)
 
     def call(*arguments: str, code: int = 0, **variables: str) -> list[str]:
         (tmp_path / "pip.log").write_text("")
-        done = run(["bash", tmp_path / "install_dependencies.sh", *arguments], Path("/"), **variables)
+        done = run([*installer, *arguments], Path("/"), **variables)
         assert done.returncode == code, done.stderr
         return (tmp_path / "pip.log").read_text().splitlines()
 
@@ -165,16 +155,12 @@ def test_install_asks_for_torch_alone_and_before_the_rest(install: Callable, tmp
     assert [line for line in constraints if line.startswith("torch==")] == ["torch==9.9+cpu"]
 
 
-def test_install_does_nothing_the_second_time(install: Callable) -> None:
+def test_install_works_only_where_something_changed(install: Callable, tmp_path: Path) -> None:
+    assert install(code=4, FAKE_EXIT="4") == ["setuptools"]  # a failure is not taken for a finished one
     assert install() != []
-    assert install() == []
-    assert install("--quiet") == []
+    assert install() == install("--quiet") == []
     assert install("dev") != []
     assert install("dev") == install() == []
-
-
-def test_install_runs_again_when_a_pin_changes(install: Callable, tmp_path: Path) -> None:
-    install()
     with (tmp_path / "constraints.txt").open("a") as file:
         file.write("one-more==1.0\n")
     assert install() != []
@@ -185,14 +171,6 @@ def test_install_remembers_another_torch(install: Callable) -> None:
     assert install(VESSELRL_TORCH="torch==2.12.0")[1] == "torch==2.12.0"
     assert install() == []
     assert install("dev")[1] == "torch==2.12.0"
-
-
-def test_a_failed_install_is_not_taken_for_a_finished_one(install: Callable) -> None:
-    assert install(code=4, FAKE_EXIT="4") == ["setuptools"]
-    assert install() != []
-
-
-# ---- launch.py: started by a Python without the dependencies (-S hides installed packages)
 
 
 @pytest.fixture
@@ -210,26 +188,18 @@ def test_a_bare_python_hands_over_to_the_one_of_the_venv(bare_clone: Path, tmp_p
     assert done.stdout.splitlines() == ["-S", str(script), "--prompt", "two words"]
 
 
-def test_a_venv_without_the_packages_is_tried_only_once(bare_clone: Path, tmp_path: Path) -> None:
+def test_without_a_usable_venv_one_line_says_what_to_run(bare_clone: Path, tmp_path: Path) -> None:
     python = bare_clone / ".venv" / "bin" / "python"
     python.unlink()
-    python.symlink_to(Path(sys.executable).resolve())
-    done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
-    assert done.returncode == 1
-    assert "lacks" in done.stderr
-
-
-def test_without_a_venv_one_line_says_what_to_run(bare_clone: Path, tmp_path: Path) -> None:
-    shutil.rmtree(bare_clone / ".venv")
-    done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "lacks" in line
-    assert "torch" in line
-    assert f"bash {bare_clone / 'install_dependencies.sh'}" in line
-
-
-# ---- The commands themselves
+    python.symlink_to(Path(sys.executable).resolve())  # it lacks the packages, and is tried only once
+    for _ in range(2):
+        done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert "lacks" in line
+        assert "torch" in line
+        assert f"bash {bare_clone / 'install_dependencies.sh'}" in line
+        shutil.rmtree(bare_clone / ".venv", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

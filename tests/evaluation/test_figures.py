@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesselrl.evaluation import charts
-from vesselrl.evaluation.charts import interval_figure, svg
+from vesselrl.evaluation import figures
 from vesselrl.evaluation.figures import (
     Case,
     choose_cases,
     curves_figure,
     plot_curves,
     plot_panels,
-    read_cases,
-    read_metrics,
     write_cases,
 )
+from vesselrl.evaluation.report import read_cases
 
 CURVE = {"thresholds": [0.25, 0.5, 0.75], "chosen": 0.75}
 CURVE |= {"dice": [0.7, 0.8, 0.75], "recall": [0.9, 0.8, 0.65], "precision": [0.6, 0.8, 0.9]}
@@ -40,44 +38,37 @@ def test_metrics_are_read_sorted_and_the_last_of_a_step_counts(tmp_path, caplog)
     with write_lines(path := tmp_path / "metrics.jsonl", entries).open("a") as file:
         file.write('{"step": 30, "val/di')
     with caplog.at_level(logging.WARNING):
-        series = read_metrics(path)
+        series = figures.read_metrics(path)
     assert list(series) == ["val/dice"]
     assert [column.tolist() for column in series["val/dice"]] == [[0, 10, 20], [0.7, 0.75, 0.8]]
     assert "last line is cut off" in caplog.text
 
 
-def test_damaged_metrics_are_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for text, message in (
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ('{"step": 1}\n{"st\n{"step": 2}\n', "line 2 is not JSON"),
         ('{"step": 1}\n{"val/dice": 1}\n', "line 2 has no 'step'"),
         ('{"step": 1, "other": 2}\n', "nothing to draw"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            plot_curves(path, tmp_path / "curves.png")
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path, text, message):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_curves_draw_every_panel_that_has_data(tmp_path):
-    entries = [{"step": 0, "val/dice": 0.7}]
-    for step in range(1, 40):
-        terms = {f"train/reward/term{number}": 0.1 * number for number in range(9)}
-        entries.append({"step": step, "train/reward": 1.0, "train/approx_kl": 0.01, **terms})
-    small = plot_curves(write_lines(tmp_path / "a.jsonl", entries[:1]), tmp_path / "a.png")
-    large = plot_curves(write_lines(tmp_path / "b.jsonl", entries), tmp_path / "figures" / "b.png")
-    with Image.open(small) as one, Image.open(large) as four:
-        assert (four.width, four.height) == (3 * one.width, 2 * one.height)
-        assert np.asarray(four.convert("L")).std() > 5
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["b.png"]
-
-
-def test_the_loss_is_drawn_for_supervised_runs_only(tmp_path):
+def test_curves_have_a_panel_for_each_kind_of_value_and_the_loss_for_supervised_runs_only(tmp_path):
     entries = [{"step": step, "train/loss": 0.5, "train/grad_norm": 1.0} for step in range(3)]
-    rewarded = [entry | {"train/reward": 1.0} for entry in entries]
-    figures = [curves_figure(write_lines(tmp_path / "a.jsonl", lines)) for lines in (entries, rewarded)]
-    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in figures]
-    assert titles == [["Loss", "Gradient norm"], ["Reward", "Gradient norm"]]
+    rewarded = [entry | {"train/reward": 1.0, "train/reward/dice": 1.0, "val/iou": 1.0} for entry in entries]
+    drawn = [curves_figure(write_lines(tmp_path / "a.jsonl", lines)) for lines in (entries, rewarded)]
+    titles = [[axes.get_title(loc="left") for axes in figure.axes] for figure in drawn]
+    assert titles == [["Loss", "Gradient norm"], ["Reward", "Reward terms (training)", "Gradient norm"]]
+    with Image.open(plot_curves(tmp_path / "a.jsonl", tmp_path / "figures" / "b.png")) as picture:
+        assert picture.width > 3 * picture.height
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["b.png"]
 
 
 def test_a_long_run_is_drawn_with_few_points_and_its_true_mean(tmp_path):
@@ -91,8 +82,7 @@ def test_a_long_run_is_drawn_with_few_points_and_its_true_mean(tmp_path):
 def case(key="P001_S1_F0001", **changes):
     truth = np.zeros((40, 60), bool)
     truth[19:22, 5:55] = True  # 150 px
-    before = truth.copy()
-    before[:, 20:30] = False  # 120 px found: a break
+    before = truth & ~np.isin(np.arange(60), range(20, 30))  # 120 px found: a break
     before[2, 2] = True  # one false component: Dice 240 / 271
     image = np.full((40, 60, 3), 90, np.uint8)
     return Case(**({"key": key, "image": image, "truth": truth, "before": before, "after": truth} | changes))
@@ -114,26 +104,22 @@ def test_panels_show_errors_by_colour_and_mark_breaks_and_false_components(tmp_p
         plot_panels([], tmp_path / "none.png")
 
 
-def rows(*scores, patients=None):
-    patients = patients or [f"P{number}" for number in range(len(scores))]
-    return [
-        {"key": f"{patient}_F{number}", "patient": patient, "dice": score}
-        for number, (patient, score) in enumerate(zip(patients, scores, strict=True))
-    ]
+def rows(scores, patients):
+    named = enumerate(zip(patients, scores, strict=True))
+    return [{"key": f"{name}{k}", "patient": name, "dice": score} for k, (name, score) in named]
 
 
 def test_best_median_and_worst_are_chosen_by_dice_from_different_patients():
-    scores = [0.3, 0.9, 0.5, 0.1, 0.7, 0.8, 0.2, 0.6, 0.4]
-    assert choose_cases(rows(*scores), count=1) == {"P1_F1": "best", "P2_F2": "median", "P3_F3": "worst"}
-    two = choose_cases(rows(*scores))
+    made = rows([0.3, 0.9, 0.5, 0.1, 0.7, 0.8, 0.2, 0.6, 0.4], "ABCDEFGHI")
+    assert choose_cases(made, count=1) == {"B1": "best", "C2": "median", "D3": "worst"}
+    two = choose_cases(made)
     assert list(two.values()) == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
-    assert {key for key, rank in two.items() if rank == "worst"} == {"P3_F3", "P6_F6"}
-    patients = ["A", "A", "A", "B", "C", "D", "E", "E", "F"]
-    chosen = choose_cases(rows(0.99, 0.98, 0.97, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3, patients=patients))
-    assert [key for key, rank in chosen.items() if rank == "best"] == ["A_F0", "B_F3"]
-    assert [key for key, rank in chosen.items() if rank == "worst"] == ["E_F7", "F_F8"]
-    for number, amount in enumerate((1, 2, 3, 3, 3, 6, 6, 6), start=1):
-        assert len(choose_cases(rows(*np.linspace(0.5, 0.9, number), patients=["A"] * number))) == amount
+    assert {key for key, rank in two.items() if rank == "worst"} == {"D3", "G6"}
+    chosen = choose_cases(rows([0.99, 0.98, 0.97, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3], "AAABCDEEF"))
+    assert [key for key, rank in chosen.items() if rank == "best"] == ["A0", "B3"]
+    assert [key for key, rank in chosen.items() if rank == "worst"] == ["E7", "F8"]
+    amounts = [len(choose_cases(rows(np.linspace(0.5, 0.9, n), "A" * n))) for n in range(1, 9)]
+    assert amounts == [1, 2, 3, 3, 3, 6, 6, 6]
     with pytest.raises(ValueError, match="Cannot choose 2 cases of 0 images"):
         choose_cases([])
 
@@ -142,10 +128,11 @@ def test_cases_are_stored_with_picture_scores_and_topology_errors(tmp_path):
     path = write_cases(tmp_path, [case(rank="best"), case("P002_S1_F0001", before=None, rank="worst")])
     first, second = read_cases(tmp_path)
     assert (first["key"], first["rank"], first["side"]) == ("P001_S1_F0001", "best", "val")
-    expected = {"dice": pytest.approx(240 / 271), "failed": False, "breaks": 1, "false_pieces": 1}
-    assert first["before"] == expected
-    assert first["after"] == {"dice": 1.0, "failed": False, "breaks": 0, "false_pieces": 0}
-    assert second["before"] == {"dice": 0.0, "failed": True, "breaks": 0, "false_pieces": 0}
+    names = ("dice", "failed", "breaks", "false_pieces")
+    states = [
+        [state[name] for name in names] for state in (first["before"], first["after"], second["before"])
+    ]
+    assert states == [[pytest.approx(240 / 271), False, 1, 1], [1.0, False, 0, 0], [0.0, True, 0, 0]]
     with Image.open(tmp_path / first["file"]) as picture:
         assert picture.width > 2.5 * picture.height
     names = {"cases.json", "P001_S1_F0001.png", "P002_S1_F0001.png"}
@@ -158,12 +145,9 @@ def test_bad_keys_and_damaged_cases_are_refused(tmp_path):
             write_cases(tmp_path, cases)
     assert read_cases(tmp_path) == []
     (tmp_path / "cases").mkdir()
-    for text, message in (
-        ("{", r"cases\.json of cases is no valid JSON"),
-        ('{"format": "x"}', "not in the format"),
-    ):
+    for text in ("{", '{"format": "x"}'):
         (tmp_path / "cases" / "cases.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"cases\.json of cases is no"):
             read_cases(tmp_path)
 
 
@@ -172,11 +156,11 @@ def forest():
     values |= {"third": (0.0, math.nan, math.nan, "")}
     names = ("difference", "low", "high", "verdict")
     lines = {label: dict(zip(names, line, strict=True)) for label, line in values.items()}
-    return interval_figure({"Dice": lines | {"no line": None}})
+    return figures.interval_figure({"Dice": lines | {"no line": None}})
 
 
 def test_a_chart_is_one_element_whose_words_stay_words():
-    text = svg(forest(), 'Runs <"&">')
+    text = figures.svg(forest(), 'Runs <"&">')
     assert text.startswith('<svg role="img" aria-label="Runs &lt;&quot;&amp;&quot;&gt;"')
     assert text.endswith("</svg>")
     assert text.count("<svg") == 1
@@ -191,17 +175,17 @@ def test_charts_draw_the_given_numbers():
     assert axes.yaxis_inverted()  # the first line is on top
     assert len({axes.lines[place].get_color() for place in (2, 4, 5)}) == 3
 
-    left, right = charts.threshold_figure(CURVE).axes
+    left, right = figures.threshold_figure(CURVE).axes
     curves = [CURVE["dice"], CURVE["recall"], CURVE["precision"]]
     assert [list(line.get_ydata()) for line in left.lines[:3]] == curves
     assert [line.get_xdata()[0] for line in left.lines[3:]] == [0.5, 0.75]
     points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
     assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
 
-    (axes,) = charts.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
+    (axes,) = figures.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["P2", "P1"]
     assert [list(map(float, line.get_xdata())) for line in axes.lines[::3]] == [[0.5, 0.6], [0.8, 0.7]]
     assert axes.lines[0].get_color() != axes.lines[3].get_color()
     bins = [{"predicted": 0.1, "observed": 0.3}, {"predicted": 0.9, "observed": 0.7}]
-    (axes,) = charts.reliability_figure(bins).axes
+    (axes,) = figures.reliability_figure(bins).axes
     assert (list(axes.lines[1].get_xdata()), list(axes.lines[1].get_ydata())) == ([0.1, 0.9], [0.3, 0.7])

@@ -23,8 +23,6 @@ from vesselrl.experiment.run_folder import (
 
 
 class FixedTime(datetime):
-    """A clock that stands still."""
-
     @classmethod
     def now(cls, tz: object = None) -> "FixedTime":
         return cls(2026, 3, 4, 5, 6, 7)
@@ -35,21 +33,13 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path)
 
 
-# ---- The folder
-
-
-def test_the_folder_is_named_by_the_time_and_made_with_its_parents(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "deep" / "output")
-    assert run.path.parent == tmp_path / "deep" / "output"
-    assert re.fullmatch(r"sa2va_lora_ppo_\d{8}_\d{6}", run.name)
-    assert list(run.path.iterdir()) == []
-
-
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_folder, "datetime", FixedTime)
-    names = [RunFolder.create(tmp_path).name for _ in range(3)]
+    runs = [RunFolder.create(tmp_path / "deep" / "output") for _ in range(3)]
     start = "sa2va_lora_ppo_20260304_050607"
-    assert names == [start, f"{start}_2", f"{start}_3"]
+    assert [run.name for run in runs] == [start, f"{start}_2", f"{start}_3"]
+    assert runs[0].path.parent == tmp_path / "deep" / "output"
+    assert list(runs[0].path.iterdir()) == []
 
 
 @pytest.mark.parametrize("below", [".", "a/b"])
@@ -63,22 +53,13 @@ def test_a_file_in_place_of_the_output_folder(tmp_path: Path, below: str) -> Non
     assert file.read_text() == "kept"
 
 
-def test_a_place_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_without_permission(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match=f"no permission in {tmp_path}"):
         check_writable(tmp_path / "new")
 
 
-# ---- JSON
-
-
-def test_json_is_written_whole(run: RunFolder) -> None:
-    path = run.write_json("info.json", {"b": 1.5, "a": [1, None, "ü"], 3: (True,)})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"b": 1.5, "a": [1, None, "ü"], "3": [True]}
-    assert list(run.path.iterdir()) == [path]
-
-
-def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch) -> None:
     run.write_json("info.json", {"old": 1})
     with pytest.raises(TypeError):
         run.write_json("info.json", {"new": object()})
@@ -93,16 +74,12 @@ def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch: pytest.M
     assert [path.name for path in run.path.iterdir()] == ["info.json"]
 
 
-def test_numbers_that_json_does_not_know_become_null(run: RunFolder) -> None:
-    path = run.write_json(
-        "info.json", {"a": math.nan, "b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan)}
-    )
-    text = path.read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {
-        "a": None,
-        "b": [None, {"c": None}],
-        "d": [1.0, None],
-    }
+def test_json_is_strict_and_whole(run: RunFolder) -> None:
+    values = {"b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan), "a": [1, None, "ü"], 3: (True,)}
+    path = run.write_json("info.json", values)
+    stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert stored == {"b": [None, {"c": None}], "d": [1.0, None], "a": [1, None, "ü"], "3": [True]}
+    assert list(run.path.iterdir()) == [path]
     assert strict([True, 0, "nan", None]) == [True, 0, "nan", None]
 
 
@@ -110,13 +87,8 @@ def test_metrics_are_one_line_each(run: RunFolder) -> None:
     run.append_metrics({"step": 1, "train/loss": 0.5})
     run.append_metrics({"step": 2, "train/loss": math.nan})
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "train/loss": 0.5},
-        {"step": 2, "train/loss": None},
-    ]
-
-
-# ---- Where a result comes from
+    stored = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": None}]
+    assert [json.loads(line) for line in lines] == stored
 
 
 def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
@@ -125,17 +97,18 @@ def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-def test_provenance_names_command_code_packages_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_names_command_code_packages_and_machine(monkeypatch) -> None:
     monkeypatch.setattr(run_folder, "_PACKAGES", ("numpy", "no-such-package"))
     monkeypatch.setattr(run_folder, "git_commit", lambda: "abc+")
     origin = provenance(["vesselrl", "train"], "cpu")
-    assert set(origin) == {
-        "command", "git_commit", "date", "python", "packages", "platform", "cpu_count", "device",
-    }  # fmt: skip
-    assert origin["command"] == ["vesselrl", "train"]
-    assert origin["git_commit"] == "abc+"
-    assert origin["device"] == "cpu"
-    assert set(origin["packages"]) == {"numpy", "no-such-package"}
+    names = "command git_commit date python packages platform cpu_count device".split()
+    assert sorted(origin) == sorted(names)
+    assert [origin[name] for name in ("command", "git_commit", "device")] == [
+        ["vesselrl", "train"],
+        "abc+",
+        "cpu",
+    ]
+    assert origin["packages"].keys() == {"numpy", "no-such-package"}
     assert origin["packages"]["no-such-package"] is None
     assert re.match(r"\d+\.\d+", origin["packages"]["numpy"])
     assert datetime.fromisoformat(origin["date"]).tzinfo is not None
@@ -143,7 +116,7 @@ def test_provenance_names_command_code_packages_and_machine(monkeypatch: pytest.
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def checkout(tmp_path: Path, monkeypatch) -> Path:
     """A git repository that holds the package, with one commit."""
     package = tmp_path / "clone" / "package"
     package.mkdir(parents=True)
@@ -174,9 +147,7 @@ def test_git_commit_says_whether_files_were_changed(checkout: Path) -> None:
     assert git_commit() == f"{commit}+"
 
 
-def test_git_commit_outside_git_or_without_git(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_commit_outside_git_or_without_git(checkout: Path, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "__file__", str(tmp_path / "runs.py"))
         patch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

@@ -65,14 +65,8 @@ class DataRoot:
 
     def change(self, **fields: object) -> None:
         content = json.loads(self.file.read_text())
-        record = (
-            content
-            if self.layout == "labelme"
-            else content["images"]
-            if "coco" in self.file.name
-            else content
-        )
-        (record if self.layout == "labelme" else record[1]).update(fields)
+        records = content["images"] if "coco" in self.file.name else content
+        (content if self.layout == "labelme" else records[1]).update(fields)
         self.file.write_text(json.dumps(content))
 
     def set_outlines(self, polygons: list) -> None:
@@ -108,9 +102,8 @@ def write_root(path: Path, layout: str) -> DataRoot:
     names = [f"{name}.png" for name in NAMES]
     if layout in ("annotations", "nested", "both"):
         mask = [[[one] for one in outlines(k)] if layout == "nested" else outlines(k) for k in range(4)]
-        records = [
-            {"image": n, "mask": m, "text": ["blood vessel"] * 2} for n, m in zip(names, mask, strict=True)
-        ]
+        pairs = zip(names, mask, strict=True)
+        records = [{"image": image, "mask": one, "text": ["blood vessel"] * 2} for image, one in pairs]
         root.file.write_text(json.dumps(records))
     elif layout == "labelme":
         for k, name in enumerate(names):
@@ -200,9 +193,10 @@ def double_record(root: DataRoot) -> None:
     if root.layout == "labelme":
         shutil.copyfile(root.file, root.file.with_name("again.json"))
         return
-    content["images"].append(
-        content["images"][1] | {"id": 9}
-    ) if "coco" in root.file.name else content.append(content[1])
+    if "coco" in root.file.name:
+        content["images"].append(content["images"][1] | {"id": 9})
+    else:
+        content.append(content[1])
     root.file.write_text(json.dumps(content))
 
 
@@ -309,6 +303,19 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "index without shards": lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": []}'),
     "no tokenizer": lambda m: (m / "vocab.json").unlink(),
     "damaged tokenizer": lambda m: (m / "vocab.json").write_text('{"a":'),
+}
+# Modules of rewards that cannot work.
+CODE = {
+    "my_reward": """
+def fails(pred, gt):
+    return 1 / 0
+
+def answers(pred, gt):
+    return "good"
+
+number = 3
+""",
+    "broken_module": "undefined_name",
 }
 REWARDS = ("my_reward:fails", "my_reward:answers", "my_reward:absent", "my_reward:number", "my_reward",
            "no_such_module:f", "broken_module:f")  # fmt: skip

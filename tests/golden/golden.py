@@ -49,8 +49,17 @@ from tests.golden.items import ITEMS
 from tests.golden.workbench import drawing, prepare
 
 EXPECTED = Path(__file__).with_name("expected.json")
-# Differences on purpose: item, or pattern of its paths such as "bad_input/*/message" -> why.
-MEANT: dict[str, str] = {}
+# Differences on purpose since the recording: pattern of paths -> why.
+MEANT = {
+    "reports/*/labels/*": "metrics have the field's names: Betti-0 error, Betti-1 error",
+    "evaluating/*/labels/*": "metrics have the field's names: Betti-0 error, Betti-1 error",
+    "comparing/*/ranking/*/0": "ranges of ranks were removed",
+    "bad_input/*/message": "messages were shortened, or say subset in place of side",
+    "broken_roots/*/message/*": "messages were shortened, or say subset in place of side",
+    "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
+    "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
+    "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",
+}
 # Keys of what holds on the recording machine only.
 ELSEWHERE = ("bits", "machine")
 
@@ -85,15 +94,23 @@ def differences(expected: Any, got: Any, path: str, portable: bool) -> Iterator[
         yield path, expected, got
 
 
+def without_rank_ranges(comparisons: dict) -> dict:
+    """A recorded `comparing` without the columns rank_low and rank_high.
+
+    They were removed on purpose: an interval of ranks from three test patients told a reader nothing that the
+    paired differences do not tell better. They stood second and third in every row.
+    """
+    tables = {options: [row[:1] + row[3:] for row in one["table"]] for options, one in comparisons.items()}
+    return {options: one | {"table": tables[options]} for options, one in comparisons.items()}
+
+
 def judge(name: str, expected: Any, got: Any, portable: bool) -> bool:
     """Prints how an item compares; whether nothing differs but what is meant to."""
+    if name == "comparing":
+        expected = without_rank_ranges(expected)
     found = list(differences(expected, got, name, portable))
-    meant = {
-        path: why
-        for path, *_ in found
-        for pattern, why in MEANT.items()
-        if pattern == name or fnmatch.fnmatch(path, pattern)
-    }
+    reasons = [(path, why) for path, *_ in found for one, why in MEANT.items() if fnmatch.fnmatch(path, one)]
+    meant = dict(reasons)
     others = [one for one in found if one[0] not in meant]
     for why in dict.fromkeys(meant.values()):
         print(f"meant {name}: {why}")
@@ -128,12 +145,9 @@ def run_check(arguments: list[str]) -> int:
     """Records or checks; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("record", "check"))
-    parser.add_argument(
-        "--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS)
-    )
-    parser.add_argument(
-        "--portable", action="store_true", help="leave out what holds on the recording machine only"
-    )
+    add = parser.add_argument
+    add("--only", nargs="+", choices=ITEMS, default=list(ITEMS), metavar="ITEM", help=", ".join(ITEMS))
+    add("--portable", action="store_true", help="leave out what holds on the recording machine only")
     args = parser.parse_args(arguments)
     names = [name for name in ITEMS if name in args.only]  # in this order: some write into folders of others
     print(f"package: {Path(vesselrl.__file__).parent}", file=sys.stderr)
@@ -144,10 +158,10 @@ def run_check(arguments: list[str]) -> int:
     expected |= dict(work(names))
     blocks = []
     for name in filter(expected.get, ITEMS):
-        parts = [
-            f"  {json.dumps(key)}: {json.dumps(one, ensure_ascii=False, separators=(',', ':'))}"
-            for key, one in expected[name].items()
-        ]
+        lines = (
+            json.dumps(one, ensure_ascii=False, separators=(",", ":")) for one in expected[name].values()
+        )
+        parts = [f"  {json.dumps(key)}: {line}" for key, line in zip(expected[name], lines, strict=True)]
         blocks.append(f'"{name}": {{\n' + ",\n".join(parts) + "\n}")
     EXPECTED.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
     print(f"{EXPECTED.stat().st_size / 1000:.0f} kB in {EXPECTED.name}")

@@ -29,7 +29,7 @@ from tests.golden.workbench import (
     run,
     sha,
     train,
-)
+)  # fmt: skip
 
 SCRIPTS = (
     "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora train_lora_ppo"
@@ -62,23 +62,16 @@ def pseudonyms() -> dict:
     # The salt is the hash of the file names, so that keys are the same everywhere.
     found["mapping file"] = read("people/patients.mapping.json")
     found["mode"] = oct(Path("people/patients.mapping.json").stat().st_mode & 0o777)
-    found["with aliases"] = read(
-        train("aliases", f"{RUNS['people']} --patient_aliases aliases.csv") / "data_split.json"
-    )
+    folder = train("aliases", f"{RUNS['people']} --patient_aliases aliases.csv")
+    found["with aliases"] = read(folder / "data_split.json")
     return found
 
 
 def drawn() -> dict:
     """The synthetic data, by domain and layout."""
     found = {}
-    for number, (domain, layout, size) in enumerate(
-        [
-            ("target", "annotations", 64),
-            ("target", "nested", 96),
-            ("target", "masks", 64),
-            ("source", "masks", 128),
-        ]
-    ):
+    kinds = ("target annotations 64", "target nested 96", "target masks 64", "source masks 128")
+    for number, (domain, layout, size) in enumerate(kind.split() for kind in kinds):
         root = Path(f"drawn/{domain}_{layout}")
         counts = "--num_patients 2 --num_sequences 2 --num_frames 2"
         options = f"--root {root} --domain {domain} --layout {layout} --size {size} --seed {number}"
@@ -102,10 +95,8 @@ def contact_sheets() -> dict:
 
 def help_texts() -> dict:
     """Options and defaults of every verb, and of the scripts at the root."""
-    found: dict[str, Any] = {
-        "": call("--help")[0],
-        "listed": re.findall(r"^  (\w+) ", call("--help")[1], re.M),
-    }
+    listed = re.findall(r"^  (\w+) ", call("--help")[1], re.M)
+    found: dict[str, Any] = {"": call("--help")[0], "listed": listed}
     for verb in VERBS.split("|"):
         code, out, _ = call(f"{verb} --help")
         options = options_in(out)
@@ -173,9 +164,8 @@ def bad_input() -> dict:
         "compare --baseline nobody --output_dir mixed", "compare --output_dir mixed",
     ):  # fmt: skip
         found["others"][options.replace(str(model), "MODEL")] = failure(options)
-    found["left behind"] = (
-        [plain_text(name) for name in files(Path("out/failed"))] if Path("out/failed").exists() else []
-    )
+    left = Path("out/failed")
+    found["left behind"] = [plain_text(name) for name in files(left)] if left.exists() else []
     return found
 
 
@@ -216,19 +206,14 @@ def doctor() -> dict:
     found = {}
     shutil.copytree(merged_model(), "ill")
     MODELS["missing tensor"](Path("ill"))
-    ways = {
-        "plain": "",
-        "all": f"--base_model {merged_model()} {DATA}",
-        "ill": "--base_model ill --data_root empty",
-    }
+    ways = {"plain": "", "all": f"--base_model {merged_model()} {DATA}"}
+    ways["ill"] = "--base_model ill --data_root empty"
     for name, options in ways.items():
         code, out, _ = call(f"doctor --output_dir out {options}")
         checks = [re.split(r"\s+", line, maxsplit=2) for line in out.splitlines()]
         state = ("packages", "disk", "gpu", "processor", "python")
-        found[name] = {
-            "code": code,
-            "machine": {check: status for status, check, _ in checks if check in state},
-            "checks": [[check, status] for status, check, _ in checks if check not in state],
-            "message": [text for _, check, text in checks if check not in state],
-        }
+        others = [(status, check, text) for status, check, text in checks if check not in state]
+        found[name] = {"code": code, "checks": [[check, status] for status, check, _ in others]}
+        found[name]["machine"] = {check: status for status, check, _ in checks if check in state}
+        found[name]["message"] = [text for *_, text in others]
     return found

@@ -21,7 +21,7 @@ from tests.golden.input_items import (
     drawn,
     help_texts,
     pseudonyms,
-)
+)  # fmt: skip
 from tests.golden.workbench import (
     DATA,
     DECIMAL,
@@ -42,7 +42,7 @@ from tests.golden.workbench import (
     table,
     train,
     weights,
-)
+)  # fmt: skip
 from vesselrl.scoring import rewards
 
 TRAINED = (*(name for name, options in RUNS.items() if "frangi" not in options), "frangi")
@@ -99,11 +99,8 @@ def metric_values() -> dict:
     """Every metric of the mask pairs, as a second observer is scored."""
     rng = np.random.default_rng(3)
     for number, (mask, truth) in enumerate(mask_pairs().values()):
-        for folder, array in (
-            ("images", rng.integers(0, 255, (64, 64))),
-            ("masks", truth * 255),
-            ("other", mask * 255),
-        ):
+        image = rng.integers(0, 255, (64, 64))
+        for folder, array in (("images", image), ("masks", truth * 255), ("other", mask * 255)):
             Path(f"pairs/{folder}").mkdir(parents=True, exist_ok=True)
             Image.fromarray(array.astype(np.uint8)).save(f"pairs/{folder}/{number + 1}.png")
     options = "--data_root pairs --split all --second_masks pairs/other --output_dir out/pairs"
@@ -125,17 +122,18 @@ def masks() -> dict:
             "pixels": [int(one.mask.sum()) for one in results],
             "bits": [sha(one.mask, one.probabilities, one.logits) for one in results],
         }
-        quantiles = [
-            np.quantile(one.probabilities, (0.05, 0.5, 0.9, 0.99)).round(4).tolist() for one in results
-        ]
-        found["probabilities"] = [
-            [round(float(r.logits.mean()), 3), *q] for r, q in zip(results, quantiles, strict=True)
-        ]
-    merged = (
-        f"--base_model {merged_model()} --lora_weights RUN:embedded --min_component_px 9 --close_gaps 0.02"
-    )
-    ways = {"base": "", "merged": merged, "embedded": "--lora_weights RUN:embedded --threshold 0.4"}
-    ways["people"] = "--prompt Segment"
+        shares = (0.05, 0.5, 0.9, 0.99)
+        quantiles = [np.quantile(one.probabilities, shares).round(4).tolist() for one in results]
+        means = [round(float(one.logits.mean()), 3) for one in results]
+        found["probabilities"] = [[mean, *values] for mean, values in zip(means, quantiles, strict=True)]
+    adapter = "--lora_weights RUN:embedded"
+    merged = f"--base_model {merged_model()} {adapter} --min_component_px 9 --close_gaps 0.02"
+    ways = {
+        "base": "",
+        "merged": merged,
+        "embedded": f"{adapter} --threshold 0.4",
+        "people": "--prompt Segment",
+    }
     for name, options in ways.items():
         image = "people/images" if name == "people" else "large/images"
         code = call(f"predict --image {image} --output_dir out/predicted_{name} {options}")[0]
@@ -154,22 +152,16 @@ def training(name: str) -> dict:
     same = info.pop("args") == config["args"] and info.pop("counts") == config["counts"]
     findings = [[one["step"], one["code"]] for one in info.pop("findings")]
     others = files(folder) if name == "rl" else sorted({*files(folder)} ^ {*files(run("rl"))})
-    found = {
-        "files" if name == "rl" else "other files": others,
-        "info": info,
-        "findings": findings,
-        "metrics": metrics(folder),
-    }
+    found = {"files" if name == "rl" else "other files": others, "info": info}
+    found |= {"findings": findings, "metrics": metrics(folder)}
     default = read(run("rl") / "config.json")["args"]
     args = config["args"] if name == "rl" else {k: v for k, v in config["args"].items() if default[k] != v}
     found |= {"config": config | {"args": args}, "config is the same in training_info": same}
     names = PROGRESSES if name in ("sft", "unet") else ("val_best", "test_after")
-    found["scores"] = {
-        one: evaluation(folder / one, full=(name, one) == ("sft", "val_best")) for one in names
-    }
-    found["bits"] = {
-        path.name: weights(path) for path in sorted(folder.iterdir()) if list(path.glob("*.safetensors"))
-    }
+    full = {"val_best"} if name == "sft" else ()
+    found["scores"] = {one: evaluation(folder / one, one in full) for one in names}
+    trained = [path for path in sorted(folder.iterdir()) if list(path.glob("*.safetensors"))]
+    found["bits"] = {path.name: weights(path) for path in trained}
     extra = ("cases/cases.json", "difficulty.json", "frangi.json", "split.json")
     found |= {one: read(folder / one) for one in extra if (folder / one).is_file()}
     if (folder / "contact_sheet.png").exists():
@@ -206,10 +198,8 @@ def resuming() -> dict:
         }
         resumed = [one["step"] for one in info["provenance"]["resumed"]]
         found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
-        found[name] |= {
-            "again": failure(f"train --resume_from {cut}"),
-            "last": {name: column[-1] for name, column in metrics(whole).items()},
-        }
+        last = {column: values[-1] for column, values in metrics(whole).items()}
+        found[name] |= {"again": failure(f"train --resume_from {cut}"), "last": last}
     found["no run"] = failure("train --resume_from data")
     return found
 
@@ -242,15 +232,13 @@ def evaluating() -> dict:
         found[name]["files"] = [plain_text(file) for file in files(folder)]
         for path in sorted(folder.glob("*.json")):
             if path.with_suffix(".csv").exists():
-                value: Any = evaluation(
-                    path.with_suffix(""), full=name == "run" and path.stem.endswith("_test_best_lora")
-                )
+                full = name == "run" and path.stem.endswith("_test_best_lora")
+                value: Any = evaluation(path.with_suffix(""), full)
             else:
                 value = read(path) if name == "run" else list(read(path))
             found[name][plain_text(path.name)] = value
-        found[name]["report"] = {
-            plain_text(path.name): numbers_of_report(path) for path in folder.glob("*.md")
-        }
+        texts = {plain_text(path.name): numbers_of_report(path) for path in folder.glob("*.md")}
+        found[name]["report"] = texts
     return found
 
 
@@ -266,7 +254,7 @@ def comparing() -> dict:
             code, out, message = call(f"compare --output_dir compared {options}")
         folder = Path("compared/comparison")
         rows = [[cell for cell in row if cell != "STAMP"] for row in table(folder / "comparison.csv")]
-        rows = rows if options != "--rank_by hd95" else [row[:12] for row in rows]
+        rows = rows if options != "--rank_by hd95" else [row[:10] for row in rows]
         found[options] = {"code": code, "message": message, "table": rows, "files": files(folder)}
         found[options]["decimals printed"] = len(DECIMAL.findall(out))
         found[options]["ranking"] = re.findall(r"^\| (\d[^|]*) \| \w+_00000(\d) ", out, re.M)
@@ -292,22 +280,20 @@ def reports() -> dict:
     return {name: numbers_of_report(run(name) / "report.md") for name in ("sft", "constrained", "frangi")}
 
 
-ITEMS: dict[str, Callable[[], Any]] = {
-    "rewards": reward_terms,
-    "drawn": drawn,
-    "splits": splits,
-    **{f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED},
-    "reports": reports,
-    "comparing": comparing,
-    "resuming": resuming,
-    "pseudonyms": pseudonyms,
-    "contact_sheets": contact_sheets,
-    "masks": masks,
-    "metric_values": metric_values,
-    "evaluating": evaluating,
-    "merging": merging,
-    "help": help_texts,
-    "doctor": doctor,
-    "bad_input": bad_input,
-    "broken_roots": broken_roots,
+ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": drawn, "splits": splits}
+ITEMS |= {f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED}
+ITEMS |= {
+    one.__name__: one
+    for one in (
+        reports,
+        comparing,
+        resuming,
+        pseudonyms,
+        contact_sheets,
+        masks,
+        metric_values,
+        evaluating,
+        merging,
+    )
 }
+ITEMS |= {"help": help_texts, "doctor": doctor, "bad_input": bad_input, "broken_roots": broken_roots}

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from tests.golden.broken_input import write_angiograms
+from tests.golden.broken_input import CODE, write_angiograms
 from vesselrl.launch import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,15 +52,6 @@ RUNS = {
 }
 
 
-BROKEN = """
-def fails(pred, gt):
-    return 1 / 0
-
-def answers(pred, gt):
-    return "good"
-
-number = 3
-"""
 # A reward that stops a training at one of its calls.
 COUNTING = """
 import math
@@ -221,9 +212,8 @@ def numbers_of_report(path: Path) -> dict[str, Any]:
             row += 1
             labels.append(plain_text(cells[0]))
             rows[f"{count}.{row}"] = [float(text) for cell in cells[1:] for text in DECIMAL.findall(cell)]
-    html = re.sub(
-        r"<svg.*?</svg>", "<svg>", path.with_suffix(".html").read_text(encoding="utf-8"), flags=re.S
-    )
+    html = path.with_suffix(".html").read_text(encoding="utf-8")
+    html = re.sub(r"<svg.*?</svg>", "<svg>", html, flags=re.S)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", html, flags=re.S)
     decimals = sum(len(DECIMAL.findall(re.sub("<.*?>", " ", cell))) for cell in cells)
     tags = {tag: len(re.findall(f"<{tag}[ >]", html)) for tag in ("table", "svg", "img", "h2", "h3")}
@@ -289,10 +279,6 @@ def prepare() -> None:
     write_angiograms(Path("people"), with_people=True)
     Path("empty").mkdir()
     Path("masks_only").mkdir()
-    for name, code in (
-        ("my_reward", BROKEN),
-        ("broken_module", "undefined_name"),
-        ("golden_reward", COUNTING),
-    ):
+    for name, code in (CODE | {"golden_reward": COUNTING}).items():
         Path(f"{name}.py").write_text(code)
     sys.path.insert(0, os.getcwd())

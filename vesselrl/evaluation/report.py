@@ -1,11 +1,8 @@
-"""Reports of a run, of an evaluation and of a comparison, as HTML without scripts and as Markdown. No torch.
-
-One function gathers the values of each page from stored files; the templates word it, once for both forms.
-Measured values only: what was hoped for or aimed at is not shown beside them.
-"""
+"""Reports as HTML without scripts and as Markdown: functions gather the values, templates word them."""
 
 import base64
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -14,16 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vesselrl.evaluation import charts, results, words
-from vesselrl.evaluation.figures import RANKS, curves_figure, read_cases, read_json, read_metrics
+from vesselrl.evaluation import figures, results, words
+from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, nearest, read_metrics
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, read_extra, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
-from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, with_interval
+from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
 from vesselrl.experiment.run_folder import write_text
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-
     from vesselrl.evaluation.compare import Comparison
 
 STEP_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
@@ -34,36 +29,20 @@ MAX_PICTURE_BYTES = 3_000_000
 
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
-    """Writes RUN/report.html and RUN/report.md from the files of a run folder and returns their paths.
-
-    A part whose file is missing is left out.
-
-    Raises:
-        ValueError: the folder is no finished run, or a file is damaged; the message names the file.
-    """
-    folder = Path(run_folder)
-    return _write("run.j2", folder / "report", run_page(folder))
+    """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out."""
+    return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
 
 
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
-    """Writes FOLDER/NAME.html and FOLDER/NAME.md beside FOLDER/NAME.json and returns their paths.
-
-    Reads NAME.json and, where they exist and belong to the same evaluation, those of `TUNED_FILES`,
-    NAME_thresholds.json and SUBSET_human_agreement.json.
-
-    Raises:
-        ValueError: a file is damaged or no held-out evaluation; the message names it.
-    """
-    path = Path(path)
-    return _write("evaluation.j2", path.with_suffix(""), evaluation_page(path))
+    """Writes NAME.html and NAME.md beside NAME.json, from it and the files of the same evaluation."""
+    return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
 
 
 def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Path, Path, Path]:
     """Writes FOLDER/comparison.html, .md and .csv (one line per run) and returns their paths."""
     stem = Path(folder) / "comparison"
-    paths = _write("comparison.j2", stem, comparison_page(comparison))
-    write_text(stem.with_suffix(".csv"), results.csv_text(comparison.lines))
-    return *paths, stem.with_suffix(".csv")
+    write_text(csv_path := stem.with_suffix(".csv"), results.csv_text(comparison.lines))
+    return *_write("comparison.j2", stem, comparison_page(comparison)), csv_path
 
 
 def markdown(comparison: "Comparison") -> str:
@@ -72,23 +51,19 @@ def markdown(comparison: "Comparison") -> str:
 
 
 def _write(template: str, stem: Path, page: Mapping[str, Any]) -> tuple[Path, Path]:
-    html_path, markdown_path = Path(f"{stem}.html"), Path(f"{stem}.md")
-    write_text(markdown_path, render(template, "md", page))
-    write_text(html_path, render(template, "html", page))
-    return html_path, markdown_path
+    paths = Path(f"{stem}.html"), Path(f"{stem}.md")
+    for path, form in zip(paths, ("html", "md"), strict=True):
+        write_text(path, render(template, form, page))
+    return paths
 
 
 def render(template: str, form: str, page: Mapping[str, Any]) -> str:
     """A template filled in: as "html", with all text escaped, or as "md"."""
-    text = _environment(form).get_template(template).render(page)
-    return re.sub(r"\n{2,}", "\n" if form == "html" else "\n\n", text).strip() + "\n"
-
-
-def _environment(form: str) -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    loader = PackageLoader("vesselrl.evaluation")
     environment = Environment(
-        loader=PackageLoader("vesselrl.evaluation"),
+        loader=loader,
         autoescape=form == "html",
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -97,34 +72,29 @@ def _environment(form: str) -> "Environment":
     environment.globals["form"] = form
     environment.filters |= {
         "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
+        "definitions": lambda values: [(k.replace("_", " "), str(v)) for k, v in values.items()],
         "glossary": lambda metrics: [words.WORDS[metric] for metric in metrics if metric in words.WORDS],
         "headings": lambda body: re.findall(r'<section id="([^"]*)">\s*<h2>(.*?)</h2>', body),
         "metric_name": metric_name,
-        "number": partial(number, "dice"),
         "one_line": lambda text: " ".join(str(text).split()).replace("<", "\\<"),
         "png_uri": png_uri,
-        "setting": words.setting_text,
+        "settings": lambda values: [(k, setting_text(v)) for k, v in values.items() if v is not None],
         "subset_name": lambda subset: words.LABELS["subsets"].get(subset, subset),
-        "svg": charts.svg,
+        "svg": figures.svg,
     }
-    return environment
+    text = environment.get_template(template).render(page)
+    return re.sub(r"\n{2,}", "\n" if form == "html" else "\n\n", text).strip() + "\n"
 
 
 def png_uri(path: Path, num_pictures: int = 1) -> str:
-    """A PNG file as a `data:` address, shrunk where it exceeds its share of the 3 MB for all pictures.
-
-    Raises:
-        ValueError: the file is missing or no picture.
-    """
+    """A PNG file as a `data:` address, shrunk where it exceeds its share of the 3 MB for all pictures."""
     from PIL import Image
 
     try:
         content = path.read_bytes()
         picture = Image.open(io.BytesIO(content)).convert("RGB")
     except OSError as error:
-        raise ValueError(
-            f"{path.name} cannot be shown in the report ({error}). Write the cases of the run again."
-        ) from error
+        raise ValueError(f"{path.name} cannot be shown ({error}). Write the cases again.") from error
     width, height = picture.size
     while len(content) > MAX_PICTURE_BYTES // num_pictures and width > 64:
         width, height = round(0.9 * width), round(0.9 * height)
@@ -138,24 +108,56 @@ def run_page(folder: Path) -> dict[str, Any]:
     """The values of run.j2, from the files of a run folder."""
     if not (folder / "training_info.json").is_file():
         raise ValueError(f"{folder.name} is no finished run: it has no training_info.json. Train first.")
-    info, order = read_json(folder / "training_info.json"), dict(zip(RANKS, range(3), strict=True))
+    info = _read_json(folder / "training_info.json")
     test = _read_pair(folder, "test_before", "test_after")
     best = _read_pair(folder, "val_before", "val_best")
     validation = best or _read_pair(folder, "val_before", "val_latest")
-    shown = next((pair[1] for pair in (test, validation) if pair), None)
+    shown, issues = (test or validation or [None])[-1], info.get("findings") or []
     return {
         "folder": folder.resolve(),
         "info": info,
+        "origin": _origin(info),
+        "issues": [(str(i["step"]), i["code"].replace("_", " "), i["sign"], i["advice"]) for i in issues],
         "test": test and _change(*test),
         "patients": test and _patients(*test),
         "validation": validation and _change(*validation),
         "is_best": best is not None,
         "training": _training(folder / "metrics.jsonl"),
         "later": _later(folder / "evaluation", test and test[1]),
-        "cases": sorted(read_cases(folder), key=lambda case: order.get(case["rank"], 3)),
+        "cases": sorted(read_cases(folder), key=lambda case: (*RANKS, case["rank"]).index(case["rank"])),
         "metrics": shown.metrics if shown else tuple(words.WORDS),
         "definitions": shown.metric_spec if shown else info.get("metric_spec") or {},
     }
+
+
+def _origin(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where a run comes from, as rows: command, machine, versions, amounts of images and trained values."""
+    origin, counts = info.get("provenance") or {}, info.get("counts") or {}
+    rows = {"command": " ".join(map(setting_text, origin.get("command") or ()))}
+    rows |= {name: origin.get(name) for name in ("date", "git_commit", "device", "platform")}
+    rows |= origin.get("packages") or {}
+    used = {name: counts[name] for name in ("train", "val", "test") if isinstance(counts.get(name), dict)}
+    rows |= {f"{name} images": f"{n.get('used')} of {n.get('available')}" for name, n in used.items()}
+    rows["patients"] = counts.get("patients")
+    rows |= {f"trainable values, {part}": f"{n:,}" for part, n in (counts.get("trainable") or {}).items()}
+    return [(name.replace("_", " "), str(value)) for name, value in rows.items() if value]
+
+
+def read_cases(folder: Path) -> list[dict[str, Any]]:
+    """The cases that `write_cases` described, empty if there are none."""
+    path = Path(folder) / CASES_FOLDER / "cases.json"
+    document = _read_json(path) if path.is_file() else {"format": CASES_FORMAT, "cases": []}
+    if document.get("format") != CASES_FORMAT:
+        raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. Write the cases again.")
+    return document["cases"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) | {}
+    except (ValueError, TypeError) as error:
+        place = f"{path.name} of {path.parent.name}"
+        raise ValueError(f"{place} is no valid JSON object ({error}). Write it again.") from error
 
 
 def _read_pair(folder: Path, *names: str) -> tuple[Evaluation, ...] | None:
@@ -190,7 +192,7 @@ def _change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         "dice": lines["dice"],
         "proven": proven,
         "undefined": undefined,
-        "draw": partial(charts.interval_figure, {"Difference, after minus before": drawn}),
+        "draw": partial(figures.interval_figure, {"Difference, after minus before": drawn}),
     }
 
 
@@ -200,9 +202,7 @@ def _patients(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     dice = [{patient: line["dice"] for patient, line in table.items()} for table in means]
     images = Counter(row["patient"] for row in after.rows)
     header, rows = ["patient", "images"], {patient: [patient, str(images[patient])] for patient in dice[1]}
-    for metric in ("dice", "cldice"):
-        if metric not in before.metrics:
-            continue
+    for metric in [name for name in ("dice", "cldice") if name in before.metrics]:
         header += [f"{metric_name(metric)} before", "after", "difference"]
         for patient, row in rows.items():
             first, last = (table[patient][metric] for table in means)
@@ -211,7 +211,7 @@ def _patients(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         "header": header,
         "rows": [rows[patient] for patient in sorted(rows, key=dice[1].get)],
         "num_risen": sum(dice[1][patient] > dice[0][patient] for patient in rows),
-        "draw": partial(charts.patient_figure, *dice, "Dice"),
+        "draw": partial(figures.patient_figure, *dice, "Dice"),
     }
 
 
@@ -224,15 +224,11 @@ def _training(path: Path) -> dict[str, Any] | None:
     points = {metric: dict(zip(*map(list, series[f"val/{metric}"]), strict=True)) for metric in metrics}
     steps = sorted({step for values in points.values() for step in values})
     rows = [(str(step), *(number(metric, points[metric].get(step)) for metric in metrics)) for step in steps]
-    return {"metrics": metrics, "rows": rows, "draw": partial(curves_figure, path)}
+    return {"metrics": metrics, "rows": rows, "draw": partial(figures.curves_figure, path)}
 
 
 def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
-    """The best adapter at other settings, its threshold and its calibration, as evaluated after training.
-
-    An evaluation of other images or labels than those of the run's test, or with another base model or prompt
-    than the one at the plan's threshold, is left out, and that is said.
-    """
+    """The best adapter as evaluated after training, but for other images, labels, base models or prompts."""
     paths = {name: folder / f"{name}.json" for name in words.LABELS["columns"]}
     found = {name: read_evaluation(path) for name, path in paths.items() if path.is_file()}
     if not found:
@@ -259,10 +255,7 @@ def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
 
 
 def _side_by_side(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """Evaluations of one set of images, label -> scores: rows, and what is undefined or has no interval.
-
-    A reward that means something else than the first column's is not shown.
-    """
+    """Scores of one set of images, one column each; a reward that means something else is not shown."""
     columns = list(evaluations.values())
     rows = [("Images", "-", *(str(one.summary["n_images"]) for one in columns))]
     rows += [("Failed predictions", "lower", *(str(one.summary["n_failed"]) for one in columns))]
@@ -270,13 +263,10 @@ def _side_by_side(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     for metric in dict.fromkeys(name for one in columns for name in one.metrics):
         cells: list[Cell | str] = []
         for label, one in evaluations.items():
-            if metric not in one.metrics or (
-                metric == "reward" and one.reward_spec != columns[0].reward_spec
-            ):
-                cells.append("-")
-                continue
-            cells.append(_score(one, metric))
-            missing = one.summary["metrics"][metric]["n_undefined"]
+            same_reward = metric != "reward" or one.reward_spec == columns[0].reward_spec
+            is_shown = metric in one.metrics and same_reward
+            cells.append(_score(one, metric) if is_shown else "-")
+            missing = one.summary["metrics"][metric]["n_undefined"] if is_shown else 0
             undefined += [f"{metric_name(metric)} ({label}) {missing}"] if missing else []
         rows.append((metric_name(metric), words.good_direction(metric), *cells))
     reasons = {score["reason"] for one in columns for score in one.summary["metrics"].values()} - {""}
@@ -287,13 +277,13 @@ def _curve(path: Path) -> dict[str, Any] | None:
     """A stored threshold curve with the places that the table shows; None if there is none."""
     if not path.is_file():
         return None
-    curve = read_threshold_curve(path)
-    place, *shown = (charts.nearest(curve["thresholds"], one) for one in (curve["chosen"], *SHOWN_THRESHOLDS))
-    return curve | {
-        "place": place,
-        "shown": sorted({place, *shown}),
-        "draw": partial(charts.threshold_figure, curve),
-    }
+    curve, rows = read_threshold_curve(path), []
+    chosen, *places = (nearest(curve["thresholds"], one) for one in (curve["chosen"], *SHOWN_THRESHOLDS))
+    for place in sorted({chosen, *places}):
+        threshold = f"{curve['thresholds'][place]:.3g}{' (chosen)' if place == chosen else ''}"
+        scores = (number(name, curve[name][place]) for name in ("dice", "recall", "precision"))
+        rows.append((threshold, *scores))
+    return curve | {"rows": rows, "draw": partial(figures.threshold_figure, curve)}
 
 
 def _calibration(evaluation: Evaluation) -> dict[str, Any] | None:
@@ -301,16 +291,18 @@ def _calibration(evaluation: Evaluation) -> dict[str, Any] | None:
     stored = evaluation.calibration
     if not stored or not stored["bins"]:
         return None
-    return stored | {"draw": partial(charts.reliability_figure, stored["bins"])}
+    rows = []
+    for one in stored["bins"]:
+        shares = (number("dice", one[name]) for name in ("predicted", "observed"))
+        rows.append((f"{one['low']:.1f} to {one['high']:.1f}", *shares, f"{one['pixels']:,}"))
+    return stored | {"rows": rows, "draw": partial(figures.reliability_figure, stored["bins"])}
 
 
 def evaluation_page(path: Path) -> dict[str, Any]:
     """The values of evaluation.j2, from the files of one evaluation."""
     given, extra = read_evaluation(path), read_extra(path)
     if "plan" not in extra:
-        raise ValueError(
-            f"{path} is no evaluation of held-out patients: it has no plan. Give a file of vesselrl evaluate."
-        )
+        raise ValueError(f"{path} is no evaluation of held-out patients: it has no plan. Evaluate again.")
     plan, tuned, human = extra["plan"], {}, {}
     for ending, tuned_for in words.TUNED_FILES.items():
         other = path.with_name(f"{path.stem}_{ending}.json")
@@ -354,24 +346,24 @@ def comparison_page(comparison: "Comparison") -> dict[str, Any]:
     gains = {run: {one["metric"]: one for one in table} for run, table in comparison.gains.items() if table}
     ranking, differences = [], []
     for line in lines:
-        scores = (
-            with_interval(name, line[name], line[f"{name}_low"], line[f"{name}_high"]) for name in metrics
-        )
+        scores = [with_interval(m, line[m], line[f"{m}_low"], line[f"{m}_high"]) for m in metrics]
         ranking.append((str(line["rank"]), line["run"], *scores, str(line["n_failed"])))
         if line["rank"] != "":
             own = gains.get(line["run"], {})
             cells = (_gain(own.get(name)) for name in metrics)
-            differences.append((line["run"], *cells, _p_value(own.get(comparison.rank_by))))
+            p = own.get(comparison.rank_by, {}).get("p_adjusted", math.nan)
+            p_value = "-" if math.isnan(p) else "below 0.001" if p < 0.001 else f"{p:.3f}"
+            differences.append((line["run"], *cells, p_value))
     compared = [line["run"] for line in lines if line["run"] in gains]
     drawn = [name for name in dict.fromkeys((comparison.rank_by, "dice", "cldice")) if name in metrics]
     panels = {metric_name(name): {run: gains[run].get(name) for run in compared} for name in drawn}
-    left_out = [f"Left out: {name}: {why}." for name, why in comparison.skipped.items()]
+    left_out = [f"Left out: {run}: {why}." for run, why in comparison.skipped.items()]
     return {
         "comparison": comparison,
         "ranking": ranking,
         "num_runs": len(differences),
         "differences": differences if compared else None,
-        "draw": partial(charts.interval_figure, panels),
+        "draw": partial(figures.interval_figure, panels),
         "notes": [*comparison.notes, *left_out],
     }
 
@@ -379,12 +371,5 @@ def comparison_page(comparison: "Comparison") -> dict[str, Any]:
 def _gain(gain: Mapping[str, Any] | None) -> Cell | str:
     if gain is None:
         return "-"
-    metric, difference = gain["metric"], gain["difference"]
-    if gain["reason"]:
-        return Cell(number(metric, difference, sign=True), gain["reason"])
-    return with_interval(metric, difference, gain["low"], gain["high"], sign=True, verdict=gain["verdict"])
-
-
-def _p_value(gain: Mapping[str, Any] | None) -> str:
-    p = math.nan if gain is None else gain["p_adjusted"]
-    return "-" if math.isnan(p) else "below 0.001" if p < 0.001 else f"{p:.3f}"
+    cell = with_interval(gain["metric"], gain["difference"], gain["low"], gain["high"], sign=True)
+    return cell._replace(interval=gain["reason"] or cell.interval, verdict=gain["verdict"])

@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION
 
 LABELS = tomllib.loads(files("vesselrl.evaluation").joinpath("templates/words.toml").read_text("utf-8"))
-# Column -> (name, meaning).
 WORDS = {column: tuple(name_and_meaning) for column, name_and_meaning in LABELS["metrics"].items()}
-# What was chosen on validation, by the ending of its file.
 TUNED_FILES = LABELS["tuned"]
-_ONE_DECIMAL = frozenset({"beta0_error", "beta1_error", "hd95"})
 
 
 class Cell(NamedTuple):
@@ -40,50 +37,34 @@ def good_direction(metric: str) -> str:
 def number(metric: str, value: float | None, sign: bool = False) -> str:
     """A score as text, with as many decimals as its kind deserves; nan and None are `undefined`.
 
-    A difference (`sign`) that would round to nothing gets up to three decimals more, so that no zero hides
-    on which side of 0 it lies.
+    A difference (`sign`) that would round to nothing gets up to three decimals more: its sign is not hidden.
 
-    >>> number("dice", 0.81234), number("beta0_error", 3.25), number("dice", 0.012, sign=True)
-    ('0.812', '3.2', '+0.012')
-    >>> number("beta1_error", -0.012, sign=True), number("dice", 0.0, sign=True)
-    ('-0.01', '0.000')
+    >>> number("dice", 0.81234), number("dice", 0.012, sign=True), number("beta1_error", -0.012, sign=True)
+    ('0.812', '+0.012', '-0.01')
     """
     if value is None or math.isnan(value):
         return "undefined"
-    decimals = wanted = 1 if metric in _ONE_DECIMAL else 3
+    wanted = 1 if metric in ("beta0_error", "beta1_error", "hd95") else 3
     if not sign:
-        return f"{value:.{decimals}f}"
-    while round(value, decimals) == 0 and decimals < wanted + 3:
-        decimals += 1
-    return f"{value:+.{decimals}f}" if round(value, decimals) != 0 else f"{0:.{wanted}f}"
+        return f"{value:.{wanted}f}"
+    decimals = next((places for places in range(wanted, wanted + 4) if round(value, places)), None)
+    return f"{0:.{wanted}f}" if decimals is None else f"{value:+.{decimals}f}"
 
 
-def with_interval(
-    metric: str, mean: float, low: float, high: float, sign: bool = False, verdict: str = ""
-) -> Cell:
-    """A mean with its interval, without one if there is none.
-
-    >>> str(with_interval("dice", 0.8, 0.7, 0.9))
-    '0.800 (0.700 to 0.900)'
-    """
+def with_interval(metric: str, mean: float, low: float, high: float, sign: bool = False) -> Cell:
+    """A mean with its interval, without one if there is none."""
     missing = any(value is None or math.isnan(value) for value in (mean, low, high))
     interval = "" if missing else f"{number(metric, low, sign)} to {number(metric, high, sign)}"
-    return Cell(number(metric, mean, sign), interval, verdict)
+    return Cell(number(metric, mean, sign), interval)
 
 
 def masks_in_words(post: Mapping[str, Any]) -> str:
-    """How masks are made, from the fields of a `PostProcessing`; what is not done is left out.
-
-    >>> masks_in_words({"threshold": 0.5, "min_component_px": 20, "close_gaps": 0.002})
-    'threshold 0.5, components from 20 px, gaps closed above 0.002'
-    """
+    """How masks are made, from the fields of a `PostProcessing`; what is not done is left out."""
     if post.get("threshold") is None:
         return "threshold unknown"
     smallest, level = post.get("min_component_px"), post.get("close_gaps")
-    words = [f"threshold {post['threshold']:g}"]
-    words += [f"components from {smallest} px"] if smallest else []
-    words += [f"gaps closed above {level:g}"] if level else []
-    return ", ".join(words)
+    words = [f"threshold {post['threshold']:g}", smallest and f"components from {smallest} px"]
+    return ", ".join(filter(None, [*words, level and f"gaps closed above {level:g}"]))
 
 
 def setting_text(value: Any) -> str:
