@@ -16,8 +16,7 @@ from vesselrl.experiment.config import TrainConfig
 from vesselrl.synthetic.dataset import builtin_data
 from vesselrl.training.batches import BatchSource
 from vesselrl.training.checkpoint import with_values
-from vesselrl.training.feature_store import FeatureStore
-from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.policy import FeatureStore, MaskPolicy
 from vesselrl.training.setup import load_policy
 from vesselrl.training.supervised import SupervisedUpdate
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.models.sa2va import ImageFeatures
-from vesselrl.training import feature_store
-from vesselrl.training.checkpoint import with_values
-from vesselrl.training.feature_store import FeatureStore, tensor_hash, weights_hash
-from vesselrl.training.policy import MaskPolicy, gaussian_field, sample_masks
+from vesselrl.training import policy as policy_module
+from vesselrl.training.checkpoint import tensor_hash, with_values
+from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks, weights_hash
 
 # ---- Sampling
 
@@ -185,7 +184,7 @@ def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(tmp_path: Path, monkey
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(feature_store, "save_file", full)
+    monkeypatch.setattr(policy_module, "save_file", full)
     store = FeatureStore(tmp_path, "other")
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text

@@ -170,11 +170,7 @@ def best_frangi(
 
 
 def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | None:
-    """The best model of a control run, or that of a folder such as RUN/final_control; None for other folders.
-
-    Raises:
-        ValueError: control.json is damaged or of another version.
-    """
+    """The best model of a control run, or that of a folder such as RUN/final_control; None for others."""
     folder = Path(folder)
     place = next((f for f in (folder / BEST, folder) if (f / FILE).is_file()), None)
     if place is None:

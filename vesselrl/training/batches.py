@@ -23,17 +23,10 @@ class TrainBatch:
 
 
 class BatchSource:
-    """Batches of a data set, epoch by epoch.
+    """Batches of a data set, epoch by epoch, each pass over the data in another order.
 
-    The truth's topology is computed once per image, or anew where augmentation changes the truth.
-
-    Args:
-        dataset: of the training images.
-        batch_size: images per batch; the last one of an epoch may be smaller.
-        seed: decides, with the epoch, the order and the augmentation.
-        num_epochs: of the whole training.
-        difficulties: of the images: easy ones first, see `open_samples`; None shows all in every epoch.
-        num_passes: passes over the data in an epoch, counted from 1; each is in another order.
+    Seed and epoch decide order and augmentation. With `difficulties` easy images come first, see
+    `open_samples`. The truth's topology is computed once, or anew where augmentation changes the truth.
     """
 
     def __init__(
@@ -95,12 +88,7 @@ class BatchSource:
 
 
 def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
-    """Factor on the peak rate: linear warm-up, then a half cosine from 1 down to 0.
-
-    Args:
-        step: counted from 0.
-        num_steps: of the whole training.
-        warmup_share: share of the steps that warm up, in [0, 1); at least one step does.
+    """Factor on the peak rate for a step from 0: linear warm-up, then a half cosine from 1 down to 0.
 
     >>> [round(warm_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]

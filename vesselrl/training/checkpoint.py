@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from vesselrl.errors import RunError
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.inference.predictor import Prediction
-from vesselrl.training.feature_store import tensor_hash
 
 STATE_FILE = "resume.safetensors"
 STATE_VERSION = "2"
@@ -55,14 +54,9 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes FOLDER/resume.safetensors; an older one stays until the new one is complete.
+    """Writes FOLDER/resume.safetensors, or raises RunError; an older one stays until the new one is complete.
 
-    Args:
-        folder: of the run.
-        state: dicts, lists, plain values and tensors, in each other as wanted; keys are strings.
-
-    Raises:
-        RunError: it cannot be written.
+    The state is dicts with keys of text, lists, plain values and tensors, in each other as wanted.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
@@ -77,19 +71,13 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads the state that `write_state` wrote, tensors on the CPU.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
+    """Reads the state that `write_state` wrote, tensors on the CPU, or raises RunError."""
     path = folder / STATE_FILE
     if not path.is_file():
         if (folder / "training_info.json").is_file():
             raise RunError(f"{folder} has finished: there is nothing to resume. See its report.html.")
-        raise RunError(
-            f"{folder} cannot be resumed: it has no {STATE_FILE}, which runs write at their first "
-            "validation. Give the folder of an interrupted run, or start anew."
-        )
+        reason = f"it has no {STATE_FILE}, which runs write at their first validation"
+        raise RunError(f"{folder} cannot be resumed: {reason}. Start anew.")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
@@ -132,6 +120,14 @@ def restore_moments(
         optimizer.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in state.items()}
 
 
+def tensor_hash(values: Tensor) -> str:
+    """First 32 hex digits of the sha256 of a tensor's shape, type and bytes."""
+    values = values.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
+    digest.update(values.view(-1).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
 def fingerprint(keys: Mapping[str, list[str]], model: Model) -> dict[str, str]:
     """Hashes of what must be the same before and after an interruption: keys of images, starting weights."""
     lines = dict(keys)
@@ -141,11 +137,7 @@ def fingerprint(keys: Mapping[str, list[str]], model: Model) -> dict[str, str]:
 
 
 def check_fingerprint(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuses to go on with other images, or from another model, than the run began with.
-
-    Raises:
-        RunError: something differs; the message lists it.
-    """
+    """Raises RunError, with a list, where images or model are not those that the run began with."""
     labels = {"train": "training images", "val": "validation images", "test": "test images"}
     labels["start"] = "values of the adapters before the first step (another model, seed or version)"
     changed = [label for name, label in labels.items() if before.get(name) != now[name]]

@@ -132,10 +132,6 @@ class Monitor:
 
 
 def check_wandb() -> None:
-    """Refuses --use_wandb where the package is missing.
-
-    Raises:
-        ModuleNotFoundError: it is; the message says how to get it.
-    """
+    """Raises ModuleNotFoundError, with advice, where the package is missing."""
     if find_spec("wandb") is None:
         raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")

@@ -6,21 +6,110 @@ whole twigs instead of specks while every pixel keeps its own probability. Log-p
 per pixel.
 """
 
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import LearningError
+from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.lora import adapter_delta_norm, adapter_parameters, save_adapter, trainable_counts
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
-from vesselrl.training.checkpoint import with_values
-from vesselrl.training.feature_store import FeatureStore
+from vesselrl.training.checkpoint import tensor_hash, with_values
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+class FeatureStore:
+    """Features of the frozen image encoder by image, on the CPU: in memory first, then in files.
+
+    A file is named after the model (`weights_hash`) and the pixels, so a changed model or image never meets
+    an old value, and runs side by side share the folder. `disk_bytes` limits it, files of other models
+    included; without a folder there is memory only.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        model_hash: str = "",
+        memory_bytes: int = 2 * GIB,
+        disk_bytes: int = 20 * GIB,
+    ) -> None:
+        self.folder = None if folder is None else folder / model_hash
+        self._memory: dict[str, ImageFeatures] = {}
+        self._memory_left = memory_bytes
+        self._disk_left = disk_bytes
+        for path in folder.rglob("*") if folder else ():
+            with suppress(FileNotFoundError):  # other runs may remove files meanwhile
+                self._disk_left -= path.stat().st_size if path.is_file() else 0
+
+    def fetch(self, key: str, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
+        """Features of one image, from memory, from a file, or computed and kept.
+
+        `key` always stands for the same pixels (1, 3, S, S) within this run.
+        """
+        if key in self._memory:
+            return self._memory[key]
+        file = self.folder / f"{tensor_hash(pixels)}.safetensors" if self.folder else None
+        features = self._read(file) if file and file.exists() else None
+        if features is None:
+            features = ImageFeatures(*(level.detach().cpu() for level in compute()))
+            if file:
+                self._write(file, features)
+        size = sum(level.nbytes for level in features)
+        if size <= self._memory_left:
+            self._memory_left -= size
+            self._memory[key] = features
+        return features
+
+    def _read(self, file: Path) -> ImageFeatures | None:
+        try:
+            return ImageFeatures(**load_file(file))
+        except (SafetensorError, TypeError, OSError) as error:
+            logger.warning("%s cannot be read (%s): computed again", file, error)
+            return None
+
+    def _write(self, file: Path, features: ImageFeatures) -> None:
+        size = sum(level.nbytes for level in features)
+        if size > self._disk_left:
+            if self._disk_left > 0:
+                logger.warning(
+                    "%s has reached its limit: the features of further images stay in memory only. "
+                    "Raise --cache_gb, or delete the folder.",
+                    self.folder.parent,
+                )
+            self._disk_left = 0
+            return
+        try:
+            with atomic_write(file) as partial:
+                save_file({name: level.contiguous() for name, level in features._asdict().items()}, partial)
+            self._disk_left -= size
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s cannot be written (%s): features are kept in memory only", file, error)
+            self._disk_left = 0
+
+
+def weights_hash(module: nn.Module) -> str:
+    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version.
+
+    The same weights give other last bits on another device or with another torch.
+    """
+    lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
+    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 class MaskPolicy:
@@ -93,13 +182,10 @@ class MaskPolicy:
         return logits
 
     def check_gradients(self) -> None:
-        """Refuses first gradients that miss an adapter, or reach frozen weights.
+        """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
 
         LoRA's first matrix has none while the second is zero, so the second one is looked at. Of the
         decoder's hyper-networks only that of the chosen candidate mask has one.
-
-        Raises:
-            LearningError: names such weights.
         """
         parameters = self.peft_model.named_parameters()
         strays = [name for name, p in parameters if p.grad is not None and not p.requires_grad]
@@ -191,12 +277,9 @@ def sample_masks(
 ) -> Tensor:
     """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
-    Args:
-        logits: (H, W) float.
-        num_samples: K of the (K, H, W) bool masks.
-        correlation_px: deviation of the Gaussian that smooths the random field; 0: independent pixels.
-        temperature: larger explores more.
-        generator: on the CPU, so that a seed gives the same masks on every device.
+    (H, W) logits give (K, H, W) bool masks. `correlation_px` is the deviation of the Gaussian that smooths
+    the random field, 0 for independent pixels. The generator is on the CPU, so that a seed gives the same
+    masks on every device.
     """
     field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
     # P(field < quantile of p) = p for a standard normal field.
@@ -207,11 +290,7 @@ def sample_masks(
 def gaussian_field(
     count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
 ) -> Tensor:
-    """(count, H, W) smooth random fields, exactly standard normal at every pixel.
-
-    White noise on a larger canvas is filtered by a Gaussian of unit energy, so that borders need no
-    correction.
-    """
+    """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
     height, width = shape
     if correlation_px <= 0:
         return torch.randn(count, height, width, generator=generator)

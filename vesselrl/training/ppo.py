@@ -72,11 +72,7 @@ class PPOUpdate:
         self.checked = False
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
-        """One rollout and its passes; returns the metrics of the step.
-
-        Raises:
-            LearningError: at the first step, when a self-check fails; later, when a loss is not finite.
-        """
+        """One rollout, its passes and their metrics; LearningError where a first self-check fails."""
         started = time.perf_counter()
         policy, is_first = self.policy, not self.checked
         policy.peft_model.eval()  # no dropout: the ratio must be exactly 1 before the first update

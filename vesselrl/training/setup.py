@@ -37,9 +37,8 @@ from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.batches import BatchSource
 from vesselrl.training.checkpoint import Model
-from vesselrl.training.feature_store import GIB, FeatureStore, weights_hash
 from vesselrl.training.health import check_finite_gradients
-from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
 
@@ -70,11 +69,7 @@ class RunData:
 
 
 def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
-    """Checks, finds, splits and chooses the samples; writes data_split.json.
-
-    Raises:
-        DataError: unusable data; the message names file and record.
-    """
+    """Checks, finds, splits and chooses the samples; writes data_split.json."""
     data, sanity, control = config.data, config.run.sanity_overfit, config.optim.control
     report = check_before_training(config) if data.data_root else None
     size = SMALL if config.model.model_path == RANDOM_MODEL else FULL
@@ -103,11 +98,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
 
 
 def check_before_training(config: TrainConfig) -> DataReport:
-    """Checks every file of the user's data; warnings are counted in the log.
-
-    Raises:
-        DataError: there are errors.
-    """
+    """Checks every file of the user's data: DataError for errors, warnings are counted in the log."""
     root = config.data.data_root
     report = check_data(root, config.data.patient_pattern, config.data.patient_aliases)
     errors, warnings = report.of("error"), report.of("warning")
@@ -123,11 +114,7 @@ def check_before_training(config: TrainConfig) -> DataReport:
 
 
 def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | None) -> Split:
-    """The split with its caveats: a given one, that of the run of `init_lora`, or a new one.
-
-    Raises:
-        DataError: too few patients, near duplicates in two subsets, or options that contradict that run.
-    """
+    """The split with its caveats: a given one, that of the run of `init_lora`, or a new one."""
     data, init_lora = config.data, config.model.init_lora
     fold, unit = data.fold_numbers, data.split_unit
     if data.split_file is not None:
@@ -235,11 +222,7 @@ def check_reward(reward: Reward, data: RunData) -> None:
 
 
 def select_device(gpu: int) -> str:
-    """`cuda:N` when there is such a GPU, else `cpu`; sets the CPU threads of the image library.
-
-    Raises:
-        ValueError: there are GPUs, but not this one.
-    """
+    """`cuda:N` when there is such a GPU, else `cpu`; sets the CPU threads of the image library."""
     import cv2
 
     cv2.setNumThreads(1)  # masks are scored in threads of our own
@@ -252,11 +235,7 @@ def select_device(gpu: int) -> str:
 
 
 def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
-    """The model with new adapters, or with those of `init_lora`.
-
-    Raises:
-        CheckpointError: unusable model or adapter folder.
-    """
+    """The model with new adapters, or with those of `init_lora`."""
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     torch.manual_seed(seed)  # LoRA's first matrices are random

@@ -21,14 +21,8 @@ SKELETON_ITERATIONS = 10
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Binary cross-entropy plus soft Dice loss per image, at the image's own size.
 
-    Mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with p = sigmoid(logit).
-
-    Args:
-        logits: (B, H, W) float.
-        truth: (B, H, W) float in {0, 1}.
-
-    Returns:
-        (B,) losses, at least 0.
+    Mean over pixels of BCE + 1 - (2 * sum(p t) + 1) / (sum(p) + sum(t) + 1), with p = sigmoid(logit); logits
+    and truth in {0, 1} are (B, H, W), losses (B,).
     """
     probability = torch.sigmoid(logits)
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((1, 2))
@@ -80,11 +74,7 @@ class SupervisedUpdate:
         self.checked = False
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
-        """One update on a batch; returns its metrics.
-
-        Raises:
-            LearningError: at the first step, when the model does not move; later, when a loss is not finite.
-        """
+        """One update on a batch, and its metrics; LearningError where the model does not move at first."""
         started = time.perf_counter()
         images, truths = batch.images, batch.truths
         if self.flips:
