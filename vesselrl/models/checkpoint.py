@@ -79,7 +79,7 @@ def load_sa2va(
     dtype: torch.dtype = torch.float32,
     sam2: Sam2Dimensions | None = None,
 ) -> tuple[Sa2VA, Sa2VAProcessor]:
-    """Loads a model, without gradients, and its processor; a CheckpointError names the file or tensor at fault.
+    """Loads a model, without gradients, and its processor; a CheckpointError names what is at fault.
 
     Args:
         path: folder with config.json, safetensors shards and tokenizer files; None is the embedded miniature.
