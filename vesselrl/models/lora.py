@@ -52,7 +52,8 @@ LORA_PRESETS = {
 def check_scope(scope: Collection[str]) -> None:
     """Refuses an empty scope and unknown names with a ValueError."""
     if not scope or set(scope) - set(SCOPES):
-        raise ValueError(f"LoRA scope {list(scope)} is unknown; choose one or more of {', '.join(SCOPES)}.")
+        choices = ", ".join(SCOPES)
+        raise ValueError(f"LoRA scope {list(scope)} is not usable; choose one or more of {choices}.")
 
 
 def target_modules(model: nn.Module, scope: Collection[str], projections: Iterable[str]) -> list[str]:
@@ -92,8 +93,7 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
             f"{folder / 'adapter_config.json'} describes no LoRA of vesselrl (peft_type "
             f"{config.get('peft_type')!r}); give an adapter that vesselrl has trained."
         )
-    absent = sorted(set(targets) - {name for name, _ in model.named_modules()})
-    if absent:
+    if absent := sorted(set(targets) - {name for name, _ in model.named_modules()}):
         raise CheckpointError(
             f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}; "
             "it was trained on another base model."
