@@ -21,8 +21,8 @@ def lively_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            inputs_first = isinstance(module, nn.ConvTranspose2d)
-            num_inputs = len(module.weight) if inputs_first else module.weight[0].numel()
+            transposed = isinstance(module, nn.ConvTranspose2d)
+            num_inputs = len(module.weight) if transposed else module.weight[0].numel()
             module.weight.data.normal_(0, num_inputs**-0.5, generator=generator)
     write_miniature(folder, model)
     return folder
@@ -37,9 +37,8 @@ def predictor(lively_checkpoint: Path) -> Predictor:
 def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on all four components, as large as after a long training; read only."""
     folder = tmp_path_factory.mktemp("run") / "best_lora"
-    peft_model = attach_lora(
-        load_sa2va(lively_checkpoint)[0], SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4
-    )
+    model = load_sa2va(lively_checkpoint)[0]
+    peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if ".lora_B." in name:
@@ -53,8 +52,3 @@ def images() -> list[np.ndarray]:
     """Of different sizes: the first needs a single tile, the others several."""
     sizes = enumerate([(64, 64, 3), (40, 90, 3), (100, 64, 3)])
     return [np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8) for seed, size in sizes]
-
-
-@pytest.fixture(scope="session")
-def image(images: list[np.ndarray]) -> np.ndarray:
-    return images[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vesselrl.cli import main
@@ -35,11 +36,9 @@ def base(lively_checkpoint: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(lively_checkpoint, tmp_path / "base"))
     tensors = load_file(folder / "model.safetensors") | {MEMORY: torch.arange(7.0).view(7, 1)}
     (folder / "model.safetensors").unlink()
-    weight_map = {
-        name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))
-    }
-    for file in set(weight_map.values()):
-        dtype = torch.bfloat16 if file.startswith("model-00002") else torch.float32
+    shards = [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    weight_map = {name: shards[k % 2] for k, name in enumerate(sorted(tensors))}
+    for file, dtype in zip(shards, (torch.float32, torch.bfloat16), strict=True):
         save_file({n: t.to(dtype) for n, t in tensors.items() if weight_map[n] == file}, folder / file)
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -47,40 +46,35 @@ def base(lively_checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_copy_predicts_like_base_and_adapter(
-    lively_checkpoint: Path, adapter: Path, images: list[np.ndarray], tmp_path: Path
+@pytest.mark.parametrize(("dtype", "tolerance"), [("keep", 2e-2), ("float32", 1e-4), ("bfloat16", 1e-1)])
+def test_the_copy_predicts_like_base_and_adapter_and_keeps_all_else(
+    base: Path, adapter: Path, images: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype, tolerance
 ) -> None:
-    done = merge(lively_checkpoint, adapter, tmp_path / "merged")
-    assert done["output"] == str(tmp_path / "merged")
-    assert done["verified_dice"] >= 0.999
-    assert done["max_probability_gap"] < 1e-4
-    folders = ((tmp_path / "merged", None), (lively_checkpoint, adapter), (lively_checkpoint, None))
-    merged, expected, base = (
+    if dtype != "float32":
+        monkeypatch.setattr(merging, "MIN_DICE", 0.9)  # rounding a random model moves a few pixels
+    target, before = tmp_path / "merged", (digests(base), digests(adapter))
+    done = merge(base, adapter, target, dtype)
+    assert done["output"] == str(target)
+    assert done["verified_dice"] >= merging.MIN_DICE
+    assert done["max_probability_gap"] < tolerance
+    assert (digests(base), digests(adapter)) == before  # only read
+    folders = (target, None), (base, adapter), (base, None)
+    merged, expected, alone = (
         np.concatenate([p.logits.ravel() for p in Predictor.from_pretrained(*f, "cpu").predict_batch(images)])
         for f in folders
     )
-    np.testing.assert_allclose(merged, expected, atol=1e-4)
+    np.testing.assert_allclose(merged, expected, atol=tolerance)
     cut = np.median(expected)  # masks neither empty nor full
-    assert dice(base[None] > cut, expected[None] > cut) < 0.98  # the adapter does matter
-
-
-@pytest.mark.parametrize("dtype", ["keep", "bfloat16"])
-def test_shards_index_and_unused_tensors_are_kept(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    monkeypatch.setattr(merging, "MIN_DICE", 0.9)  # rounding a random model moves a few pixels
-    target, before = tmp_path / "merged", (digests(base), digests(adapter))
-    merge(base, adapter, target, dtype)
-    assert (digests(base), digests(adapter)) == before  # only read
-    merged, original = all_tensors(target), all_tensors(base)
+    assert dice(alone[None] > cut, expected[None] > cut) < 0.98  # the adapter does matter
+    tensors, original = all_tensors(target), all_tensors(base)
     same = digests(target).items() & before[0].items()
     assert {name for name, _ in same} == {n for n in before[0] if not n.endswith("safetensors")}
     for file in base.glob("*.safetensors"):
         assert load_file(target / file.name).keys() == load_file(file).keys()
-    dtypes = {name: t.dtype if dtype == "keep" else torch.bfloat16 for name, t in original.items()}
-    assert {name: t.dtype for name, t in merged.items()} == dtypes
-    assert torch.equal(merged[MEMORY].float(), original[MEMORY].float())
-    changed = {name for name in merged if not torch.equal(merged[name], original[name].to(dtypes[name]))}
+    dtypes = {name: t.dtype if dtype == "keep" else getattr(torch, dtype) for name, t in original.items()}
+    assert {name: t.dtype for name, t in tensors.items()} == dtypes
+    assert torch.equal(tensors[MEMORY].float(), original[MEMORY].float())
+    changed = {name for name in tensors if not torch.equal(tensors[name], original[name].to(dtypes[name]))}
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert changed == {name for target in targets for name in checkpoint.official_names(f"{target}.weight")}
 
@@ -95,36 +89,30 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-def full_disk(tensors: dict, path: Path) -> None:
-    save_file(tensors, path)
-    if "00002" in path.name:
-        raise OSError(28, "No space left on device")
-
-
-def lost_tensor(tensors: dict, path: Path) -> None:
-    save_file({name: tensor for name, tensor in tensors.items() if name != "mlp1.0.weight"}, path)
-
-
-def inverted_decoder(tensors: dict, path: Path) -> None:
-    save_file(
-        {name: -t if "hypernetworks" in name and ".2." in name else t for name, t in tensors.items()}, path
-    )
+def change_decoder(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return -tensor if "hypernetworks" in name and ".2." in name else tensor
 
 
 @pytest.mark.parametrize(
-    ("save", "error", "message"),
+    ("fault", "error", "message"),
     [
-        (full_disk, OSError, "No space left"),
-        (lost_tensor, CheckpointError, "1 missing"),
-        (inverted_decoder, CheckpointError, r"predicts other masks .* was removed"),
+        ("full disk", OSError, "No space left"),
+        ("lost tensor", CheckpointError, "1 missing"),
+        ("inverted decoder", CheckpointError, r"predicts other masks .* was removed"),
     ],
 )
 def test_a_copy_that_is_not_right_never_appears(
-    base: Path, adapter: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, save, error, message: str
+    base: Path, adapter: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, fault, error, message: str
 ) -> None:
     def check_and_save(tensors: dict, path: Path, metadata: dict) -> None:
         assert not (workplace / "merged").exists()
-        save(tensors, path)
+        if fault == "lost tensor":
+            tensors.pop("mlp1.0.weight", None)
+        if fault == "inverted decoder":
+            tensors = {name: change_decoder(name, tensor) for name, tensor in tensors.items()}
+        save_file(tensors, path)
+        if fault == "full disk" and "00002" in path.name:
+            raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", check_and_save)
     before = digests(base)
@@ -146,15 +134,18 @@ def test_too_little_room_and_unknown_dtypes_are_refused(
     assert list(workplace.iterdir()) == []
 
 
-def test_the_verb_refuses_a_target_that_exists(
+def test_the_verbs_merge_and_predict(
     lively_checkpoint: Path, adapter: Path, workplace: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = ["merge", "--base_model", lively_checkpoint, "--lora_weights", adapter.parent]
-    words = [*map(str, words), "--output_model", str(workplace / "merged")]
-    assert main(words) == 0
+    image, merged, out = (str(workplace / name) for name in ("001.png", "merged", "out"))
+    Image.fromarray(np.zeros((40, 72, 3), np.uint8)).save(image)
+    words = ["--base_model", str(lively_checkpoint), "--lora_weights", str(adapter.parent)]
+    assert main(["merge", *words, "--output_model", merged]) == 0
     assert "Dice 1.0000" in capsys.readouterr().out
     before = digests(workplace / "merged")
-    assert main(words) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {workplace / 'merged'} exists already; choose another --output_model")
+    assert main(["merge", *words, "--output_model", merged]) == 1
+    message = f"error: {merged} exists already; choose another --output_model"
+    assert capsys.readouterr().err.startswith(message)
     assert digests(workplace / "merged") == before
+    assert main(["predict", *words, "--output_dir", out, "--image", image]) == 0
+    assert f"1 images written to {out}" in capsys.readouterr().out.replace("\n", "")

@@ -8,7 +8,6 @@ import torch
 
 from vesselrl.errors import CheckpointError
 from vesselrl.models.checkpoint import is_unused, native_names, native_state, official_names, read_tensors
-from vesselrl.models.config import Sa2VAConfig
 from vesselrl.models.miniature import random_sa2va
 from vesselrl.models.sa2va import Sa2VA
 
@@ -17,35 +16,21 @@ QKV = "vision_model.encoder.layers.0.attn.qkv.weight"
 POINT = "grounding_encoder.sam2_model.sam_prompt_encoder.point_embeddings.2.weight"
 
 
-@pytest.fixture(scope="module")
-def table_8b(shared_folder: Path) -> dict:
-    return json.loads((shared_folder / "design" / "keymap_internvl3_8b.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def model_8b(config_8b: Sa2VAConfig) -> Sa2VA:
-    with torch.device("meta"):
-        return Sa2VA(config_8b)
-
-
-def test_all_names_and_shapes_of_the_8b_checkpoint_load(table_8b: dict, model_8b: Sa2VA) -> None:
-    official = {name: torch.empty(row["shape"], device="meta") for name, row in table_8b.items()}
+def test_all_names_and_shapes_of_the_8b_checkpoint(shared_folder: Path, model_8b: Sa2VA) -> None:
+    table = json.loads((shared_folder / "design" / "keymap_internvl3_8b.json").read_text())
+    official = {name: torch.empty(row["shape"], device="meta") for name, row in table.items()}
     state = native_state(model_8b, official.items(), torch.bfloat16)  # raises on any mismatch
-    assert {name: t.shape for name, t in state.items()} == {
-        n: t.shape for n, t in model_8b.state_dict().items()
-    }
+    shapes = {name: tensor.shape for name, tensor in model_8b.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in state.items()} == shapes
     assert len(official) == 1589
-    assert sum(map(is_unused, official)) == sum(row["native"] is None for row in table_8b.values()) == 157
-
-
-def test_names_agree_with_the_proven_table(table_8b: dict) -> None:
-    for official, row in table_8b.items():
+    assert sum(map(is_unused, official)) == sum(row["native"] is None for row in table.values()) == 157
+    for name, row in table.items():
         if row["native"] is None:
-            assert is_unused(official), official
+            assert is_unused(name), name
         elif row["native"]:  # the table left one name out
-            assert sorted(native_names(official)) == sorted(row["native"]), official
+            assert sorted(native_names(name)) == sorted(row["native"]), name
         else:
-            assert official.endswith("sam_prompt_encoder.not_a_point_embed.weight")
+            assert name.endswith("sam_prompt_encoder.not_a_point_embed.weight")
 
 
 def test_parameter_counts_of_the_8b_model(model_8b: Sa2VA) -> None:
@@ -76,11 +61,8 @@ def test_official_names_invert_native_names() -> None:
         (QKV, torch.zeros(2, 32), rf"2 wrong shape: {QKV} \(1, 32\).*; .* \| 1 missing: vision"),
     ],
 )
-def test_mismatches_are_listed(
-    tiny_checkpoint: Path, name: str, tensor: torch.Tensor | None, message: str
-) -> None:
+def test_mismatches_are_listed(tiny_checkpoint: Path, name: str, tensor: object, message: str) -> None:
     tensors = dict(read_tensors(tiny_checkpoint)) | {name: tensor}
-    if tensor is None:
-        del tensors[name]
+    given = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     with pytest.raises(CheckpointError, match=message):
-        native_state(random_sa2va(), tensors.items(), torch.float32)
+        native_state(random_sa2va(), given, torch.float32)

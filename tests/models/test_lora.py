@@ -10,21 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vesselrl.models import lora
 from vesselrl.models.checkpoint import load_sa2va
-from vesselrl.models.config import Sa2VAConfig
-from vesselrl.models.lora import (
-    LORA_PRESETS,
-    SCOPES,
-    FoldedConv2d,
-    FoldedLinear,
-    adapter_parameters,
-    attach_lora,
-    fold_adapters,
-    load_adapter,
-    save_adapter,
-    target_modules,
-    trainable_counts,
-)
+from vesselrl.models.lora import LORA_PRESETS, SCOPES, adapter_parameters, attach_lora
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import Sa2VA
 
@@ -36,34 +24,33 @@ def model(tiny_checkpoint: Path) -> Sa2VA:
     return load_sa2va(tiny_checkpoint)[0]
 
 
-def test_language_model_presets_on_the_8b_shapes(config_8b: Sa2VAConfig) -> None:
+def num_folded(model: nn.Module) -> int:
+    return sum(isinstance(module, lora._Folded) for module in model.modules())
+
+
+def test_language_model_presets_on_the_8b_shapes(model_8b: Sa2VA) -> None:
     """Rank 32 on q, k, v, o of 28 layers: by hand 32 * (in + out) summed, 20,185,088 values; none of SAM2."""
+    for preset, parts in (("small", 2), ("medium", 4), ("large", 7)):
+        names = lora.target_modules(model_8b, ["language_model"], LORA_PRESETS[preset].projections)
+        assert len(names) == 28 * parts
+    names = lora.target_modules(model_8b, ["language_model"], QKVO)
+    assert names == [f"lm.model.layers.{layer}.self_attn.{part}" for layer in range(28) for part in QKVO]
     with torch.device("meta"):
-        model = Sa2VA(config_8b)
-        for preset, parts in (("small", 2), ("medium", 4), ("large", 7)):
-            names = target_modules(model, ["language_model"], LORA_PRESETS[preset].projections)
-            assert len(names) == 28 * parts
-        names = target_modules(model, ["language_model"], QKVO)
-        assert names == [f"lm.model.layers.{layer}.self_attn.{part}" for layer in range(28) for part in QKVO]
-        counts = trainable_counts(attach_lora(model, ["language_model"], QKVO, rank=32, alpha=64))
-    assert (
-        counts
-        == {"language_model": 28 * 32 * 4 * (3584 + (3584 + 512) // 2)}
-        == {"language_model": 20_185_088}
-    )
+        counts = lora.trainable_counts(attach_lora(model_8b, ["language_model"], QKVO, rank=32, alpha=64))
+    assert counts == {"language_model": 20_185_088}
+    assert 28 * 32 * 4 * (3584 + (3584 + 512) // 2) == 20_185_088
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_scope_touches_its_component_only(model: Sa2VA, scope: str) -> None:
     adapted = attach_lora(model, [scope], QKVO, 2, 4)
-    assert list(trainable_counts(adapted)) == [scope]
+    assert list(lora.trainable_counts(adapted)) == [scope]
     assert all(".lora_" in name for name in adapter_parameters(adapted))
-    folded = any(isinstance(module, FoldedLinear | FoldedConv2d) for module in adapted.modules())
-    assert folded == (scope != "language_model")
+    assert (num_folded(adapted) > 0) == (scope != "language_model")
 
 
 def test_heads_without_a_gradient_are_left_out(model: Sa2VA) -> None:
-    names = target_modules(model, ["mask_decoder"], QKVO)
+    names = lora.target_modules(model, ["mask_decoder"], QKVO)
     assert {"sam.mask_decoder.conv_s0", "sam.mask_decoder.output_hypernetworks_mlps.1.proj_in"} <= set(names)
     assert not [name for name in names if "iou" in name or "obj_score" in name or "mlps.0" in name]
 
@@ -71,12 +58,12 @@ def test_heads_without_a_gradient_are_left_out(model: Sa2VA) -> None:
 def test_a_suffix_match_is_refused(model: Sa2VA, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake of the prototype: `q_proj` also names the attention of SAM2."""
     suffixes = {"target_modules": list(QKVO)}
-    monkeypatch.setattr("vesselrl.models.lora.LoraConfig", lambda **given: LoraConfig(**(given | suffixes)))
+    monkeypatch.setattr(lora, "LoraConfig", lambda **given: LoraConfig(**(given | suffixes)))
     with pytest.raises(ValueError, match="LoRA matched other modules than intended"):
         attach_lora(model, ["language_model"], QKVO, 2, 4)
     for scope in (["decoder"], []):
         with pytest.raises(ValueError, match="choose one or more of language_model, projector"):
-            target_modules(model, scope, QKVO)
+            lora.target_modules(model, scope, QKVO)
 
 
 # ---- Saved and read back
@@ -96,34 +83,28 @@ def trained(tiny_checkpoint: Path) -> tuple[PeftModel, Sa2VAInputs]:
 
 
 @torch.no_grad()
-def test_save_and_load_give_identical_masks(model: Sa2VA, tmp_path: Path, trained: tuple) -> None:
-    peft_model, inputs = trained
-    expected = peft_model.get_base_model()(inputs)[0]
-    save_adapter(peft_model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    names = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
-    assert set(load_file(tmp_path / "adapter_model.safetensors")) == names  # as PEFT itself saves them
-    base = model(inputs)[0]
-    again = load_adapter(model, tmp_path).get_base_model()(inputs)[0]
-    assert torch.equal(expected, again)
-    assert not torch.equal(expected > 0, base > 0)
-    assert torch.allclose(peft_model.merge_and_unload()(inputs)[0], expected, atol=1e-4)
-
-
-def test_an_adapter_that_was_trained_on_can_be_saved_and_loaded_again(
+def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
     tiny_checkpoint: Path, model: Sa2VA, tmp_path: Path, trained: tuple
 ) -> None:
-    """With `--init_lora` the modules are named in full too; PEFT shortens them on loading."""
-    save_adapter(trained[0], tmp_path / "first")
-    loaded = load_adapter(model, tmp_path / "first", is_trainable=True)
-    save_adapter(loaded, tmp_path / "second")
-    weights = load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / "second").state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in adapter_parameters(loaded).items())
-    first, second = (
-        json.loads((tmp_path / k / "adapter_config.json").read_text()) for k in ("first", "second")
-    )
-    assert sorted(first["target_modules"]) == sorted(second["target_modules"])
+    """The masks are identical, and the modules named in full both times, which PEFT shortens on loading."""
+    peft_model, inputs = trained
+    expected = peft_model.get_base_model()(inputs)[0]
+    first, second = tmp_path / "first", tmp_path / "second"
+    lora.save_adapter(peft_model, first)
+    assert sorted(p.name for p in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    base = model(inputs)[0]
+    again = lora.load_adapter(model, first, is_trainable=True)
+    assert torch.equal(expected, again.get_base_model()(inputs)[0])
+    assert not torch.equal(expected > 0, base > 0)
+    lora.save_adapter(again, second)
+    weights = lora.load_adapter(load_sa2va(tiny_checkpoint)[0], second).state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in adapter_parameters(again).items())
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, second)]
+    targets = configs[0]["target_modules"]
+    assert sorted(targets) == sorted(configs[1]["target_modules"])
+    names = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    assert set(load_file(first / "adapter_model.safetensors")) == names  # as PEFT itself saves them
+    assert torch.allclose(peft_model.merge_and_unload()(inputs)[0], expected, atol=1e-4)
 
 
 # ---- Folded layers against PEFT's own
@@ -155,7 +136,8 @@ def test_the_same_values_and_gradients_as_peft() -> None:
     expected = values_and_gradients(model, x)
     with torch.no_grad(), model.disable_adapter():
         off = model(x)
-    assert fold_adapters(model) == 3
+    lora.fold_adapters(model)
+    assert num_folded(model) == 3
     found = values_and_gradients(model, x)
     assert len(found) == 7
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -170,12 +152,12 @@ def test_dropout_and_half_precision_keep_pefts_way() -> None:
     """A bfloat16 weight would swallow a small adapter: W + 1e-4 is W."""
     x = torch.ones(1, 3, 8, 8)
     model = adapted(dropout=0.5)
-    fold_adapters(model)
+    lora.fold_adapters(model)
     model.train()
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
     half = get_peft_model(nn.Sequential(nn.Linear(4, 4).bfloat16()), LoraConfig(r=2, target_modules=["0"]))
-    fold_adapters(half)
+    lora.fold_adapters(half)
     assert half.base_model.model[0].lora_A["default"].weight.dtype == torch.float32
     assert not half.base_model.model[0].can_fold()

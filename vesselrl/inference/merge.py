@@ -19,10 +19,9 @@ _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 def merge(
     base_model: str | Path | None, lora_weights: str | Path, output_model: str | Path, dtype: str = "keep"
 ) -> dict:
-    """Adds an adapter to its base model's weights and writes the sum as a new folder in the official layout.
+    """Writes base model plus adapter, added in float32, as a new folder in the official layout.
 
-    The sum is made in float32; the base folder is only read. The copy is loaded again and compared with base
-    plus adapter on test pictures, and appears under its name only when they agree.
+    The copy is loaded again and appears under its name only when it predicts what base and adapter predict.
 
     Args:
         base_model: checkpoint folder; None is the embedded miniature.
@@ -48,10 +47,8 @@ def merge(
         pairs = list(zip(expected, got, strict=True))
         worst = min(dice(a.mask, b.mask) for a, b in pairs)
         if worst < MIN_DICE:
-            raise CheckpointError(
-                f"The merged copy predicts other masks than base plus adapter (Dice {worst:.4f}, {MIN_DICE} "
-                "needed) and was removed. Merge with --dtype float32."
-            )
+            fault = f"predicts other masks than base plus adapter (Dice {worst:.4f}, not {MIN_DICE})"
+            raise CheckpointError(f"The merged copy {fault} and was removed. Merge with --dtype float32.")
     gap = max(float(np.abs(a.probabilities - b.probabilities).max()) for a, b in pairs)
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 

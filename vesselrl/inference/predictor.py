@@ -15,6 +15,7 @@ from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
 from vesselrl.data.patients import is_impersonal, names_a_person
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.errors import DataError
+from vesselrl.experiment.run_folder import check_writable
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
@@ -36,11 +37,9 @@ class Predictor:
     """Segments vessels with a Sa2VA, with or without an adapter inside."""
 
     model: Sa2VA
-    # Of the same checkpoint.
-    processor: Sa2VAProcessor
+    processor: Sa2VAProcessor  # of the same checkpoint
     prompt: str = DEFAULT_PROMPT
-    # How masks are made of probabilities.
-    post: PostProcessing = THRESHOLD_ONLY
+    post: PostProcessing = THRESHOLD_ONLY  # probabilities to a mask
 
     @classmethod
     def from_pretrained(
@@ -77,12 +76,10 @@ class Predictor:
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
         cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
-        for output in self.model(inputs):
-            logits = output.float().cpu().numpy()
+        for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
             probabilities = expit(logits)
-            results.append(
-                Prediction(self.post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
-            )
+            mask = self.post.postprocess_for(probabilities)(logits > cut)
+            results.append(Prediction(mask, probabilities, logits))
         return results
 
 
@@ -93,16 +90,13 @@ def adapter_folder(path: Path) -> Path:
 
 
 def find_images(path: Path) -> list[Path]:
-    """The image file itself, or the images of a folder by name; a DataError when there is none."""
+    """The image file itself, or the images of a folder by name."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
-    files = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
+    found = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in found if not file.name.startswith("."))
     if not files:
         raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
     return files
@@ -113,9 +107,8 @@ def predict_files(
 ) -> Iterator[dict]:
     """Segments an image or a folder of images and writes mask, probability and overlay of each.
 
-    Where a file name has a person in it, a pseudonym stands for the stem, and `patients.mapping.json` in the
-    output folder, for its owner only, says which file it is. Files of the same name are replaced. `progress`
-    is called with (images done, images in all).
+    A pseudonym stands for a stem that names a person; only `patients.mapping.json` in the output folder says
+    which file it is. Files of the same name are replaced. `progress` takes (images done, images in all).
 
     Yields:
         One dict per image: `image` (file name), `foreground` (share of pixels, 0 to 1), `mask` (path).
@@ -127,18 +120,12 @@ def predict_files(
         file.name if is_impersonal(file.stem) else f"image {place} of {len(files)} in name order"
         for place, file in enumerate(files, start=1)
     ]
-    twice = [stem for stem, count in Counter(stems).items() if count > 1]
-    if twice:
-        raise DataError(
-            f"{len(twice)} file names differ only by their ending: "
-            f"{shown[stems.index(twice[0])]} and the next; rename one of each."
-        )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write to {output_dir} ({error.strerror}); give another --output_dir."
-        ) from None
+    if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
+        first = shown[stems.index(twice[0])]
+        fault = f"{len(twice)} file names differ only by their ending"
+        raise DataError(f"{fault}: {first} and the next; rename one of each.")
+    check_writable(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     people = [stem for stem in stems if names_a_person(stem)]
     keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
     for done, (file, name) in enumerate(zip(files, shown, strict=True), start=1):

@@ -1,8 +1,7 @@
 """Official Sa2VA checkpoint folders to a native model and back; strict, safetensors only.
 
-Every tensor of a folder is used, known to be unused, or an error; every native tensor is filled, or an error;
-every error is a CheckpointError that names file or tensor. The names of both sides are a table in the model's
-module. Nothing here runs code from the checkpoint.
+Every official tensor is used, known to be unused, or an error, and every native one is filled, or an error.
+The names of both sides are a table in the model's module. Nothing here runs code from the checkpoint.
 """
 
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
@@ -49,11 +49,7 @@ def is_unused(official: str) -> bool:
 
 
 def native_names(official: str) -> tuple[str, ...] | None:
-    """Native tensors that hold an official one, or None when the name is unknown.
-
-    >>> native_names("mlp1.0.weight")
-    ('projector.0.weight',)
-    """
+    """Native tensors that hold an official one, or None when the name is unknown."""
     for template, *natives in _ROWS:
         if match := _pattern(template).fullmatch(official):
             return tuple(_fill(native, match.groups()) for native in natives)
@@ -61,11 +57,7 @@ def native_names(official: str) -> tuple[str, ...] | None:
 
 
 def official_names(native: str) -> tuple[str, ...]:
-    """Official tensors that a native one is stored in; the inverse of `native_names`.
-
-    >>> official_names("vision.encoder.layer.3.attention.k_proj.weight")
-    ('vision_model.encoder.layers.3.attn.qkv.weight',)
-    """
+    """Official tensors that a native one is stored in; the inverse of `native_names`."""
     for official, *natives in _ROWS:
         for template in natives:
             if match := _pattern(template).fullmatch(native):
@@ -81,25 +73,19 @@ def _point_row(official: str) -> int | None:
     return int(match[1]) if match else None
 
 
-# ---- Reading
-
-
 def load_sa2va(
     path: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     sam2: Sam2Dimensions | None = None,
 ) -> tuple[Sa2VA, Sa2VAProcessor]:
-    """Loads a model, in evaluation mode and without gradients, and its processor.
+    """Loads a model, without gradients, and its processor; a CheckpointError names what is at fault.
 
     Args:
         path: folder with config.json, safetensors shards and tokenizer files; None is the embedded miniature.
         device: where the model goes.
         dtype: of vision tower, projector and language model; SAM2 and its prompt projection stay float32.
         sam2: SAM2's dimensions, overriding the side-car.
-
-    Raises:
-        CheckpointError: folder, file or tensor missing, broken, unknown or of another shape.
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
@@ -113,9 +99,7 @@ def load_sa2va(
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
     rows = model.lm.get_input_embeddings().num_embeddings
     if max(processor.image_token_id, processor.seg_token_id) >= rows:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has ids beyond the {rows} rows of the embedding table."
-        )
+        raise CheckpointError(f"{folder}: the tokenizer has ids beyond the {rows} rows of embeddings.")
     return model.requires_grad_(False).eval().to(device), processor
 
 
@@ -128,9 +112,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise CheckpointError(
-            f"{folder}: the tokenizer files cannot be used ({error}). Copy them from the source again."
-        ) from None
+        fault = f"{folder}: the tokenizer files cannot be used ({error})"
+        raise CheckpointError(f"{fault}. Copy them again.") from None
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -143,51 +126,42 @@ def shard_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}: "
-                f"{', '.join(missing)}."
-            )
+            lacks = f"lacks {len(missing)} of {len(names)} shards named in {index.name}"
+            raise CheckpointError(f"{folder} {lacks}: {', '.join(missing)}.")
         return [folder / name for name in names]
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise CheckpointError(
-            f"{folder} holds no model*.safetensors file. Pickled .bin or .pth weights are not read."
-        )
+        raise CheckpointError(f"{folder} holds no model*.safetensors file; pickled weights are not read.")
     return files
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields official names and tensors of all shards, one at a time."""
     return chain.from_iterable(map(read_shard, shard_files(folder)))
 
 
-def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Yields names and tensors of one safetensors file."""
     try:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
                 yield name, shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({error}). It may be truncated: copy it again."
-        ) from None
+        raise CheckpointError(f"{file} cannot be read ({error}). Is it truncated? Copy it again.") from None
 
 
 def native_state(
-    model: Sa2VA,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    dtype: torch.dtype,
-    source: str = "The checkpoint",
-) -> dict[str, torch.Tensor]:
+    model: Sa2VA, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: str = "The checkpoint"
+) -> dict[str, Tensor]:
     """Builds the model's state dict from official tensors; the error lists all that do not fit."""
     expected = model.state_dict()
-    found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    found: dict[str, dict[int, Tensor]] = defaultdict(dict)
     unknown = []
     for official, tensor in tensors:
-        natives = native_names(official)
         if is_unused(official):
             continue
-        if natives is None or any(name not in expected for name in natives):
+        natives = native_names(official)
+        if natives is None or not expected.keys() >= set(natives):
             unknown.append(official)
             continue
         parts = tensor.chunk(3) if len(natives) == 3 else [tensor] * len(natives)
@@ -204,10 +178,7 @@ def native_state(
     problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
     if any(problems.values()):
         listed = [
-            f"{len(names)} {label}: {'; '.join(names[:3])}"
-            + f"; and {len(names) - 3} more" * (len(names) > 3)
-            for label, names in problems.items()
-            if names
+            f"{len(names)} {label}: {'; '.join(names[:3])}" for label, names in problems.items() if names
         ]
         raise CheckpointError(
             f"{source} does not fit its config.json. {' | '.join(listed)}. "
@@ -223,10 +194,7 @@ def describe_config(config: Sa2VAConfig, processor: Sa2VAProcessor) -> str:
     return f"vision {vision}, LM {llm}, SAM2 {sam2}, tile {config.tile_px} px, [SEG] {processor.seg_token_id}"
 
 
-# ---- Writing
-
-
-def official_tensor(official: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+def official_tensor(official: str, state: dict[str, Tensor]) -> Tensor:
     """Puts one official tensor together from the native state dict."""
     natives, row = native_names(official), _point_row(official)
     if row is not None:
@@ -243,21 +211,20 @@ def save_sa2va(model: Sa2VA, folder: Path) -> None:
     state = model.state_dict()
     names = dict.fromkeys(official for native in state for official in official_names(native))
     tensors = {name: official_tensor(name, state).detach().to("cpu", torch.float32) for name in names}
-    save_tensors(tensors, folder / "model.safetensors")
+    with atomic_write(folder / "model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
-    """Copies a checkpoint to a new folder with the model's weights in place of its own, shard by shard.
+    """Copies a checkpoint with the model's weights in place of its own, shard by shard.
 
-    Files that are not weights and tensors that single images do not use are copied unchanged; the source is
-    only read. Without a `dtype` each tensor keeps its own.
+    Other files and unused tensors are copied unchanged; without a `dtype` each tensor keeps its own.
     """
     shards = shard_files(source)
     needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
     if free < needed * 1.05:
-        raise CheckpointError(
-            f"{target.parent} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed."
-        )
+        place = f"{target.parent} has {free / 1e9:.1f} GB free"
+        raise CheckpointError(f"{place}; {needed / 1e9:.1f} GB are needed.")
     state = model.state_dict()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
     for file in shards:
@@ -265,12 +232,4 @@ def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dty
         for name, original in read_shard(file):
             new = original if is_unused(name) else official_tensor(name, state)
             tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
-        save_tensors(tensors, target / file.name)
-
-
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Writes a safetensors file that appears only when complete, with the metadata in its header."""
-    with atomic_write(path) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"} | (metadata or {}))
+        save_file(tensors, target / file.name, metadata={"format": "pt"})

@@ -1,12 +1,11 @@
 """LoRA adapters on exactly the modules that were meant, by full path, saved in PEFT's own layout.
 
-A suffix such as `q_proj` also names SAM2's attention; every target is therefore listed by its full module
-path, and a match that was not asked for is an error.
+A suffix such as `q_proj` also names SAM2's attention; every target is therefore listed by its full path.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,35 +20,24 @@ from vesselrl.models.checkpoint import read_shard
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
 
-# The parts of the model that a scope may name, by the prefix of their modules. `projector` is the one from
-# [SEG] to SAM2; the vision tower and its own projector stay as they are.
-_PREFIXES = {
-    "language_model": "lm.",
-    "projector": "text_hidden_fcs.",
-    "mask_decoder": "sam.mask_decoder.",
-    "image_encoder": "sam.vision_encoder.",
+# The parts of the model that a scope may name: prefix of their modules, and which of these are adapted.
+# `projector` is the one from [SEG] to SAM2; the vision tower and its own projector stay as they are. The IoU
+# and object heads never receive a gradient (the choice of a mask is an argmax), nor does mask token 0.
+_PARTS = {
+    "language_model": ("lm.", r"model\.layers\.\d+\.(self_attn|mlp)\.(PROJECTIONS)"),
+    "projector": ("text_hidden_fcs.", "[02]"),
+    "mask_decoder": ("sam.mask_decoder.", r"transformer\..+|conv_s[01]|output_hypernetworks_mlps\.[123]\..+"),
+    "image_encoder": ("sam.vision_encoder.", r"backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs.+"),
 }
-SCOPES = tuple(_PREFIXES)
-# The IoU and object heads never receive a gradient (the choice of a mask is an argmax), nor does mask token
-# 0.
-_MASKS, _IMAGES = r"sam\.mask_decoder\.", r"sam\.vision_encoder\."
-_MODULES = {
-    "projector": r"text_hidden_fcs\.[02]",
-    "mask_decoder": _MASKS + r"(transformer\..+|conv_s[01]|output_hypernetworks_mlps\.[123]\..+)",
-    "image_encoder": _IMAGES + r"(backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs\.\d+)",
-}
+SCOPES = tuple(_PARTS)
 
 
 class LoraPreset(NamedTuple):
-    """A LoRA size for the language model; the projections are those of every layer.
-
-    Dropout acts in supervised training only, and slows it down; without it PPO and its supervised control
-    train the same function.
-    """
+    """A LoRA size for the language model; the projections are those of every layer."""
 
     rank: int
     alpha: int
-    dropout: float
+    dropout: float  # in supervised training only; without it PPO and its control train the same function
     projections: tuple[str, ...]
 
 
@@ -61,21 +49,18 @@ LORA_PRESETS = {
 }
 
 
-def check_scope(scope: Iterable[str]) -> None:
+def check_scope(scope: Collection[str]) -> None:
     """Refuses an empty scope and unknown names with a ValueError."""
-    scope = tuple(scope)
     if not scope or set(scope) - set(SCOPES):
-        raise ValueError(
-            f"LoRA scope {list(scope)} is not usable; choose one or more of {', '.join(SCOPES)}."
-        )
+        choices = ", ".join(SCOPES)
+        raise ValueError(f"LoRA scope {list(scope)} is not usable; choose one or more of {choices}.")
 
 
-def target_modules(model: nn.Module, scope: Iterable[str], projections: Iterable[str]) -> list[str]:
+def target_modules(model: nn.Module, scope: Collection[str], projections: Iterable[str]) -> list[str]:
     """Full paths of the modules that LoRA is put on; the projections matter to the language model only."""
-    scope = tuple(scope)
     check_scope(scope)
-    language = rf"lm\.model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(projections)})"
-    wanted = re.compile("|".join((_MODULES | {"language_model": language})[name] for name in scope))
+    patterns = (f"{re.escape(prefix)}({pattern})" for prefix, pattern in (_PARTS[name] for name in scope))
+    wanted = re.compile("|".join(patterns).replace("PROJECTIONS", "|".join(projections)))
     return [
         name
         for name, module in model.named_modules()
@@ -85,11 +70,11 @@ def target_modules(model: nn.Module, scope: Iterable[str], projections: Iterable
 
 def attach_lora(
     model: Sa2VA,
-    scope: Iterable[str],
+    scope: Collection[str],
     projections: Iterable[str],
     rank: int,
     alpha: int,
-    dropout: float = 0.0,
+    dropout: float = 0,
 ) -> PeftModel:
     """Freezes the model and puts LoRA on the modules of the scope, in place."""
     targets = target_modules(model, scope, projections)
@@ -108,13 +93,21 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
             f"{folder / 'adapter_config.json'} describes no LoRA of vesselrl (peft_type "
             f"{config.get('peft_type')!r}); give an adapter that vesselrl has trained."
         )
-    absent = sorted(set(targets) - {name for name, _ in model.named_modules()})
-    if absent:
+    if absent := sorted(set(targets) - {name for name, _ in model.named_modules()}):
         raise CheckpointError(
             f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}; "
             "it was trained on another base model."
         )
-    _check_tensors(folder / "adapter_model.safetensors", targets)
+    # PEFT fills missing tensors at random and ignores unknown ones; here both are errors.
+    file = folder / "adapter_model.safetensors"
+    found = {name for name, _ in read_shard(file)}
+    expected = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
+    if found != expected:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        raise CheckpointError(
+            f"{file} does not fit its adapter_config.json: {len(missing)} tensors missing, {len(unknown)} "
+            f"unknown, such as {(missing + unknown)[0]}. Copy the folder again."
+        )
     model.requires_grad_(False)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
@@ -133,27 +126,11 @@ def check_adapter(folder: Path) -> None:
             )
 
 
-def _check_tensors(file: Path, targets: list[str]) -> None:
-    """PEFT fills missing tensors at random and ignores unknown ones; here both are errors."""
-    found = {name for name, _ in read_shard(file)}
-    expected = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
-    if found != expected:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
-        raise CheckpointError(
-            f"{file} does not fit its adapter_config.json: {len(missing)} tensors missing, {len(unknown)} "
-            f"unknown, such as {(missing + unknown)[0]}. Copy the folder again."
-        )
-
-
 def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
     """Refuses modules that were not meant, and folds the adapters outside the language model."""
     # PEFT shortens long lists to suffixes; the saved adapter must name what it adapts in full.
     peft_model.peft_config["default"].target_modules = set(targets)
-    adapted = {
-        name.removeprefix("base_model.model.").split(".lora_A.")[0]
-        for name, _ in peft_model.named_parameters()
-        if ".lora_A." in name
-    }
+    adapted = set(peft_model.base_model.targeted_module_names)
     extra, missing = sorted(adapted - set(targets)), sorted(set(targets) - adapted)
     trainable = [name for name in adapter_parameters(peft_model) if ".lora_" not in name]
     if extra or missing or trainable:
@@ -181,7 +158,7 @@ def trainable_counts(peft_model: PeftModel) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, parameter in adapter_parameters(peft_model).items():
         module = name.removeprefix("base_model.model.")
-        scope = next((s for s, prefix in _PREFIXES.items() if module.startswith(prefix)), "other")
+        scope = next((s for s, (prefix, _) in _PARTS.items() if module.startswith(prefix)), "other")
         counts[scope] += parameter.numel()
     return {name: counts[name] for name in (*SCOPES, "other") if counts[name]}
 
@@ -198,13 +175,12 @@ def adapter_delta_norm(peft_model: PeftModel, start: dict[str, Tensor]) -> float
 class _Folded:
     """LoRA added to the weight before the product, y = x (W + s B A)ᵀ, not beside it, x Wᵀ + s (x Aᵀ) Bᵀ.
 
-    Value and gradients are the same, the work is not: on SAM2's large feature maps with few channels the
-    small matrix B A costs nothing, while a second path over the activations costs more than the layer itself.
-    In a language model it is the other way round, so there PEFT's own layers stay.
+    Value and gradients are the same, the work is not: on SAM2's large maps with few channels B A is nothing
+    and a second path more than the layer. In a language model it is the other way round: PEFT's layers stay.
     """
 
     def can_fold(self) -> bool:
-        """False where the two forms differ, or a half-precision weight would swallow a small adapter."""
+        """False where the forms differ, or a half-precision weight would swallow a small adapter."""
         return not (self.merged or self.disable_adapters) and all(
             self.base_layer.weight.dtype == self.lora_A[name].weight.dtype
             and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
@@ -218,27 +194,17 @@ class _Folded:
         weight = sum((self.get_delta_weight(name) for name in self.active_adapters), layer.weight)
         if isinstance(layer, nn.Linear):
             return functional.linear(x, weight, layer.bias)
-        return functional.conv2d(
-            x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        return functional.conv2d(x, weight, layer.bias, *geometry)
 
 
-class FoldedLinear(_Folded, lora.Linear):
-    """PEFT's LoRA on `nn.Linear`, folded."""
+_FOLDED = {
+    layer: type(f"Folded{layer.__name__}", (_Folded, layer), {}) for layer in (lora.Linear, lora.Conv2d)
+}
 
 
-class FoldedConv2d(_Folded, lora.Conv2d):
-    """PEFT's LoRA on `nn.Conv2d`, folded."""
-
-
-def fold_adapters(peft_model: PeftModel) -> int:
-    """Turns the LoRA layers outside the language model into folded ones, in place; returns how many."""
-    folded = {lora.Linear: FoldedLinear, lora.Conv2d: FoldedConv2d}
-    layers = [
-        layer
-        for name, layer in peft_model.named_modules()
-        if type(layer) in folded and ".lm." not in f".{name}."
-    ]
-    for layer in layers:
-        layer.__class__ = folded[type(layer)]
-    return len(layers)
+def fold_adapters(peft_model: PeftModel) -> None:
+    """Turns the LoRA layers outside the language model into folded ones, in place."""
+    for name, layer in peft_model.named_modules():
+        if type(layer) in _FOLDED and ".lm." not in f".{name}.":
+            layer.__class__ = _FOLDED[type(layer)]

@@ -1,7 +1,7 @@
 """A random Sa2VA small enough for tests: same classes, same file layout, same geometry as the published ones.
 
-Those see a 512-px image as one 448-px tile and, for SAM2, at twice its side with a mask grid of half of it.
-The embedded miniature keeps these ratios for 256-px images, the debug shape below for 64-px images.
+Those see a 512-px image as one 448-px tile and, for SAM2, at twice its side. The embedded miniature keeps
+these ratios for 256-px images, the debug shape below for 64-px images.
 """
 
 import tempfile
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vesselrl.experiment.run_folder import write_json, write_text
 from vesselrl.models.checkpoint import save_sa2va
@@ -20,29 +21,14 @@ _SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> "
     "<box> </box> [SEG] <p> </p> <vp> </vp>"
 ).split()
+_VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_PIXELS = {"image_size": 56, "patch_size": 14, "initializer_factor": 0.1}
+_LLM = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_TEXT = {"vocab_size": 256 + len(_SPECIAL), "max_position_embeddings": 4096, "rope_theta": 1e6}
 # The smallest shape with every kind of layer.
 DEBUG_CONFIG = Sa2VAConfig(
-    vision={
-        "architectures": ["InternVisionModel"],
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "image_size": 56,
-        "patch_size": 14,
-        "initializer_factor": 0.1,
-    },
-    llm={
-        "architectures": ["Qwen2ForCausalLM"],
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": 256 + len(_SPECIAL),
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e6,
-    },
+    vision={"architectures": ["InternVisionModel"]} | _VISION | _PIXELS,
+    llm={"architectures": ["Qwen2ForCausalLM"]} | _LLM | {"intermediate_size": 96} | _TEXT,
     sam2=Sam2Dimensions(
         image_size=128,
         embed_dim_per_stage=(8, 16, 32, 64),
@@ -64,13 +50,9 @@ def random_sa2va(seed: int = 0, config: Sa2VAConfig = DEBUG_CONFIG) -> Sa2VA:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Sa2VA(config)
-        sam, embeddings = model.sam, model.vision.embeddings
-        for parameter in (
-            sam.vision_encoder.backbone.pos_embed,
-            sam.no_memory_embedding,
-            embeddings.cls_token,
-            embeddings.position_embeddings,
-        ):
+        sam, vision = model.sam, model.vision.embeddings
+        sam_tokens = sam.vision_encoder.backbone.pos_embed, sam.no_memory_embedding
+        for parameter in (*sam_tokens, vision.cls_token, vision.position_embeddings):
             torch.nn.init.trunc_normal_(parameter, std=0.02)
     model.image_token_id, model.seg_token_id = (256 + _SPECIAL.index(t) for t in ("<IMG_CONTEXT>", "[SEG]"))
     # One positional matrix in two places, as in the official checkpoint.
@@ -100,16 +82,9 @@ def write_tokenizer(folder: Path) -> None:
     decoder = {str(index): {"content": token, **flags} for token, index in ids.items()}
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     names = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder, "add_prefix_space": False}
-    write_json(folder / "vocab.json", {character: byte for byte, character in enumerate(_byte_characters())})
+    characters = bytes_to_unicode()
+    write_json(folder / "vocab.json", {characters[byte]: byte for byte in range(256)})
     write_text(folder / "merges.txt", "#version: 0.2\n")
     write_json(folder / "added_tokens.json", ids)
     write_json(folder / "tokenizer_config.json", names | special)
     write_json(folder / "special_tokens_map.json", special)
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE vocabularies, by byte value."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + k) for k, byte in enumerate(rest)}
-    return [table[byte] for byte in range(256)]

@@ -1,8 +1,7 @@
 """Images and a prompt to model inputs, bit for bit as the official Sa2VA does it.
 
-The language model sees the image as tiles (the grid whose aspect ratio fits best, plus a thumbnail); SAM2
-sees the whole image resized to its square, aspect ratio not kept. The answer is teacher-forced, so that one
-forward pass gives the hidden state at every [SEG].
+The language model sees tiles and a thumbnail; SAM2 sees the image resized to its square, aspect ratio not
+kept. The answer is teacher-forced, so that one forward pass gives the hidden state at every [SEG].
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +22,6 @@ DEFAULT_PROMPT = "Please segment the blood vessel."
 ANSWER = "Sure, [SEG]."
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 SEG_TOKEN = "[SEG]"
-MAX_TILES = 12
 
 
 @dataclass
@@ -39,31 +37,22 @@ class Sa2VAInputs:
 
     def to(self, device: torch.device | str) -> "Sa2VAInputs":
         """The same batch on another device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        moved = {k: value.to(device) for k, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
     def image(self, index: int) -> "Sa2VAInputs":
         """One image of the batch, without padding."""
         one = slice(index, index + 1)
         first, length = sum(self.num_tiles[:index]), int(self.attention_mask[index].sum())
-        return Sa2VAInputs(
-            tiles=self.tiles[first : first + self.num_tiles[index]],
-            input_ids=self.input_ids[one, :length],
-            attention_mask=self.attention_mask[one, :length],
-            sam_pixels=self.sam_pixels[one],
-            sizes=self.sizes[one],
-            num_tiles=self.num_tiles[one],
-        )
+        tiles = self.tiles[first : first + self.num_tiles[index]]
+        text = self.input_ids[one, :length], self.attention_mask[one, :length]
+        return Sa2VAInputs(tiles, *text, self.sam_pixels[one], self.sizes[one], self.num_tiles[one])
 
 
-def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = MAX_TILES) -> tuple[int, int]:
-    """Columns and rows of the tile grid for an image.
+def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = 12) -> tuple[int, int]:
+    """Columns and rows of the grid of at most `max_tiles` tiles whose ratio is closest to width / height.
 
-    The grid of at most `max_tiles` tiles whose ratio columns / rows is closest to width / height; on an exact
-    tie the larger grid wins only where the image has more than half of the pixels that the grid offers.
-
-    >>> tile_grid(512, 512, 448), tile_grid(640, 480, 448)
-    ((1, 1), (4, 3))
+    On an exact tie the larger grid wins where the image has more than half of the pixels that it offers.
     """
     grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
     best, best_gap = (1, 1), float("inf")
@@ -112,9 +101,8 @@ class Sa2VAProcessor:
             raise ValueError(f"The answer {answer!r} has no {SEG_TOKEN}; without it there is no mask.")
         for index, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(
-                    f"Image {index} is {image.dtype} {image.shape}; uint8 RGB (H, W, 3) is needed."
-                )
+                got = f"Image {index} is {image.dtype} {image.shape}"
+                raise ValueError(f"{got}; uint8 RGB (H, W, 3) is needed.")
         pictures = [Image.fromarray(image) for image in images]
         tiles = [cut_tiles(picture, self.config.tile_px) for picture in pictures]
         rows = [self._token_ids(prompt, answer, len(tiles_of_image)) for tiles_of_image in tiles]
@@ -145,7 +133,7 @@ class Sa2VAProcessor:
         ids = self._encode(token)
         if len(ids) != 1:
             raise CheckpointError(
-                f"The tokenizer splits {token!r} into {len(ids)} tokens; its added_tokens.json does not "
-                "belong to a Sa2VA. Copy the tokenizer files of the checkpoint again."
+                f"The tokenizer splits {token!r} into {len(ids)} tokens and is no Sa2VA's. "
+                "Copy the tokenizer files of the checkpoint again."
             )
         return ids[0]

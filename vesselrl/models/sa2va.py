@@ -1,11 +1,10 @@
 """Sa2VA composed from transformers' own modules: InternViT, a projector, Qwen2 and SAM2.
 
 One teacher-forced pass: image tokens and text go through the language model, the last hidden state at each
-[SEG] becomes a prompt token of SAM2's mask decoder, and the mask logits are brought to the image's own size.
-Everything is differentiable and nothing calls `generate`. The parts can be run one by one, so that an image
-is encoded once and decoded many times.
+[SEG] becomes a prompt token of SAM2's mask decoder. Everything is differentiable, nothing calls `generate`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -111,47 +110,37 @@ class DecodedMasks(NamedTuple):
 
 
 class _NoPositions(nn.Module):
-    """In place of the position maps of SAM2's image encoder.
-
-    Only SAM2's video memory reads them; making them anew for every image took a sixth of the encoder's time.
-    """
+    """Stands for the slow position maps of SAM2's image encoder, which only its video memory reads."""
 
     def forward(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.empty(0, dtype=dtype, device=device)
 
 
 class Sa2VA(nn.Module):
-    """The whole model; see the module's docstring for the path of one image.
+    """The whole model, whose parts can be run one by one: an image is encoded once and decoded many times.
 
-    Attributes:
-        vision: InternViT tower. projector: pixel-shuffled patches to language tokens (official `mlp1`).
-        lm: language model. text_hidden_fcs: [SEG] state to SAM2 prompt. sam: SAM2.
+    `projector` takes pixel-shuffled patches to language tokens, `text_hidden_fcs` a [SEG] state to a prompt.
     """
 
     def __init__(self, config: Sa2VAConfig) -> None:
         super().__init__()
         self.config = config
         vision, llm = config.native_vision(), config.native_llm()
+        hidden = llm.hidden_size
         self.shuffle_factor = round(1 / config.downsample_ratio)
         shuffled = vision.hidden_size * self.shuffle_factor**2
         self.vision = InternVLVisionModel(vision)
         self.projector = nn.Sequential(
-            nn.LayerNorm(shuffled),
-            nn.Linear(shuffled, llm.hidden_size),
-            nn.GELU(),
-            nn.Linear(llm.hidden_size, llm.hidden_size),
+            nn.LayerNorm(shuffled), nn.Linear(shuffled, hidden), nn.GELU(), nn.Linear(hidden, hidden)
         )
         self.lm = Qwen2ForCausalLM(llm)
         self.text_hidden_fcs = nn.Sequential(
-            nn.Linear(llm.hidden_size, llm.hidden_size),
-            nn.ReLU(),
-            nn.Linear(llm.hidden_size, config.sam2.hidden_size),
+            nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.sam2.hidden_size)
         )
         self.sam = Sam2Model(config.sam2.native())
         self.sam.vision_encoder.neck.position_encoding = _NoPositions()
-        # Set by the loader, which knows the tokenizer: ids of <IMG_CONTEXT> and [SEG].
-        self.image_token_id = -1
-        self.seg_token_id = -1
+        # Ids of <IMG_CONTEXT> and [SEG], set by the loader, which knows the tokenizer.
+        self.image_token_id = self.seg_token_id = -1
 
     @property
     def device(self) -> torch.device:
@@ -167,40 +156,28 @@ class Sa2VA(nn.Module):
         """(T, tokens, hidden): the language model's view of T tiles."""
         dtype = next(self.vision.parameters()).dtype
         patches = self.vision(tiles.to(dtype)).last_hidden_state[:, 1:]
-        side = round(patches.shape[1] ** 0.5)
-        grid = pixel_shuffle(patches.unflatten(1, (side, side)), self.shuffle_factor)
-        return self.projector(grid.flatten(1, 2))
+        # The pixel shuffle `v2`: the channels of a token go by row and column in its f x f patches, then C.
+        factor, side = self.shuffle_factor, round(patches.shape[1] ** 0.5)
+        blocks = patches.unflatten(1, (side // factor, factor, side // factor, factor)).transpose(2, 3)
+        return self.projector(blocks.flatten(3).flatten(1, 2))
 
     def seg_prompts(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, C) prompt tokens for SAM2, from the hidden state at each of the P [SEG] tokens."""
-        dtype = next(self.text_hidden_fcs.parameters()).dtype
-        return self.text_hidden_fcs(self.seg_states(inputs).to(dtype))
+        return self.text_hidden_fcs(self.seg_states(inputs).to(self.text_hidden_fcs[0].weight.dtype))
 
     def seg_states(self, inputs: Sa2VAInputs) -> Tensor:
-        """(B, P, hidden): last hidden state, after the final norm, where [SEG] is the input token.
-
-        Raises:
-            ValueError: image tokens do not match the tiles, or images differ in their number of [SEG].
-        """
+        """(B, P, hidden): last hidden state, after the final norm, where [SEG] is the input token."""
         ids = inputs.input_ids
         embeds = self.lm.get_input_embeddings()(ids)
         image_tokens = self.image_tokens(inputs.tiles).flatten(0, 1)
         is_image = ids == self.image_token_id
-        if int(is_image.sum()) != len(image_tokens):
-            raise ValueError(
-                f"The text has {int(is_image.sum())} image tokens but the tiles give {len(image_tokens)}; "
-                "use the processor of the same checkpoint."
-            )
+        if (count := int(is_image.sum())) != len(image_tokens):
+            fault = f"The text has {count} image tokens but the tiles give {len(image_tokens)}"
+            raise ValueError(f"{fault}; use the processor of the same checkpoint.")
         embeds = embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
-        hidden = self.lm.model(
-            inputs_embeds=embeds, attention_mask=inputs.attention_mask, use_cache=False
-        ).last_hidden_state
+        output = self.lm.model(inputs_embeds=embeds, attention_mask=inputs.attention_mask, use_cache=False)
+        hidden = output.last_hidden_state
         is_seg = ids == self.seg_token_id
-        per_image = is_seg.sum(1)
-        if int(per_image.min()) == 0 or int(per_image.min()) != int(per_image.max()):
-            raise ValueError(
-                f"Images of one batch need the same number of [SEG] tokens, got {per_image.tolist()}."
-            )
         return hidden[is_seg].view(len(ids), -1, hidden.shape[-1])
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
@@ -210,7 +187,7 @@ class Sa2VA(nn.Module):
 
     def decode(self, features: ImageFeatures, prompts: Tensor) -> DecodedMasks:
         """The mask decoder, any number of times per encoded image; prompts (B, P, C)."""
-        sam = self.sam
+        sam, conv_s0, conv_s1 = self.sam, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1
         batch, num_prompts, channels = prompts.shape
         no_points = prompts.new_zeros(batch, num_prompts, 1, 2)
         padding = torch.full((batch, num_prompts, 1), -1, dtype=torch.int32, device=prompts.device)
@@ -223,22 +200,9 @@ class Sa2VA(nn.Module):
             sparse_prompt_embeddings=torch.cat([sparse, prompts[:, :, None]], dim=2),
             dense_prompt_embeddings=dense,
             multimask_output=True,
-            high_resolution_features=[
-                sam.mask_decoder.conv_s0(features.high),
-                sam.mask_decoder.conv_s1(features.mid),
-            ],
+            high_resolution_features=[conv_s0(features.high), conv_s1(features.mid)],
         )
         return DecodedMasks(logits, iou)
-
-
-def pixel_shuffle(grid: Tensor, factor: int) -> Tensor:
-    """(T, H, W, C) patches to (T, H / f, W / f, C · f²) tokens, as the official `ps_version` v2.
-
-    The channels of a token are ordered by row and column inside the block of f x f patches, then C.
-    """
-    count, height, width, channels = grid.shape
-    blocks = grid.view(count, height // factor, factor, width // factor, factor, channels)
-    return blocks.permute(0, 1, 3, 2, 4, 5).reshape(count, height // factor, width // factor, -1)
 
 
 def upsample(low_res: Tensor, sizes: tuple[tuple[int, int], ...], sam_px: int) -> list[Tensor]:
@@ -246,10 +210,7 @@ def upsample(low_res: Tensor, sizes: tuple[tuple[int, int], ...], sam_px: int) -
 
     Bilinear in two steps, over S x S, as official inference does: one step would move logits by up to 0.9.
     """
-
-    def resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-        return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
+    resize = partial(functional.interpolate, mode="bilinear", align_corners=False)
     full = resize(low_res.float(), (sam_px, sam_px))
     if len(set(sizes)) == 1:
         return list(resize(full, sizes[0]).amax(1).unbind(0))
