@@ -56,14 +56,10 @@ class Augmentation:
             raise ValueError(f"border is {self.border!r}. Choose one of {', '.join(BORDERS)}.")
 
     def __str__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {
-            field.name: values[field.name] for field in fields(self) if values[field.name] != field.default
-        }
-        return (
-            ", ".join(name if value is True else f"{name} {value}" for name, value in changed.items())
-            or "none"
-        )
+        values = [(field, getattr(self, field.name)) for field in fields(self)]
+        changed = {field.name: value for field, value in values if value != field.default}
+        words = [name if value is True else f"{name} {value}" for name, value in changed.items()]
+        return ", ".join(words) or "none"
 
     @property
     def is_none(self) -> bool:
@@ -106,16 +102,11 @@ def augment(
         seed: from 0, of the run.
         epoch: from 0.
         index: from 0, the number of the sample in its data set (not in the epoch's order).
-
-    Raises:
-        ValueError: image and mask differ in size, or are no image and mask.
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"augment needs a uint8 image of shape {(*mask.shape, 3)} for its mask: got {image.dtype} "
-            f"{image.shape}. Load both through the data set."
-        )
+        need = f"a uint8 image of shape {(*mask.shape, 3)} for its mask: got {image.dtype} {image.shape}"
+        raise ValueError(f"augment needs {need}. Load both through the data set.")
     if plan.is_none:
         return image, mask
     place, bend, light, grain = np.random.default_rng([_STREAM, seed, epoch, index]).spawn(4)
@@ -128,7 +119,15 @@ def augment(
         places = _source_places(mask.shape, angle, factor, plan.elastic_px, bend)
         image = _read(image, places, plan.border)
         mask = _read(mask.view(np.uint8) * np.uint8(255), places, plan.border) >= 128
-    return _add_noise(_blur(_change_grey(image, plan, light), plan, light), plan, grain), mask
+    image = _change_grey(image, plan, light)
+    sigma = plan.blur_px * light.uniform() * min(mask.shape) / UNIT_PX
+    if sigma >= 0.2:  # less is a kernel of one pixel
+        image = cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+    sigma = 255 * plan.noise * grain.uniform()
+    if sigma > 0:
+        noise = grain.standard_normal(mask.shape, dtype=np.float32) * np.float32(sigma)
+        image = cv2.add(image, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
+    return image, mask
 
 
 def _source_places(
@@ -165,19 +164,3 @@ def _change_grey(image: np.ndarray, plan: Augmentation, rng: np.random.Generator
     mean = curve @ np.bincount(image.ravel(), minlength=256) / image.size
     curve = mean + factor * (curve - mean)
     return cv2.LUT(image, np.round(255 * curve.clip(0, 1)).astype(np.uint8))
-
-
-def _blur(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    sigma = plan.blur_px * rng.uniform() * min(image.shape[:2]) / UNIT_PX
-    if sigma < 0.2:  # a kernel of one pixel
-        return image
-    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
-
-
-def _add_noise(image: np.ndarray, plan: Augmentation, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise, the same in the three channels."""
-    sigma = 255 * plan.noise * rng.uniform()
-    if sigma == 0:
-        return image
-    grain = rng.standard_normal(image.shape[:2], dtype=np.float32) * np.float32(sigma)
-    return cv2.add(image, cv2.merge([grain, grain, grain]), dtype=cv2.CV_8U)

@@ -1,12 +1,8 @@
 """Easy images first: how hard each sample is, and which samples are open in which epoch.
 
-Three things make a vessel tree hard to segment, all measured on the truth; each becomes a rank over the data
-set, from 0 (easiest) to 1 (hardest):
-
-    difficulty = rank of faintness / 2 + rank of thinness / 4 + rank of tortuosity / 4
-
-Contrast counts twice, because it says by far the most about how well a model segments an image. A sample
-without any vessel has the difficulty 1: shown early, it would teach to find nothing.
+Difficulty = rank of faintness / 2 + rank of thinness / 4 + rank of tortuosity / 4, ranks over the data set
+from 0 (easiest) to 1; contrast says most about how well a model segments an image, so it counts twice. Without
+any vessel it is 1: shown early, such a sample would teach to find nothing.
 """
 
 import math
@@ -53,9 +49,6 @@ def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
     Args:
         image: uint8 (H, W, 3).
         mask: bool (H, W).
-
-    Raises:
-        ValueError: image and mask differ in size.
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3):
@@ -78,9 +71,7 @@ def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
     share = cv2.blur(ring.astype(np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)
     total = cv2.blur(np.where(ring, grey, 0).astype(np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)
     known = mask & (share > 0.5 / side**2)
-    if not known.any():
-        return 0.0
-    return float(abs((total[known] / share[known] - grey[known]).mean())) / 255
+    return float(abs((total[known] / share[known] - grey[known]).mean())) / 255 if known.any() else 0.0
 
 
 def _tortuosity(skeleton: np.ndarray, unit: float) -> float:
@@ -116,12 +107,8 @@ def _branches(skeleton: np.ndarray, shortest: int) -> Iterator[np.ndarray]:
 
 def rate_difficulty(measures: Sequence[Measures]) -> list[float]:
     """The difficulty of each sample in [0, 1], by ranks over all with vessels; a single one has 0."""
-    vessels = [one for one in measures if one.width_px is not None]
-    columns = (
-        [-one.contrast for one in vessels],
-        [-one.width_px for one in vessels],
-        [v.tortuosity for v in vessels],
-    )
+    vessels = [(-one.contrast, -one.width_px, one.tortuosity) for one in measures if one != Measures()]
+    columns = np.reshape(vessels, (-1, 3)).T
     faint, thin, winding = ((rankdata(values) - 1) / max(1, len(values) - 1) for values in columns)
     known = iter(((2 * faint + thin + winding) / 4).tolist())
     return [1.0 if one.width_px is None else round(next(known), 6) for one in measures]
@@ -130,10 +117,7 @@ def rate_difficulty(measures: Sequence[Measures]) -> list[float]:
 def difficulty_table(
     samples: Sequence[Sample], load: Callable[[Sample], tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, dict[str, float | None]]:
-    """Difficulty and measures of every sample by its key, ready for JSON; `calibre_px` is the vessel width.
-
-    `load` gives image uint8 (H, W, 3) and mask bool (H, W) of a sample, not augmented.
-    """
+    """Difficulty and measures of each sample by its key, ready for JSON; `calibre_px` is the vessel width."""
     found = [measure(*load(sample)) for sample in samples]
     names = ("difficulty", "calibre_px", *Measures._fields[1:])
     rows = zip(samples, rate_difficulty(found), found, strict=True)
@@ -144,14 +128,13 @@ def open_samples(difficulties: Sequence[float], epoch: int, num_epochs: int) -> 
     """Indices, ascending, of the samples that an epoch may use: the easiest share, until all are open.
 
     share(epoch) = 0.4 + 0.6 · (epoch − 1) / (num_epochs // 2), at most 1; their number is rounded up.
-    Equal difficulties open in the order of their indices. Epochs count from 1; any below is a ValueError.
+    Equal difficulties open in the order of their indices. Epochs count from 1.
 
     >>> [open_samples([0.9, 0.1, 0.5, 0.3], epoch, num_epochs=4) for epoch in (1, 2, 3)]
     [[1, 3], [1, 2, 3], [0, 1, 2, 3]]
     """
-    for name, number in (("epoch", epoch), ("num_epochs", num_epochs)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}. Epochs are counted from 1.")
+    if epoch < 1:
+        raise ValueError(f"epoch is {epoch}. Epochs are counted from 1.")
     half = num_epochs // 2
     share = 1.0 if epoch > half else FIRST_SHARE + (1 - FIRST_SHARE) * (epoch - 1) / half
     num_open = math.ceil(round(share * len(difficulties), 6))

@@ -30,11 +30,6 @@ class VesselDataset(Dataset):
 
     Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
     copy: changing it changes nothing here.
-
-    Args:
-        samples: what to load, in this order.
-        augmentation: how `augmented` changes images; by default not at all.
-        seed: decides, with epoch and index, how each image is changed.
     """
 
     def __init__(
@@ -78,11 +73,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def contact_sheet(items: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
     """Images in rows, the outline of the mask on each, its key below: uint8 (H, W, 3), RGB, on white.
 
-    Args:
-        items: (key, image uint8 (H, W, 3), mask bool (H, W)); the key is a pseudonym such as P001_S1_F0011.
-
-    Raises:
-        ValueError: no items, sizes that differ, or a key that is no pseudonym (a sheet must show no name).
+    Items are (key, image uint8 (H, W, 3), mask bool (H, W)); a key that is no pseudonym is a ValueError.
     """
     if not items:
         raise ValueError("There is nothing to show: got 0 images. Give at least one (key, image, mask).")
@@ -106,17 +97,8 @@ def write_contact_sheet(
     """Writes a PNG with training images of a split, as the first epoch shows them.
 
     It shows those that `--max_train_samples` would keep. With fewer than three patients there is no split,
-    and the images are chosen from all.
-
-    Args:
-        data_root: data set.
-        output: PNG file.
-        num_images: how many, chosen round the patients.
-        augment: name of the plan, none, light or strong.
-        seed: of the augmentation.
-        split_seed: of the split and the choice of images.
-        stratified: whether the split is stratified by foreground, as for all but the built-in data.
-        **names: patient_pattern and patient_aliases.
+    and the images are chosen from all. `stratified`: whether the split is stratified by foreground, as for
+    all but the built-in data; `names`: patient_pattern and patient_aliases.
     """
     samples = find_samples(data_root, **names)
     if len({sample.patient for sample in samples}) >= 3:
@@ -146,10 +128,8 @@ def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarr
         raise ValueError(f"The caption of image {place} is no pseudonym. Use the key of its sample.")
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"{key}: a uint8 image of shape {(*mask.shape, 3)} belongs to this mask: got {image.dtype} "
-            f"{image.shape}. Give image and mask of one size."
-        )
+        what = f"a uint8 image of shape {(*mask.shape, 3)} belongs to this mask"
+        raise ValueError(f"{key}: {what}: got {image.dtype} {image.shape}. Give both in one size.")
     factor = TILE_PX / max(mask.shape)
     size = [max(1, round(side * factor)) for side in mask.shape[::-1]]
     smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC

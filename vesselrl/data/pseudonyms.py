@@ -1,7 +1,7 @@
 """Pseudonyms such as P001_S1_F0011, and the mapping file, which alone knows what each stands for.
 
 It keeps every key that was ever given out. Numbers follow SHA-256(salt + person), so that who knows the
-patients cannot tell P007; the salt is a hash of all file names, so that two copies of the data have equal keys.
+patients cannot tell P007; the salt is a hash of all file names, so that two copies of the data agree.
 """
 
 import hashlib

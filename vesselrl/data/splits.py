@@ -90,9 +90,8 @@ def split_by_patient(
     what = f"The data has {len(groups)} {'image' if unit == 'frame' else 'patient'}s"
     if len(groups) < 3:
         advice = "" if unit == "frame" else " Add patients, or give a patient_pattern that tells them apart."
-        raise DataError(
-            f"{what} ({len(samples)} images). Training, validation and test need one each and share none.{advice}"
-        )
+        need = "Training, validation and test need one each and share none."
+        raise DataError(f"{what} ({len(samples)} images). {need}{advice}")
     if fold is not None and len(groups) < max(fold[1], 4 if fold[1] == 2 else 3):
         raise DataError(f"{what}, too few for {fold[1]} folds. Ask for {len(groups)} folds.")
     sizes = {name: len(group) for name, group in groups.items()}

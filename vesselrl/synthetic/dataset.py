@@ -1,15 +1,16 @@
 """Synthetic coronary angiograms with exact masks, for tests, the demo and a first run without data.
 
 One patient is one anatomy and exposure, a sequence is one view of that patient, and its frames differ by
-heart beat, filling with contrast agent and noise. The random numbers of a frame depend on (seed, name of the
-domain, patient, sequence, frame) and on nothing else.
+heart beat, filling and noise, by random numbers of (seed, domain, patient, sequence, frame) alone.
 """
 
 import hashlib
 import json
 import logging
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -89,9 +90,7 @@ def write_dataset(
     - nested: `annotations.json` with polygons one level deeper and the text as one string; no `masks/`;
     - masks: `masks/<stem>.png` (0/255).
 
-    Raises:
-        FileExistsError: `root` holds something else; the message names the settings that differ.
-        ValueError: a number below 1, an unknown layout, or a size that cannot be drawn.
+    Anything else in `root` is a FileExistsError that names the settings that differ.
     """
     counts = {"num_patients": num_patients, "num_sequences": num_sequences, "num_frames": num_frames}
     if layout not in LAYOUTS:
@@ -112,12 +111,11 @@ def write_dataset(
         if layout != "nested":
             (partial / "masks").mkdir()
         records = []
-        for patient in range(1, num_patients + 1):
-            for sequence in range(1, num_sequences + 1):
-                frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
-                records += _write_sequence(
-                    partial, layout, frames, _stems(seed, patient, sequence, num_frames)
-                )
+        for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
+            frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
+            stems = _stems(seed, patient, sequence, num_frames)
+            for (image, mask), stem in zip(frames, stems, strict=True):
+                records.append(_write_frame(partial, layout, image, mask, stem))
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -132,9 +130,7 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     try:
         found = json.loads((root / "synthetic.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileExistsError(
-            f"{root} exists and has no synthetic.json, so it is no synthetic data set. {advice}"
-        ) from None
+        raise FileExistsError(f"{root} has no synthetic.json, so it is no such data set. {advice}") from None
     different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
     if different:
         there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)
@@ -144,32 +140,28 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
         raise FileExistsError(f"{root} holds {num_found} images where {num_images} were written. {advice}")
 
 
-def _stems(seed: int, patient: int, sequence: int, num_frames: int) -> list[str]:
+def _stems(seed: int, patient: int, sequence: int, num_frames: int) -> Iterator[str]:
     """File names without ending, as an export has them; the person and the numbers are made up."""
     rng = np.random.default_rng([seed, patient, sequence])
     code, number = f"{int(rng.integers(2**32)):08X}", int(rng.integers(3, 14))
-    stems = []
     for _ in range(num_frames):
-        stems.append(f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}")
+        yield f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}"
         number += int(rng.integers(1, 4))
-    return stems
 
 
-def _write_sequence(
-    root: Path, layout: str, frames: list[tuple[np.ndarray, np.ndarray]], stems: list[str]
-) -> list[dict]:
-    """Writes the files of one sequence and returns its annotation records."""
-    records = []
-    for (image, mask), stem in zip(frames, stems, strict=True):
-        Image.fromarray(image[:, :, 0]).save(root / "images" / f"{stem}.jpg", quality=95)
-        if layout != "nested":
-            ending = ".png" if layout == "masks" else "_mask.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"{stem}{ending}")
-        polygons = [] if layout == "masks" else [p.ravel().tolist() for p in mask_to_polygons(mask)]
-        nested = layout == "nested"
-        label = {"mask": [polygons] if nested else polygons, "text": PROMPT if nested else [PROMPT]}
-        records.append({"image": f"{stem}.jpg"} | label)
-    return records
+def _write_frame(root: Path, layout: str, image: np.ndarray, mask: np.ndarray, stem: str) -> dict:
+    """Writes the files of one frame and returns its annotation record."""
+    Image.fromarray(image[:, :, 0]).save(root / "images" / f"{stem}.jpg", quality=95)
+    if layout != "nested":
+        ending = ".png" if layout == "masks" else "_mask.png"
+        Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"{stem}{ending}")
+    if layout == "masks":
+        return {}
+    polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
+    label = (
+        {"mask": [polygons], "text": PROMPT} if layout == "nested" else {"mask": polygons, "text": [PROMPT]}
+    )
+    return {"image": f"{stem}.jpg"} | label
 
 
 def draw_sequence(
@@ -177,13 +169,7 @@ def draw_sequence(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draws (image uint8 (size, size, 3), mask bool (size, size)) of the first frames of one sequence.
 
-    Args:
-        domain: `SOURCE`, `TARGET`, or a variation of them by `dataclasses.replace`.
-        patient: number of the patient, from 1.
-        sequence: number of the sequence, from 1.
-        num_frames: how many; a frame is the same however many are drawn.
-        size: side of the square image in px, a multiple of 4 from 64.
-        seed: seed of the whole data set.
+    A frame is the same however many are drawn; patients and sequences are counted from 1.
 
     >>> image, mask = draw_sequence(TARGET, patient=1, sequence=1, num_frames=1, size=64)[0]
     >>> image.shape, image.dtype.name, mask.shape, mask.dtype.name
