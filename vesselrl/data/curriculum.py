@@ -1,12 +1,12 @@
 """Easy images first: how hard each sample is, and which samples are open in which epoch.
 
 Difficulty = rank of faintness / 2 + rank of thinness / 4 + rank of tortuosity / 4, ranks over the data set
-from 0 (easiest) to 1; contrast says most about how well a model segments an image, so it counts twice. Without
-any vessel it is 1: shown early, such a sample would teach to find nothing.
+from 0 (easiest) to 1; contrast counts twice, because it says most about how well an image is segmented. An
+empty mask has difficulty 1: shown early, it would teach to find nothing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -37,7 +37,7 @@ class Measures(NamedTuple):
 
 
 def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
-    """Measures the vessels that a mask marks, in px of an image whose shorter side has 512 px.
+    """Measures the vessels of a mask (H, W) in an image (H, W, 3), in px where the shorter side has 512 px.
 
     - Width: median along the centreline of 2 · d − 1, with d the largest distance to the background among the
       pixel and its eight neighbours; outside the image is background.
@@ -45,10 +45,6 @@ def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
       the background 1 to 8 px beside any vessel and at most 24 px from the pixel; 0 without any.
     - Tortuosity: Σ arc / Σ chord over the branches between junctions, of those with 16 px or more; 1 is
       straight, or without any. Of a closed branch one half counts.
-
-    Args:
-        image: uint8 (H, W, 3).
-        mask: bool (H, W).
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3):
@@ -75,34 +71,29 @@ def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
 
 
 def _tortuosity(skeleton: np.ndarray, unit: float) -> float:
-    step = max(1, round(_STEP_PX * unit))
-    total_arc = total_chord = 0.0
-    for path in _branches(skeleton, math.ceil(_SHORTEST_BRANCH_PX * unit)):
-        corners = np.concatenate([path[:-1:step], path[-1:]])
-        total_arc += np.hypot(*np.diff(corners, axis=0).T).sum()
-        total_chord += np.hypot(*(path[-1] - path[0]))
-    return float(total_arc / total_chord) if total_chord > 0 else 1.0
-
-
-def _branches(skeleton: np.ndarray, shortest: int) -> Iterator[np.ndarray]:
-    """The pixels (N, 2) of each branch between junctions, from end to end; of a ring one half."""
     pixels = skeleton.astype(np.uint8)
     num_neighbours = cv2.filter2D(pixels, -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT) - pixels
-    places = np.argwhere(skeleton & (num_neighbours <= 2))
+    places = np.argwhere(skeleton & (num_neighbours <= 2))  # without the junctions
     if len(places) == 0:
-        return
+        return 1.0
     pairs = KDTree(places).query_pairs(1.5, output_type="ndarray")  # neighbours are 1 or 1.41 px apart
     pairs = np.concatenate([pairs, pairs[:, ::-1]])
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(places), len(places))).tocsr()
     _, numbers = connected_components(graph, directed=False)
     _, firsts, sizes = np.unique(numbers, return_index=True, return_counts=True)
-    for first in firsts[sizes >= shortest]:
+    step = max(1, round(_STEP_PX * unit))
+    total_arc = total_chord = 0.0
+    for first in firsts[sizes >= math.ceil(_SHORTEST_BRANCH_PX * unit)]:
         end = breadth_first_order(graph, first, return_predecessors=False)[-1]
         order, previous = breadth_first_order(graph, end)
-        path = [order[-1]]
-        while path[-1] != end:
-            path.append(previous[path[-1]])
-        yield places[path]
+        steps = [order[-1]]  # from end to end of the branch; half of a ring
+        while steps[-1] != end:
+            steps.append(previous[steps[-1]])
+        path = places[steps]
+        corners = np.concatenate([path[:-1:step], path[-1:]])
+        total_arc += np.hypot(*np.diff(corners, axis=0).T).sum()
+        total_chord += np.hypot(*(path[-1] - path[0]))
+    return float(total_arc / total_chord) if total_chord > 0 else 1.0
 
 
 def rate_difficulty(measures: Sequence[Measures]) -> list[float]:

@@ -14,9 +14,9 @@ from vesselrl.data.check import foreground_shares
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
-from vesselrl.scoring.overlap import as_mask
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
+UNCHANGED = get_augmentation("none")
 CACHE_BYTES = 2 * 1024**3  # limit of the memory for the pixels of a data set
 
 OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
@@ -32,12 +32,7 @@ class VesselDataset(Dataset):
     copy: changing it changes nothing here.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
-        seed: int = 0,
-    ):
+    def __init__(self, samples: Sequence[Sample], augmentation: Augmentation = UNCHANGED, seed: int = 0):
         self.samples = tuple(samples)
         self.augmentation = augmentation
         self.seed = seed
@@ -50,14 +45,11 @@ class VesselDataset(Dataset):
     def __getitem__(self, index: int) -> Item:
         """One item; a broken file is a DataError that names the record."""
         sample = self.samples[index]
-        if index in self._cache:
-            image, mask = self._cache[index]
-            return image.copy(), mask.copy(), sample
-        image, mask = load_image(sample), load_mask(sample)
-        if image.nbytes + mask.nbytes <= self._bytes_left:
+        image, mask = self._cache.get(index) or (load_image(sample), load_mask(sample))
+        if index not in self._cache and image.nbytes + mask.nbytes <= self._bytes_left:
             self._bytes_left -= image.nbytes + mask.nbytes
-            self._cache[index] = image.copy(), mask.copy()
-        return image, mask, sample
+            self._cache[index] = image, mask
+        return image.copy(), mask.copy(), sample
 
     def augmented(self, index: int, epoch: int) -> Item:
         """One item as this epoch shows it; the same whenever and in whatever order it is asked for."""
@@ -75,8 +67,6 @@ def contact_sheet(items: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.nda
 
     Items are (key, image uint8 (H, W, 3), mask bool (H, W)); a key that is no pseudonym is a ValueError.
     """
-    if not items:
-        raise ValueError("There is nothing to show: got 0 images. Give at least one (key, image, mask).")
     tiles = [_tile(*item, place=place) for place, item in enumerate(items, start=1)]
     columns = min(COLUMNS, len(tiles))
     tiles += [np.full_like(tiles[0], _PAPER)] * (-len(tiles) % columns)
@@ -126,10 +116,6 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarray:
     if LABELS["files"].fullmatch(key) is None:
         raise ValueError(f"The caption of image {place} is no pseudonym. Use the key of its sample.")
-    mask = as_mask(mask)
-    if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-        what = f"a uint8 image of shape {(*mask.shape, 3)} belongs to this mask"
-        raise ValueError(f"{key}: {what}: got {image.dtype} {image.shape}. Give both in one size.")
     factor = TILE_PX / max(mask.shape)
     size = [max(1, round(side * factor)) for side in mask.shape[::-1]]
     smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC

@@ -22,7 +22,6 @@ from vesselrl.errors import DataError
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str, int]  # key, key, number of different bits
-
 HASH_BITS = 16  # per side
 MAX_DISTANCE = 72  # bits
 MIN_CORRELATION = 0.70  # of the vessel maps, at a shift of up to 10 %
@@ -94,11 +93,9 @@ def _vessel_map(grey: np.ndarray) -> np.ndarray:
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     """The largest correlation of two vessel maps over shifts of up to 10 %, 0 to 1; 0 for an even map."""
     middle = slice(_MAX_SHIFT, -_MAX_SHIFT)
-    best = 0.0
-    for whole, part in ((one, other[middle, middle]), (other, one[middle, middle])):
-        if part.std() > 0 and whole.std() > 0:
-            best = max(best, float(cv2.matchTemplate(whole, part, cv2.TM_CCOEFF_NORMED).max()))
-    return best
+    pairs = ((one, other[middle, middle]), (other, one[middle, middle]))
+    uneven = [pair for pair in pairs if min(map(np.std, pair)) > 0]
+    return max([0.0, *(float(cv2.matchTemplate(*pair, cv2.TM_CCOEFF_NORMED).max()) for pair in uneven)])
 
 
 def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> Iterator[tuple[int, int, int]]:
@@ -131,16 +128,14 @@ def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[st
     listed = {PurePosixPath(line): number for number, line in enumerate(lines, 1) if line and line[0] != "#"}
     named: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what a line may say → (patient, folder)
     for sample in samples:
-        parts = (sample.image_path.parent.name, sample.image_path.name, sample.image_path.stem)
-        folder, *names = (unicodedata.normalize("NFKC", part) for part in parts)
-        for name in (sample.key, *names):
-            named[name].add((sample.patient, folder))
+        path_here = PurePosixPath(unicodedata.normalize("NFKC", sample.image_path.as_posix()))
+        for name in (sample.key, path_here.name, path_here.stem):
+            named[name].add((sample.patient, path_here.parent.name))
     seen = set()
     for line, number in listed.items():
         patients = {patient for patient, _ in named[line.name]}
-        if len(patients) > 1 and line.parent.name:
-            here = {patient for patient, folder in named[line.name] if folder == line.parent.name}
-            patients = here or patients
+        if len(patients) > 1:
+            patients = {own for own, folder in named[line.name] if folder == line.parent.name} or patients
         if len(patients) > 1:
             what = f"Line {number} of {path.name} may mean images of {len(patients)} patients"
             raise DataError(f"{what}. Write the folder of the image too.")

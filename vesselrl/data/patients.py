@@ -90,16 +90,13 @@ def parse_by_pattern(names: Iterable[str], patient_pattern: str) -> dict[str, Id
         raise DataError(f"patient_pattern is not a regular expression: {error}. Correct it.") from None
     if "patient" not in pattern.groupindex:
         raise DataError("patient_pattern has no group (?P<patient>...). Put it round the patient's part.")
-    result, wrong = {}, []
-    names = sorted(names)
-    for number, name in enumerate(names, start=1):
+    names, result = sorted(names), {}
+    for name in names:
         match = pattern.search(unicodedata.normalize("NFKC", name))
-        found = match.groupdict() if match else {}
-        if not found.get("patient"):
-            wrong.append(number)
-        person = f"pattern:{found.get('patient')}"
-        result[name] = Identity(person, "", found.get("sequence") or "", found.get("frame") or "")
-    if wrong:
+        found = match.groupdict(default="") if match else {}
+        patient, sequence, frame = (found.get(part, "") for part in ("patient", "sequence", "frame"))
+        result[name] = Identity(f"pattern:{patient}", "", sequence, frame)
+    if wrong := [place for place, name in enumerate(names, 1) if result[name].person == "pattern:"]:
         raise DataError(
             f"patient_pattern finds no patient in {len(wrong)} of {len(names)} file names (first: number "
             f"{wrong[0]} in the order of the names). Widen the pattern, or remove these files."
@@ -130,8 +127,7 @@ def identify(
         if identity.other_name:
             ids_of[identity.other_name].add(identity.person)
     only_id = {name: next(iter(ids)) for name, ids in ids_of.items() if len(ids) == 1}
-    if len(ids_of) > len(only_id):
-        num_shared = len(ids_of) - len(only_id)
+    if num_shared := len(ids_of) - len(only_id):
         logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
     persons = {name: only_id.get(identity.person, identity.person) for name, identity in found.items()}
     rows = []
@@ -161,9 +157,7 @@ def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
     for line, fields in lines[1:]:
         if len(fields) != 2 or not all(fields):
             what = f"{path.name} line {line} has {len(fields)} fields, or an empty one"
-            raise DataError(
-                f'{what}. Write a file name, a comma and a patient, "..." round one with a comma.'
-            )
+            raise DataError(f'{what}. Write file name, comma, patient; put a text with a comma into "...".')
     if len(lines) < 2:
         raise DataError(f"{path.name} names no file. Write {header} and a line for each spelling.")
     return [(line, *fields) for line, fields in lines[1:]]
@@ -188,9 +182,8 @@ def _join_persons(
         name = _image_named(file_name, by_text, f"{source} line {line}")
         target = _person_named(patient, known, names)
         if wanted[persons[name]].setdefault(name, target) != target:
-            raise DataError(
-                f"{source} lines {lines[name]} and {line} give one image to two patients. Keep one."
-            )
+            what = f"{source} lines {lines[name]} and {line}"
+            raise DataError(f"{what} give one image to two patients. Keep one.")
         lines.setdefault(name, line)
 
     parent: dict[str, str] = {}

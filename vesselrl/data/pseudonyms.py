@@ -66,17 +66,11 @@ def pseudonyms(
     mapping: Path | str | None = None,
     keep: Literal["nothing", "people", "all"] = "people",
 ) -> dict[str, Pseudonym]:
-    """A pseudonym for each file name; all keys differ, and the order of the names does not matter.
+    """A pseudonym for each file name, a path below images/ without ending; all keys differ.
 
     Impersonal names (train_001) and the built-in synthetic data have nothing to hide: no salt, and a mapping
-    file only where one without a salt is there already, in a repaired copy of a data set.
-
-    Args:
-        names: paths below images/, without the ending.
-        patient_pattern: see `vesselrl.data.patients.parse_by_pattern`.
-        aliases: alias file.
-        mapping: mapping file, read and written. None: nothing is kept.
-        keep: what is written to it: the keys of people, those of impersonal names as well, or nothing.
+    file only where one without a salt is there already, in a repaired copy of a data set. `mapping` is that
+    file; `keep` says what is written to it: keys of people, those of impersonal names as well, or nothing.
 
     >>> sorted(alias.key for alias in pseudonyms(["Image_01L", "Image_01R"]).values())
     ['P001_S1_F0001', 'P001_S2_F0001']
@@ -112,14 +106,19 @@ def _assign_keys(files: Mapping[str, Identity], known: PseudonymMap) -> Pseudony
     members: dict[str, list[str]] = defaultdict(list)
     for name in sorted(files):
         members[files[name].person].append(name)
-    earlier = {
-        person: {key_of[name].split("_")[0] for name in names if name in key_of}
-        for person, names in members.items()
-    }
+    patient_of = {name: key.split("_")[0] for name, key in key_of.items()}
+    earlier = {person: {*map(patient_of.get, own)} - {None} for person, own in members.items()}
     label_of = _label_persons(earlier, known.salt, patients)
     for person, names in members.items():
-        texts = {files[name].sequence for name in names}
-        for text, label in _label_sequences(texts, label_of[person], sequences).items():
+        patient = label_of[person]
+        labels = {text: label for label, text in sequences.items() if label.startswith(f"{patient}_")}
+        number = max((int(label.rpartition("_S")[2]) for label in labels.values()), default=0)
+        for text in sorted({files[name].sequence for name in names}):
+            if text not in labels:
+                number += 1
+                labels[text] = f"{patient}_S{number}"
+                sequences[labels[text]] = text
+            label = labels[text]
             own = [name for name in names if files[name].sequence == text]
             for name in own:
                 key = key_in.get((name, label))
@@ -146,16 +145,6 @@ def _label_persons(earlier: Mapping[str, set[str]], salt: str, patients: dict[st
         patients[label] = person
         result[person] = label
     return result
-
-
-def _label_sequences(texts: set[str], patient: str, sequences: dict[str, str]) -> dict[str, str]:
-    """Sequence in the file name → P001_S1, in the order of the names; adds the new ones to `sequences`."""
-    own = {text: label for label, text in sequences.items() if label.startswith(f"{patient}_")}
-    number = max((int(label.rpartition("_S")[2]) for label in own.values()), default=0)
-    for place, text in enumerate(sorted(texts - set(own)), start=number + 1):
-        own[text] = f"{patient}_S{place}"
-        sequences[own[text]] = text
-    return {text: own[text] for text in sorted(texts)}
 
 
 def _number_frames(frames: Mapping[str, str], taken: set[str]) -> Iterator[tuple[str, str]]:
@@ -215,11 +204,10 @@ def _read_readings(path: Path) -> dict[str, dict]:
 def _is_map(reading: object) -> bool:
     if not isinstance(reading, dict) or set(reading) != {"salt", *LABELS}:
         return False
+    tables = [(reading[name], label) for name, label in LABELS.items()]
     return isinstance(reading["salt"], str) and all(
-        isinstance(reading[name], dict)
-        and all(pattern.fullmatch(label) for label in reading[name])
-        and all(isinstance(text, str) for text in reading[name].values())
-        for name, pattern in LABELS.items()
+        isinstance(table, dict) and all(label.fullmatch(k) and isinstance(v, str) for k, v in table.items())
+        for table, label in tables
     )
 
 
@@ -233,7 +221,5 @@ def _write_map(path: Path, patient_pattern: str | None, found: PseudonymMap) -> 
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
     except OSError as error:
-        note = (
-            "%s cannot be written (%s): pseudonyms hold for this set of files, added files may change them."
-        )
+        note = "%s cannot be written (%s): files that are added may change pseudonyms."
         logger.info(note, path.name, error.strerror)

@@ -71,9 +71,7 @@ def split_by_patient(
     """Divides samples into training, validation and test by patient, whatever their order.
 
     The patients are shuffled; test, then validation, take or give back one patient after the other as long as
-    that brings their number of samples nearer to their share. The others are for training. An empty subset
-    gets the smallest patient of the one with most. With `fold`, the patients are assigned to k test subsets
-    of about equal size instead, and validation takes its share of the rest.
+    that brings their number of samples nearer to their share; the others are for training.
 
     Args:
         samples: samples of at least three patients; fewer, or too few for k folds, are a DataError.
@@ -81,7 +79,8 @@ def split_by_patient(
         ratios: shares of train, val and test, with the sum 1; of the first two with `fold`.
         shares: foreground share by key of every sample: of 200 shuffles, the one whose subsets have the most
             equal mean share is taken, among those whose sizes are within 2 % of the best.
-        fold: (i, k) with i from 1: every patient is in the test subset of exactly one of the k folds.
+        fold: (i, k) with i from 1: every patient is in the test subset of one of the k folds; validation
+            takes its share of the rest.
         unit: "patient"; or "frame", which ignores patients, warns, and marks the split as leaky.
     """
     if unit == "frame":
@@ -187,15 +186,14 @@ def _best(
     if foreground is None:
         return candidates[0]
 
-    def total(values: Mapping[str, float], names: Iterable[str]) -> float:
-        return sum(values[name] for name in names)
-
     def mean(names: Iterable[str]) -> float:
-        return total(foreground, names) / total(sizes, names)
+        return sum(map(foreground.__getitem__, names)) / sum(map(sizes.__getitem__, names))
 
-    size_gaps = [max(abs(total(sizes, found[x]) - targets[x]) for x in targets) for found in candidates]
-    limit = min(size_gaps) + SIZE_TOLERANCE * total(sizes, sizes)
-    fit = [found for found, gap in zip(candidates, size_gaps, strict=True) if gap <= limit]
+    def size_gap(found: Assignment) -> float:
+        return max(abs(sum(map(sizes.__getitem__, found[x])) - targets[x]) for x in targets)
+
+    limit = min(map(size_gap, candidates)) + SIZE_TOLERANCE * sum(sizes.values())
+    fit = [found for found in candidates if size_gap(found) <= limit]
     overall = mean(sizes)
     return min(fit, key=lambda found: max(abs(mean(names) - overall) for names in found.values()))
 
@@ -226,11 +224,7 @@ def write_split(path: Path | str, split: Split) -> None:
 
 
 def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
-    """Reads a split back, with the samples of today; samples that it does not list are left out.
-
-    Raises:
-        DataError: the file is missing or broken, or its keys stand for no image, or another one, today.
-    """
+    """Reads a split back, with the samples of today; a key that now means another image is a DataError."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -255,11 +249,9 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
     by_key = {sample.key: sample for sample in samples}
     missing = [key for subset in SUBSETS for key in keys[subset] if key not in by_key]
     if missing:
+        what = f"{path.name} lists {len(missing)} samples that the data root does not have"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(
-            f"{path.name} lists {len(missing)} samples that the data root does not have: "
-            f"{', '.join(missing[:5])}{more}. {advice}"
-        )
+        raise DataError(f"{what}: {', '.join(missing[:5])}{more}. {advice}")
     split = Split(*(tuple(by_key[key] for key in keys[subset]) for subset in SUBSETS), **settings)
     if _fingerprint(split) != expected:
         what = "its keys now stand for other images, because files were added, removed or renamed"
@@ -282,10 +274,8 @@ def _shared_patients(split: Split) -> dict[str, list[str]]:
     for one, other in combinations(SUBSETS, 2):
         patients = sorted(set(split.patients(one)) & set(split.patients(other)))
         if patients and not split.is_leaky:
-            raise DataError(
-                f"{len(patients)} patients are in two subsets of the split, {one} and {other}: "
-                f"{', '.join(patients[:5])}. Make the split by patient."
-            )
+            what = f"{len(patients)} patients are in two subsets of the split, {one} and {other}"
+            raise DataError(f"{what}: {', '.join(patients[:5])}. Make the split by patient.")
         shared[f"{one}_{other}"] = patients
     return shared
 

@@ -9,9 +9,10 @@ import json
 import logging
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,8 +48,7 @@ VERSION = 1  # raise it whenever the same settings give other files
 SEED = 7  # of the built-in data
 
 
-@dataclass(frozen=True)
-class BuiltinSize:
+class BuiltinSize(NamedTuple):
     """How much of the target domain is drawn where the user gives no data."""
 
     num_patients: int
@@ -58,8 +58,7 @@ class BuiltinSize:
 
 
 FULL = BuiltinSize(num_patients=128, num_sequences=2, num_frames=5, size=256)
-# For the debug preset's 64-px model.
-SMALL = BuiltinSize(num_patients=20, num_sequences=1, num_frames=1, size=64)
+SMALL = BuiltinSize(num_patients=20, num_sequences=1, num_frames=1, size=64)  # for the debug preset
 
 
 def builtin_data(output_dir: str | Path, size: BuiltinSize = FULL) -> Path:
@@ -69,7 +68,7 @@ def builtin_data(output_dir: str | Path, size: BuiltinSize = FULL) -> Path:
     if not root.exists():
         number = size.num_patients * size.num_sequences * size.num_frames
         logger.info("no --data_root given: drawing %d synthetic angiograms into %s", number, root)
-    return write_dataset(root, TARGET, seed=SEED, **vars(size))
+    return write_dataset(root, TARGET, seed=SEED, **size._asdict())
 
 
 def write_dataset(
@@ -95,9 +94,8 @@ def write_dataset(
     counts = {"num_patients": num_patients, "num_sequences": num_sequences, "num_frames": num_frames}
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}. Choose one of {', '.join(LAYOUTS)}.")
-    for name, number in counts.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}. Give a number from 1.")
+    if low := [f"{name} is {number}" for name, number in counts.items() if number < 1]:
+        raise ValueError(f"{', '.join(low)}. Give a number from 1.")
     # The last two are constant now, and keep the folders that were drawn before.
     own = {"size": size, "seed": seed, "layout": layout, "vary_names": False, "first_patient": 1}
     settings = {"version": VERSION, "domain": asdict(domain)} | counts | own
@@ -158,10 +156,8 @@ def _write_frame(root: Path, layout: str, image: np.ndarray, mask: np.ndarray, s
     if layout == "masks":
         return {}
     polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
-    label = (
-        {"mask": [polygons], "text": PROMPT} if layout == "nested" else {"mask": polygons, "text": [PROMPT]}
-    )
-    return {"image": f"{stem}.jpg"} | label
+    record = {"image": f"{stem}.jpg", "mask": polygons, "text": [PROMPT]}
+    return record | {"mask": [polygons], "text": PROMPT} if layout == "nested" else record
 
 
 def draw_sequence(
@@ -178,10 +174,14 @@ def draw_sequence(
     if size < 64 or size % 4:
         raise ValueError(f"size is {size}. Choose a multiple of 4 from 64.")
     tree, style = _prepare(domain, patient, sequence, size, seed)
-    return [
-        _draw_frame(domain, tree, style, _generator(seed, domain, patient, sequence, frame), frame)
-        for frame in range(num_frames)
-    ]
+    frames = []
+    for frame in range(num_frames):
+        rng = _generator(seed, domain, patient, sequence, frame)
+        moved = beat(tree, 2 * np.pi * frame / 9 + rng.normal(0, 0.1), domain.beat_px)
+        agent = [_concentration(domain, vessel, front=140.0 + 70.0 * frame) for vessel in moved]
+        image = compose(style, render_attenuation(moved, agent, size, domain.thickness_power), rng)
+        frames.append((image, render_mask(moved, size, domain.label_shrink_px) & style.aperture))
+    return frames
 
 
 def _generator(seed: int, domain: Domain, *numbers: int) -> Rng:
@@ -199,21 +199,12 @@ def _prepare(domain: Domain, patient: int, sequence: int, size: int, seed: int) 
     return tree, choose_style(domain, tree[0], patient_rng, rng, size)
 
 
-def _draw_frame(
-    domain: Domain, tree: list[Vessel], style: Style, rng: Rng, frame: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One frame: the tree at its place in the heart cycle, filled as far as the bolus has come."""
-    size = style.aperture.shape[0]
-    moved = beat(tree, 2 * np.pi * frame / 9 + rng.normal(0, 0.1), domain.beat_px)
-    front = 140.0 + 70.0 * frame
-    agent = []
-    for vessel in moved:
-        filled = 1 / (1 + np.exp((vessel.path - front) / 35))
-        filled = domain.filling_floor + (1 - domain.filling_floor) * filled
-        faded = np.exp(-domain.distal_fade * vessel.path / CANVAS_PX)
-        # Inside its parent a branch adds nothing, or every junction would be a dark spot.
-        from_start = vessel.path - vessel.path[0]
-        own = np.clip(from_start / vessel.parent_radius - 0.3, 0, 1) if vessel.parent_radius else 1.0
-        agent.append(filled * faded * own)
-    image = compose(style, render_attenuation(moved, agent, size, domain.thickness_power), rng)
-    return image, render_mask(moved, size, domain.label_shrink_px) & style.aperture
+def _concentration(domain: Domain, vessel: Vessel, front: float) -> np.ndarray:
+    """Contrast agent along a vessel, filled as far as the bolus has come."""
+    filled = 1 / (1 + np.exp((vessel.path - front) / 35))
+    filled = domain.filling_floor + (1 - domain.filling_floor) * filled
+    faded = np.exp(-domain.distal_fade * vessel.path / CANVAS_PX)
+    # Inside its parent a branch adds nothing, or every junction would be a dark spot.
+    from_start = vessel.path - vessel.path[0]
+    own = np.clip(from_start / vessel.parent_radius - 0.3, 0, 1) if vessel.parent_radius else 1.0
+    return filled * faded * own

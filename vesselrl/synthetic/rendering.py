@@ -168,9 +168,21 @@ def _anatomy(rng: Rng, size: int) -> np.ndarray:
     for cells, amount in ((3, 0.2), (7, 0.08), (18, 0.035)):
         smooth += _clutter(rng, small, cells, amount)
     full = cv2.resize(smooth.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
-    for _ in range(int(rng.integers(0, 3))):
-        full += rng.uniform(0.25, 0.8) * _sharp_edge(rng, size)
-    marking = _streaks(rng, size) * np.clip(_clutter(rng, size, 5, 0.6) + 0.3, 0, 1.5)
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    for _ in range(rng.integers(0, 3)):  # beyond a large arc, as the diaphragm or the border of the heart
+        weight = rng.uniform(0.25, 0.8)
+        angle = rng.choice([np.pi / 2, np.pi / 2, 0.0, -0.8, np.pi]) + rng.normal(0, 0.25)
+        radius = rng.uniform(0.5, 1.6)
+        reach = rng.uniform(0.15, 0.4) + radius
+        beyond = np.hypot(x - reach * np.cos(angle), y - reach * np.sin(angle)) - radius
+        edge = 1 / (1 + np.exp(np.clip(beyond * size / rng.uniform(1.0, 4.0), -30, 30)))
+        full += weight * edge.astype(np.float32)
+    marking = rng.standard_normal((size, size), dtype=np.float32)  # of the lungs: fibres along one direction
+    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(0, 180), 1.0)
+    marking = cv2.GaussianBlur(marking, (0, 0), sigmaX=size * 0.035, sigmaY=size * 0.006)
+    marking = cv2.warpAffine(marking, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101)
+    marking = marking / max(float(marking.std()), 1e-6)
+    marking = marking * np.clip(_clutter(rng, size, 5, 0.6) + 0.3, 0, 1.5)
     fine, finest = _clutter(rng, size, size // 8, 0.025), _clutter(rng, size, size // 3, 0.02)
     return full + 0.035 * marking + fine + finest
 
@@ -179,25 +191,6 @@ def _clutter(rng: Rng, size: int, cells: int, amount: float) -> np.ndarray:
     """Smooth noise with about `cells` bumps across the image and standard deviation near `amount`."""
     noise = rng.standard_normal((cells, cells), dtype=np.float32) * np.float32(amount)
     return cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
-
-
-def _sharp_edge(rng: Rng, size: int) -> np.ndarray:
-    """The region beyond a large arc, 0 to 1, with an edge of about 2 px: diaphragm or border of the heart."""
-    angle = rng.choice([np.pi / 2, np.pi / 2, 0.0, -0.8, np.pi]) + rng.normal(0, 0.25)
-    radius = rng.uniform(0.5, 1.6)
-    reach = rng.uniform(0.15, 0.4) + radius
-    y, x = np.mgrid[:size, :size] / size - 0.5
-    distance = np.hypot(x - reach * np.cos(angle), y - reach * np.sin(angle)) - radius
-    return (1 / (1 + np.exp(np.clip(distance * size / rng.uniform(1.0, 4.0), -30, 30)))).astype(np.float32)
-
-
-def _streaks(rng: Rng, size: int) -> np.ndarray:
-    """Fibrous lung marking: noise drawn out along one direction, standard deviation 1."""
-    noise = rng.standard_normal((size, size), dtype=np.float32)
-    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(0, 180), 1.0)
-    long = cv2.GaussianBlur(noise, (0, 0), sigmaX=size * 0.035, sigmaY=size * 0.006)
-    turned = cv2.warpAffine(long, turn, (size, size), borderMode=cv2.BORDER_REFLECT_101)
-    return turned / max(float(turned.std()), 1e-6)
 
 
 def _moved(pixels: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -224,25 +217,20 @@ def _distractors(domain: Domain, root: Vessel, rng: Rng, size: int, bones: float
         uneven = np.clip(1 + _clutter(rng, size, 24, 0.5), 0, 2)
         total += (rng.uniform(0.1, 0.3) * cloud * uneven).astype(np.float32)
     for _ in range(rng.integers(*domain.ribs, endpoint=True)):
-        total += bones * _rib(rng, size)
+        half = rng.uniform(5, 9)  # a wide faint band with two denser borders
+        angle, bend, at = rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.5), rng.uniform(0, size)
+        y, x = np.mgrid[:size, :size].astype(np.float32)
+        u = (x - size / 2) * np.cos(angle) + (y - at) * np.sin(angle)
+        v = -(x - size / 2) * np.sin(angle) + (y - at) * np.cos(angle) + bend * u**2 / size
+        across = np.abs(v) / scale - half
+        band = 1 / (1 + np.exp(across / 0.7)) + 0.9 * np.exp(-((across / 1.3) ** 2))
+        total += bones * (rng.uniform(0.02, 0.07) * band).astype(np.float32)
     for _ in range(rng.integers(*domain.wires, endpoint=True)):  # thin, as the leads of electrodes
         start, end = rng.uniform(-20, CANVAS_PX + 20, (2, 2))
         start[rng.integers(2)] = -10
         bend = (start + end) / 2 + rng.normal(0, 45, 2)
         total += rng.uniform(0.08, 0.2) * _bent_tube(start, bend, end, rng.uniform(0.4, 0.8), size)
     return total
-
-
-def _rib(rng: Rng, size: int) -> np.ndarray:
-    """A wide faint band with two denser borders."""
-    half = rng.uniform(5, 9)
-    angle, bend, at = rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.5), rng.uniform(0, size)
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    u = (x - size / 2) * np.cos(angle) + (y - at) * np.sin(angle)
-    v = -(x - size / 2) * np.sin(angle) + (y - at) * np.cos(angle) + bend * u**2 / size
-    across = np.abs(v) / (size / CANVAS_PX)
-    band = 1 / (1 + np.exp((across - half) / 0.7)) + 0.9 * np.exp(-(((across - half) / 1.3) ** 2))
-    return (rng.uniform(0.02, 0.07) * band).astype(np.float32)
 
 
 def _bent_tube(

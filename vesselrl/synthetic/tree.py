@@ -166,7 +166,12 @@ def _collateral(rng: Rng, tree: list[Vessel], thin: float) -> list[Vessel]:
 
 def project(rng: Rng, tree: list[Vessel], *, mirror: bool) -> list[Vessel]:
     """Draws the view of one sequence and shows the tree in it, fitted into the 256-px frame."""
-    rotation = _rotation(rng.uniform(-0.6, 0.6), rng.uniform(-0.4, 0.4), rng.uniform(-0.3, 0.3))
+    yaw, pitch, roll = rng.uniform(-0.6, 0.6), rng.uniform(-0.4, 0.4), rng.uniform(-0.3, 0.3)
+    (cy, sy), (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (yaw, pitch, roll))
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
+    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
+    rotation = about_z @ about_x @ about_y
     fill, offset = rng.uniform(0.85, 1.12), np.array([rng.uniform(-16, 16), rng.uniform(-14, 14)])
     flat = np.concatenate([vessel.points for vessel in tree])
     centre = (flat.min(axis=0) + flat.max(axis=0)) / 2
@@ -174,22 +179,11 @@ def project(rng: Rng, tree: list[Vessel], *, mirror: bool) -> list[Vessel]:
     for vessel in tree:
         local = vessel.points - centre
         local[:, 2] += 70 * (1 - (local[:, 0] ** 2 + local[:, 1] ** 2) / 130**2)  # the dome of the heart
-        local = local @ rotation.T
-        if mirror:
-            local[:, 0] = -local[:, 0]
-        turned.append(local)
+        turned.append(local @ rotation.T * ((-1, 1, 1) if mirror else 1))
     low, high = np.percentile(np.concatenate(turned)[:, :2], [1, 99], axis=0)
     scale = float(np.clip(fill * CANVAS_PX / (high - low).max(), 0.75, 1.3))
     shift = np.append(CANVAS_PX / 2 - scale * (low + high) / 2 + offset, 0.0)
     return [replace(vessel, points=own * scale + shift) for vessel, own in zip(tree, turned, strict=True)]
-
-
-def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    (cy, sy), (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (yaw, pitch, roll))
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
-    return about_z @ about_x @ about_y
 
 
 def beat(tree: list[Vessel], phase: float, amount_px: float) -> list[Vessel]:
