@@ -120,11 +120,7 @@ def test_the_table_is_ready_for_json():
     assert nothing == {"difficulty": 1.0, "calibre_px": None, "contrast": None, "tortuosity": None}
 
 
-def test_easy_samples_open_first():
-    difficulties = [0.9, 0.1, 0.5, 0.3, 0.7, 0.5, 0.2, 0.8, 0.4, 0.6]
-    opened = [open_samples(difficulties, epoch, num_epochs=6) for epoch in range(1, 7)]
-    assert [len(indices) for indices in opened] == [4, 6, 8, 10, 10, 10]
-    assert opened[:2] == [[1, 3, 6, 8], [1, 2, 3, 5, 6, 8]]  # 0.1 to 0.4; and the two of 0.5
+def test_epochs_count_from_one():
     with pytest.raises(ValueError, match=r"epoch is 0\. Epochs are counted from 1\."):
         open_samples([0.5], 0, 3)
 

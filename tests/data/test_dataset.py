@@ -15,7 +15,6 @@ from vesselrl.data.dataset import (
     TILE_PX,
     VesselDataset,
     contact_sheet,
-    epoch_order,
     outlined,
     write_contact_sheet,
 )
@@ -86,13 +85,6 @@ def test_augmented_items(samples, monkeypatch, cache_bytes):
     for index, original in enumerate(originals):
         assert all((a == b).all() for a, b in zip(datasets[0][index][:2], original, strict=True))
     assert (VesselDataset(samples).augmented(2, epoch=1)[0] == originals[2][0]).all()
-
-
-def test_epoch_order():
-    orders = {(seed, epoch): epoch_order(50, seed, epoch) for seed in range(3) for epoch in range(3)}
-    assert all(sorted(order) == list(range(50)) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == 9
-    assert orders[1, 2] == epoch_order(50, 1, 2)
 
 
 # ---- The contact sheet
