@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from itertools import product
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -41,6 +41,7 @@ def different():
 
 
 SAMPLES = [make_sample(patient) for patient in (*range(1, 21), 99)]
+PAIR = ("P007_S1_F0001", "P099_S1_F0001")
 
 
 def darker(image):
@@ -51,6 +52,10 @@ def jpeg(image):
     return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 40])[1], cv2.IMREAD_COLOR)
 
 
+def noisy(image):
+    return cv2.add(image, np.random.default_rng(0).normal(0, 8, image.shape), dtype=cv2.CV_8U)
+
+
 CHANGES = {
     "none": None,
     "copied": np.array,
@@ -58,20 +63,17 @@ CHANGES = {
     "jpeg": jpeg,
     "smaller": lambda image: cv2.resize(image, (180, 180), interpolation=cv2.INTER_AREA),
     "moved": lambda image: np.roll(image, (5, 4), axis=(0, 1)),
-    "noisy": lambda image: cv2.add(
-        image, np.random.default_rng(0).normal(0, 8, image.shape), dtype=cv2.CV_8U
-    ),
+    "noisy": noisy,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_one_image_under_two_patients_is_found_and_nothing_else(different, change):
     """A changed copy of patient 7 has a patient's number of its own."""
-    images = different | ({} if change is None else {"P099_S1_F0001": change(different["P007_S1_F0001"])})
+    images = different | ({} if change is None else {PAIR[1]: change(different[PAIR[0]])})
     pairs = find_near_duplicates(SAMPLES[: len(images)], lambda sample: images[sample.key])
     assert find_near_duplicates(SAMPLES[:1], lambda _: 1 / 0) == []
-    expected = [] if change is None else [("P007_S1_F0001", "P099_S1_F0001")]
-    assert [pair[:2] for pair in pairs] == expected
+    assert [pair[:2] for pair in pairs] == ([] if change is None else [PAIR])
     assert all(distance <= MAX_DISTANCE for *_, distance in pairs)
 
 
@@ -89,18 +91,17 @@ def test_frames_of_one_run_under_two_patients_are_found_and_those_of_one_patient
 
 
 def test_the_guard_names_the_pairs_across_subsets_and_warns_of_others(different, caplog):
-    images = different | {"P099_S1_F0001": darker(different["P007_S1_F0001"])}
+    images = different | {PAIR[1]: darker(different[PAIR[0]])}
 
     def load(sample):
         return images[sample.key]
 
     leaking = Split(tuple(SAMPLES[:10]), tuple(SAMPLES[10:15]), tuple(SAMPLES[15:]), seed=0)
-    with pytest.raises(DataError, match=r"1 pairs .* look like frames of one run") as raised:
+    named = r"1 pairs .* record P007_S1_F0001 \(train\) and record P099_S1_F0001 \(test\)\. .* alias file"
+    with pytest.raises(DataError, match=named):
         check_near_duplicates(leaking, load)
-    assert "record P007_S1_F0001 (train) and record P099_S1_F0001 (test)" in str(raised.value)
-    assert "alias file" in str(raised.value)
     sound = Split((*SAMPLES[:10], SAMPLES[-1]), tuple(SAMPLES[10:15]), tuple(SAMPLES[15:-1]), seed=0)
-    assert [pair[:2] for pair in check_near_duplicates(sound, load)] == [("P007_S1_F0001", "P099_S1_F0001")]
+    assert [pair[:2] for pair in check_near_duplicates(sound, load)] == [PAIR]
     assert "one patient under two names? First: P007_S1_F0001 and P099_S1_F0001" in caplog.text
 
 
@@ -119,11 +120,8 @@ def test_distances_are_those_of_scipy():
     rng = np.random.default_rng(1)
     hashes, patients = rng.random((60, 256)) < 0.5, rng.integers(0, 20, 60)
     expected = np.round(cdist(hashes, hashes, "hamming") * 256)
-    wanted = {
-        (i, j): expected[i, j]
-        for i, j in product(range(60), repeat=2)
-        if i < j and patients[i] != patients[j] and expected[i, j] <= 120
-    }
+    others = [(i, j) for i, j in combinations(range(60), 2) if patients[i] != patients[j]]
+    wanted = {pair: expected[pair] for pair in others if expected[pair] <= 120}
     assert {(i, j): distance for i, j, distance in _near_hashes(hashes, patients, 120)} == wanted
 
 
@@ -132,9 +130,8 @@ def test_real_images(shared_folder):
     assert find_near_duplicates(find_samples(shared_folder / "data" / "chase_db1"), load_image) == []
     samples = find_samples(shared_folder / "data" / "coronary80")
     name = {sample.key: sample.image_path.stem for sample in samples}
-    pairs = find_near_duplicates(samples, load_image)
-    expected = {frozenset(("test_006", "train_030")), frozenset(("test_028", "test_032"))}
-    assert {frozenset((name[one], name[other])) for one, other, _ in pairs} == expected
+    pairs = [{name[one], name[other]} for one, other, _ in find_near_duplicates(samples, load_image)]
+    assert sorted(pairs, key=min) == [{"test_006", "train_030"}, {"test_028", "test_032"}]
 
 
 # ---- Pretraining overlap
@@ -147,21 +144,10 @@ def samples():
     return [replace(s, image_path=Path(f"/data/images/LI_{s.key[3]}_frame_{s.key[-1]}.jpg")) for s in result]
 
 
-def test_none_and_all(samples):
-    assert pretraining_overlap("none", samples) == set()
-    assert pretraining_overlap("all", samples) == {sample.key for sample in samples}
+WRITTEN = ["LI_2_frame_1.jpg", "LI_2_frame_1", "images/LI_2_frame_1.jpg", "C:\\data\\LI_2_frame_1.jpg"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "LI_2_frame_1.jpg",
-        "LI_2_frame_1",
-        "images/LI_2_frame_1.jpg",
-        "C:\\data\\LI_2_frame_1.jpg",
-        "P002_S1_F0001",
-    ],
-)
+@pytest.mark.parametrize("line", [*WRITTEN, "P002_S1_F0001"])
 def test_one_listed_image_counts_for_its_whole_patient(samples, tmp_path, line, caplog):
     caplog.set_level(logging.INFO)
     path = tmp_path / "trained.txt"
@@ -169,6 +155,8 @@ def test_one_listed_image_counts_for_its_whole_patient(samples, tmp_path, line, 
     assert pretraining_overlap(str(path), samples) == {"P002_S1_F0001", "P002_S1_F0002"}
     assert "1 of 3 patients: 2 of 6 images" in caplog.text
     assert "LI" not in caplog.text
+    assert pretraining_overlap("none", samples) == set()
+    assert pretraining_overlap("all", samples) == {sample.key for sample in samples}
 
 
 def test_equal_names_in_a_folder_for_each_patient(samples, tmp_path):
@@ -183,13 +171,17 @@ def test_equal_names_in_a_folder_for_each_patient(samples, tmp_path):
             pretraining_overlap(path, samples)
 
 
-def test_files_that_tell_nothing(samples, tmp_path):
-    with pytest.raises(DataError, match=r"some is no file. Give none, all or a text file"):
-        pretraining_overlap("some", samples)
-    (tmp_path / "a.txt").write_text("LI_9_frame_1\n")
-    with pytest.raises(DataError, match=r"None of 1 lines of a\.txt is an image of this data") as raised:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is no file. Give none, all or a text file"),
+        (b"LI_9_frame_1\n", r"None of 1 lines of a\.txt is an image of this data"),
+        ("李\n".encode("gbk"), "is not UTF-8"),
+    ],
+)
+def test_files_that_tell_nothing(samples, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message) as raised:
         pretraining_overlap(tmp_path / "a.txt", samples)
-    assert "LI" not in str(raised.value)
-    (tmp_path / "b.txt").write_bytes("李\n".encode("gbk"))
-    with pytest.raises(DataError, match="is not UTF-8"):
-        pretraining_overlap(tmp_path / "b.txt", samples)
+    assert "LI_" not in str(raised.value)

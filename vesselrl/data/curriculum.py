@@ -1,16 +1,12 @@
 """Easy images first: how hard each sample is, and which samples are open in which epoch.
 
-Three things make a vessel tree hard to segment, all measured on the truth; each becomes a rank over the data
-set, from 0 (easiest) to 1 (hardest):
-
-    difficulty = rank of faintness / 2 + rank of thinness / 4 + rank of tortuosity / 4
-
-Contrast counts twice, because it says by far the most about how well a model segments an image. A sample
-without any vessel has the difficulty 1: shown early, it would teach to find nothing.
+Difficulty = rank of faintness / 2 + rank of thinness / 4 + rank of tortuosity / 4, ranks over the data set
+from 0 (easiest) to 1; contrast counts twice, because it says most about how well an image is segmented. An
+empty mask has difficulty 1: shown early, it would teach to find nothing.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -41,7 +37,7 @@ class Measures(NamedTuple):
 
 
 def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
-    """Measures the vessels that a mask marks, in px of an image whose shorter side has 512 px.
+    """Measures the vessels of a mask (H, W) in an image (H, W, 3), in px where the shorter side has 512 px.
 
     - Width: median along the centreline of 2 · d − 1, with d the largest distance to the background among the
       pixel and its eight neighbours; outside the image is background.
@@ -49,13 +45,6 @@ def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
       the background 1 to 8 px beside any vessel and at most 24 px from the pixel; 0 without any.
     - Tortuosity: Σ arc / Σ chord over the branches between junctions, of those with 16 px or more; 1 is
       straight, or without any. Of a closed branch one half counts.
-
-    Args:
-        image: uint8 (H, W, 3).
-        mask: bool (H, W).
-
-    Raises:
-        ValueError: image and mask differ in size.
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3):
@@ -78,50 +67,39 @@ def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
     share = cv2.blur(ring.astype(np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)
     total = cv2.blur(np.where(ring, grey, 0).astype(np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)
     known = mask & (share > 0.5 / side**2)
-    if not known.any():
-        return 0.0
-    return float(abs((total[known] / share[known] - grey[known]).mean())) / 255
+    return float(abs((total[known] / share[known] - grey[known]).mean())) / 255 if known.any() else 0.0
 
 
 def _tortuosity(skeleton: np.ndarray, unit: float) -> float:
+    pixels = skeleton.astype(np.uint8)
+    num_neighbours = cv2.filter2D(pixels, -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT) - pixels
+    places = np.argwhere(skeleton & (num_neighbours <= 2))  # without the junctions
+    if len(places) == 0:
+        return 1.0
+    pairs = KDTree(places).query_pairs(1.5, output_type="ndarray")  # neighbours are 1 or 1.41 px apart
+    pairs = np.concatenate([pairs, pairs[:, ::-1]])
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(places), len(places))).tocsr()
+    _, numbers = connected_components(graph, directed=False)
+    _, firsts, sizes = np.unique(numbers, return_index=True, return_counts=True)
     step = max(1, round(_STEP_PX * unit))
     total_arc = total_chord = 0.0
-    for path in _branches(skeleton, math.ceil(_SHORTEST_BRANCH_PX * unit)):
+    for first in firsts[sizes >= math.ceil(_SHORTEST_BRANCH_PX * unit)]:
+        end = breadth_first_order(graph, first, return_predecessors=False)[-1]
+        order, previous = breadth_first_order(graph, end)
+        steps = [order[-1]]  # from end to end of the branch; half of a ring
+        while steps[-1] != end:
+            steps.append(previous[steps[-1]])
+        path = places[steps]
         corners = np.concatenate([path[:-1:step], path[-1:]])
         total_arc += np.hypot(*np.diff(corners, axis=0).T).sum()
         total_chord += np.hypot(*(path[-1] - path[0]))
     return float(total_arc / total_chord) if total_chord > 0 else 1.0
 
 
-def _branches(skeleton: np.ndarray, shortest: int) -> Iterator[np.ndarray]:
-    """The pixels (N, 2) of each branch between junctions, from end to end; of a ring one half."""
-    pixels = skeleton.astype(np.uint8)
-    num_neighbours = cv2.filter2D(pixels, -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT) - pixels
-    places = np.argwhere(skeleton & (num_neighbours <= 2))
-    if len(places) == 0:
-        return
-    pairs = KDTree(places).query_pairs(1.5, output_type="ndarray")  # neighbours are 1 or 1.41 px apart
-    pairs = np.concatenate([pairs, pairs[:, ::-1]])
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(places), len(places))).tocsr()
-    _, numbers = connected_components(graph, directed=False)
-    _, firsts, sizes = np.unique(numbers, return_index=True, return_counts=True)
-    for first in firsts[sizes >= shortest]:
-        end = breadth_first_order(graph, first, return_predecessors=False)[-1]
-        order, previous = breadth_first_order(graph, end)
-        path = [order[-1]]
-        while path[-1] != end:
-            path.append(previous[path[-1]])
-        yield places[path]
-
-
 def rate_difficulty(measures: Sequence[Measures]) -> list[float]:
     """The difficulty of each sample in [0, 1], by ranks over all with vessels; a single one has 0."""
-    vessels = [one for one in measures if one.width_px is not None]
-    columns = (
-        [-one.contrast for one in vessels],
-        [-one.width_px for one in vessels],
-        [v.tortuosity for v in vessels],
-    )
+    vessels = [(-one.contrast, -one.width_px, one.tortuosity) for one in measures if one != Measures()]
+    columns = np.reshape(vessels, (-1, 3)).T
     faint, thin, winding = ((rankdata(values) - 1) / max(1, len(values) - 1) for values in columns)
     known = iter(((2 * faint + thin + winding) / 4).tolist())
     return [1.0 if one.width_px is None else round(next(known), 6) for one in measures]
@@ -130,10 +108,7 @@ def rate_difficulty(measures: Sequence[Measures]) -> list[float]:
 def difficulty_table(
     samples: Sequence[Sample], load: Callable[[Sample], tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, dict[str, float | None]]:
-    """Difficulty and measures of every sample by its key, ready for JSON; `calibre_px` is the vessel width.
-
-    `load` gives image uint8 (H, W, 3) and mask bool (H, W) of a sample, not augmented.
-    """
+    """Difficulty and measures of each sample by its key, ready for JSON; `calibre_px` is the vessel width."""
     found = [measure(*load(sample)) for sample in samples]
     names = ("difficulty", "calibre_px", *Measures._fields[1:])
     rows = zip(samples, rate_difficulty(found), found, strict=True)
@@ -144,14 +119,13 @@ def open_samples(difficulties: Sequence[float], epoch: int, num_epochs: int) -> 
     """Indices, ascending, of the samples that an epoch may use: the easiest share, until all are open.
 
     share(epoch) = 0.4 + 0.6 · (epoch − 1) / (num_epochs // 2), at most 1; their number is rounded up.
-    Equal difficulties open in the order of their indices. Epochs count from 1; any below is a ValueError.
+    Equal difficulties open in the order of their indices. Epochs count from 1.
 
     >>> [open_samples([0.9, 0.1, 0.5, 0.3], epoch, num_epochs=4) for epoch in (1, 2, 3)]
     [[1, 3], [1, 2, 3], [0, 1, 2, 3]]
     """
-    for name, number in (("epoch", epoch), ("num_epochs", num_epochs)):
-        if number < 1:
-            raise ValueError(f"{name} is {number}. Epochs are counted from 1.")
+    if epoch < 1:
+        raise ValueError(f"epoch is {epoch}. Epochs are counted from 1.")
     half = num_epochs // 2
     share = 1.0 if epoch > half else FIRST_SHARE + (1 - FIRST_SHARE) * (epoch - 1) / half
     num_open = math.ceil(round(share * len(difficulties), 6))

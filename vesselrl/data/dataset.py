@@ -14,9 +14,9 @@ from vesselrl.data.check import foreground_shares
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
-from vesselrl.scoring.overlap import as_mask
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
+UNCHANGED = get_augmentation("none")
 CACHE_BYTES = 2 * 1024**3  # limit of the memory for the pixels of a data set
 
 OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
@@ -30,19 +30,9 @@ class VesselDataset(Dataset):
 
     Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
     copy: changing it changes nothing here.
-
-    Args:
-        samples: what to load, in this order.
-        augmentation: how `augmented` changes images; by default not at all.
-        seed: decides, with epoch and index, how each image is changed.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        augmentation: Augmentation = Augmentation(),  # noqa: B008  (frozen)
-        seed: int = 0,
-    ):
+    def __init__(self, samples: Sequence[Sample], augmentation: Augmentation = UNCHANGED, seed: int = 0):
         self.samples = tuple(samples)
         self.augmentation = augmentation
         self.seed = seed
@@ -55,14 +45,11 @@ class VesselDataset(Dataset):
     def __getitem__(self, index: int) -> Item:
         """One item; a broken file is a DataError that names the record."""
         sample = self.samples[index]
-        if index in self._cache:
-            image, mask = self._cache[index]
-            return image.copy(), mask.copy(), sample
-        image, mask = load_image(sample), load_mask(sample)
-        if image.nbytes + mask.nbytes <= self._bytes_left:
+        image, mask = self._cache.get(index) or (load_image(sample), load_mask(sample))
+        if index not in self._cache and image.nbytes + mask.nbytes <= self._bytes_left:
             self._bytes_left -= image.nbytes + mask.nbytes
-            self._cache[index] = image.copy(), mask.copy()
-        return image, mask, sample
+            self._cache[index] = image, mask
+        return image.copy(), mask.copy(), sample
 
     def augmented(self, index: int, epoch: int) -> Item:
         """One item as this epoch shows it; the same whenever and in whatever order it is asked for."""
@@ -78,14 +65,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def contact_sheet(items: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:
     """Images in rows, the outline of the mask on each, its key below: uint8 (H, W, 3), RGB, on white.
 
-    Args:
-        items: (key, image uint8 (H, W, 3), mask bool (H, W)); the key is a pseudonym such as P001_S1_F0011.
-
-    Raises:
-        ValueError: no items, sizes that differ, or a key that is no pseudonym (a sheet must show no name).
+    Items are (key, image uint8 (H, W, 3), mask bool (H, W)); a key that is no pseudonym is a ValueError.
     """
-    if not items:
-        raise ValueError("There is nothing to show: got 0 images. Give at least one (key, image, mask).")
     tiles = [_tile(*item, place=place) for place, item in enumerate(items, start=1)]
     columns = min(COLUMNS, len(tiles))
     tiles += [np.full_like(tiles[0], _PAPER)] * (-len(tiles) % columns)
@@ -106,17 +87,8 @@ def write_contact_sheet(
     """Writes a PNG with training images of a split, as the first epoch shows them.
 
     It shows those that `--max_train_samples` would keep. With fewer than three patients there is no split,
-    and the images are chosen from all.
-
-    Args:
-        data_root: data set.
-        output: PNG file.
-        num_images: how many, chosen round the patients.
-        augment: name of the plan, none, light or strong.
-        seed: of the augmentation.
-        split_seed: of the split and the choice of images.
-        stratified: whether the split is stratified by foreground, as for all but the built-in data.
-        **names: patient_pattern and patient_aliases.
+    and the images are chosen from all. `stratified`: whether the split is stratified by foreground, as for
+    all but the built-in data; `names`: patient_pattern and patient_aliases.
     """
     samples = find_samples(data_root, **names)
     if len({sample.patient for sample in samples}) >= 3:
@@ -144,12 +116,6 @@ def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarray:
     if LABELS["files"].fullmatch(key) is None:
         raise ValueError(f"The caption of image {place} is no pseudonym. Use the key of its sample.")
-    mask = as_mask(mask)
-    if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"{key}: a uint8 image of shape {(*mask.shape, 3)} belongs to this mask: got {image.dtype} "
-            f"{image.shape}. Give image and mask of one size."
-        )
     factor = TILE_PX / max(mask.shape)
     size = [max(1, round(side * factor)) for side in mask.shape[::-1]]
     smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC

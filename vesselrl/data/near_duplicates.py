@@ -1,13 +1,8 @@
 """Images that are not independent: near duplicates in two subsets, and the base model's pretraining.
 
-Two images of different patients count as frames of one run where two tests agree, both on 256×256 px in grey:
-
-1. An average hash of 16×16 bits of the image without shading and local contrast: at most 72 bits differ.
-2. Dark structures narrower than 7 % of the image correlate by 0.70 at a shift of up to 10 %.
-
-The hash alone is not enough (two retinas may differ in 20 bits: the optic disc is always in one place),
-nor are the vessels (those of two synthetic patients correlate by up to 0.84). Frames of one run that were
-processed differently, or lie further apart, are not found.
+Two images of different patients count as frames of one run where hashes of their structures (256 bits) and
+maps of their vessels agree: two retinas may differ in 20 bits only, and the vessels of two synthetic patients
+correlate by up to 0.84. Frames that were processed differently, or lie further apart, are not found.
 """
 
 import logging
@@ -27,13 +22,10 @@ from vesselrl.errors import DataError
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str, int]  # key, key, number of different bits
-
 HASH_BITS = 16  # per side
-MAX_DISTANCE = 72
-MIN_CORRELATION = 0.70
-_SIZE = 256
-_MAP_SIZE = 64
-_MAX_SHIFT = 6  # px of the vessel map: 10 %
+MAX_DISTANCE = 72  # bits
+MIN_CORRELATION = 0.70  # of the vessel maps, at a shift of up to 10 %
+_SIZE, _MAP_SIZE, _MAX_SHIFT = 256, 64, 6  # px; the shift in those of the map
 
 
 def find_near_duplicates(samples: Sequence[Sample], load: Callable[[Sample], np.ndarray]) -> list[Pair]:
@@ -49,21 +41,17 @@ def find_near_duplicates(samples: Sequence[Sample], load: Callable[[Sample], np.
         grey = cv2.cvtColor(load(sample), cv2.COLOR_RGB2GRAY)
         grey = cv2.resize(grey, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
         hashes.append(hash_image(grey))
-        maps.append(vessel_map(grey))
+        maps.append(_vessel_map(grey))
     patients = np.unique([sample.patient for sample in samples], return_inverse=True)[1]
     found = []
     for one, other, distance in _near_hashes(np.stack(hashes), patients, MAX_DISTANCE):
-        if correlation(maps[one], maps[other]) >= MIN_CORRELATION:
+        if _correlation(maps[one], maps[other]) >= MIN_CORRELATION:
             found.append((samples[one].key, samples[other].key, distance))
     return sorted(found, key=lambda pair: (pair[2], pair))
 
 
 def check_near_duplicates(split: Split, load: Callable[[Sample], np.ndarray]) -> list[Pair]:
-    """The pairs of different patients in one subset: perhaps one patient under two names.
-
-    Raises:
-        DataError: there are pairs across the subsets; the message names the records.
-    """
+    """The pairs in one subset, perhaps one patient under two names; pairs across subsets are a DataError."""
     subset_of = {sample.key: subset for subset in SUBSETS for sample in getattr(split, subset)}
     samples = {sample.key: sample for subset in SUBSETS for sample in getattr(split, subset)}
     pairs = find_near_duplicates(list(samples.values()), load)
@@ -77,9 +65,7 @@ def check_near_duplicates(split: Split, load: Callable[[Sample], np.ndarray]) ->
             "same patient in an alias file (file_name,patient), or remove one of the two."
         )
     if pairs:
-        note = (
-            "%d pairs of images of different patients in one subset look alike: one patient under two names?"
-        )
+        note = "%d pairs of different patients in one subset look alike: one patient under two names?"
         logger.warning(f"{note} First: %s and %s", len(pairs), *pairs[0][:2])
     return pairs
 
@@ -94,7 +80,7 @@ def hash_image(grey: np.ndarray) -> np.ndarray:
     return (small > small.mean()).ravel()
 
 
-def vessel_map(grey: np.ndarray) -> np.ndarray:
+def _vessel_map(grey: np.ndarray) -> np.ndarray:
     """Dark structures narrower than 7 % of the image as float32 (64, 64), 0 to 255."""
     width = int(0.07 * _SIZE) | 1
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (width, width))
@@ -104,14 +90,12 @@ def vessel_map(grey: np.ndarray) -> np.ndarray:
     return cv2.resize(scaled, (_MAP_SIZE, _MAP_SIZE), interpolation=cv2.INTER_AREA)
 
 
-def correlation(one: np.ndarray, other: np.ndarray) -> float:
+def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     """The largest correlation of two vessel maps over shifts of up to 10 %, 0 to 1; 0 for an even map."""
     middle = slice(_MAX_SHIFT, -_MAX_SHIFT)
-    best = 0.0
-    for whole, part in ((one, other[middle, middle]), (other, one[middle, middle])):
-        if part.std() > 0 and whole.std() > 0:
-            best = max(best, float(cv2.matchTemplate(whole, part, cv2.TM_CCOEFF_NORMED).max()))
-    return best
+    pairs = ((one, other[middle, middle]), (other, one[middle, middle]))
+    uneven = [pair for pair in pairs if min(map(np.std, pair)) > 0]
+    return max([0.0, *(float(cv2.matchTemplate(*pair, cv2.TM_CCOEFF_NORMED).max()) for pair in uneven)])
 
 
 def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> Iterator[tuple[int, int, int]]:
@@ -127,14 +111,9 @@ def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> It
 def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[str]:
     """Keys of the samples of patients whose images the base model was trained on: no baseline there.
 
-    Args:
-        choice: "none", "all", or a text file with a file name (with or without folder and ending) or a key in
-            each line; empty lines, comments (#) and lines about other images do not count. Where images of
-            several patients share a file name, the folder in the line decides.
-        samples: the samples in question.
-
-    Raises:
-        DataError: the file cannot be read, no line is an image of these samples, or one is ambiguous.
+    `choice` is "none", "all", or a text file with a file name (with or without folder and ending) or a key in
+    each line; empty lines, comments (#) and lines about other images do not count. Where images of several
+    patients share a file name, the folder in the line decides; a line that stays ambiguous is a DataError.
     """
     if choice in ("none", "all"):
         return {sample.key for sample in samples} if choice == "all" else set()
@@ -149,31 +128,23 @@ def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[st
     listed = {PurePosixPath(line): number for number, line in enumerate(lines, 1) if line and line[0] != "#"}
     named: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what a line may say → (patient, folder)
     for sample in samples:
-        parts = (sample.image_path.parent.name, sample.image_path.name, sample.image_path.stem)
-        folder, *names = (unicodedata.normalize("NFKC", part) for part in parts)
-        for name in (sample.key, *names):
-            named[name].add((sample.patient, folder))
+        path_here = PurePosixPath(unicodedata.normalize("NFKC", sample.image_path.as_posix()))
+        for name in (sample.key, path_here.name, path_here.stem):
+            named[name].add((sample.patient, path_here.parent.name))
     seen = set()
     for line, number in listed.items():
         patients = {patient for patient, _ in named[line.name]}
-        if len(patients) > 1 and line.parent.name:
-            here = {patient for patient, folder in named[line.name] if folder == line.parent.name}
-            patients = here or patients
         if len(patients) > 1:
-            raise DataError(
-                f"Line {number} of {path.name} may mean images of {len(patients)} patients. Write the folder "
-                "of the image too."
-            )
+            patients = {own for own, folder in named[line.name] if folder == line.parent.name} or patients
+        if len(patients) > 1:
+            what = f"Line {number} of {path.name} may mean images of {len(patients)} patients"
+            raise DataError(f"{what}. Write the folder of the image too.")
         seen |= patients
     if not seen:
-        raise DataError(
-            f"None of {len(listed)} lines of {path.name} is an image of this data. Write file names or keys "
-            "such as P001_S1_F0011, one per line, or give none."
-        )
+        what = f"None of {len(listed)} lines of {path.name} is an image of this data"
+        raise DataError(f"{what}. Write a file name or a key such as P001_S1_F0011 per line, or give none.")
     keys = {sample.key for sample in samples if sample.patient in seen}
-    num_patients = len({sample.patient for sample in samples})
-    logger.info(
-        "pretraining overlap: the base model was trained on %d of %d patients: %d of %d images",
-        len(seen), num_patients, len(keys), len(samples),
-    )  # fmt: skip
+    numbers = len(seen), len({sample.patient for sample in samples}), len(keys), len(samples)
+    note = "pretraining overlap: the base model was trained on %d of %d patients: %d of %d images"
+    logger.info(note, *numbers)
     return keys

@@ -1,16 +1,7 @@
-"""Whose image it is: file names are read for patient, sequence and frame; an alias file joins spellings.
+"""Whose image it is: reads patient, sequence and frame from file names; an alias file joins spellings.
 
-A patient is a 10-digit ID where the file name has one, however the name beside it is spelled; otherwise the
-name without case, spaces and punctuation, which means an ID where it occurs elsewhere with exactly one.
-`Image_01L` and `Image_01R`, and other numbers with a side, are the two eyes of one patient. One person under
-two spellings without an ID, or under two IDs, is seen only with an alias file, CSV in UTF-8:
-
-    file_name,patient
-    zhang_san_frame_000001.jpg,zhang san
-    ZHANGSAN2_frame_000001.jpg,zhang san
-
-One row moves all files that were read as the same person; if the rows of one person name different patients,
-each of its files needs a row. A patient written as a name or an ID of other files is that person.
+A patient is a 10-digit ID, or a name without case, spaces and punctuation, which means the ID that occurs
+with it elsewhere if there is exactly one; docs/data.md has the forms of names and of the alias file.
 """
 
 import csv
@@ -56,19 +47,10 @@ _ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".
 class Identity:
     """Contents of a file name; never logged or shown (`repr` gives nothing away)."""
 
-    person: str  # what tells it from others: "id:…", "name:…", "eyes:…", "pattern:…", "alias:…" or "file:…"
+    person: str  # "id:…", "name:…", "eyes:…", "pattern:…", "alias:…" or "file:…"
     other_name: str = ""  # "name:…" where the person has an ID as well
     sequence: str = ""  # empty where the file name has none
     frame: str = ""
-
-
-@dataclass(frozen=True, repr=False)
-class AliasRow:
-    """One line of an alias file; `repr` gives nothing away."""
-
-    line: int
-    file_name: str
-    patient: str
 
 
 def parse_name(name: str) -> Identity:
@@ -78,7 +60,8 @@ def parse_name(name: str) -> Identity:
     'id:0123456789'
     """
     name = unicodedata.normalize("NFKC", name)
-    stem = name.rsplit("/", 1)[-1].strip()
+    folder, _, stem = name.rpartition("/")
+    stem = stem.strip()
     match = _WITH_ID.fullmatch(stem) or _WITHOUT_ID.fullmatch(stem)
     plain = "" if match is None else _plain(match["name"])
     number = None if match is None else match.groupdict().get("id")
@@ -86,7 +69,6 @@ def parse_name(name: str) -> Identity:
         eye = _EYE.fullmatch(stem)
         if eye is None:
             return Identity(f"file:{name}")
-        folder = name.rpartition("/")[0]
         return Identity(f"eyes:{folder}/{eye['case'].casefold()}", sequence=eye["eye"].casefold())
     sequence = re.sub(r"[\s_]+", "_", match["sequence"] or "").strip("_").casefold()
     person, other = (f"id:{number}", f"name:{plain}") if number else (f"name:{plain}", "")
@@ -98,34 +80,23 @@ def _plain(name: str) -> str:
 
 
 def parse_by_pattern(names: Iterable[str], patient_pattern: str) -> dict[str, Identity]:
-    r"""Reads file names by a pattern of the user, for data that `parse_name` does not know.
+    r"""Reads file names by a regular expression of the user; any without a patient are a DataError.
 
-    Args:
-        names: paths below images/, without the ending.
-        patient_pattern: regular expression searched in each name, with the group `patient` and, if there are
-            such parts, `sequence` and `frame`, for example `(?P<patient>\d+)(?P<frame>[LR])$`.
-
-    Raises:
-        DataError: the pattern is not valid, has no group `patient`, or finds no patient in a name.
+    It has the group `patient` and perhaps `sequence` and `frame`: `(?P<patient>\d+)(?P<frame>[LR])$`.
     """
     try:
         pattern = re.compile(patient_pattern)
     except re.error as error:
         raise DataError(f"patient_pattern is not a regular expression: {error}. Correct it.") from None
     if "patient" not in pattern.groupindex:
-        raise DataError(
-            "patient_pattern has no group (?P<patient>...). Put it around the part for the patient."
-        )
-    result, wrong = {}, []
-    names = sorted(names)
-    for number, name in enumerate(names, start=1):
+        raise DataError("patient_pattern has no group (?P<patient>...). Put it round the patient's part.")
+    names, result = sorted(names), {}
+    for name in names:
         match = pattern.search(unicodedata.normalize("NFKC", name))
-        found = match.groupdict() if match else {}
-        if not found.get("patient"):
-            wrong.append(number)
-        person = f"pattern:{found.get('patient')}"
-        result[name] = Identity(person, "", found.get("sequence") or "", found.get("frame") or "")
-    if wrong:
+        found = match.groupdict(default="") if match else {}
+        patient, sequence, frame = (found.get(part, "") for part in ("patient", "sequence", "frame"))
+        result[name] = Identity(f"pattern:{patient}", "", sequence, frame)
+    if wrong := [place for place, name in enumerate(names, 1) if result[name].person == "pattern:"]:
         raise DataError(
             f"patient_pattern finds no patient in {len(wrong)} of {len(names)} file names (first: number "
             f"{wrong[0]} in the order of the names). Widen the pattern, or remove these files."
@@ -146,38 +117,30 @@ def names_a_person(name: str) -> bool:
 def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
-    """Identity by file name, and whether none of the names and aliases can be that of a person.
-
-    The arguments are those of `vesselrl.data.pseudonyms.pseudonyms`, and so are the errors.
-    """
-    if patient_pattern is None:
-        found = {name: parse_name(name) for name in names}
-    else:
+    """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
+    if patient_pattern is not None:
         found = parse_by_pattern(names, patient_pattern)
+    else:
+        found = {name: parse_name(name) for name in names}
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:
             ids_of[identity.other_name].add(identity.person)
     only_id = {name: next(iter(ids)) for name, ids in ids_of.items() if len(ids) == 1}
-    if len(ids_of) > len(only_id):
-        num_shared = len(ids_of) - len(only_id)
+    if num_shared := len(ids_of) - len(only_id):
         logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
     persons = {name: only_id.get(identity.person, identity.person) for name, identity in found.items()}
     rows = []
     if aliases is not None:
         rows = read_aliases(aliases)
-        persons = join_persons(persons, only_id, rows, Path(aliases).name)
-    texts = [*names, *(row.patient for row in rows)]
+        persons = _join_persons(persons, only_id, rows, Path(aliases).name)
+    texts = [*names, *(patient for *_, patient in rows)]
     impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
     return {name: replace(found[name], person=persons[name]) for name in names}, impersonal
 
 
-def read_aliases(path: Path | str) -> list[AliasRow]:
-    """The rows of an alias file; empty lines are left out.
-
-    Raises:
-        DataError: the file is missing or broken; the message names the line and no file or person.
-    """
+def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
+    """Number of line, file name and patient of each row of an alias file; errors name no file or person."""
     path, header = Path(path), ",".join(ALIAS_HEADER)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -193,25 +156,19 @@ def read_aliases(path: Path | str) -> list[AliasRow]:
         raise DataError(f"{path.name} line {lines[0][0]} is not the header. Begin it with {header}.")
     for line, fields in lines[1:]:
         if len(fields) != 2 or not all(fields):
-            raise DataError(
-                f"{path.name} line {line} has {len(fields)} fields, or an empty one. Write a file name, a "
-                'comma and a patient; put a text with a comma into "...".'
-            )
+            what = f"{path.name} line {line} has {len(fields)} fields, or an empty one"
+            raise DataError(f'{what}. Write file name, comma, patient; put a text with a comma into "...".')
     if len(lines) < 2:
         raise DataError(f"{path.name} names no file. Write {header} and a line for each spelling.")
-    return [AliasRow(line, *fields) for line, fields in lines[1:]]
+    return [(line, *fields) for line, fields in lines[1:]]
 
 
-def join_persons(
-    persons: Mapping[str, str], names: Mapping[str, str], rows: Sequence[AliasRow], source: str
+def _join_persons(
+    persons: Mapping[str, str], names: Mapping[str, str], rows: Sequence[tuple[int, str, str]], source: str
 ) -> dict[str, str]:
-    """The person of each file after the rows of an alias file.
+    """The person of each file after the rows of an alias file; `names`: other names ("name:…" → "id:…").
 
-    Args:
-        persons: person by file name.
-        names: person by other names of the person ("name:…" → "id:…").
-        rows: as `read_aliases` returns them; any that means no image, or contradicts another, is a DataError.
-        source: name of the alias file, for messages.
+    One row moves all files of the person it names, unless rows give each of its files to a patient.
     """
     by_text = defaultdict(set)
     for name in persons:
@@ -221,14 +178,13 @@ def join_persons(
     lines: dict[str, int] = {}
     wanted: dict[str, dict[str, str]] = defaultdict(dict)
     known = {*persons.values()}
-    for row in rows:
-        name = _image_named(row, by_text, source)
-        target = _person_named(row.patient, known, names)
+    for line, file_name, patient in rows:
+        name = _image_named(file_name, by_text, f"{source} line {line}")
+        target = _person_named(patient, known, names)
         if wanted[persons[name]].setdefault(name, target) != target:
-            raise DataError(
-                f"{source} lines {lines[name]} and {row.line} give one image to two patients. Keep one."
-            )
-        lines.setdefault(name, row.line)
+            what = f"{source} lines {lines[name]} and {line}"
+            raise DataError(f"{what} give one image to two patients. Keep one.")
+        lines.setdefault(name, line)
 
     parent: dict[str, str] = {}
     single: dict[str, str] = {}
@@ -255,9 +211,9 @@ def join_persons(
     return {name: root(single.get(name, person)) for name, person in persons.items()}
 
 
-def _image_named(row: AliasRow, by_text: Mapping[str, set[str]], source: str) -> str:
+def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) -> str:
     """The file name that a row means."""
-    path = PurePosixPath(row.file_name.replace("\\", "/"))
+    path = PurePosixPath(file_name.replace("\\", "/"))
     if path.parts[0] == "images" and len(path.parts) > 1:
         path = path.relative_to("images")
     found = by_text.get(str(path), set())
@@ -265,9 +221,7 @@ def _image_named(row: AliasRow, by_text: Mapping[str, set[str]], source: str) ->
         found = by_text.get(str(path.with_suffix("")), set())
     if len(found) != 1:
         what = f"means {len(found)} images" if found else "names no image of this data root"
-        raise DataError(
-            f"{source} line {row.line} {what}. Write the file name as it is in images/, or remove it."
-        )
+        raise DataError(f"{place} {what}. Write the file name as it is in images/, or remove it.")
     return next(iter(found))
 
 

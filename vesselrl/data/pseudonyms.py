@@ -1,9 +1,7 @@
 """Pseudonyms such as P001_S1_F0011, and the mapping file, which alone knows what each stands for.
 
-It lies beside the images, as `patients.mapping.json` in the data root, readable by its owner only (mode 600),
-and keeps the salt and every key that was ever given out, so that files that are added later change no key.
-Numbers follow SHA-256(salt + person): without a salt, whoever knows the patients could read off who P007 is.
-The salt is the SHA-256 of all file names of a new data set: a random one would give two copies other keys.
+It keeps every key that was ever given out. Numbers follow SHA-256(salt + person), so that who knows the
+patients cannot tell P007; the salt is a hash of all file names, so that two copies of the data agree.
 """
 
 import hashlib
@@ -13,9 +11,11 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Literal
 
 from vesselrl.data.patients import Identity, identify
@@ -66,20 +66,11 @@ def pseudonyms(
     mapping: Path | str | None = None,
     keep: Literal["nothing", "people", "all"] = "people",
 ) -> dict[str, Pseudonym]:
-    """A pseudonym for each file name; all keys differ, and the order of the names does not matter.
+    """A pseudonym for each file name, a path below images/ without ending; all keys differ.
 
     Impersonal names (train_001) and the built-in synthetic data have nothing to hide: no salt, and a mapping
-    file only where one without a salt is there already, in a repaired copy of a data set.
-
-    Args:
-        names: paths below images/, without the ending.
-        patient_pattern: how to read the names, see `vesselrl.data.patients.parse_by_pattern`.
-        aliases: alias file, see `vesselrl.data.patients`.
-        mapping: mapping file, read and written. None: nothing is kept.
-        keep: what is written to it: the keys of people, those of impersonal names as well, or nothing.
-
-    Raises:
-        DataError: the pattern, the alias file or the mapping file cannot be used.
+    file only where one without a salt is there already, in a repaired copy of a data set. `mapping` is that
+    file; `keep` says what is written to it: keys of people, those of impersonal names as well, or nothing.
 
     >>> sorted(alias.key for alias in pseudonyms(["Image_01L", "Image_01R"]).values())
     ['P001_S1_F0001', 'P001_S2_F0001']
@@ -115,33 +106,35 @@ def _assign_keys(files: Mapping[str, Identity], known: PseudonymMap) -> Pseudony
     members: dict[str, list[str]] = defaultdict(list)
     for name in sorted(files):
         members[files[name].person].append(name)
-    earlier = {
-        person: {key_of[name].split("_")[0] for name in names if name in key_of}
-        for person, names in members.items()
-    }
+    patient_of = {name: key.split("_")[0] for name, key in key_of.items()}
+    earlier = {person: {*map(patient_of.get, own)} - {None} for person, own in members.items()}
     label_of = _label_persons(earlier, known.salt, patients)
     for person, names in members.items():
-        texts = {files[name].sequence for name in names}
-        for text, label in _label_sequences(texts, label_of[person], sequences).items():
+        patient = label_of[person]
+        labels = {text: label for label, text in sequences.items() if label.startswith(f"{patient}_")}
+        number = max((int(label.rpartition("_S")[2]) for label in labels.values()), default=0)
+        for text in sorted({files[name].sequence for name in names}):
+            if text not in labels:
+                number += 1
+                labels[text] = f"{patient}_S{number}"
+                sequences[labels[text]] = text
+            label = labels[text]
             own = [name for name in names if files[name].sequence == text]
             for name in own:
-                if key_in.get((name, label), key_of.get(name)) != key_of.get(name):
-                    key = key_in[name, label]
+                key = key_in.get((name, label))
+                if key is not None and key != key_of[name]:
                     keys[key] = keys.pop(key)  # an earlier key holds again: the last one counts
             new = {name: files[name].frame for name in own if (name, label) not in key_in}
-            keys |= {
-                f"{label}_{frame}": name for name, frame in _number_frames(new, frames_of[label]).items()
-            }
+            keys |= {f"{label}_{frame}": name for name, frame in _number_frames(new, frames_of[label])}
     return PseudonymMap(known.salt, patients, sequences, keys)
 
 
 def _label_persons(earlier: Mapping[str, set[str]], salt: str, patients: dict[str, str]) -> dict[str, str]:
     """Person → P001, by salted hashes; adds the new ones to `patients`. `earlier`: labels of the files."""
-    by_person = {person: label for label, person in patients.items()}
-    result = {person: by_person[person] for person in earlier if person in by_person}
+    result = {person: label for label, person in patients.items() if person in earlier}
     taken = set(result.values())
     number = max((int(label[1:]) for label in patients), default=0)
-    others = [person for person in earlier if person not in result]
+    others = earlier.keys() - result.keys()
     for person in sorted(others, key=lambda person: hashlib.sha256((salt + person).encode()).digest()):
         # Joined or renamed by an alias: its files keep the number that they had.
         label = min(earlier[person] - taken, default=None)
@@ -154,40 +147,23 @@ def _label_persons(earlier: Mapping[str, set[str]], salt: str, patients: dict[st
     return result
 
 
-def _label_sequences(texts: set[str], patient: str, sequences: dict[str, str]) -> dict[str, str]:
-    """Sequence in the file name → P001_S1, in the order of the names; adds the new ones to `sequences`."""
-    own = {text: label for label, text in sequences.items() if label.startswith(f"{patient}_")}
-    number = max((int(label.rpartition("_S")[2]) for label in own.values()), default=0)
-    for place, text in enumerate(sorted(texts - set(own)), start=number + 1):
-        own[text] = f"{patient}_S{place}"
-        sequences[own[text]] = text
-    return {text: own[text] for text in sorted(texts)}
-
-
-def _number_frames(frames: Mapping[str, str], taken: set[str]) -> dict[str, str]:
-    """File name → F0011: the number in it, unless more than six digits may be an ID, or the next free one."""
-    result: dict[str, str] = {}
-    for name, text in frames.items():
-        if text.isascii() and text.isdigit() and len(text) <= 6:
-            result[name] = _free(f"F{int(text):04d}", taken)
-    number = 0
+def _number_frames(frames: Mapping[str, str], taken: set[str]) -> Iterator[tuple[str, str]]:
+    """File name, F0011: the number in it, unless more than six digits may be an ID, or the next free one."""
+    numbers = {name: int(text) for name, text in frames.items() if re.fullmatch("[0-9]{1,6}", text)}
+    for name, number in numbers.items():
+        yield name, _free(f"F{number:04d}", taken)
+    free = (label for label in map("F{:04d}".format, count(1)) if label not in taken)
     for name in frames:
-        if name not in result:
-            number += 1
-            while f"F{number:04d}" in taken:
-                number += 1
-            result[name] = _free(f"F{number:04d}", taken)
-    return result
+        if name not in numbers:
+            yield name, _free(next(free), taken)
 
 
 def _free(label: str, taken: set[str]) -> str:
-    """The label, with b, c, … or a number where it is taken; takes it."""
-    candidate, number = label, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{label}{chr(ord('a') + number - 1)}" if number <= 26 else f"{label}-{number}"
-    taken.add(candidate)
-    return candidate
+    """The label, with b, c, … z, -27, -28, … where it is taken; takes it."""
+    endings = chain(["", *ascii_lowercase[1:]], (f"-{number}" for number in count(27)))
+    found = next(label + ending for ending in endings if label + ending not in taken)
+    taken.add(found)
+    return found
 
 
 def _read_map(path: Path, patient_pattern: str | None, impersonal: bool) -> PseudonymMap | None:
@@ -228,11 +204,10 @@ def _read_readings(path: Path) -> dict[str, dict]:
 def _is_map(reading: object) -> bool:
     if not isinstance(reading, dict) or set(reading) != {"salt", *LABELS}:
         return False
+    tables = [(reading[name], label) for name, label in LABELS.items()]
     return isinstance(reading["salt"], str) and all(
-        isinstance(reading[name], dict)
-        and all(pattern.fullmatch(label) for label in reading[name])
-        and all(isinstance(text, str) for text in reading[name].values())
-        for name, pattern in LABELS.items()
+        isinstance(table, dict) and all(label.fullmatch(k) and isinstance(v, str) for k, v in table.items())
+        for table, label in tables
     )
 
 
@@ -246,7 +221,5 @@ def _write_map(path: Path, patient_pattern: str | None, found: PseudonymMap) -> 
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
     except OSError as error:
-        note = (
-            "%s cannot be written (%s): pseudonyms hold for this set of files, added files may change them."
-        )
+        note = "%s cannot be written (%s): files that are added may change pseudonyms."
         logger.info(note, path.name, error.strerror)

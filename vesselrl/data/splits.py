@@ -1,9 +1,8 @@
 """Training, validation and test samples that share no patient, written once and read back as they were.
 
-The unit is the patient, because frames of one person look alike; a split by frame is marked as LEAKY wherever
-it goes. The order that is shuffled is that of SHA-256 sums of the people in the file names, not of their
-pseudonyms: the same files and seed give the same subsets everywhere, with or without a mapping file.
-The price: whoever knows all patients and the seed can work out which subset each is in, but no number.
+The order that is shuffled is that of SHA-256 sums of the people in the file names, not of their pseudonyms:
+the same files and seed give the same subsets with or without a mapping file. The price: whoever knows all
+patients and the seed can work out which subset each is in, but no number.
 """
 
 import hashlib
@@ -12,10 +11,10 @@ import logging
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
 
 from vesselrl.data.patients import parse_name
@@ -72,99 +71,51 @@ def split_by_patient(
     """Divides samples into training, validation and test by patient, whatever their order.
 
     The patients are shuffled; test, then validation, take or give back one patient after the other as long as
-    that brings their number of samples nearer to their share. The others are for training. An empty subset
-    gets the smallest patient of the one with most. With `fold`, the patients are assigned to k test subsets
-    of about equal size instead, and validation takes its share of the rest.
+    that brings their number of samples nearer to their share; the others are for training.
 
     Args:
-        samples: samples of at least three patients.
+        samples: samples of at least three patients; fewer, or too few for k folds, are a DataError.
         seed: seed of the shuffle.
         ratios: shares of train, val and test, with the sum 1; of the first two with `fold`.
         shares: foreground share by key of every sample: of 200 shuffles, the one whose subsets have the most
             equal mean share is taken, among those whose sizes are within 2 % of the best.
-        fold: (i, k) with i from 1: every patient is in the test subset of exactly one of the k folds.
+        fold: (i, k) with i from 1: every patient is in the test subset of one of the k folds; validation
+            takes its share of the rest.
         unit: "patient"; or "frame", which ignores patients, warns, and marks the split as leaky.
-
-    Raises:
-        DataError: there are fewer than three patients, or too few for k folds.
     """
     if unit == "frame":
         logger.warning("%s. Use its results for nothing but a comparison with such results.", LEAKY)
     groups = _group_in_order(samples, "key" if unit == "frame" else "patient")
-    _check_number(len(groups), len(samples), fold, unit)
+    what = f"The data has {len(groups)} {'image' if unit == 'frame' else 'patient'}s"
+    if len(groups) < 3:
+        advice = "" if unit == "frame" else " Add patients, or give a patient_pattern that tells them apart."
+        need = "Training, validation and test need one each and share none."
+        raise DataError(f"{what} ({len(samples)} images). {need}{advice}")
+    if fold is not None and len(groups) < max(fold[1], 4 if fold[1] == 2 else 3):
+        raise DataError(f"{what}, too few for {fold[1]} folds. Ask for {len(groups)} folds.")
     sizes = {name: len(group) for name, group in groups.items()}
     sums = {name: sum(shares[s.key] for s in group) for name, group in groups.items()} if shares else None
     assigned = _assign(sizes, sums, seed, ratios, fold)
-    subsets = [
-        tuple(s for name, group in groups.items() if name in assigned[x] for s in group) for x in SUBSETS
-    ]
+    members = [[group for name, group in groups.items() if name in assigned[x]] for x in SUBSETS]
+    subsets = [tuple(chain.from_iterable(own)) for own in members]
     means = tuple(sum(shares[s.key] for s in subset) / len(subset) for subset in subsets) if shares else None
     return Split(*subsets, seed, tuple(ratios), unit, fold and tuple(fold), means)
 
 
-def _check_number(num_groups: int, num_samples: int, fold: Fold, unit: str) -> None:
-    if num_groups < 3 and unit == "frame":
-        raise DataError(f"The data has {num_groups} images. Training, validation and test need one each.")
-    if num_groups < 3:
-        raise DataError(
-            f"The data has {num_groups} patients ({num_samples} images). Training, validation and test "
-            "need one each and share none: add patients, or give a patient_pattern that tells them apart."
-        )
-    if fold is not None and num_groups < max(fold[1], 4 if fold[1] == 2 else 3):
-        raise DataError(
-            f"The data has {num_groups} {unit}s, too few for {fold[1]} folds. Ask for {num_groups} folds."
-        )
-
-
 def _assign(
-    sizes: Mapping[str, int],
-    foreground: Mapping[str, float] | None,
-    seed: int,
-    ratios: Sequence[float],
-    fold: Fold,
+    sizes: Mapping[str, int], sums: Mapping[str, float] | None, seed: int, ratios: Sequence[float], fold: Fold
 ) -> Assignment:
-    """Names of the groups for train, val and test; `foreground`: sums of shares by group, if they count."""
+    """Names of the groups for train, val and test; `sums`: of foreground shares by group, if they count."""
+    best = partial(_best, foreground=sums, seed=seed)
     total = sum(sizes.values())
     if fold is None:
-        targets = {"test": ratios[2] * total, "val": ratios[1] * total, "train": ratios[0] * total}
-        return _best(sizes, foreground, seed, targets, _take_turns)
+        return best(sizes, {"test": ratios[2] * total, "val": ratios[1] * total, "train": ratios[0] * total})
     even = {str(number): total / fold[1] for number in range(1, fold[1] + 1)}
-    evenly = partial(_assign_evenly, largest_first=foreground is None)
-    test = _best(sizes, foreground, seed, even, evenly)[str(fold[0])]
+    test = best(sizes, even, divide=partial(_assign_evenly, largest_first=sums is None))[str(fold[0])]
     rest = {name: size for name, size in sizes.items() if name not in test}
     left = sum(rest.values())
     val = ratios[1] / (ratios[0] + ratios[1]) * left
-    return {"test": test} | _best(rest, foreground, seed, {"val": val, "train": left - val}, _take_turns)
-
-
-def _best(
-    sizes: Mapping[str, int],
-    foreground: Mapping[str, float] | None,
-    seed: int,
-    targets: Mapping[str, float],
-    divide: Callable[[list[str], Mapping[str, int], Mapping[str, float]], Assignment],
-) -> Assignment:
-    """The division of the first shuffle, or of the shuffle that makes foreground shares most equal."""
-    generator = random.Random(seed)
-    order = list(sizes)
-    candidates = []
-    for _ in range(1 if foreground is None else NUM_SHUFFLES):
-        generator.shuffle(order)
-        candidates.append(divide(list(order), sizes, targets))
-    if foreground is None:
-        return candidates[0]
-
-    def size(names: Iterable[str]) -> int:
-        return sum(sizes[name] for name in names)
-
-    def mean(names: Iterable[str]) -> float:
-        return sum(foreground[name] for name in names) / size(names)
-
-    size_gaps = [max(abs(size(found[x]) - targets[x]) for x in targets) for found in candidates]
-    limit = min(size_gaps) + SIZE_TOLERANCE * size(sizes)
-    fit = [found for found, gap in zip(candidates, size_gaps, strict=True) if gap <= limit]
-    overall = mean(sizes)
-    return min(fit, key=lambda found: max(abs(mean(names) - overall) for names in found.values()))
+    return {"test": test} | best(rest, {"val": val, "train": left - val})
 
 
 def _take_turns(order: list[str], sizes: Mapping[str, int], targets: Mapping[str, float]) -> Assignment:
@@ -219,12 +170,36 @@ def _assign_evenly(
     return assigned
 
 
-def write_split(path: Path | str, split: Split) -> None:
-    """Writes a split as JSON: pseudonyms, counts, patients, and the proof that no patient is shared.
+def _best(
+    sizes: Mapping[str, int],
+    targets: Mapping[str, float],
+    foreground: Mapping[str, float] | None,
+    seed: int,
+    divide: Callable[[list[str], Mapping[str, int], Mapping[str, float]], Assignment] = _take_turns,
+) -> Assignment:
+    """The division of the first shuffle, or of the shuffle that makes foreground shares most equal."""
+    generator, order = random.Random(seed), list(sizes)
+    candidates = []
+    for _ in range(1 if foreground is None else NUM_SHUFFLES):
+        generator.shuffle(order)
+        candidates.append(divide(list(order), sizes, targets))
+    if foreground is None:
+        return candidates[0]
 
-    Raises:
-        DataError: a patient is in two subsets of a split by patient; nothing is written.
-    """
+    def mean(names: Iterable[str]) -> float:
+        return sum(map(foreground.__getitem__, names)) / sum(map(sizes.__getitem__, names))
+
+    def size_gap(found: Assignment) -> float:
+        return max(abs(sum(map(sizes.__getitem__, found[x])) - targets[x]) for x in targets)
+
+    limit = min(map(size_gap, candidates)) + SIZE_TOLERANCE * sum(sizes.values())
+    fit = [found for found in candidates if size_gap(found) <= limit]
+    overall = mean(sizes)
+    return min(fit, key=lambda found: max(abs(mean(names) - overall) for names in found.values()))
+
+
+def write_split(path: Path | str, split: Split) -> None:
+    """Writes a split as JSON; a patient in two subsets of a split by patient is a DataError."""
     patients = {subset: split.patients(subset) for subset in SUBSETS}
     keys = {subset: [sample.key for sample in getattr(split, subset)] for subset in SUBSETS}
     content = {
@@ -249,12 +224,7 @@ def write_split(path: Path | str, split: Split) -> None:
 
 
 def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
-    """Reads a split back, with the samples of today; samples that it does not list are left out.
-
-    Raises:
-        DataError: the file is missing or broken, it lists samples that are not there any more, or its keys
-            now stand for other images, because files were added, removed or renamed.
-    """
+    """Reads a split back, with the samples of today; a key that now means another image is a DataError."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -270,27 +240,22 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
         }
         expected = content["sha256"]
     except FileNotFoundError:
-        raise DataError(
-            f"There is no split {path}. Train first, or give the run folder that holds it."
-        ) from None
+        raise DataError(f"There is no split {path}. Train first, or give the run that holds it.") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{path.name} is not a split that this program wrote. Make a new split.") from None
+    advice = "Restore the data, or make a new split and train again."
     by_key = {sample.key: sample for sample in samples}
     missing = [key for subset in SUBSETS for key in keys[subset] if key not in by_key]
     if missing:
+        what = f"{path.name} lists {len(missing)} samples that the data root does not have"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise DataError(
-            f"{path.name} lists {len(missing)} samples that the data root does not have: "
-            f"{', '.join(missing[:5])}{more}. Restore the data, or make a new split and train again."
-        )
+        raise DataError(f"{what}: {', '.join(missing[:5])}{more}. {advice}")
     split = Split(*(tuple(by_key[key] for key in keys[subset]) for subset in SUBSETS), **settings)
     if _fingerprint(split) != expected:
-        raise DataError(
-            f"{path.name} was made from other data: its keys now stand for other images, because files "
-            "were added, removed or renamed. Restore the data, or make a new split and train again."
-        )
+        what = "its keys now stand for other images, because files were added, removed or renamed"
+        raise DataError(f"{path.name} was made from other data: {what}. {advice}")
     _shared_patients(split)
     return split
 
@@ -309,10 +274,8 @@ def _shared_patients(split: Split) -> dict[str, list[str]]:
     for one, other in combinations(SUBSETS, 2):
         patients = sorted(set(split.patients(one)) & set(split.patients(other)))
         if patients and not split.is_leaky:
-            raise DataError(
-                f"{len(patients)} patients are in two subsets of the split, {one} and {other}: "
-                f"{', '.join(patients[:5])}. Make the split by patient."
-            )
+            what = f"{len(patients)} patients are in two subsets of the split, {one} and {other}"
+            raise DataError(f"{what}: {', '.join(patients[:5])}. Make the split by patient.")
         shared[f"{one}_{other}"] = patients
     return shared
 
@@ -321,7 +284,7 @@ def take(samples: Sequence[Sample], n: int | None, seed: int = 42) -> list[Sampl
     """The first n samples, or all, in an order that goes round the patients, so that few show many patients.
 
     Within a patient it goes round the sequences, in shuffled frames. A larger n adds to the samples of a
-    smaller one, and the order of `samples` does not matter. An n below 1 is a ValueError.
+    smaller one, and the order of `samples` does not matter.
     """
     if n is not None and n < 1:
         raise ValueError(f"n is {n}. Ask for at least 1 sample, or for None to take all.")
@@ -332,15 +295,14 @@ def take(samples: Sequence[Sample], n: int | None, seed: int = 42) -> list[Sampl
         for frames in sequences:
             generator.shuffle(frames)
         generator.shuffle(sequences)
-        queues.append(list(_go_round(sequences)))
+        queues.append(_go_round(sequences))
     generator.shuffle(queues)
-    return list(_go_round(queues))[:n]
+    return _go_round(queues)[:n]
 
 
-def _go_round(queues: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
+def _go_round(queues: Sequence[Sequence[Sample]]) -> list[Sample]:
     """The first of each queue, then the second of each, and so on."""
-    for turn in range(max(map(len, queues), default=0)):
-        yield from (queue[turn] for queue in queues if turn < len(queue))
+    return [sample for turn in zip_longest(*queues) for sample in turn if sample is not None]
 
 
 def _group(samples: Iterable[Sample], name: str) -> dict[Hashable, list[Sample]]:

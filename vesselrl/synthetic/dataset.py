@@ -1,16 +1,18 @@
 """Synthetic coronary angiograms with exact masks, for tests, the demo and a first run without data.
 
 One patient is one anatomy and exposure, a sequence is one view of that patient, and its frames differ by
-heart beat, filling with contrast agent and noise. The random numbers of a frame depend on (seed, name of the
-domain, patient, sequence, frame) and on nothing else.
+heart beat, filling and noise, by random numbers of (seed, domain, patient, sequence, frame) alone.
 """
 
 import hashlib
 import json
 import logging
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -46,8 +48,7 @@ VERSION = 1  # raise it whenever the same settings give other files
 SEED = 7  # of the built-in data
 
 
-@dataclass(frozen=True)
-class BuiltinSize:
+class BuiltinSize(NamedTuple):
     """How much of the target domain is drawn where the user gives no data."""
 
     num_patients: int
@@ -57,8 +58,7 @@ class BuiltinSize:
 
 
 FULL = BuiltinSize(num_patients=128, num_sequences=2, num_frames=5, size=256)
-# For the debug preset's 64-px model.
-SMALL = BuiltinSize(num_patients=20, num_sequences=1, num_frames=1, size=64)
+SMALL = BuiltinSize(num_patients=20, num_sequences=1, num_frames=1, size=64)  # for the debug preset
 
 
 def builtin_data(output_dir: str | Path, size: BuiltinSize = FULL) -> Path:
@@ -68,7 +68,7 @@ def builtin_data(output_dir: str | Path, size: BuiltinSize = FULL) -> Path:
     if not root.exists():
         number = size.num_patients * size.num_sequences * size.num_frames
         logger.info("no --data_root given: drawing %d synthetic angiograms into %s", number, root)
-    return write_dataset(root, TARGET, seed=SEED, **vars(size))
+    return write_dataset(root, TARGET, seed=SEED, **size._asdict())
 
 
 def write_dataset(
@@ -89,16 +89,13 @@ def write_dataset(
     - nested: `annotations.json` with polygons one level deeper and the text as one string; no `masks/`;
     - masks: `masks/<stem>.png` (0/255).
 
-    Raises:
-        FileExistsError: `root` holds something else; the message names the settings that differ.
-        ValueError: a number below 1, an unknown layout, or a size that cannot be drawn.
+    Anything else in `root` is a FileExistsError that names the settings that differ.
     """
     counts = {"num_patients": num_patients, "num_sequences": num_sequences, "num_frames": num_frames}
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}. Choose one of {', '.join(LAYOUTS)}.")
-    for name, number in counts.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}. Give a number from 1.")
+    if low := [f"{name} is {number}" for name, number in counts.items() if number < 1]:
+        raise ValueError(f"{', '.join(low)}. Give a number from 1.")
     # The last two are constant now, and keep the folders that were drawn before.
     own = {"size": size, "seed": seed, "layout": layout, "vary_names": False, "first_patient": 1}
     settings = {"version": VERSION, "domain": asdict(domain)} | counts | own
@@ -112,12 +109,11 @@ def write_dataset(
         if layout != "nested":
             (partial / "masks").mkdir()
         records = []
-        for patient in range(1, num_patients + 1):
-            for sequence in range(1, num_sequences + 1):
-                frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
-                records += _write_sequence(
-                    partial, layout, frames, _stems(seed, patient, sequence, num_frames)
-                )
+        for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
+            frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
+            stems = _stems(seed, patient, sequence, num_frames)
+            for (image, mask), stem in zip(frames, stems, strict=True):
+                records.append(_write_frame(partial, layout, image, mask, stem))
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -132,9 +128,7 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     try:
         found = json.loads((root / "synthetic.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileExistsError(
-            f"{root} exists and has no synthetic.json, so it is no synthetic data set. {advice}"
-        ) from None
+        raise FileExistsError(f"{root} has no synthetic.json, so it is no such data set. {advice}") from None
     different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
     if different:
         there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)
@@ -144,32 +138,26 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
         raise FileExistsError(f"{root} holds {num_found} images where {num_images} were written. {advice}")
 
 
-def _stems(seed: int, patient: int, sequence: int, num_frames: int) -> list[str]:
+def _stems(seed: int, patient: int, sequence: int, num_frames: int) -> Iterator[str]:
     """File names without ending, as an export has them; the person and the numbers are made up."""
     rng = np.random.default_rng([seed, patient, sequence])
     code, number = f"{int(rng.integers(2**32)):08X}", int(rng.integers(3, 14))
-    stems = []
     for _ in range(num_frames):
-        stems.append(f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}")
+        yield f"SYNTH({patient:010d})_S-{sequence}_1_{code}_frame_{number:06d}"
         number += int(rng.integers(1, 4))
-    return stems
 
 
-def _write_sequence(
-    root: Path, layout: str, frames: list[tuple[np.ndarray, np.ndarray]], stems: list[str]
-) -> list[dict]:
-    """Writes the files of one sequence and returns its annotation records."""
-    records = []
-    for (image, mask), stem in zip(frames, stems, strict=True):
-        Image.fromarray(image[:, :, 0]).save(root / "images" / f"{stem}.jpg", quality=95)
-        if layout != "nested":
-            ending = ".png" if layout == "masks" else "_mask.png"
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"{stem}{ending}")
-        polygons = [] if layout == "masks" else [p.ravel().tolist() for p in mask_to_polygons(mask)]
-        nested = layout == "nested"
-        label = {"mask": [polygons] if nested else polygons, "text": PROMPT if nested else [PROMPT]}
-        records.append({"image": f"{stem}.jpg"} | label)
-    return records
+def _write_frame(root: Path, layout: str, image: np.ndarray, mask: np.ndarray, stem: str) -> dict:
+    """Writes the files of one frame and returns its annotation record."""
+    Image.fromarray(image[:, :, 0]).save(root / "images" / f"{stem}.jpg", quality=95)
+    if layout != "nested":
+        ending = ".png" if layout == "masks" else "_mask.png"
+        Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"{stem}{ending}")
+    if layout == "masks":
+        return {}
+    polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
+    record = {"image": f"{stem}.jpg", "mask": polygons, "text": [PROMPT]}
+    return record | {"mask": [polygons], "text": PROMPT} if layout == "nested" else record
 
 
 def draw_sequence(
@@ -177,13 +165,7 @@ def draw_sequence(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Draws (image uint8 (size, size, 3), mask bool (size, size)) of the first frames of one sequence.
 
-    Args:
-        domain: `SOURCE`, `TARGET`, or a variation of them by `dataclasses.replace`.
-        patient: number of the patient, from 1.
-        sequence: number of the sequence, from 1.
-        num_frames: how many; a frame is the same however many are drawn.
-        size: side of the square image in px, a multiple of 4 from 64.
-        seed: seed of the whole data set.
+    A frame is the same however many are drawn; patients and sequences are counted from 1.
 
     >>> image, mask = draw_sequence(TARGET, patient=1, sequence=1, num_frames=1, size=64)[0]
     >>> image.shape, image.dtype.name, mask.shape, mask.dtype.name
@@ -192,10 +174,14 @@ def draw_sequence(
     if size < 64 or size % 4:
         raise ValueError(f"size is {size}. Choose a multiple of 4 from 64.")
     tree, style = _prepare(domain, patient, sequence, size, seed)
-    return [
-        _draw_frame(domain, tree, style, _generator(seed, domain, patient, sequence, frame), frame)
-        for frame in range(num_frames)
-    ]
+    frames = []
+    for frame in range(num_frames):
+        rng = _generator(seed, domain, patient, sequence, frame)
+        moved = beat(tree, 2 * np.pi * frame / 9 + rng.normal(0, 0.1), domain.beat_px)
+        agent = [_concentration(domain, vessel, front=140.0 + 70.0 * frame) for vessel in moved]
+        image = compose(style, render_attenuation(moved, agent, size, domain.thickness_power), rng)
+        frames.append((image, render_mask(moved, size, domain.label_shrink_px) & style.aperture))
+    return frames
 
 
 def _generator(seed: int, domain: Domain, *numbers: int) -> Rng:
@@ -213,21 +199,12 @@ def _prepare(domain: Domain, patient: int, sequence: int, size: int, seed: int) 
     return tree, choose_style(domain, tree[0], patient_rng, rng, size)
 
 
-def _draw_frame(
-    domain: Domain, tree: list[Vessel], style: Style, rng: Rng, frame: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """One frame: the tree at its place in the heart cycle, filled as far as the bolus has come."""
-    size = style.aperture.shape[0]
-    moved = beat(tree, 2 * np.pi * frame / 9 + rng.normal(0, 0.1), domain.beat_px)
-    front = 140.0 + 70.0 * frame
-    agent = []
-    for vessel in moved:
-        filled = 1 / (1 + np.exp((vessel.path - front) / 35))
-        filled = domain.filling_floor + (1 - domain.filling_floor) * filled
-        faded = np.exp(-domain.distal_fade * vessel.path / CANVAS_PX)
-        # Inside its parent a branch adds nothing, or every junction would be a dark spot.
-        from_start = vessel.path - vessel.path[0]
-        own = np.clip(from_start / vessel.parent_radius - 0.3, 0, 1) if vessel.parent_radius else 1.0
-        agent.append(filled * faded * own)
-    image = compose(style, render_attenuation(moved, agent, size, domain.thickness_power), rng)
-    return image, render_mask(moved, size, domain.label_shrink_px) & style.aperture
+def _concentration(domain: Domain, vessel: Vessel, front: float) -> np.ndarray:
+    """Contrast agent along a vessel, filled as far as the bolus has come."""
+    filled = 1 / (1 + np.exp((vessel.path - front) / 35))
+    filled = domain.filling_floor + (1 - domain.filling_floor) * filled
+    faded = np.exp(-domain.distal_fade * vessel.path / CANVAS_PX)
+    # Inside its parent a branch adds nothing, or every junction would be a dark spot.
+    from_start = vessel.path - vessel.path[0]
+    own = np.clip(from_start / vessel.parent_radius - 0.3, 0, 1) if vessel.parent_radius else 1.0
+    return filled * faded * own

@@ -1,8 +1,7 @@
 """Geometry of a synthetic coronary tree: grow it, project it to a view, let it beat.
 
 Lengths are in px of a 256-px image, angles in radians; x runs to the right, y down and z to the viewer. A
-tree is grown flat as a left or a right artery, laid on the dome of the heart and turned, so that another view
-of one patient foreshortens some vessels and lets others cross.
+tree is grown flat, laid on the dome of the heart and turned, so that another view lets other vessels cross.
 """
 
 from dataclasses import dataclass, replace
@@ -38,11 +37,7 @@ class _Course(NamedTuple):
 def grow_tree(
     rng: Rng, width_px: Range, branching: float = 1.0, tortuosity: float = 1.0, loops: float = 0.5
 ) -> list[Vessel]:
-    """Grows one patient's tree, flat, before any view; parents before children, root first.
-
-    `width_px` is that of the thinnest twig and of the root. `branching` (side branches per length) and
-    `tortuosity` are usually 1. `loops` is the expected number of collaterals, which join two vessels.
-    """
+    """Grows one patient's tree, flat, root first; for the arguments see `Domain`."""
     thin, root = width_px[0] / 2, width_px[1] / 2 * rng.uniform(0.85, 1.0)
     tortuosity = tortuosity * rng.uniform(0.5, 1.7)
     template = _left_artery if rng.random() < 0.6 else _right_artery
@@ -83,14 +78,10 @@ def _right_artery(rng: Rng, root: float, thin: float, tortuosity: float) -> list
     whole = _Course(heading, rng.uniform(270, 340), turn, (root, root * 0.55), 0.5 * tortuosity)
     trunk = _grow_vessel(rng, np.array([130.0, 40.0]), whole)
     end, heading = trunk.points[-1, :2], _heading(trunk, -1)
-    radius = (root * 0.45, thin)
-    upper = _Course(
-        heading - rng.uniform(0.1, 0.6), rng.uniform(50, 110), rng.uniform(-0.3, 0.8), radius, 0.9
-    )
-    lower = _Course(
-        heading + rng.uniform(0.2, 0.8), rng.uniform(50, 100), rng.uniform(-0.8, 0.2), radius, 0.9
-    )
-    return [trunk, *(_grow_vessel(rng, end, one, trunk, -1) for one in (upper, lower))]
+    upper = heading - rng.uniform(0.1, 0.6), rng.uniform(50, 110), rng.uniform(-0.3, 0.8)
+    lower = heading + rng.uniform(0.2, 0.8), rng.uniform(50, 100), rng.uniform(-0.8, 0.2)
+    courses = [_Course(*one, (root * 0.45, thin), 0.9) for one in (upper, lower)]
+    return [trunk, *(_grow_vessel(rng, end, one, trunk, -1) for one in courses)]
 
 
 def _grow_vessel(
@@ -175,7 +166,12 @@ def _collateral(rng: Rng, tree: list[Vessel], thin: float) -> list[Vessel]:
 
 def project(rng: Rng, tree: list[Vessel], *, mirror: bool) -> list[Vessel]:
     """Draws the view of one sequence and shows the tree in it, fitted into the 256-px frame."""
-    rotation = _rotation(rng.uniform(-0.6, 0.6), rng.uniform(-0.4, 0.4), rng.uniform(-0.3, 0.3))
+    yaw, pitch, roll = rng.uniform(-0.6, 0.6), rng.uniform(-0.4, 0.4), rng.uniform(-0.3, 0.3)
+    (cy, sy), (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (yaw, pitch, roll))
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
+    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
+    rotation = about_z @ about_x @ about_y
     fill, offset = rng.uniform(0.85, 1.12), np.array([rng.uniform(-16, 16), rng.uniform(-14, 14)])
     flat = np.concatenate([vessel.points for vessel in tree])
     centre = (flat.min(axis=0) + flat.max(axis=0)) / 2
@@ -183,24 +179,11 @@ def project(rng: Rng, tree: list[Vessel], *, mirror: bool) -> list[Vessel]:
     for vessel in tree:
         local = vessel.points - centre
         local[:, 2] += 70 * (1 - (local[:, 0] ** 2 + local[:, 1] ** 2) / 130**2)  # the dome of the heart
-        local = local @ rotation.T
-        if mirror:
-            local[:, 0] = -local[:, 0]
-        turned.append(local)
+        turned.append(local @ rotation.T * ((-1, 1, 1) if mirror else 1))
     low, high = np.percentile(np.concatenate(turned)[:, :2], [1, 99], axis=0)
     scale = float(np.clip(fill * CANVAS_PX / (high - low).max(), 0.75, 1.3))
     shift = np.append(CANVAS_PX / 2 - scale * (low + high) / 2 + offset, 0.0)
-    return [
-        replace(vessel, points=points * scale + shift) for vessel, points in zip(tree, turned, strict=True)
-    ]
-
-
-def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
-    (cy, sy), (cp, sp), (cr, sr) = ((np.cos(angle), np.sin(angle)) for angle in (yaw, pitch, roll))
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
-    return about_z @ about_x @ about_y
+    return [replace(vessel, points=own * scale + shift) for vessel, own in zip(tree, turned, strict=True)]
 
 
 def beat(tree: list[Vessel], phase: float, amount_px: float) -> list[Vessel]:
