@@ -1,13 +1,11 @@
 """Evaluates adapters on the held-out subset of the split that they were trained with.
 
-For best_lora on test patients it writes test_best_lora.json and .csv and a report. Beside them, from the same
-predictions: `_tuned` at the threshold of the best Dice on validation (the curve: `_thresholds.json`),
-`_tuned_post` with all post-processing chosen there for the reward (candidates: `_post_processing.json`); and
-test_human_agreement, a second observer against the first. With test-time flips best_lora is best_lora_flips.
+For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post` as chosen on validation
+(from `_thresholds.json`, `_post_processing.json`); test_human_agreement. With flips: best_lora_flips.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -24,7 +22,7 @@ from vesselrl.evaluation.evaluate import (
     Progress,
     caveats_of,
     evaluate_masks,
-    predict_all,
+    evaluate_variants,
     predict_each,
     second_observer,
     with_flips,
@@ -69,14 +67,9 @@ class HeldOutResult:
 def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
-    """Scores one model on one subset of a split, each image predicted once; writes JSON, CSV and a report.
+    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and a report.
 
     Where the results lie in the folder of a finished run, the run's own report is written anew.
-
-    Args:
-        options: of `vesselrl evaluate`, but for its list of models.
-        lora_weights: adapter or run folder; None: the base model.
-        progress: called with (images done, images in all), validation images included, after every image.
     """
     if options.split not in ("test", "val", "train", "all"):
         raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
@@ -97,24 +90,19 @@ def evaluate_held_out(
     reward = make_reward(settings)
     observed = second_observer(samples, options.second_masks) if options.second_masks else None
     predict = make_predictor(options, settings, lora_weights)
-    total, done_before = len(samples) + len(validation), count(1)  # one progress for both passes
-    tell = progress and (lambda *_: progress(next(done_before), total))
+    total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
+    tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
     tuning = tune(_predicted_images(predict, validation, tell), post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = predict_all(predict, samples, post, choices, progress=tell)
+    done = evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
     results: dict[str, Any] = {"tuning": tuning}
-    for ending, used in {"": post, **choices}.items():
-        stored = {"calibration": done.calibration, "caveats": caveats}
-        scored = evaluate_masks(samples, done.pairs(ending), reward, **stored)
-        extra = {"plan": plan, "flips": options.flips} | asdict(used)
-        if not ending:
-            results["evaluation"] = scored
-            results["path"], _ = write_evaluation(folder, name, scored, extra)
-        else:
-            results[ending], extra["chosen_on"] = scored, "val"
-            results[f"{ending}_path"], _ = write_evaluation(folder, f"{name}_{ending}", scored, extra)
+    for ending, scored in done.items():
+        extra = {"plan": plan, "flips": options.flips} | asdict(choices.get(ending, post))
+        extra |= {"chosen_on": "val"} if ending else {}
+        path, _ = write_evaluation(folder, f"{name}_{ending}" if ending else name, scored, extra)
+        results |= {ending or "evaluation": scored, f"{ending}_path".strip("_"): path}
     if tuning:
         results["curve_path"] = _write_tuning(folder / name, tuning, {"flips": options.flips})
     if observed:
@@ -128,12 +116,10 @@ def evaluate_held_out(
     return HeldOutResult(**results)
 
 
-def _predicted_images(
-    predict: Predict, samples: list[Sample], progress: Progress | None
-) -> Iterator[PredictedImage]:
-    predicted = predict_each(predict, samples, progress=progress)
+def _predicted_images(predict: Predict, samples: list[Sample], tell: Progress | None) -> Iterator:
+    predicted = predict_each(predict, samples, progress=tell)
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
-        yield PredictedImage(None if prediction is None else prediction.probabilities, truth, sample.patient)
+        yield PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
 
 
 def _write_tuning(start: Path, tuning: Tuning, labels: dict[str, Any]) -> Path:
@@ -146,10 +132,9 @@ def _write_tuning(start: Path, tuning: Tuning, labels: dict[str, Any]) -> Path:
 
 def _refresh_run_report(run: Path) -> None:
     """Writes the report of a finished run; a damaged file of the run does not undo the evaluation."""
-    if not (run / "training_info.json").is_file():
-        return
     try:
-        write_run_report(run)
+        if (run / "training_info.json").is_file():
+            write_run_report(run)
     except ValueError as error:
         logger.warning("The report of the run is the old one: %s", error)
 
@@ -159,8 +144,7 @@ def make_predictor(
 ) -> Predict:
     """Loads a model as a function of an image, with flips if the options ask for them."""
     chosen: dict[str, Any] = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
-    prompt = options.prompt or settings.get("prompt")
-    if prompt:
+    if prompt := options.prompt or settings.get("prompt"):
         chosen["prompt"] = prompt
     base = options.base_model or settings.get("model_path")
     # The base model of a debug run is random and made again from the run's seed.
@@ -191,10 +175,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     for key in ("base_model", "lora_weights"):
         first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
         if first != second:
-            raise RunError(
-                f"{path} holds the evaluation of another model. Give another --output_dir, or remove the "
-                "file."
-            )
+            raise RunError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 
 def choose_samples(
@@ -202,11 +183,9 @@ def choose_samples(
 ) -> tuple[list[Sample], list[Sample], dict[Caveat, str]]:
     """The samples of the wanted subset, those to choose a threshold on, and the caveats of the former."""
     stored = settings.get("data_root")
-    own = options.data_root is None or (
-        stored is not None and Path(options.data_root).resolve() == Path(stored).resolve()
-    )
-    kept = settings if own else {}  # settings of a run about its own data hold for no other
     root = options.data_root or stored
+    own = root == stored or (stored is not None and Path(root).resolve() == Path(stored).resolve())
+    kept = settings if own else {}  # settings of a run about its own data hold for no other
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
@@ -217,8 +196,7 @@ def choose_samples(
     seen = pretraining_overlap(options.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if options.split == "all":
         return samples, _validation(options, []), caveats_of(None, samples, seen)
-    split = _known_split(options, run, own, samples)
-    caveats = {}
+    split, caveats = _known_split(options, run, own, samples), {}
     if split is None:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
         shares = foreground_shares(root, **names) if options.data_root or stored else None
@@ -242,10 +220,10 @@ def _known_split(options: Evaluate, run: Path | None, own: bool, samples: list[S
         if own:
             raise
         logger.info("these are not the images of the run: %s", error)
-        return None
+    return None
 
 
-def _validation(options: Evaluate, validation: list[Sample] | tuple[Sample, ...]) -> list[Sample]:
+def _validation(options: Evaluate, validation: Sequence[Sample]) -> list[Sample]:
     """The validation samples if a threshold is to be chosen on them; else none, and the reason is logged."""
     reason = ""
     if not options.tune:
