@@ -3,7 +3,6 @@
 Paired differences to the baseline; p values adjusted for the number of runs (Holm), per metric.
 """
 
-import json
 import logging
 import math
 from collections import Counter
@@ -19,7 +18,6 @@ from vesselrl.evaluation.statistics import SIGNIFICANT, holm
 
 logger = logging.getLogger(__name__)
 
-HUMAN = "human agreement"
 OWN_BASE = "the base before training"
 DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
@@ -58,7 +56,6 @@ class Comparison:
 
 def find_runs(root: Path) -> list[Path]:
     """Finds all folders at or below `root` that hold a `training_info.json`, sorted."""
-    root = Path(root)
     if not root.is_dir():
         raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
     folders = sorted(path.parent for path in root.rglob("training_info.json"))
@@ -70,8 +67,7 @@ def find_runs(root: Path) -> list[Path]:
 def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     """Reads the runs that have a test result, and says for each other folder why it is left out."""
     names = Counter(folder.name for folder in folders)
-    runs: list[Run] = []
-    skipped: dict[str, str] = {}
+    runs, skipped = [], {}
     for folder in folders:
         name = folder.name if names[folder.name] == 1 else f"{folder.parent.name}/{folder.name}"
         if not (folder / "test_after.json").is_file():
@@ -80,9 +76,10 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
             continue
         try:
             after = read_evaluation(folder / "test_after.json")
+            human, before = (folder / f"{n}.json" for n in ("evaluation/test_human_agreement", "test_before"))
             is_control = Caveat.CONTROL in after.caveats  # that starts from no base model
-            before = None if is_control else _read_if_there(folder / "test_before.json")
-            human = _read_if_there(folder / "evaluation" / "test_human_agreement.json")
+            human = read_evaluation(human) if human.is_file() else None
+            before = read_evaluation(before) if before.is_file() and not is_control else None
         except ValueError as error:
             raise CompareError(f"Run {name} cannot be read: {error}") from error
         runs.append(Run(name, after, before, human))
@@ -92,29 +89,20 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     return runs, skipped
 
 
-def _read_if_there(path: Path) -> Evaluation | None:
-    return read_evaluation(path) if path.is_file() else None
-
-
 def compare_runs(
-    runs: Sequence[Run],
-    baseline: str | None = None,
-    rank_by: str | None = None,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    skipped: dict[str, str] | None = None,
+    runs: Sequence[Run], baseline: str | None = None, rank_by: str | None = None, skipped: dict | None = None
 ) -> Comparison:
     """Ranks runs on their test scores and compares each with a baseline (None: its own base before training).
 
-    They are ranked by "reward" if all were scored by one, else "dice". `metrics` that some run lacks, and
-    `reward` where runs differ in it, are left out.
+    They are ranked by "reward" if all were scored by one, else "dice". Metrics that some run lacks, and the
+    reward where runs differ in it, are left out. `skipped` is shown in the report.
     """
     _check_comparable(runs)
     rank_by = _rank_metric(runs, rank_by)
     by_name = {run.name: run for run in runs}
     if baseline is not None and baseline not in by_name:
-        known = ", ".join(by_name)
-        raise CompareError(f"There is no run {baseline!r} to compare with. The runs are: {known}.")
-    metrics = tuple(name for name in metrics if all(name in run.after.metrics for run in runs))
+        raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
+    metrics = tuple(name for name in DEFAULT_METRICS if all(name in run.after.metrics for run in runs))
     metrics = tuple(name for name in metrics if name != "reward" or _one_reward(runs))
     metrics = metrics if rank_by in metrics else (rank_by, *metrics)
 
@@ -146,10 +134,8 @@ def _gain_of(gains: Gains, run: str, metric: str) -> dict[str, Any] | None:
 
 def _check_comparable(runs: Sequence[Run]) -> None:
     """Refuses runs on other sets than the most frequent one (the first, if tied), naming each of them."""
-    sets = [
-        (run.after.image_list_hash, run.after.label_hash, json.dumps(run.after.metric_spec, sort_keys=True))
-        for run in runs
-    ]
+    afters = [run.after for run in runs]
+    sets = [(e.image_list_hash, e.label_hash, str(sorted(e.metric_spec.items()))) for e in afters]
     reference = runs[sets.index(Counter(sets).most_common(1)[0][0])]
     problems = []
     for run in runs:
@@ -158,10 +144,8 @@ def _check_comparable(runs: Sequence[Run]) -> None:
         elif run.before and (mismatch := set_mismatch(run.before, run.after, "test_before", "test_after")):
             problems.append(f"{run.name}, before against after: {mismatch}")
     if problems:
-        raise CompareError(
-            f"These runs cannot share a table. {'. '.join(problems)}. Train them on one split "
-            "(--split_file), or keep those of each data set in a folder of their own (--output_dir)."
-        )
+        advice = "Train on one split (--split_file), or keep each data set's runs apart (--output_dir)."
+        raise CompareError(f"These runs cannot share a table. {'. '.join(problems)}. {advice}")
 
 
 def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
@@ -268,7 +252,7 @@ def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, A
         if mismatch := set_mismatch(run.after, run.human, "test_after", "test_human_agreement"):
             logger.warning("Run %s: its human agreement is left out, %s", run.name, mismatch)
             continue
-        line = _line(HUMAN, run.human, metrics, {}, "")
+        line = _line("human agreement", run.human, metrics, {}, "")
         if run.human.reward_spec != run.after.reward_spec and "reward" in metrics:
             line |= dict.fromkeys(("reward", "reward_low", "reward_high"), math.nan)
         return [line]

@@ -205,11 +205,9 @@ def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sampl
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}. Give the folder with the second observer's masks.")
-    others = []
-    shared = Counter(sample.image_path.stem for sample in samples)
+    others, num_named = [], Counter(sample.image_path.stem for sample in samples)
     for sample, below in zip(samples, relative_paths(samples), strict=True):
-        stems = [below.with_suffix("")]
-        stems += [sample.image_path.stem] if shared[sample.image_path.stem] == 1 else []
+        stems = [below.with_suffix(""), below.stem] if num_named[below.stem] == 1 else [below.with_suffix("")]
         tried = (folder / f"{stem}{end}" for stem in stems for end in MASK_SUFFIXES)
         path = next((path for path in tried if path.is_file()), None)
         if path is None:

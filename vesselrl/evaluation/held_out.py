@@ -17,16 +17,8 @@ from vesselrl.data.near_duplicates import pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
 from vesselrl.errors import DataError, RunError
-from vesselrl.evaluation.evaluate import (
-    Predict,
-    Progress,
-    caveats_of,
-    evaluate_masks,
-    evaluate_variants,
-    predict_each,
-    second_observer,
-    with_flips,
-)
+from vesselrl.evaluation import evaluate
+from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
@@ -36,6 +28,7 @@ from vesselrl.experiment.run_folder import check_writable, find_run, run_setting
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
+from vesselrl.models.processing import DEFAULT_PROMPT
 from vesselrl.scoring.postprocessing import PostProcessing, post_processing
 from vesselrl.scoring.rewards import make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
@@ -52,7 +45,7 @@ class HeldOutResult:
     path: Path
     # All results on one HTML page; Markdown lies beside it.
     report_path: Path
-    # On the same predictions with the choices made on validation, see the module docstring.
+    # Of the same predictions, as chosen on validation.
     tuned: Evaluation | None = None
     tuned_path: Path | None = None
     tuned_post: Evaluation | None = None
@@ -88,14 +81,14 @@ def evaluate_held_out(
     samples, validation, caveats = choose_samples(options, lora_weights, run, settings)
     post = post_processing(settings, options.threshold, options.min_component_px, options.close_gaps)
     reward = make_reward(settings)
-    observed = second_observer(samples, options.second_masks) if options.second_masks else None
+    observed = evaluate.second_observer(samples, options.second_masks) if options.second_masks else None
     predict = make_predictor(options, settings, lora_weights)
     total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
     tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
     tuning = tune(_predicted_images(predict, validation, tell), post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
+    done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
     results: dict[str, Any] = {"tuning": tuning}
     for ending, scored in done.items():
@@ -104,54 +97,40 @@ def evaluate_held_out(
         path, _ = write_evaluation(folder, f"{name}_{ending}" if ending else name, scored, extra)
         results |= {ending or "evaluation": scored, f"{ending}_path".strip("_"): path}
     if tuning:
-        results["curve_path"] = _write_tuning(folder / name, tuning, {"flips": options.flips})
+        results["curve_path"] = folder / f"{name}_thresholds.json"
+        write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
+    if tuning and tuning.grid:
+        write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
-        results["human"] = evaluate_masks(samples, pairs, reward)
+        results["human"] = evaluate.evaluate_masks(samples, pairs, reward)
         file = f"{options.split}_human_agreement"
         results["human_path"], _ = write_evaluation(folder, file, results["human"])
     results["report_path"], _ = write_evaluation_report(results["path"])
-    if run is not None and folder.resolve() == (run / "evaluation").resolve():
-        _refresh_run_report(run)
+    if run and folder.resolve() == (run / "evaluation").resolve() and (run / "training_info.json").is_file():
+        try:
+            write_run_report(run)
+        except ValueError as error:  # a damaged file of the run does not undo the evaluation
+            logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(**results)
 
 
 def _predicted_images(predict: Predict, samples: list[Sample], tell: Progress | None) -> Iterator:
-    predicted = predict_each(predict, samples, progress=tell)
+    predicted = evaluate.predict_each(predict, samples, progress=tell)
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
         yield PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
 
 
-def _write_tuning(start: Path, tuning: Tuning, labels: dict[str, Any]) -> Path:
-    if tuning.grid:
-        write_json(start.with_name(f"{start.name}_post_processing.json"), tuning.grid_json() | labels)
-    path = start.with_name(f"{start.name}_thresholds.json")
-    write_json(path, tuning.curve.to_json() | labels)
-    return path
-
-
-def _refresh_run_report(run: Path) -> None:
-    """Writes the report of a finished run; a damaged file of the run does not undo the evaluation."""
-    try:
-        if (run / "training_info.json").is_file():
-            write_run_report(run)
-    except ValueError as error:
-        logger.warning("The report of the run is the old one: %s", error)
-
-
-def make_predictor(
-    options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None = None
-) -> Predict:
+def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:
     """Loads a model as a function of an image, with flips if the options ask for them."""
-    chosen: dict[str, Any] = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
-    if prompt := options.prompt or settings.get("prompt"):
-        chosen["prompt"] = prompt
+    given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
+    given["prompt"] = options.prompt or settings.get("prompt") or DEFAULT_PROMPT
     base = options.base_model or settings.get("model_path")
     # The base model of a debug run is random and made again from the run's seed.
     random = base == RANDOM_MODEL and settings
     with random_checkpoint(settings["seed"]) if random else nullcontext(base) as folder:
-        predict = Predictor.from_pretrained(folder, lora_weights, **chosen).predict
-    return with_flips(predict, options.threshold) if options.flips else predict
+        predict = Predictor.from_pretrained(folder, lora_weights, **given).predict
+    return evaluate.with_flips(predict, options.threshold) if options.flips else predict
 
 
 def result_place(options: Evaluate, lora_weights: str | None, run: Path | None) -> tuple[Path, str]:
@@ -189,9 +168,8 @@ def choose_samples(
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    names = {
-        name: getattr(options, name) or kept.get(name) for name in ("patient_pattern", "patient_aliases")
-    }
+    names = ("patient_pattern", "patient_aliases")
+    names = {name: getattr(options, name) or kept.get(name) for name in names}
     samples = find_samples(root, **names)
     seen = pretraining_overlap(options.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if options.split == "all":

@@ -124,10 +124,10 @@ def summarise(
         found = statistics.bootstrap_interval(values, patients, bounds=bounds)
         defined = values[~np.isnan(values)]
         image_mean = float(defined.mean()) if len(defined) else math.nan
-        metrics[name] = {"image_mean": image_mean, "patient_mean": found.mean, "low": found.low}
-        metrics[name] |= {"high": found.high} | {field: getattr(found, field) for field in COUNTED}
-    num_failed = sum(bool(row["failed"]) for row in rows)
-    counted = {"n_images": len(rows), "n_patients": len(set(patients)), "n_failed": num_failed}
+        means = {"image_mean": image_mean, "patient_mean": found.mean}
+        metrics[name] = means | {field: getattr(found, field) for field in ("low", "high", *COUNTED)}
+    counted = {"n_images": len(rows), "n_patients": len(set(patients))}
+    counted["n_failed"] = sum(bool(row["failed"]) for row in rows)
     return Evaluation(
         rows=tuple(dict(row) for row in rows),
         summary=counted | {"metrics": metrics},
@@ -168,12 +168,9 @@ def before_after_table(
     Each has `metric`, `before`, `after` (means over the images defined in both), `difference`, the fields of
     its `Difference` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
     By default all columns of both are compared, `reward` and `custom_score` only if they mean the same.
-
-    Raises:
-        ValueError: image lists, labels or metric specifications differ, or `reward` is asked for and differs.
+    ValueError if the sets differ, or `reward` is asked for and differs.
     """
-    mismatch = set_mismatch(before, after, "before", "after")
-    if mismatch:
+    if mismatch := set_mismatch(before, after, "before", "after"):
         raise ValueError(f"The evaluations cannot be compared: {mismatch}. Evaluate both on the same set.")
     same_reward = before.reward_spec == after.reward_spec
     if metrics is None:
@@ -212,12 +209,10 @@ def set_mismatch(first: Evaluation, second: Evaluation, first_name: str, second_
         more = ", ..." if len(changed) > 5 else ""
         return f"the true masks of {len(changed)} images differ ({', '.join(changed[:5])}{more})"
     if first.metric_spec != second.metric_spec:
-        names = sorted(first.metric_spec.keys() | second.metric_spec.keys())
-        values = ((name, first.metric_spec.get(name), second.metric_spec.get(name)) for name in names)
-        changed = (
-            f"{name} is {x!r} in {first_name}, {y!r} in {second_name}" for name, x, y in values if x != y
-        )
-        return f"the metric specifications differ: {'; '.join(changed)}"
+        old, new = first.metric_spec, second.metric_spec
+        changed = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+        named = (f"{n} is {old.get(n)!r} in {first_name}, {new.get(n)!r} in {second_name}" for n in changed)
+        return f"the metric specifications differ: {'; '.join(named)}"
     return ""
 
 
@@ -225,8 +220,7 @@ def write_evaluation(
     folder: Path, name: str, evaluation: Evaluation, extra: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
     """Writes FOLDER/NAME.json (everything, with `extra` under that key) and FOLDER/NAME.csv (the rows)."""
-    folder = Path(folder)
-    json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
+    json_path, csv_path = (Path(folder) / f"{name}.{ending}" for ending in ("json", "csv"))
     write_text(csv_path, csv_text(evaluation.rows))
     write_json(json_path, evaluation.to_json() | {"extra": dict(extra or {})})
     return json_path, csv_path
@@ -237,8 +231,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: "" if value != value else value for name, value in row.items()})
+    writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
     return buffer.getvalue()
 
 

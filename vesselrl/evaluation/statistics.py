@@ -16,7 +16,6 @@ from scipy.special import ndtri, stdtrit
 MIN_PATIENTS = 3
 DRAWS = 2000
 SIGNIFICANT = 0.05
-_UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,8 @@ def patient_means(values: Sequence[float], patients: Sequence[str]) -> dict[str,
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (len(patients),):
-        raise ValueError(
-            f"Values and patients must be lists of one length: got {numbers.shape} values and "
-            f"{len(patients)} patients."
-        )
+        lengths = f"{numbers.shape} values and {len(patients)} patients"
+        raise ValueError(f"Got {lengths}. Give lists of one length, a patient for every value.")
     if np.isinf(numbers).any():
         raise ValueError(f"Value {np.isinf(numbers).argmax()} is infinite. Use nan for an undefined value.")
     groups: dict[str, list[float]] = {}
@@ -80,7 +77,7 @@ def bootstrap_interval(
     n: int = DRAWS,
     seed: int = 0,
     level: float = 0.95,
-    bounds: tuple[float, float] = _UNBOUNDED,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
     """Mean over patients of per-patient means, with its stretched patient-cluster bootstrap interval.
 
@@ -187,13 +184,11 @@ def relative_difference(
     counted = (len(patients) - num_undefined, num_patients, num_undefined)
     ratio = float(last.mean() / first.mean() - 1) if num_patients and first.mean() > 0 else math.nan
     chosen = np.random.default_rng(0).integers(0, max(num_patients, 1), (DRAWS, num_patients))
-    reason = ""
-    if num_patients < MIN_PATIENTS:
-        reason = _too_few(num_patients)
-    elif not (first[chosen].mean(axis=1) > 0).all():
+    reason = _too_few(num_patients) if num_patients < MIN_PATIENTS else ""
+    if not reason and not (first[chosen].mean(axis=1) > 0).all():
         reason = "the mean before can be 0: there is no relative change"
     if reason:
-        return Difference(ratio, math.nan, math.nan, *counted, reason, metric)
+        return Difference(ratio, math.nan, math.nan, *counted, reason, metric=metric)
     resampled = last[chosen].mean(axis=1) / first[chosen].mean(axis=1) - 1
     low, high = _stretched_limits(resampled, ratio, num_patients, 0.95)
     p = _p_value(resampled, ratio, num_patients)
@@ -238,11 +233,10 @@ def _paired(
     before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Patient, value before and value after of every image, in the order of the keys."""
-    for row in (*before_rows, *after_rows):
-        if metric not in row:
-            raise ValueError(f"Image {row['key']} has no '{metric}', only {', '.join(sorted(row))}.")
     for rows in (before_rows, after_rows):
         check_unique([row["key"] for row in rows])
+        if missing := [row["key"] for row in rows if metric not in row]:
+            raise ValueError(f"Image {missing[0]} has no '{metric}'. Evaluate both with one version.")
     before, after = ({row["key"]: row for row in rows} for rows in (before_rows, after_rows))
     if before.keys() != after.keys():
         found = key_difference(before, after, "before", "after")

@@ -63,20 +63,15 @@ def calibration(counted: np.ndarray, num_failed: int = 0) -> dict[str, Any]:
     """
     vessel, background, probability = counted.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
     pixels = vessel + background
-    total = int(pixels.sum())
-    bins = [
-        {
-            "low": number / CALIBRATION_BINS,
-            "high": (number + 1) / CALIBRATION_BINS,
-            "predicted": float(probability[number] / pixels[number]),
-            "observed": float(vessel[number] / pixels[number]),
-            "pixels": int(pixels[number]),
-        }
-        for number in np.flatnonzero(pixels).tolist()
-    ]
+    num_pixels, bins = int(pixels.sum()), []
+    for number in np.flatnonzero(pixels).tolist():
+        line = {"low": number / CALIBRATION_BINS, "high": (number + 1) / CALIBRATION_BINS}
+        line["predicted"] = float(probability[number] / pixels[number])
+        line["observed"] = float(vessel[number] / pixels[number])
+        bins.append(line | {"pixels": int(pixels[number])})
     gaps = [line["pixels"] * abs(line["predicted"] - line["observed"]) for line in bins]
-    error = sum(gaps) / total if total else math.nan
-    return {"expected_calibration_error": error, "n_pixels": total, "n_failed": num_failed, "bins": bins}
+    error = sum(gaps) / num_pixels if num_pixels else math.nan
+    return {"expected_calibration_error": error, "n_pixels": num_pixels, "n_failed": num_failed, "bins": bins}
 
 
 class CurvePoint(NamedTuple):
