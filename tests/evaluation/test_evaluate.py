@@ -94,8 +94,6 @@ def test_the_predictor_sees_the_image_alone_and_the_hashes_follow_images_and_lab
 
 def test_reward_is_a_column_and_described():
     class AreaReward:
-        weight, custom = 0.5, max
-
         def __init__(self):
             self.weight, self.custom = 0.5, max
 
