@@ -28,17 +28,11 @@ STEM = "test_best_lora"
 
 
 @pytest.fixture
-def run_with_reports(finished_run, tmp_path):
-    """A copy of the finished run that results may be written into."""
-    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
-
-
-@pytest.fixture
-def run(run_with_reports, monkeypatch):
-    """The same without reports, which take longer than all else."""
+def run(finished_run, tmp_path, monkeypatch):
+    """A copy of the finished run to write into, without reports, which take longer than all else."""
     monkeypatch.setattr(f"{HELD_OUT}.write_run_report", lambda run: None)
     monkeypatch.setattr(f"{HELD_OUT}.write_evaluation_report", lambda path: (path, path))
-    return run_with_reports
+    return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
 
 
 def evaluated(weights, progress=None, **options):
@@ -346,12 +340,14 @@ def test_results_of_several_models_do_not_replace_each_other(run, angiograms, tm
     assert path.read_bytes() == before
 
 
-def test_the_verb_prints_no_person(run_with_reports, capsys, caplog):
+def test_the_verb_prints_no_person(run, capsys, caplog, monkeypatch):
+    monkeypatch.undo()  # with reports
     caplog.set_level(logging.DEBUG, "vesselrl")
-    assert main(["evaluate", "--lora_weights", str(run_with_reports), "--split", "all"]) == 0
+    assert main(["evaluate", "--lora_weights", str(run), "--split", "all"]) == 0
     out, err = capsys.readouterr()
     assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
-    written = "".join(file.read_text() for file in (run_with_reports / "evaluation").iterdir())
+    written = "".join(file.read_text() for file in (run / "evaluation").iterdir())
+    assert (run / "evaluation" / "all_best_lora.html").is_file()
     assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)
 
 
