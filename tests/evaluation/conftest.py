@@ -23,18 +23,11 @@ def made() -> Callable[..., Evaluation]:
         **columns: Sequence[float],
     ) -> Evaluation:
         patients = patients or [f"P{number:03d}" for number in range(1, len(dice) + 1)]
-        rows = [
-            {
-                "key": f"{patient}_S1_F{number:04d}",
-                "patient": patient,
-                "sequence": f"{patient}_S1",
-                "failed": number in failed,
-                "truth_hash": f"{truth}{number}",
-                "dice": value,
-                **{name: column[number] for name, column in columns.items()},
-            }
-            for number, (patient, value) in enumerate(zip(patients, dice, strict=True))
-        ]
+        rows = []
+        for number, patient in enumerate(patients):
+            row = {"key": f"{patient}_S1_F{number:04d}", "patient": patient, "sequence": f"{patient}_S1"}
+            row |= {"failed": number in failed, "truth_hash": f"{truth}{number}", "dice": dice[number]}
+            rows.append(row | {name: column[number] for name, column in columns.items()})
         return summarise(rows, spec or SPEC, reward_spec)
 
     return make

@@ -15,7 +15,6 @@ from vesselrl.cli import main
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import CheckpointError, DataError, RunError
-from vesselrl.evaluation.evaluate import load_pixels
 from vesselrl.evaluation.held_out import evaluate_held_out
 from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation
 from vesselrl.experiment.config import get_preset
@@ -24,25 +23,25 @@ from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.overlap import dice
 from vesselrl.training.train import train
 
+HELD_OUT = "vesselrl.evaluation.held_out"
 STEM = "test_best_lora"
 
 
 @pytest.fixture
-def run_with_reports(finished_run, tmp_path):
-    """A copy of the finished run that results may be written into."""
+def run(finished_run, tmp_path, monkeypatch):
+    """A copy of the finished run to write into, without reports, which take longer than all else."""
+    monkeypatch.setattr(f"{HELD_OUT}.write_run_report", lambda run: None)
+    monkeypatch.setattr(f"{HELD_OUT}.write_evaluation_report", lambda path: (path, path))
     return Path(shutil.copytree(finished_run, tmp_path / finished_run.name))
 
 
-@pytest.fixture
-def run(run_with_reports, monkeypatch):
-    """The same without reports, which take longer than all else."""
-    monkeypatch.setattr("vesselrl.evaluation.held_out.write_run_report", lambda run: None)
-    monkeypatch.setattr("vesselrl.evaluation.held_out.write_evaluation_report", lambda path: (path, path))
-    return run_with_reports
-
-
 def evaluated(weights, progress=None, **options):
-    return evaluate_held_out(Evaluate(**options), weights and str(weights), progress)
+    texts = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    return evaluate_held_out(Evaluate(**texts), weights and str(weights), progress)
+
+
+def scores(evaluation):
+    return csv_text(evaluation.rows)
 
 
 def keys(evaluation):
@@ -53,14 +52,12 @@ def keys_of_test(run):
     return set(json.loads((run / "data_split.json").read_text())["samples"]["test"])
 
 
-def change_settings(run, **settings):
+def settings_of(run, **changed):
+    """The stored settings of a run, changed in its file if asked for."""
     values = json.loads((run / "config.json").read_text())
-    values["args"] |= settings
+    values["args"] |= changed
     (run / "config.json").write_text(json.dumps(values))
-
-
-def base_of(run):
-    return json.loads((run / "config.json").read_text())["args"]["model_path"]
+    return values["args"]
 
 
 def extra(path):
@@ -72,22 +69,20 @@ def extra(path):
 
 def test_the_numbers_are_those_of_the_training(run, tiny_checkpoint, angiograms, tmp_path, caplog):
     before, after = (read_evaluation(run / f"test_{name}.json") for name in ("before", "after"))
-    assert csv_text(after.rows) != csv_text(before.rows)  # else an adapter that is not loaded would pass
+    assert scores(after) != scores(before)  # else an adapter that is not loaded would pass
     done = evaluated(run)
     assert done.path == run / "evaluation" / "test_best_lora.json"
-    assert csv_text(done.evaluation.rows) == csv_text(after.rows)
+    assert scores(done.evaluation) == scores(evaluated(run / "best_lora").evaluation) == scores(after)
     assert str(read_evaluation(done.path)) == str(done.evaluation)
     assert extra(done.path)["plan"]["side"] == "test"
     assert done.evaluation.calibration["n_pixels"] == 64 * 64 * len(after.rows)
-    assert csv_text(evaluated(run / "best_lora").evaluation.rows) == csv_text(after.rows)
     last = evaluated(run / "final_lora", split="val")
     assert last.path.name == "val_final_lora.json"
     expected = read_evaluation(run / "val_latest.json").rows
     assert sorted(map(str, last.evaluation.rows)) == sorted(map(str, expected))
-    places = {"data_root": str(angiograms), "output_dir": str(tmp_path / "base")}
-    base = evaluated(None, base_model=str(tiny_checkpoint), **places)
+    base = evaluated(None, base_model=tiny_checkpoint, data_root=angiograms, output_dir=tmp_path / "base")
     assert base.path == tmp_path / "base" / "test_base.json"
-    assert csv_text(base.evaluation.rows) == csv_text(before.rows)  # the same seed, 42
+    assert scores(base.evaluation) == scores(before)  # the same seed, 42
     assert "splitting by patient anew (seed 42)" in caplog.text
 
 
@@ -101,31 +96,37 @@ def test_each_subset_is_that_of_the_run_also_for_a_copy_of_the_data(run, angiogr
         assert found == {sample.key for sample in getattr(other, subset)}
     assert len(evaluated(run, split="all").evaluation.rows) == 20
     copy = shutil.copytree(angiograms, tmp_path / "moved")
-    for root in (str(copy), f"{angiograms.parent}/./{angiograms.name}"):
+    for root in (copy, f"{angiograms.parent}/./{angiograms.name}"):
         result = evaluated(run, data_root=root, tune=False).evaluation
         assert keys(result) == {sample.key for sample in other.test}
         assert result.caveats == {}
+    # Of other data, its own split is not that of these images.
+    for folder in ("images", "masks"):
+        file = min((copy / folder).iterdir())
+        file.rename(file.with_name(file.name.replace("0A1B2C3D", "0A1B2C3E")))
+    settings_of(run, data_root=str(copy))
+    with pytest.raises(DataError, match=r"data_split\.json"):
+        evaluated(run)
 
 
 def test_where_no_split_tells_who_was_trained_on_the_result_says_so(run, angiograms, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "vesselrl.evaluation.held_out.split_by_patient",
+        f"{HELD_OUT}.split_by_patient",
         lambda samples, shares: asked.append(shares) or split_by_patient(samples, shares=shares),
     )
     alone = shutil.copytree(run / "best_lora", tmp_path / "alone" / "best_lora")
     fewer = Path(shutil.copytree(angiograms, tmp_path / "fewer"))
     for folder in ("images", "masks"):
         min((fewer / folder).iterdir()).unlink()
-    options = {"base_model": base_of(run), "tune": False}
+    options = {"base_model": settings_of(run)["model_path"], "tune": False}
     for weights, root in ((alone, angiograms), (run, fewer)):
-        done = evaluated(weights, data_root=str(root), output_dir=str(tmp_path / "out"), **options)
+        done = evaluated(weights, data_root=root, output_dir=tmp_path / "out", **options)
         assert list(done.evaluation.caveats) == [Caveat.UNKNOWN_PATIENTS]
         assert asked[-1].keys() == {sample.key for sample in find_samples(root)}  # split as training does
-    options |= {"data_root": str(angiograms), "output_dir": str(tmp_path / "b")}
-    result = evaluated(alone, split_file=str(run / "data_split.json"), **options).evaluation
-    assert keys(result) == keys_of_test(run)
-    assert result.caveats == {}
+    options |= {"data_root": angiograms, "output_dir": tmp_path / "b"}
+    result = evaluated(alone, split_file=run / "data_split.json", **options).evaluation
+    assert (keys(result), result.caveats) == (keys_of_test(run), {})
 
 
 def test_the_caveats_of_the_run_and_of_the_base_stay_with_its_results(run):
@@ -148,7 +149,7 @@ def test_every_output_of_a_leaky_run_says_so(tiny_checkpoint, angiograms, tmp_pa
     for arguments in (["evaluate", "--lora_weights", str(run)], ["compare", "--output_dir", str(tmp_path)]):
         assert main(arguments) == 0
         assert "LEAKY" in capsys.readouterr().out
-    for path in (run / "test_after.json", run / "evaluation" / "test_best_lora_tuned.json"):
+    for path in (run / "test_after.json", run / "evaluation" / f"{STEM}_tuned.json"):
         assert Caveat.PATIENT_LEAKAGE in read_evaluation(path).caveats
 
 
@@ -158,8 +159,7 @@ def test_a_debug_run_can_be_evaluated_again(tmp_path, monkeypatch):
     folder = train(get_preset("debug", output_dir=str(tmp_path / "output"), seed=5), ["vesselrl"]).folder
     files = sorted((tmp_path / "output").iterdir())
     monkeypatch.chdir(tmp_path)
-    result = evaluated(folder).evaluation
-    assert csv_text(result.rows) == csv_text(read_evaluation(folder / "test_after.json").rows)
+    assert scores(evaluated(folder).evaluation) == scores(read_evaluation(folder / "test_after.json"))
     assert sorted((tmp_path / "output").iterdir()) == files
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
@@ -180,27 +180,27 @@ def test_masks_are_made_as_in_the_run_or_as_asked(run, angiograms, tmp_path, mon
         return {row["foreground"] * 64**2 for row in evaluated(run, **options).evaluation.rows}
 
     def predicted_pixels(*options):
-        image = next((angiograms / "images").iterdir())
-        arguments = ["--image", str(image), "--lora_weights", str(run), "--base_model", base_of(run)]
+        image, base = next((angiograms / "images").iterdir()), settings_of(run)["model_path"]
+        arguments = ["--image", str(image), "--lora_weights", str(run), "--base_model", base]
         assert main(["predict", *arguments, "--output_dir", str(tmp_path / "out"), *options]) == 0
         return int((np.asarray(Image.open(next((tmp_path / "out").glob("*_mask.png")))) > 0).sum())
 
     assert pixels() == {200}
     assert pixels(threshold=0.2) == {220}
-    change_settings(run, close_gaps=0.2)
+    settings_of(run, close_gaps=0.2)
     assert pixels() == {predicted_pixels()} == {220}
     assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0")} == {200}
     assert pixels(close_gaps=0.35, min_component_px=150) == {0}  # 100 px on either side
-    change_settings(run, min_component_px=10**6)
+    settings_of(run, min_component_px=10**6)
     assert pixels() == {predicted_pixels()} == {0}
-    tuning = evaluated(run).tuning
-    assert (tuning.curve.best.recall, tuning.curve.best.threshold) == (0, 0.5)  # of masks as they are used
+    best = evaluated(run).tuning.curve.best
+    assert (best.recall, best.threshold) == (0, 0.5)  # of masks as they are used
     with pytest.raises(ValueError, match="min_component_px is -1"):
         pixels(min_component_px=-1)
 
 
 def test_reward_and_question_are_those_of_the_run(run, angiograms, tmp_path, monkeypatch):
-    change_settings(run, reward_type="simple_dice", prompt="Find the coronary tree.")
+    base = settings_of(run, reward_type="simple_dice", prompt="Find the coronary tree.")["model_path"]
     asked, load = [], Predictor.from_pretrained
     monkeypatch.setattr(
         Predictor, "from_pretrained",
@@ -208,7 +208,7 @@ def test_reward_and_question_are_those_of_the_run(run, angiograms, tmp_path, mon
     )  # fmt: skip
     rows = evaluated(run, tune=False).evaluation.rows
     assert [row["reward"] for row in rows] == pytest.approx([10 * row["dice"] for row in rows])
-    arguments = ["predict", "--base_model", base_of(run), "--output_dir", str(tmp_path / "out")]
+    arguments = ["predict", "--base_model", base, "--output_dir", str(tmp_path / "out")]
     arguments += ["--image", str(next((angiograms / "images").iterdir()))]
     own, other = ["--lora_weights", str(run)], ["--prompt", "Segment."]
     for options in ([], own, own + other):
@@ -235,17 +235,16 @@ def test_the_threshold_is_the_best_one_on_validation(run, angiograms, tiny_check
     chosen = extra(result.tuned_path)["threshold"]
     assert chosen == curve["chosen"] == result.tuning.curve.best.threshold
     assert (curve["side"], extra(result.tuned_path)["chosen_on"]) == ("val", "val")
-    again = evaluated(run, threshold=chosen, tune=False, output_dir=str(run))
-    assert csv_text(again.evaluation.rows) == csv_text(result.tuned.rows)
+    again = evaluated(run, threshold=chosen, tune=False, output_dir=run)
+    assert scores(again.evaluation) == scores(result.tuned)
     assert "chosen_on" not in extra(again.path)
     assert again.path.name == f"{run.name}_{STEM}.json"
-    predictor, scores = Predictor.from_pretrained(tiny_checkpoint, run), {}
+    predictor, each = Predictor.from_pretrained(tiny_checkpoint, run), {}
     for sample in read_split(run / "data_split.json", find_samples(angiograms)).val:
         probabilities, truth = predictor.predict(load_image(sample)).probabilities, load_mask(sample)
-        at = (dice(probabilities > np.float32(threshold), truth) for threshold in curve["thresholds"])
-        scores.setdefault(sample.patient, []).append(list(at))
-    means = np.mean([np.mean(each, axis=0) for each in scores.values()], axis=0)
-    assert curve["dice"] == pytest.approx(means)
+        at = [dice(probabilities > np.float32(threshold), truth) for threshold in curve["thresholds"]]
+        each.setdefault(sample.patient, []).append(at)
+    assert curve["dice"] == pytest.approx(np.mean([np.mean(one, axis=0) for one in each.values()], axis=0))
     assert curve["dice"][curve["thresholds"].index(chosen)] == max(curve["dice"])
 
 
@@ -265,16 +264,15 @@ def test_post_processing_is_chosen_for_the_reward_on_validation(run, monkeypatch
     assert len(asked) == result.tuning.curve.n_images + len(result.evaluation.rows)
     chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
     assert asdict(result.tuning.choices["tuned_post"]) == chosen
-    assert {row["beta0_error"] for row in result.evaluation.rows} == {2}
-    assert {row["beta0_error"] for row in result.tuned.rows} == {1}  # a low threshold closes the gap
-    assert {row["beta0_error"] for row in result.tuned_post.rows} == {0}
+    three = (result.evaluation, result.tuned, result.tuned_post)  # a low threshold closes the gap, too
+    assert [{row["beta0_error"] for row in one.rows} for one in three] == [{2}, {1}, {0}]
     assert min(row["dice"] for row in result.tuned_post.rows) > 0.99
     assert extra(result.tuned_post_path).items() >= (chosen | {"chosen_on": "val"}).items()
     grid = json.loads((run / "evaluation" / f"{STEM}_post_processing.json").read_text())
     assert (grid["side"], grid["chosen"]) == ("val", chosen)
     assert max(reward for *_, reward in grid["candidates"]) == pytest.approx(grid["reward"])
-    again = evaluated(run, output_dir=str(run), tune=False, **chosen)
-    assert csv_text(again.evaluation.rows) == csv_text(result.tuned_post.rows)
+    again = evaluated(run, output_dir=run, tune=False, **chosen)
+    assert scores(again.evaluation) == scores(result.tuned_post)
     with pytest.raises(ValueError, match="leave out --no-tune"):
         evaluated(run, tune=False, tune_post=True)
 
@@ -291,7 +289,7 @@ def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch
             split = read_split(path, samples)
             return Split(*make(split), split.seed)
 
-        monkeypatch.setattr("vesselrl.evaluation.held_out.read_split", read)
+        monkeypatch.setattr(f"{HELD_OUT}.read_split", read)
 
     changed(lambda split: (split.test, split.val, split.train))
     assert evaluated(run).tuning.curve == chosen  # other test images take no part
@@ -300,65 +298,57 @@ def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch
     assert "no validation images, and it is never chosen on test" in caplog.text
 
 
-def test_flips_are_kept_apart(run):
-    plain = evaluated(run)
-    before = plain.path.read_bytes()
-    flipped = evaluated(run, flips=True)
-    files = [path.name for path in (flipped.path, flipped.tuned_path, flipped.curve_path)]
-    assert files == [f"{STEM}_flips.json", f"{STEM}_flips_tuned.json", f"{STEM}_flips_thresholds.json"]
-    assert plain.path.read_bytes() == before
-    assert csv_text(flipped.evaluation.rows) != csv_text(plain.evaluation.rows)
-    assert extra(flipped.path)["flips"] is extra(flipped.tuned_path)["flips"] is True
-    assert json.loads(flipped.curve_path.read_text())["flips"] is True
-    assert extra(plain.path)["flips"] is False
-
-
-def test_a_second_observer_is_scored_beside_the_model(run, angiograms, tmp_path):
+def test_flips_and_a_second_observer_are_kept_apart(run, angiograms, tmp_path):
     (tmp_path / "second").mkdir()
     for file in (angiograms / "masks").iterdir():
         mask = np.asarray(Image.open(file)).astype(bool)
         Image.fromarray(np.roll(mask, 1, axis=0)).save(tmp_path / "second" / file.name)
-    result = evaluated(run, second_masks=str(tmp_path / "second"), tune=False)
-    assert result.human_path == run / "evaluation" / "test_human_agreement.json"
-    assert result.human.label_hash == result.evaluation.label_hash
-    truths = {sample.key: load_pixels(sample)[1] for sample in find_samples(angiograms)}
-    for row in result.human.rows:
+    plain = evaluated(run, second_masks=tmp_path / "second")
+    assert plain.human_path == run / "evaluation" / "test_human_agreement.json"
+    assert plain.human.label_hash == plain.evaluation.label_hash
+    truths = {sample.key: load_mask(sample) for sample in find_samples(angiograms)}
+    for row in plain.human.rows:
         assert row["dice"] == dice(np.roll(truths[row["key"]], 1, axis=0), truths[row["key"]])
+    before = plain.path.read_bytes()
+    flipped = evaluated(run, flips=True)
+    files = [path.stem for path in (flipped.path, flipped.tuned_path, flipped.curve_path)]
+    assert files == [f"{STEM}_flips{ending}" for ending in ("", "_tuned", "_thresholds")]
+    assert plain.path.read_bytes() == before
+    assert scores(flipped.evaluation) != scores(plain.evaluation)
+    assert (extra(flipped.path)["flips"], extra(plain.path)["flips"]) == (True, False)
 
 
 # ---- Files
 
 
 def test_results_of_several_models_do_not_replace_each_other(run, angiograms, tmp_path):
-    both = {"output_dir": str(tmp_path / "both"), "tune": False}
     shutil.copytree(run, tmp_path / "second")
-    for folder in (run, tmp_path / "second"):
-        for weights in ("best_lora", "final_lora"):
-            evaluated(folder / weights, **both)
-    kinds = ("best_lora", "final_lora")
-    expected = {f"{name}_test_{kind}.json" for name in (run.name, "second") for kind in kinds}
+    names = [(folder, weights) for folder in (run.name, "second") for weights in ("best_lora", "final_lora")]
+    for folder, weights in names:
+        evaluated(tmp_path / folder / weights, output_dir=tmp_path / "both", tune=False)
+    expected = {f"{folder}_test_{weights}.json" for folder, weights in names}
     assert {path.name for path in (tmp_path / "both").glob("*.json")} == expected
     for name in ("one", "other"):  # adapters without a run
         shutil.copytree(run / "best_lora", tmp_path / name / "best_lora")
-    given = {"base_model": base_of(run), "data_root": str(angiograms), "tune": False}
-    path = evaluated(tmp_path / "one" / "best_lora", output_dir=str(tmp_path / "out"), **given).path
+    given = {"base_model": settings_of(run)["model_path"], "data_root": angiograms, "tune": False}
+    given["output_dir"] = tmp_path / "out"
+    path = evaluated(tmp_path / "one" / "best_lora", **given).path
     before = path.read_bytes()
     with pytest.raises(RunError, match="holds the evaluation of another model"):
-        evaluated(tmp_path / "other" / "best_lora", output_dir=str(tmp_path / "out"), **given)
-    evaluated(tmp_path / "one" / "best_lora", output_dir=str(tmp_path / "out"), **given)
+        evaluated(tmp_path / "other" / "best_lora", **given)
+    evaluated(tmp_path / "one" / "best_lora", **given)
     assert path.read_bytes() == before
 
 
-def test_the_verb_prints_no_person(run_with_reports, capsys, caplog):
+def test_the_verb_prints_no_person(run, capsys, caplog, monkeypatch):
+    monkeypatch.undo()  # with reports
     caplog.set_level(logging.DEBUG, "vesselrl")
-    assert main(["evaluate", "--lora_weights", str(run_with_reports), "--split", "all"]) == 0
+    assert main(["evaluate", "--lora_weights", str(run), "--split", "all"]) == 0
     out, err = capsys.readouterr()
     assert "20 images of 10 patients, 0 failed" in out.replace("\n", " ")
-    written = "".join(file.read_text() for file in (run_with_reports / "evaluation").iterdir())
+    written = "".join(file.read_text() for file in (run / "evaluation").iterdir())
+    assert (run / "evaluation" / "all_best_lora.html").is_file()
     assert not re.search(r"ZHANG|123456789\d", out + err + caplog.text + written)
-
-
-# ---- What cannot be evaluated, found before anything is predicted
 
 
 @pytest.mark.parametrize(
@@ -370,15 +360,14 @@ def test_the_verb_prints_no_person(run_with_reports, capsys, caplog):
         ({"second_masks": "nowhere"}, DataError, "There is no folder"),
     ],
 )
-def test_unusable_options(run, options, error, message):
+def test_what_cannot_be_evaluated_is_found_before_anything_is_predicted(
+    run, tmp_path, monkeypatch, options, error, message
+):
+    monkeypatch.setattr(f"{HELD_OUT}.make_predictor", None)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message):
         evaluated(run, **options)
     assert not (run / "evaluation").exists()
-
-
-def test_unusable_places(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vesselrl.evaluation.held_out.predict_all", None)
     with pytest.raises(CheckpointError, match=re.escape(str(tmp_path / "nowhere"))):
         evaluated(tmp_path / "nowhere")
     assert [path.name for path in tmp_path.iterdir()] == [run.name]  # no synthetic data
@@ -387,14 +376,4 @@ def test_unusable_places(run, tmp_path, monkeypatch):
         evaluated(run)
     (run / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"config\.json is damaged"):
-        evaluated(run)
-
-
-def test_the_split_belongs_to_other_data(run, angiograms, tmp_path):
-    other = shutil.copytree(angiograms, tmp_path / "renamed")
-    for folder in ("images", "masks"):
-        file = min((other / folder).iterdir())
-        file.rename(file.with_name(file.name.replace("0A1B2C3D", "0A1B2C3E")))
-    change_settings(run, data_root=str(other))
-    with pytest.raises(DataError, match=r"data_split\.json"):
         evaluated(run)

@@ -37,15 +37,21 @@ def picture(seed, shape=(37, 53)):
     return probabilities, truth
 
 
+def curve_of(*pictures, patients=("P1", "P1", "P2")):
+    return threshold_curve([counts_by_threshold(*one) for one in pictures], patients[: len(pictures)])
+
+
 def test_the_curve_is_that_of_one_mask_per_threshold():
     pictures = [picture(seed) for seed in range(3)]
-    curve = threshold_curve([counts_by_threshold(*one) for one in pictures], ["P1", "P1", "P2"])
+    curve = curve_of(*pictures)
     assert [point.threshold for point in curve.points] == [round(k / 100, 2) for k in range(1, 100)]
     for point, threshold in list(zip(curve.points, THRESHOLDS, strict=True))[::7]:
         for name, score in (("dice", f1_score), ("recall", recall_score), ("precision", precision_score)):
             each = [score(t.ravel(), (p > threshold).ravel(), zero_division=0) for p, t in pictures]
             assert getattr(point, name) == pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)
     assert (curve.n_images, curve.n_patients) == (3, 2)
+    with pytest.raises(ValueError, match="no images to choose a threshold on"):
+        curve_of()
 
 
 def test_a_planted_best_threshold_is_found():
@@ -53,9 +59,9 @@ def test_a_planted_best_threshold_is_found():
     truth[:4] = True
     faint = np.where(truth, 0.32, 0.1).astype(np.float32)  # perfect from 0.10 to 0.31
     faint[7] = 0.3  # ... and now for 0.30 and 0.31 only
-    curve = threshold_curve([counts_by_threshold(faint, truth)], ["P1"])
-    assert (curve.best.threshold, curve.best.dice) == (0.31, 1.0)
-    certain = threshold_curve([counts_by_threshold(truth.astype(np.float32), truth)], ["P1"])
+    best = curve_of((faint, truth)).best
+    assert (best.threshold, best.dice) == (0.31, 1.0)
+    certain = curve_of((truth.astype(np.float32), truth))
     assert certain.best.threshold == 0.5  # all are equal; the nearest to 0.5
 
 
@@ -64,13 +70,9 @@ def test_masks_are_counted_as_they_are_used():
     truth, values = np.zeros((20, 20), bool), np.full((20, 20), 0.05)
     truth[3:6, 2:12] = truth[14:16, 14:16] = True
     values[3:6, 2:12], values[14:16, 14:16] = 0.9, 0.6
-
-    def best(min_component_px):
-        image = PredictedImage(values, truth, "P1")
-        return tune([image], PostProcessing(0.5, min_component_px), None).curve.best
-
-    assert (best(0).threshold, best(0).recall) == (0.5, 1)
-    assert best(20).recall == 30 / 34
+    for min_component_px, recall in ((0, 1), (20, 30 / 34)):
+        post = PostProcessing(0.5, min_component_px)
+        assert tune([PredictedImage(values, truth, "P1")], post, None).curve.best.recall == recall
     found, _, missed = counts_by_threshold(values, truth, PostProcessing(min_component_px=20))
     assert set(found[:4]) == {34}  # the whole image is one component
     assert set(found[10:88]) == {30}
@@ -78,66 +80,49 @@ def test_masks_are_counted_as_they_are_used():
     assert set(found + missed) == {34}
 
 
-def test_a_failed_prediction_is_empty_at_every_threshold():
+def test_failed_predictions_and_empty_truths():
+    """A failed prediction is empty at every threshold; empty truths count in Dice and not in recall."""
     probabilities, truth = picture(1)
     images = [PredictedImage(probabilities, truth, "P1"), PredictedImage(None, truth, "P2")]
-    curve = tune(images, PostProcessing(), None).curve
-    alone = threshold_curve([counts_by_threshold(probabilities, truth)], ["P1"])
+    curve, alone = tune(images, PostProcessing(), None).curve, curve_of((probabilities, truth))
     assert (curve.n_failed, curve.to_json()["chosen"]) == (1, alone.best.threshold)
     assert curve.best.dice == pytest.approx(alone.best.dice / 2)
-
-
-def test_empty_truths_count_in_dice_and_not_in_recall():
-    nothing, truth = np.zeros((4, 4), bool), np.ones((4, 4), bool)
-    quiet = np.full((4, 4), 0.2, np.float32)
-    empty = counts_by_threshold(quiet, nothing)
-    middle = threshold_curve([empty, counts_by_threshold(np.zeros((4, 4)), truth)], ["P1", "P2"]).points[49]
+    nothing, quiet = np.zeros((4, 4), bool), np.full((4, 4), 0.2, np.float32)
+    middle = curve_of((quiet, nothing), (nothing, ~nothing), patients=("P1", "P2")).points[49]
     assert (middle.threshold, middle.dice, middle.recall) == (0.5, 0.5, 0)  # both empty 1, failed 0
-    assert np.isnan(threshold_curve([empty], ["P1"]).points[49].recall)
-    with pytest.raises(ValueError, match="no images to choose a threshold on"):
-        threshold_curve([], [])
+    assert np.isnan(curve_of((quiet, nothing)).points[49].recall)
 
 
 def test_the_threshold_of_a_wanted_recall():
     points = [(0.2, 0.95, 0.5), (0.4, 0.85, 0.6), (0.5, 0.8, 0.7), (0.6, 0.8, 0.8), (0.8, float("nan"), 1.0)]
     curve = ThresholdCurve(tuple(CurvePoint(t, 0.7, recall, p) for t, recall, p in points), 3, 3, 0)
-    assert curve.at_recall(0.91).threshold == 0.2
-    assert curve.at_recall(0.88).threshold == 0.4
-    assert curve.at_recall(0.1).threshold == 0.6  # as near as 0.5, and more precise
-    nowhere = ThresholdCurve((CurvePoint(0.5, 1.0, float("nan"), 1.0),), 1, 1, 0)
+    # The last: as near as 0.5, and more precise.
+    assert [curve.at_recall(recall).threshold for recall in (0.91, 0.88, 0.1)] == [0.2, 0.4, 0.6]
     with pytest.raises(ValueError, match="no threshold can be chosen by recall"):
-        nowhere.at_recall(0.8)
+        ThresholdCurve(curve.points[-1:], 1, 1, 0).at_recall(0.8)
 
 
 @pytest.mark.parametrize("change", [{"dice": [0.7]}, {"dice": None}, {"thresholds": []}, {"chosen": None}])
 def test_a_stored_curve_is_read_back_and_a_damaged_one_named(tmp_path, change):
-    _, truth = picture(1)
-    curve = threshold_curve([counts_by_threshold(np.zeros(truth.shape), ~truth & False)], ["P1"])
     path = tmp_path / "evaluation" / "test_base_thresholds.json"
-    write_json(path, curve.to_json())
+    write_json(path, curve_of((np.zeros((4, 4)), np.zeros((4, 4), bool))).to_json())
     stored = read_threshold_curve(path)
-    assert stored["dice"] == [point.dice for point in curve.points] == [1.0] * 99
+    assert stored["dice"] == [1.0] * 99
     assert (stored["chosen"], stored["n_images"]) == (0.5, 1)
     assert np.isnan(stored["recall"]).all()
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in evaluation is no threshold sweep"):
+    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in evaluation is no threshold curve"):
         read_threshold_curve(path)
 
 
-def test_calibration_by_hand():
-    probabilities = np.array([[0.05, 0.05, 0.75, 0.75]], np.float32)
-    truth = np.array([[False, True, True, True]])
+def test_calibration_by_hand_and_by_scikit_learn():
+    probabilities, truth = np.float32([[0.05, 0.05, 0.75, 0.75]]), np.array([[False, True, True, True]])
     result = calibration(count_pixels(probabilities, truth), num_failed=2)
     # |0.05 - 0.5| and |0.75 - 1| for half of the pixels each
     assert result["expected_calibration_error"] == pytest.approx((0.45 + 0.25) / 2)
     assert (result["n_pixels"], result["n_failed"]) == (4, 2)
-    low, high = result["bins"]
-    assert (low["low"], low["high"], low["pixels"], low["observed"]) == (0.0, 0.1, 2, 0.5)
-    assert (high["low"], high["high"], high["observed"]) == (0.7, 0.8, 1.0)
-    assert high["predicted"] == pytest.approx(0.75)
-
-
-def test_calibration_agrees_with_scikit_learn():
+    low, high = ([*line.values()] for line in result["bins"])  # low, high, predicted, observed, pixels
+    assert (low, high) == (pytest.approx([0, 0.1, 0.05, 0.5, 2]), pytest.approx([0.7, 0.8, 0.75, 1, 2]))
     pictures = [picture(seed) for seed in range(4)]
     parts = zip(*pictures, strict=True)
     probabilities, truth = (np.concatenate([one.ravel() for one in part]) for part in parts)
@@ -149,12 +134,11 @@ def test_calibration_agrees_with_scikit_learn():
 
 
 def test_what_is_no_probability_is_refused():
-    truth = np.zeros((2, 2), bool)
     for value in (-0.1, 1.5, np.nan):
         with pytest.raises(ValueError, match="not logits"):
-            count_pixels(np.full((2, 2), value), truth)
+            count_pixels(np.full((2, 2), value), np.zeros((2, 2), bool))
     with pytest.raises(ValueError, match=r"probabilities are \(2, 3\)"):
-        count_pixels(np.zeros((2, 3)), truth)
+        count_pixels(np.zeros((2, 3)), np.zeros((2, 2), bool))
 
 
 def predicted(seed, patient):
@@ -168,27 +152,31 @@ def predicted(seed, patient):
 
 
 def test_the_grid_is_that_of_every_candidate_scored_alone():
-    thresholds, sizes, levels = (0.3, 0.5, 0.7), (0, 4, 9, 500), (0.0, 0.2)
-    images = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")]
-    reward = MultiObjectiveReward()
-    grid = score_postprocessing(images, reward, thresholds, sizes, levels)
+    thresholds, sizes = (0.3, 0.5, 0.7), (0, 4, 9, 500)
+    images, reward = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")], MultiObjectiveReward()
+    rewards = score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2)).rewards
+
+    def mean_reward(mask_of):
+        each = [reward(mask_of(image.probabilities), image.truth)[0] for image in images]
+        return pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)  # the patient counts, not the image
+
+    def by_scipy(probabilities):
+        mask = probabilities.astype(np.float64) > threshold
+        labels, num = ndimage.label(mask, np.ones((3, 3)))
+        return mask & (np.bincount(labels.ravel(), minlength=num + 1)[labels] >= size)
+
     for threshold, size in itertools.product(thresholds, sizes):
-        each = []
-        for image in images:
-            mask = image.probabilities.astype(np.float64) > threshold
-            labels, num = ndimage.label(mask, np.ones((3, 3)))
-            areas = np.bincount(labels.ravel(), minlength=num + 1)
-            each.append(reward(mask & (areas[labels] >= size), image.truth)[0])
-        expected = ((each[0] + each[1]) / 2 + each[2]) / 2  # the patient counts, not the image
-        assert grid.rewards[PostProcessing(threshold, size)] == pytest.approx(expected)
-    for post, value in grid.rewards.items():
-        each = [reward(post.mask(image.probabilities), image.truth)[0] for image in images]
-        assert value == pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)
-    assert len(grid.rewards) == 24
-    assert len({round(value, 6) for value in grid.rewards.values()}) > 12  # the candidates do differ
+        assert rewards[PostProcessing(threshold, size)] == mean_reward(by_scipy)
+    for post, value in rewards.items():
+        assert value == mean_reward(post.mask)
+    assert len(rewards) == 24
+    assert len({round(value, 6) for value in rewards.values()}) > 12  # the candidates do differ
     failed = score_postprocessing([PredictedImage(None, images[0].truth, "P1")], reward, (0.5,), (0, 10))
     empty = reward(np.zeros(images[0].truth.shape, bool), images[0].truth)[0]
     assert list(failed.rewards.values()) == pytest.approx([empty] * len(failed.rewards))
+    for given, message in (([], "There are no images"), (images, "pixels that start with 0")):
+        with pytest.raises(ValueError, match=message):
+            score_postprocessing(given, reward, (0.5,), (10, 0))
 
 
 def test_the_best_candidate_and_the_best_threshold_alone():
@@ -198,17 +186,10 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
     assert grid.best(10) == (PostProcessing(0.7, 10), 5.0)
     closed = grid.rewards | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
-    assert PostProcessingGrid(closed).best() == (PostProcessing(0.5, 10, 0.2), 6.0)
-    assert PostProcessingGrid(closed).best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
-    assert PostProcessingGrid(closed).best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
+    closed = PostProcessingGrid(closed)
+    assert closed.best() == (PostProcessing(0.5, 10, 0.2), 6.0)
+    assert closed.best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
+    assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
     equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
     assert equal.best()[0].min_component_px == 10
-    stored = json.loads(json.dumps(PostProcessingGrid(closed).to_json()))
-    assert PostProcessingGrid.from_json(stored) == PostProcessingGrid(closed)
-
-
-def test_what_cannot_be_tuned_on_is_refused():
-    with pytest.raises(ValueError, match="There are no images"):
-        score_postprocessing([], MultiObjectiveReward())
-    with pytest.raises(ValueError, match="ascending numbers of pixels that start with 0"):
-        score_postprocessing([predicted(1, "P1")], MultiObjectiveReward(), (0.5,), (10, 0))
+    assert PostProcessingGrid.from_json(json.loads(json.dumps(closed.to_json()))) == closed

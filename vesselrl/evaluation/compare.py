@@ -1,13 +1,8 @@
 """Compares finished runs in one table and decides which one to deploy. Needs no torch.
 
-Every run is compared with the baseline by the paired differences of each patient. p values are adjusted for
-the number of runs (Holm), per metric: "better" anywhere in a column is wrong with a probability of at most
-5 %. By the metric that ranks, a run qualifies if its split leaks no patients, at most 5 % of its predictions
-failed, and its gain over the baseline is proven (adjusted p < 0.05). Of those the best patient mean is
-deployed; without any the baseline is kept. The line of a second observer has no rank and is not compared.
+Paired differences to the baseline; p values adjusted for the number of runs (Holm), per metric.
 """
 
-import json
 import logging
 import math
 from collections import Counter
@@ -17,23 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vesselrl.errors import CompareError
-from vesselrl.evaluation.results import (
-    LOWER_IS_BETTER,
-    MAX_FAILED_SHARE,
-    NO_DIRECTION,
-    Caveat,
-    Evaluation,
-    before_after_table,
-    csv_text,
-    read_evaluation,
-    set_mismatch,
-    verdict,
-)
+from vesselrl.evaluation import results
+from vesselrl.evaluation.results import Caveat, Evaluation, before_after_table, read_evaluation, set_mismatch
 from vesselrl.evaluation.statistics import SIGNIFICANT, holm
 
 logger = logging.getLogger(__name__)
 
-HUMAN = "human agreement"
 OWN_BASE = "the base before training"
 DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
@@ -72,7 +56,6 @@ class Comparison:
 
 def find_runs(root: Path) -> list[Path]:
     """Finds all folders at or below `root` that hold a `training_info.json`, sorted."""
-    root = Path(root)
     if not root.is_dir():
         raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
     folders = sorted(path.parent for path in root.rglob("training_info.json"))
@@ -84,8 +67,7 @@ def find_runs(root: Path) -> list[Path]:
 def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
     """Reads the runs that have a test result, and says for each other folder why it is left out."""
     names = Counter(folder.name for folder in folders)
-    runs: list[Run] = []
-    skipped: dict[str, str] = {}
+    runs, skipped = [], {}
     for folder in folders:
         name = folder.name if names[folder.name] == 1 else f"{folder.parent.name}/{folder.name}"
         if not (folder / "test_after.json").is_file():
@@ -94,51 +76,39 @@ def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
             continue
         try:
             after = read_evaluation(folder / "test_after.json")
+            human, before = (folder / f"{n}.json" for n in ("evaluation/test_human_agreement", "test_before"))
             is_control = Caveat.CONTROL in after.caveats  # that starts from no base model
-            before = None if is_control else _read_if_there(folder / "test_before.json")
-            human = _read_if_there(folder / "evaluation" / "test_human_agreement.json")
+            human = read_evaluation(human) if human.is_file() else None
+            before = read_evaluation(before) if before.is_file() and not is_control else None
         except ValueError as error:
             raise CompareError(f"Run {name} cannot be read: {error}") from error
         runs.append(Run(name, after, before, human))
     if not runs:
-        raise CompareError(
-            f"None of the {len(folders)} runs has a test result ({'; '.join(skipped.values())})."
-        )
+        reasons = "; ".join(skipped.values())
+        raise CompareError(f"None of the {len(folders)} runs has a test result ({reasons}).")
     return runs, skipped
 
 
-def _read_if_there(path: Path) -> Evaluation | None:
-    return read_evaluation(path) if path.is_file() else None
-
-
 def compare_runs(
-    runs: Sequence[Run],
-    baseline: str | None = None,
-    rank_by: str | None = None,
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    skipped: dict[str, str] | None = None,
+    runs: Sequence[Run], baseline: str | None = None, rank_by: str | None = None, skipped: dict | None = None
 ) -> Comparison:
-    """Ranks runs on their test scores and compares each with a baseline; works for one run too.
+    """Ranks runs on their test scores and compares each with a baseline (None: its own base before training).
 
-    Args:
-        runs: as from `load_runs`.
-        baseline: name of the run to compare with; None: each run with its own base before training.
-        rank_by: metric to rank and choose by; None: "reward" if all runs were scored by one, else "dice".
-        metrics: columns of the table, but for those some run lacks, and `reward` if it is not one reward.
-        skipped: runs left out and why, shown in the report.
+    They are ranked by "reward" if all were scored by one, else "dice". Metrics that some run lacks, and the
+    reward where runs differ in it, are left out. `skipped` is shown in the report.
     """
     _check_comparable(runs)
     rank_by = _rank_metric(runs, rank_by)
     by_name = {run.name: run for run in runs}
     if baseline is not None and baseline not in by_name:
-        raise CompareError(
-            f"There is no run {baseline!r} to compare with. The runs are: {', '.join(by_name)}."
-        )
-    metrics = tuple(
-        name for name in metrics
-        if all(name in run.after.metrics for run in runs) and (name != "reward" or _one_reward(runs))
-    )  # fmt: skip
+        raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
+    metrics = tuple(name for name in DEFAULT_METRICS if all(name in run.after.metrics for run in runs))
+    metrics = tuple(name for name in metrics if name != "reward" or _one_reward(runs))
     metrics = metrics if rank_by in metrics else (rank_by, *metrics)
+
+    def loss(run: Run) -> float:
+        mean = run.after.summary["metrics"][rank_by]["patient_mean"]
+        return math.inf if math.isnan(mean) else mean if rank_by in results.LOWER_IS_BETTER else -mean
 
     gains: Gains = {}
     for run in runs:
@@ -149,62 +119,44 @@ def compare_runs(
                 shared = [name for name in shared if name != "reward"]
             gains[run.name] = before_after_table(reference, run.after, shared)
     _adjust_for_runs(gains)
-    ranked = sorted(runs, key=lambda run: -_ranking_value(run.after, rank_by))
-    lines = [
-        {"rank": number} | _line(run.name, run.after, metrics, gains.get(run.name, []))
-        for number, run in enumerate(ranked, start=1)
-    ]
+    ranked = sorted(runs, key=loss)
+    lines = [_line(run.name, run.after, metrics, gains, rank) for rank, run in enumerate(ranked, start=1)]
     lines += _human_line(runs, metrics)
-    deploy, reason = _choose(ranked, gains, rank_by, baseline or OWN_BASE)
-    counted = {name: runs[0].after.summary[name] for name in ("n_images", "n_patients")}
-    others = {"skipped": dict(skipped or {}), "notes": _notes(runs, baseline)}
-    return Comparison(
-        rank_by, metrics, baseline or OWN_BASE, lines, gains, deploy, reason, **counted, **others
-    )
+    notes, against = _notes(runs, baseline), baseline or OWN_BASE
+    choice = _choose(ranked, gains, rank_by, against)
+    counted = [runs[0].after.summary[name] for name in ("n_images", "n_patients")]
+    return Comparison(rank_by, metrics, against, lines, gains, *choice, *counted, skipped or {}, notes)
 
 
-def gain_of(table: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The line of one metric in a before/after table, None if it has none."""
-    return next((line for line in table if line["metric"] == metric), None)
+def _gain_of(gains: Gains, run: str, metric: str) -> dict[str, Any] | None:
+    return next((line for line in gains.get(run, ()) if line["metric"] == metric), None)
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
     """Refuses runs on other sets than the most frequent one (the first, if tied), naming each of them."""
-    sets = [
-        (run.after.image_list_hash, run.after.label_hash, json.dumps(run.after.metric_spec, sort_keys=True))
-        for run in runs
-    ]
+    afters = [run.after for run in runs]
+    sets = [(e.image_list_hash, e.label_hash, str(sorted(e.metric_spec.items()))) for e in afters]
     reference = runs[sets.index(Counter(sets).most_common(1)[0][0])]
     problems = []
     for run in runs:
-        mismatch = set_mismatch(reference.after, run.after, reference.name, run.name)
-        if mismatch:
+        if mismatch := set_mismatch(reference.after, run.after, reference.name, run.name):
             problems.append(f"{run.name} against {reference.name}: {mismatch}")
-        elif run.before is not None:
-            mismatch = set_mismatch(run.before, run.after, "test_before", "test_after")
-            if mismatch:
-                problems.append(f"{run.name}, before against after: {mismatch}")
+        elif run.before and (mismatch := set_mismatch(run.before, run.after, "test_before", "test_after")):
+            problems.append(f"{run.name}, before against after: {mismatch}")
     if problems:
-        raise CompareError(
-            f"These runs cannot share a table. {'. '.join(problems)}. Train them on one split "
-            "(--split_file), or keep the runs of each data set in a folder of their own and name it "
-            "(--output_dir)."
-        )
+        advice = "Train on one split (--split_file), or keep each data set's runs apart (--output_dir)."
+        raise CompareError(f"These runs cannot share a table. {'. '.join(problems)}. {advice}")
 
 
 def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
     """The metric to rank by, refused if some run lacks it or the runs mean different rewards by it."""
     if rank_by is None:
         return "reward" if _one_reward(runs) else "dice"
-    if rank_by in NO_DIRECTION:
-        raise CompareError(
-            f"Cannot rank by {rank_by!r}: more of it is neither better nor worse. Rank by dice."
-        )
-    missing = [run.name for run in runs if rank_by not in run.after.metrics]
-    if missing:
+    if rank_by in results.NO_DIRECTION:
+        raise CompareError(f"Cannot rank by {rank_by!r}: neither more nor less is better. Rank by dice.")
+    if missing := ", ".join(run.name for run in runs if rank_by not in run.after.metrics):
         known = ", ".join(runs[0].after.metrics)
-        names = ", ".join(missing)
-        raise CompareError(f"Cannot rank by {rank_by!r}: {names} has no such score. Choose of: {known}.")
+        raise CompareError(f"Cannot rank by {rank_by!r}: {missing} has no such score. Choose of: {known}.")
     if rank_by == "reward" and not _one_reward(runs):
         raise CompareError("Cannot rank by reward: the runs were scored by different rewards. Rank by dice.")
     return rank_by
@@ -215,61 +167,52 @@ def _one_reward(runs: Sequence[Run]) -> bool:
     return all("reward" in run.after.metrics for run in runs) and all(spec == specs[0] for spec in specs)
 
 
-def _ranking_value(evaluation: Evaluation, metric: str) -> float:
-    """Patient mean of a metric, turned so that higher is better; undefined is lowest."""
-    mean = evaluation.summary["metrics"][metric]["patient_mean"]
-    if math.isnan(mean):
-        return -math.inf
-    return -mean if metric in LOWER_IS_BETTER else mean
-
-
 def _adjust_for_runs(gains: Gains) -> None:
     """Adds `p_adjusted` to every line (Holm over the runs, per metric) and judges `verdict` by it."""
     for metric in {line["metric"] for table in gains.values() for line in table}:
         lines = [line for table in gains.values() for line in table if line["metric"] == metric]
         for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True):
             line["p_adjusted"] = p
-            line["verdict"] = verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
+            line["verdict"] = results.verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
 
 
 def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) -> tuple[str | None, str]:
-    """Names the run to deploy by the rule of the module docstring, or None, and says why and at what cost."""
-    qualified = []
-    for run in ranked:
-        gain = gain_of(gains.get(run.name, []), rank_by)
-        sound = not run.after.too_many_failed and Caveat.PATIENT_LEAKAGE not in run.after.caveats
-        if gain is not None and gain["verdict"] == "better" and sound:
-            qualified.append((run, gain))
+    """Names the run to deploy, or None for the baseline, and says why and at what cost.
+
+    A run qualifies if its split leaks no patients, at most 5 % of its predictions failed, and its gain by the
+    ranking metric is proven (adjusted p < 0.05); of those the best patient mean is taken.
+    """
+    why_not = {run.name: _why_not(run, _gain_of(gains, run.name, rank_by)) for run in ranked}
+    qualified = [run for run in ranked if not why_not[run.name]]
     if not qualified:
-        others = [run for run in ranked if run.name != baseline]
-        why = "; ".join(f"{run.name}: {_why_not(run, gains, rank_by)}" for run in others)
-        why = why or "there is no other run"
-        return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({why})."
-    winner, gain = qualified[0]
+        reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items() if name != baseline)
+        reasons = reasons or "there is no other run"
+        return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({reasons})."
+    winner, gain = qualified[0], _gain_of(gains, qualified[0].name, rank_by)
     reason = (
         f"Deploy {winner.name}, because its {rank_by} is {abs(gain['difference']):.3f} "
         f"{'higher' if gain['difference'] > 0 else 'lower'} than that of {baseline} "
         f"(95 % interval {gain['low']:+.3f} to {gain['high']:+.3f}, {gain['n_patients']} patients, "
         f"{_p_text(gain)})"
     )
-    many = f", and it ranks first of {len(qualified)} runs with a proven gain."
-    reason += "." if len(qualified) == 1 else many
+    if len(qualified) > 1:
+        reason += f", and it ranks first of {len(qualified)} runs with a proven gain"
     worse = [line for line in gains[winner.name] if line["verdict"] == "worse"]
-    if worse:
-        losses = ", ".join(f"{line['metric']} {line['difference']:+.3f}" for line in worse)
-        reason += f" It pays for that: clearly worse are {losses}."
-    for runner_up, _ in qualified[1:2]:
+    if losses := ", ".join(f"{line['metric']} {line['difference']:+.3f}" for line in worse):
+        reason += f". It pays for that: clearly worse are {losses}"
+    reason += "."
+    for runner_up in qualified[1:2]:
         (between,) = before_after_table(runner_up.after, winner.after, [rank_by])
         if not between["verdict"]:
             reason += f" These patients cannot tell it from {runner_up.name} ({between['difference']:+.3f})."
     return winner.name, reason
 
 
-def _why_not(run: Run, gains: Gains, rank_by: str) -> str:
-    gain = gain_of(gains.get(run.name, []), rank_by)
+def _why_not(run: Run, gain: dict[str, Any] | None) -> str:
+    """Why a run does not qualify; "" if it does."""
     if run.after.too_many_failed:
         failed, images = run.after.summary["n_failed"], run.after.summary["n_images"]
-        return f"{failed} of {images} predictions failed, more than {MAX_FAILED_SHARE:.0%}"
+        return f"{failed} of {images} predictions failed, more than {results.MAX_FAILED_SHARE:.0%}"
     if Caveat.PATIENT_LEAKAGE in run.after.caveats:
         return "its split leaks, so it proves nothing about new patients"
     if gain is None:
@@ -277,7 +220,8 @@ def _why_not(run: Run, gains: Gains, rank_by: str) -> str:
     if gain["reason"]:
         return f"{gain['difference']:+.3f}, {gain['reason']}"
     interval = f"interval {gain['low']:+.3f} to {gain['high']:+.3f}"
-    return f"{gain['difference']:+.3f}, {interval}, {_p_text(gain)}"
+    proven = gain["verdict"] == "better"
+    return "" if proven else f"{gain['difference']:+.3f}, {interval}, {_p_text(gain)}"
 
 
 def _p_text(gain: dict[str, Any]) -> str:
@@ -286,13 +230,13 @@ def _p_text(gain: dict[str, Any]) -> str:
 
 
 def _line(
-    name: str, evaluation: Evaluation, metrics: Sequence[str], table: list[dict[str, Any]]
+    run: str, evaluation: Evaluation, metrics: Sequence[str], gains: Gains, rank: int | str
 ) -> dict[str, Any]:
     summary = evaluation.summary
-    line: dict[str, Any] = {"run": name}
+    line: dict[str, Any] = {"rank": rank, "run": run}
     line |= {name: summary[name] for name in ("n_images", "n_patients", "n_failed")}
     for name in metrics:
-        score, gain = summary["metrics"].get(name, {}), gain_of(table, name) or {}
+        score, gain = summary["metrics"].get(name, {}), _gain_of(gains, run, name) or {}
         line |= {name: score.get("patient_mean", math.nan)}
         line |= {f"{name}_{end}": score.get(end, math.nan) for end in ("low", "high")}
         line |= {f"{name}_gain": gain.get("difference")}
@@ -305,11 +249,10 @@ def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, A
     for run in runs:
         if run.human is None:
             continue
-        mismatch = set_mismatch(run.after, run.human, "test_after", "test_human_agreement")
-        if mismatch:
+        if mismatch := set_mismatch(run.after, run.human, "test_after", "test_human_agreement"):
             logger.warning("Run %s: its human agreement is left out, %s", run.name, mismatch)
             continue
-        line = {"rank": ""} | _line(HUMAN, run.human, metrics, [])
+        line = _line("human agreement", run.human, metrics, {}, "")
         if run.human.reward_spec != run.after.reward_spec and "reward" in metrics:
             line |= dict.fromkeys(("reward", "reward_low", "reward_high"), math.nan)
         return [line]
@@ -321,18 +264,15 @@ def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     notes = [f"{run.name}: {sentence}" for run in runs for sentence in run.after.caveats.values()]
     if len(runs) > 1:
         notes.append(
-            f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "
-            "flattering. The verdicts are adjusted for the number of runs (Holm); the intervals are not. "
-            "Confirm on new patients."
+            f"The best of {len(runs)} runs was picked on these test images, so its score is flattering. The "
+            "verdicts are adjusted for the number of runs (Holm), the intervals not. Confirm on new patients."
         )
     if any("reward" in run.after.metrics for run in runs) and not _one_reward(runs):
         notes.append("The reward is left out: the runs were not all scored by the same one.")
-    befores = {csv_text(run.before.rows) for run in runs if run.before is not None}
+    befores = {results.csv_text(run.before.rows) for run in runs if run.before is not None}
     if baseline is None and len(befores) > 1:
-        notes.append(
-            "The runs did not start from the same base; each difference is against the run's own base."
-        )
-    missing = [run.name for run in runs if run.before is None]
+        notes.append("The runs did not start from the same base; each difference is against the run's own.")
+    missing = ", ".join(run.name for run in runs if run.before is None)
     if baseline is None and missing:
-        notes.append(f"No difference for {', '.join(missing)}: it has no test scores of a base model.")
+        notes.append(f"No difference for {missing}: it has no test scores of a base model.")
     return tuple(notes)

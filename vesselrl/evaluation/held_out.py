@@ -1,13 +1,11 @@
 """Evaluates adapters on the held-out subset of the split that they were trained with.
 
-For best_lora on test patients it writes test_best_lora.json and .csv and a report. Beside them, from the same
-predictions: `_tuned` at the threshold of the best Dice on validation (the curve: `_thresholds.json`),
-`_tuned_post` with all post-processing chosen there for the reward (candidates: `_post_processing.json`); and
-test_human_agreement, a second observer against the first. With test-time flips best_lora is best_lora_flips.
+For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post` as chosen on validation
+(from `_thresholds.json`, `_post_processing.json`); test_human_agreement. With flips: best_lora_flips.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -19,16 +17,8 @@ from vesselrl.data.near_duplicates import pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
 from vesselrl.errors import DataError, RunError
-from vesselrl.evaluation.evaluate import (
-    Predict,
-    Progress,
-    caveats_of,
-    evaluate_masks,
-    predict_all,
-    predict_each,
-    second_observer,
-    with_flips,
-)
+from vesselrl.evaluation import evaluate
+from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
@@ -38,6 +28,7 @@ from vesselrl.experiment.run_folder import check_writable, find_run, run_setting
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
+from vesselrl.models.processing import DEFAULT_PROMPT
 from vesselrl.scoring.postprocessing import PostProcessing, post_processing
 from vesselrl.scoring.rewards import make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
@@ -54,7 +45,7 @@ class HeldOutResult:
     path: Path
     # All results on one HTML page; Markdown lies beside it.
     report_path: Path
-    # On the same predictions with the choices made on validation, see the module docstring.
+    # Of the same predictions, as chosen on validation.
     tuned: Evaluation | None = None
     tuned_path: Path | None = None
     tuned_post: Evaluation | None = None
@@ -69,14 +60,9 @@ class HeldOutResult:
 def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
-    """Scores one model on one subset of a split, each image predicted once; writes JSON, CSV and a report.
+    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and a report.
 
     Where the results lie in the folder of a finished run, the run's own report is written anew.
-
-    Args:
-        options: of `vesselrl evaluate`, but for its list of models.
-        lora_weights: adapter or run folder; None: the base model.
-        progress: called with (images done, images in all), validation images included, after every image.
     """
     if options.split not in ("test", "val", "train", "all"):
         raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
@@ -95,79 +81,56 @@ def evaluate_held_out(
     samples, validation, caveats = choose_samples(options, lora_weights, run, settings)
     post = post_processing(settings, options.threshold, options.min_component_px, options.close_gaps)
     reward = make_reward(settings)
-    observed = second_observer(samples, options.second_masks) if options.second_masks else None
+    observed = evaluate.second_observer(samples, options.second_masks) if options.second_masks else None
     predict = make_predictor(options, settings, lora_weights)
-    total, done_before = len(samples) + len(validation), count(1)  # one progress for both passes
-    tell = progress and (lambda *_: progress(next(done_before), total))
+    total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
+    tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
     tuning = tune(_predicted_images(predict, validation, tell), post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = predict_all(predict, samples, post, choices, progress=tell)
+    done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
     results: dict[str, Any] = {"tuning": tuning}
-    for ending, used in {"": post, **choices}.items():
-        stored = {"calibration": done.calibration, "caveats": caveats}
-        scored = evaluate_masks(samples, done.pairs(ending), reward, **stored)
-        extra = {"plan": plan, "flips": options.flips} | asdict(used)
-        if not ending:
-            results["evaluation"] = scored
-            results["path"], _ = write_evaluation(folder, name, scored, extra)
-        else:
-            results[ending], extra["chosen_on"] = scored, "val"
-            results[f"{ending}_path"], _ = write_evaluation(folder, f"{name}_{ending}", scored, extra)
+    for ending, scored in done.items():
+        extra = {"plan": plan, "flips": options.flips} | asdict(choices.get(ending, post))
+        extra |= {"chosen_on": "val"} if ending else {}
+        path, _ = write_evaluation(folder, f"{name}_{ending}" if ending else name, scored, extra)
+        results |= {ending or "evaluation": scored, f"{ending}_path".strip("_"): path}
     if tuning:
-        results["curve_path"] = _write_tuning(folder / name, tuning, {"flips": options.flips})
+        results["curve_path"] = folder / f"{name}_thresholds.json"
+        write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
+    if tuning and tuning.grid:
+        write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
-        results["human"] = evaluate_masks(samples, pairs, reward)
+        results["human"] = evaluate.evaluate_masks(samples, pairs, reward)
         file = f"{options.split}_human_agreement"
         results["human_path"], _ = write_evaluation(folder, file, results["human"])
     results["report_path"], _ = write_evaluation_report(results["path"])
-    if run is not None and folder.resolve() == (run / "evaluation").resolve():
-        _refresh_run_report(run)
+    if run and folder.resolve() == (run / "evaluation").resolve() and (run / "training_info.json").is_file():
+        try:
+            write_run_report(run)
+        except ValueError as error:  # a damaged file of the run does not undo the evaluation
+            logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(**results)
 
 
-def _predicted_images(
-    predict: Predict, samples: list[Sample], progress: Progress | None
-) -> Iterator[PredictedImage]:
-    predicted = predict_each(predict, samples, progress=progress)
+def _predicted_images(predict: Predict, samples: list[Sample], tell: Progress | None) -> Iterator:
+    predicted = evaluate.predict_each(predict, samples, progress=tell)
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
-        yield PredictedImage(None if prediction is None else prediction.probabilities, truth, sample.patient)
+        yield PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
 
 
-def _write_tuning(start: Path, tuning: Tuning, labels: dict[str, Any]) -> Path:
-    if tuning.grid:
-        write_json(start.with_name(f"{start.name}_post_processing.json"), tuning.grid_json() | labels)
-    path = start.with_name(f"{start.name}_thresholds.json")
-    write_json(path, tuning.curve.to_json() | labels)
-    return path
-
-
-def _refresh_run_report(run: Path) -> None:
-    """Writes the report of a finished run; a damaged file of the run does not undo the evaluation."""
-    if not (run / "training_info.json").is_file():
-        return
-    try:
-        write_run_report(run)
-    except ValueError as error:
-        logger.warning("The report of the run is the old one: %s", error)
-
-
-def make_predictor(
-    options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None = None
-) -> Predict:
+def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:
     """Loads a model as a function of an image, with flips if the options ask for them."""
-    chosen: dict[str, Any] = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
-    prompt = options.prompt or settings.get("prompt")
-    if prompt:
-        chosen["prompt"] = prompt
+    given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
+    given["prompt"] = options.prompt or settings.get("prompt") or DEFAULT_PROMPT
     base = options.base_model or settings.get("model_path")
     # The base model of a debug run is random and made again from the run's seed.
     random = base == RANDOM_MODEL and settings
     with random_checkpoint(settings["seed"]) if random else nullcontext(base) as folder:
-        predict = Predictor.from_pretrained(folder, lora_weights, **chosen).predict
-    return with_flips(predict, options.threshold) if options.flips else predict
+        predict = Predictor.from_pretrained(folder, lora_weights, **given).predict
+    return evaluate.with_flips(predict, options.threshold) if options.flips else predict
 
 
 def result_place(options: Evaluate, lora_weights: str | None, run: Path | None) -> tuple[Path, str]:
@@ -191,10 +154,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     for key in ("base_model", "lora_weights"):
         first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
         if first != second:
-            raise RunError(
-                f"{path} holds the evaluation of another model. Give another --output_dir, or remove the "
-                "file."
-            )
+            raise RunError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 
 def choose_samples(
@@ -202,23 +162,19 @@ def choose_samples(
 ) -> tuple[list[Sample], list[Sample], dict[Caveat, str]]:
     """The samples of the wanted subset, those to choose a threshold on, and the caveats of the former."""
     stored = settings.get("data_root")
-    own = options.data_root is None or (
-        stored is not None and Path(options.data_root).resolve() == Path(stored).resolve()
-    )
-    kept = settings if own else {}  # settings of a run about its own data hold for no other
     root = options.data_root or stored
+    own = root == stored or (stored is not None and Path(root).resolve() == Path(stored).resolve())
+    kept = settings if own else {}  # settings of a run about its own data hold for no other
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    names = {
-        name: getattr(options, name) or kept.get(name) for name in ("patient_pattern", "patient_aliases")
-    }
+    names = ("patient_pattern", "patient_aliases")
+    names = {name: getattr(options, name) or kept.get(name) for name in names}
     samples = find_samples(root, **names)
     seen = pretraining_overlap(options.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if options.split == "all":
         return samples, _validation(options, []), caveats_of(None, samples, seen)
-    split = _known_split(options, run, own, samples)
-    caveats = {}
+    split, caveats = _known_split(options, run, own, samples), {}
     if split is None:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
         shares = foreground_shares(root, **names) if options.data_root or stored else None
@@ -242,10 +198,10 @@ def _known_split(options: Evaluate, run: Path | None, own: bool, samples: list[S
         if own:
             raise
         logger.info("these are not the images of the run: %s", error)
-        return None
+    return None
 
 
-def _validation(options: Evaluate, validation: list[Sample] | tuple[Sample, ...]) -> list[Sample]:
+def _validation(options: Evaluate, validation: Sequence[Sample]) -> list[Sample]:
     """The validation samples if a threshold is to be chosen on them; else none, and the reason is logged."""
     reason = ""
     if not options.tune:

@@ -1,7 +1,6 @@
 """The result of an evaluation: rows, patient-level summary, caveats, JSON and CSV files, before/after table.
 
-Every result carries the hashes of its image list and labels and the metric specification, so that results of
-different sets cannot be mixed (`set_mismatch`). Nothing here computes a score.
+Hashes of image list and labels and the metric specification keep results of different sets apart.
 """
 
 import csv
@@ -9,7 +8,6 @@ import hashlib
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,23 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from vesselrl.evaluation.statistics import (
-    bootstrap_interval,
-    key_difference,
-    paired_difference,
-    patient_means,
-)
+from vesselrl.evaluation import statistics
 from vesselrl.experiment.run_folder import strict, write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
 UNIT_METRICS = frozenset(
-    {"dice", "iou", "recall", "precision", "specificity", "cldice", "tprec", "tsens", "foreground"}
-    | {"nsd", "recall_thin", "recall_medium", "recall_thick", "topology_score"}
+    "dice iou recall precision specificity cldice tprec tsens foreground nsd recall_thin recall_medium "
+    "recall_thick topology_score".split()
 )
 LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95", "length_error"})
 UNBOUNDED = frozenset({"reward", "custom_score"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
+COUNTED = ("n_images", "n_patients", "n_undefined", "reason")
 MAX_FAILED_SHARE = 0.05
 
 
@@ -77,11 +71,9 @@ def read_caveats(sentences: Iterable[str]) -> dict[Caveat, str]:
 class Evaluation:
     """Scores of one predictor on one set of images."""
 
-    # One dict per image: key, patient, sequence, failed, truth_hash, then every metric, nan where undefined;
-    # with a reward also reward and, where a user's own function is part of it, custom_score.
+    # One dict per image: IDENTITY_COLUMNS, metrics (nan: undefined), with a reward also reward, custom_score.
     rows: tuple[dict[str, Any], ...]
-    # n_images, n_patients, n_failed and metrics: name -> image_mean, patient_mean (the headline), low, high
-    # (95 %), n_images, n_patients, n_undefined, reason.
+    # n_images, n_patients, n_failed, metrics: name -> image_mean, patient_mean (the headline), its Interval.
     summary: dict[str, Any]
     # sha256 over the sorted keys, and over the keys with the hash of each true mask.
     image_list_hash: str
@@ -106,21 +98,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The whole evaluation as strict JSON values, nan as null, with patient and sequence means."""
-        return strict(
-            {
-                "format": FORMAT,
-                "image_list_hash": self.image_list_hash,
-                "label_hash": self.label_hash,
-                "metric_spec": self.metric_spec,
-                "reward_spec": self.reward_spec,
-                "summary": self.summary,
-                "calibration": self.calibration,
-                "marks": list(self.caveats.values()),
-                "patients": group_means(self.rows, "patient"),
-                "sequences": group_means(self.rows, "sequence"),
-                "rows": list(self.rows),
-            }
-        )
+        names = "image_list_hash label_hash metric_spec reward_spec summary calibration".split()
+        document = {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        document["marks"] = list(self.caveats.values())
+        document |= {f"{by}s": group_means(self.rows, by) for by in ("patient", "sequence")}
+        return strict(document | {"rows": list(self.rows)})
 
 
 def summarise(
@@ -133,18 +115,19 @@ def summarise(
 ) -> Evaluation:
     """Builds the Evaluation of finished rows: hashes, patient means and intervals."""
     keys = [row["key"] for row in rows]
-    check_unique(keys)
+    statistics.check_unique(keys)
     patients = [row["patient"] for row in rows]
     metrics = {}
     for name in metric_names(rows):
         values = np.array([row[name] for row in rows], dtype=np.float64)
         bounds = (-math.inf if name in UNBOUNDED else 0.0, 1.0 if name in UNIT_METRICS else math.inf)
-        interval = dict(vars(bootstrap_interval(values, patients, bounds=bounds)))
+        found = statistics.bootstrap_interval(values, patients, bounds=bounds)
         defined = values[~np.isnan(values)]
         image_mean = float(defined.mean()) if len(defined) else math.nan
-        metrics[name] = {"image_mean": image_mean, "patient_mean": interval.pop("mean")} | interval
-    num_failed = sum(bool(row["failed"]) for row in rows)
-    counted = {"n_images": len(rows), "n_patients": len(set(patients)), "n_failed": num_failed}
+        means = {"image_mean": image_mean, "patient_mean": found.mean}
+        metrics[name] = means | {field: getattr(found, field) for field in ("low", "high", *COUNTED)}
+    counted = {"n_images": len(rows), "n_patients": len(set(patients))}
+    counted["n_failed"] = sum(bool(row["failed"]) for row in rows)
     return Evaluation(
         rows=tuple(dict(row) for row in rows),
         summary=counted | {"metrics": metrics},
@@ -161,13 +144,6 @@ def _hash_lines(lines: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def check_unique(keys: Sequence[str]) -> None:
-    """Raises ValueError, naming the key, if an image occurs more than once."""
-    for key, number in Counter(keys).items():
-        if number > 1:
-            raise ValueError(f"Image {key} occurs twice among {len(keys)} images. Evaluate each image once.")
-
-
 def metric_names(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Names of the scored columns of rows, in their order."""
     return tuple(name for name in rows[0] if name not in IDENTITY_COLUMNS)
@@ -178,7 +154,7 @@ def group_means(rows: Sequence[Mapping[str, Any]], by: str) -> dict[str, dict[st
     groups = [row[by] for row in rows]
     table: dict[str, dict[str, float]] = {group: {} for group in sorted(set(groups))}
     for name in metric_names(rows):
-        means = patient_means([row[name] for row in rows], groups)
+        means = statistics.patient_means([row[name] for row in rows], groups)
         for group, line in table.items():
             line[name] = means.get(group, math.nan)
     return table
@@ -189,47 +165,31 @@ def before_after_table(
 ) -> list[dict[str, Any]]:
     """Compares two evaluations of the same images in pairs, one dict per metric.
 
-    Each has `metric`, `before`, `after` (patient-macro means over the images defined in both), `difference`,
-    `low`, `high` (paired patient bootstrap, 95 %), `p` (not adjusted), `n_images`, `n_patients`,
-    `n_undefined`, `reason` and `verdict`: "better", "worse" or "changed" if the interval excludes zero, else
-    "". By default all columns of both are compared, `reward` and `custom_score` only if they mean the same.
-
-    Raises:
-        ValueError: image lists, labels or metric specifications differ, or `reward` is asked for and differs.
+    Each has `metric`, `before`, `after` (means over the images defined in both), `difference`, the fields of
+    its `Difference` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
+    By default all columns of both are compared, `reward` and `custom_score` only if they mean the same.
+    ValueError if the sets differ, or `reward` is asked for and differs.
     """
-    mismatch = set_mismatch(before, after, "before", "after")
-    if mismatch:
+    if mismatch := set_mismatch(before, after, "before", "after"):
         raise ValueError(f"The evaluations cannot be compared: {mismatch}. Evaluate both on the same set.")
     same_reward = before.reward_spec == after.reward_spec
     if metrics is None:
         shared = [name for name in after.metrics if name in before.metrics]
         metrics = [name for name in shared if name not in UNBOUNDED or same_reward]
     elif "reward" in metrics and not same_reward:
-        raise ValueError(
-            f"The rewards cannot be compared: before is {before.reward_spec}, after is {after.reward_spec}. "
-            "Score both with one reward, or compare the other metrics."
-        )
+        specs = f"before is {before.reward_spec}, after is {after.reward_spec}"
+        raise ValueError(f"The rewards cannot be compared: {specs}. Score both with one, or leave it out.")
+    others, patients = {row["key"]: row for row in after.rows}, [row["patient"] for row in before.rows]
     table = []
     for name in metrics:
-        found = paired_difference(before.rows, after.rows, name)
-        first, last = _paired_means(before.rows, after.rows, name)
+        found = statistics.paired_difference(before.rows, after.rows, name)
+        values = np.array([(row[name], others[row["key"]][name]) for row in before.rows], np.float64)
+        values[np.isnan(values).any(axis=1)] = math.nan
+        first, last = (statistics.patient_mean(column, patients) for column in values.T)
         line = {"metric": name, "before": first, "after": last, "difference": found.mean}
-        keep = ("low", "high", "p", "n_images", "n_patients", "n_undefined", "reason")
-        line |= {field: getattr(found, field) for field in keep}
+        line |= {field: getattr(found, field) for field in ("low", "high", "p", *COUNTED)}
         table.append(line | {"verdict": verdict(name, found.mean) if found.clear else ""})
     return table
-
-
-def _paired_means(before: Sequence[Mapping], after: Sequence[Mapping], metric: str) -> tuple[float, float]:
-    """Patient-macro means over the images where the metric is defined in both."""
-    last = {row["key"]: row[metric] for row in after}
-    pairs = [(row["patient"], row[metric], last[row["key"]]) for row in before]
-    pairs = [pair for pair in pairs if not (math.isnan(pair[1]) or math.isnan(pair[2]))]
-    if not pairs:
-        return math.nan, math.nan
-    patients, *columns = zip(*pairs, strict=True)
-    first, last = (float(np.mean([*patient_means(column, patients).values()])) for column in columns)
-    return first, last
 
 
 def verdict(metric: str, difference: float) -> str:
@@ -243,30 +203,24 @@ def set_mismatch(first: Evaluation, second: Evaluation, first_name: str, second_
     """Says why two evaluations may not be compared, naming the images; "" if they may."""
     a, b = ({row["key"]: row["truth_hash"] for row in one.rows} for one in (first, second))
     if first.image_list_hash != second.image_list_hash:
-        return f"the images differ: {key_difference(a, b, first_name, second_name)}"
+        return f"the images differ: {statistics.key_difference(a, b, first_name, second_name)}"
     if first.label_hash != second.label_hash:
         changed = sorted(key for key in a if a[key] != b[key])
         more = ", ..." if len(changed) > 5 else ""
         return f"the true masks of {len(changed)} images differ ({', '.join(changed[:5])}{more})"
     if first.metric_spec != second.metric_spec:
-        names = sorted(first.metric_spec.keys() | second.metric_spec.keys())
-        values = ((name, first.metric_spec.get(name), second.metric_spec.get(name)) for name in names)
-        changes = (
-            f"{name} is {x!r} in {first_name}, {y!r} in {second_name}" for name, x, y in values if x != y
-        )
-        return f"the metric specifications differ: {'; '.join(changes)}"
+        old, new = first.metric_spec, second.metric_spec
+        changed = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
+        named = (f"{n} is {old.get(n)!r} in {first_name}, {new.get(n)!r} in {second_name}" for n in changed)
+        return f"the metric specifications differ: {'; '.join(named)}"
     return ""
 
 
 def write_evaluation(
     folder: Path, name: str, evaluation: Evaluation, extra: Mapping[str, Any] | None = None
 ) -> tuple[Path, Path]:
-    """Writes FOLDER/NAME.json (everything, with `extra` under that key) and FOLDER/NAME.csv (the rows).
-
-    nan is written as null in JSON and as an empty field in CSV; each file appears complete or not at all.
-    """
-    folder = Path(folder)
-    json_path, csv_path = folder / f"{name}.json", folder / f"{name}.csv"
+    """Writes FOLDER/NAME.json (everything, with `extra` under that key) and FOLDER/NAME.csv (the rows)."""
+    json_path, csv_path = (Path(folder) / f"{name}.{ending}" for ending in ("json", "csv"))
     write_text(csv_path, csv_text(evaluation.rows))
     write_json(json_path, evaluation.to_json() | {"extra": dict(extra or {})})
     return json_path, csv_path
@@ -277,19 +231,12 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {name: "" if value is None or value != value else value for name, value in row.items()}
-        )
+    writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in rows)
     return buffer.getvalue()
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Reads a file of `write_evaluation`; summary and hashes are computed anew from the rows.
-
-    Raises:
-        ValueError: the file is not such a JSON file, or its rows no longer match its stored hashes.
-    """
+    """Reads a file of `write_evaluation`; ValueError if it is none, or its rows do not match its hashes."""
     return evaluation_from_json(_read_document(path), path)
 
 
@@ -299,36 +246,25 @@ def read_extra(path: Path) -> dict[str, Any]:
 
 
 def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluation:
-    """Restores an evaluation from `Evaluation.to_json`, as `read_evaluation`; errors name `source`."""
+    """Restores an evaluation from `Evaluation.to_json`, its summary anew; errors name `source`."""
     required = ("rows", "metric_spec", "image_list_hash", "label_hash")
-    missing = [name for name in required if not document.get(name)]
-    if missing:
-        raise ValueError(
-            f"{source} is incomplete: {', '.join(missing)} is missing. Run the evaluation again."
-        )
-    rows = [
-        {name: math.nan if value is None else value for name, value in row.items()}
-        for row in document["rows"]
-    ]
+    if missing := [name for name in required if not document.get(name)]:
+        raise ValueError(f"{source} is incomplete: {', '.join(missing)} is missing. Evaluate again.")
+    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
     stored = {"calibration": document.get("calibration"), "caveats": read_caveats(document.get("marks", ()))}
     evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
     for name in ("image_list_hash", "label_hash"):
         if getattr(evaluation, name) != document[name]:
-            raise ValueError(
-                f"{source} was changed: its rows do not match its {name}. Run the evaluation again."
-            )
+            raise ValueError(f"{source} was changed: its rows do not match its {name}. Evaluate again.")
     return evaluation
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    path = Path(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Run the evaluation again.") from error
+        raise ValueError(f"{path} is not valid JSON ({error}). Evaluate again.") from error
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
     if found != FORMAT:
-        raise ValueError(
-            f"{path} is not an evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again."
-        )
+        raise ValueError(f"{path} is no evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again.")
     return document

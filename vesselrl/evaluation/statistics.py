@@ -1,15 +1,14 @@
 """Patient-level statistics: means over patients, bootstrap intervals, paired differences.
 
-Frames of one patient resemble each other, so the patient is the unit: the headline is the mean over patients
-of per-patient means, and the bootstrap draws whole patients. A percentile interval of few patients is too
-narrow (of nominal 95 %, 75 % hold the true mean of 3 patients), so it is stretched by `small_sample_stretch`;
-then 93 to 96 % hold it (tests/evaluation/test_statistics.py has the table; very skewed data: 88 to 91 %).
+Frames of one patient resemble each other, so the patient is the unit: means over patients of per-patient
+means, and a bootstrap of whole patients. Its percentile interval is too narrow with few patients (of nominal
+95 %, 75 % hold the mean of 3), so it is stretched; then 93 to 96 % hold it (very skewed data: 88 to 91 %).
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -17,32 +16,26 @@ from scipy.special import ndtri, stdtrit
 MIN_PATIENTS = 3
 DRAWS = 2000
 SIGNIFICANT = 0.05
-_UNBOUNDED = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over patients with its bootstrap interval; `low` and `high` are nan when `reason` forbids one.
-
-    `n_images` and `n_patients` count what entered the mean, `n_undefined` the images left out because their
-    value is nan (recall without any true vessel). `reason` is empty when the interval can be used.
-    """
+    """A mean over patients with its bootstrap interval; `low`, `high` are nan where `reason` forbids one."""
 
     mean: float
     low: float
     high: float
+    # Of what entered the mean; images left out because their value is nan (recall without any true vessel).
     n_images: int
     n_patients: int
     n_undefined: int = 0
     reason: str = ""
+    resampled: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """The paired difference after - before of one metric.
-
-    `p` is two-sided, against no difference, not adjusted for other comparisons; nan without an interval.
-    """
+    """The paired difference after - before of one metric, with its two-sided p value, not adjusted."""
 
     metric: str = ""
     p: float = math.nan
@@ -54,29 +47,28 @@ class Difference(Interval):
 
 
 def patient_means(values: Sequence[float], patients: Sequence[str]) -> dict[str, float]:
-    """Mean value of each patient, in the order of the patients' names.
-
-    Undefined values (nan) are left out; a patient without any defined value is left out too.
+    """Mean of each patient's defined values, by sorted names; without any (all nan) a patient is left out.
 
     >>> patient_means([0.5, 0.7, 0.9], ["P001", "P001", "P002"])
     {'P001': 0.6, 'P002': 0.9}
     """
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (len(patients),):
-        raise ValueError(
-            f"Values and patients must be lists of one length: got {numbers.shape} values and "
-            f"{len(patients)} patients. Pass one patient name per value."
-        )
+        lengths = f"{numbers.shape} values and {len(patients)} patients"
+        raise ValueError(f"Got {lengths}. Give lists of one length, a patient for every value.")
     if np.isinf(numbers).any():
-        raise ValueError(
-            f"Value {int(np.flatnonzero(np.isinf(numbers))[0])} is infinite. Use nan for an undefined value; "
-            "it is then left out and counted."
-        )
+        raise ValueError(f"Value {np.isinf(numbers).argmax()} is infinite. Use nan for an undefined value.")
     groups: dict[str, list[float]] = {}
     for patient, number in zip(patients, numbers, strict=True):
         if not math.isnan(number):
             groups.setdefault(patient, []).append(float(number))
     return {patient: float(np.mean(groups[patient])) for patient in sorted(groups)}
+
+
+def patient_mean(values: Sequence[float], patients: Sequence[str]) -> float:
+    """Mean over patients of their means; nan without any."""
+    means = list(patient_means(values, patients).values())
+    return float(np.mean(means)) if means else math.nan
 
 
 def bootstrap_interval(
@@ -85,17 +77,12 @@ def bootstrap_interval(
     n: int = DRAWS,
     seed: int = 0,
     level: float = 0.95,
-    bounds: tuple[float, float] = _UNBOUNDED,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
     """Mean over patients of per-patient means, with its stretched patient-cluster bootstrap interval.
 
-    Args:
-        values: one number per image; nan is left out and counted.
-        patients: one patient name per image.
-        n: number of bootstrap draws, at least 100.
-        seed: the same seed gives the same interval.
-        level: share of intervals meant to hold the true mean, in (0, 1).
-        bounds: possible range of the mean, e.g. (0, 1) for Dice; the interval is cut to it.
+    `values` and `patients` have one entry per image; nan is left out and counted. The interval is cut to
+    `bounds`, the possible range of the mean.
 
     >>> interval = bootstrap_interval([0.6, 0.7, 0.8, 0.9], ["P001", "P002", "P003", "P004"])
     >>> round(interval.mean, 2), interval.low < 0.75 < interval.high
@@ -103,18 +90,6 @@ def bootstrap_interval(
     >>> bootstrap_interval([0.6, 0.7], ["P001", "P001"]).reason
     'only 1 patient: an interval needs at least 3'
     """
-    return _bootstrap(values, patients, n, seed, level, bounds)[0]
-
-
-def _bootstrap(
-    values: Sequence[float],
-    patients: Sequence[str],
-    n: int,
-    seed: int,
-    level: float,
-    bounds: tuple = _UNBOUNDED,
-) -> tuple[Interval, np.ndarray | None]:
-    """The interval and the n resampled means behind it; None where `reason` forbids one."""
     if n < 100 or not 0 < level < 1:
         raise ValueError(f"Bootstrap needs n >= 100 and 0 < level < 1: got n={n}, level={level}.")
     means = np.array(list(patient_means(values, patients).values()))
@@ -123,28 +98,23 @@ def _bootstrap(
     counted = (len(patients) - num_undefined, num_patients, num_undefined)
     mean = float(means.mean()) if num_patients else math.nan
     if num_patients < MIN_PATIENTS:
-        return Interval(mean, math.nan, math.nan, *counted, _too_few(num_patients)), None
+        return Interval(mean, math.nan, math.nan, *counted, _too_few(num_patients))
     if np.ptp(means) == 0:
-        return Interval(
-            mean, mean, mean, *counted, "every patient has the same value: no spread to judge by"
-        ), None
+        reason = "every patient has the same value: no spread to judge by"
+        return Interval(mean, mean, mean, *counted, reason)
     chosen = np.random.default_rng(seed).integers(0, num_patients, (n, num_patients))
     resampled = means[chosen].mean(axis=1)
     limits = _stretched_limits(resampled, mean, num_patients, level)
     low, high = (float(limit) for limit in np.clip(limits, *bounds))
-    return Interval(mean, low, high, *counted), resampled
+    return Interval(mean, low, high, *counted, resampled=resampled)
 
 
 def _too_few(num_patients: int) -> str:
-    return (
-        f"only {num_patients} patient{'' if num_patients == 1 else 's'}: "
-        f"an interval needs at least {MIN_PATIENTS}"
-    )
+    plural = "" if num_patients == 1 else "s"
+    return f"only {num_patients} patient{plural}: an interval needs at least {MIN_PATIENTS}"
 
 
-def _stretched_limits(
-    resampled: np.ndarray, mean: float, num_patients: int, level: float
-) -> tuple[float, float]:
+def _stretched_limits(resampled: np.ndarray, mean: float, num_patients: int, level: float) -> tuple:
     stretch = small_sample_stretch(num_patients, level)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return mean + stretch * (low - mean), mean + stretch * (high - mean)
@@ -189,17 +159,18 @@ def paired_difference(
 ) -> Difference:
     """Mean over patients of after - before on the same images, with its patient-cluster bootstrap interval.
 
-    Rows (with `key`, `patient` and the metric) are paired by their `key`, in any order; an image undefined
+    Rows (with `key`, `patient` and the metric) are paired by their key, in any order; an image undefined
     (nan or None) in either is left out and counted. Both must hold the same images, each once.
     """
     patients, before, after = _paired(before_rows, after_rows, metric)
-    interval, resampled = _bootstrap(after - before, patients, n, seed, level)
-    p = math.nan if resampled is None else _p_value(resampled, interval.mean, interval.n_patients)
+    interval = bootstrap_interval(after - before, patients, n, seed, level)
+    usable = interval.resampled is not None
+    p = _p_value(interval.resampled, interval.mean, interval.n_patients) if usable else math.nan
     return Difference(**vars(interval), metric=metric, p=p)
 
 
 def relative_difference(
-    before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str, n: int = DRAWS, seed: int = 0
+    before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str
 ) -> Difference:
     """Relative change of the mean over patients, mean(after) / mean(before) - 1, with its 95 % interval.
 
@@ -212,14 +183,12 @@ def relative_difference(
     num_patients, num_undefined = len(first), int(undefined.sum())
     counted = (len(patients) - num_undefined, num_patients, num_undefined)
     ratio = float(last.mean() / first.mean() - 1) if num_patients and first.mean() > 0 else math.nan
-    chosen = np.random.default_rng(seed).integers(0, max(num_patients, 1), (n, num_patients))
-    reason = ""
-    if num_patients < MIN_PATIENTS:
-        reason = _too_few(num_patients)
-    elif not (first[chosen].mean(axis=1) > 0).all():
+    chosen = np.random.default_rng(0).integers(0, max(num_patients, 1), (DRAWS, num_patients))
+    reason = _too_few(num_patients) if num_patients < MIN_PATIENTS else ""
+    if not reason and not (first[chosen].mean(axis=1) > 0).all():
         reason = "the mean before can be 0: there is no relative change"
     if reason:
-        return Difference(ratio, math.nan, math.nan, *counted, reason, metric)
+        return Difference(ratio, math.nan, math.nan, *counted, reason, metric=metric)
     resampled = last[chosen].mean(axis=1) / first[chosen].mean(axis=1) - 1
     low, high = _stretched_limits(resampled, ratio, num_patients, 0.95)
     p = _p_value(resampled, ratio, num_patients)
@@ -229,8 +198,8 @@ def relative_difference(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values: rejecting those below 0.05 errs at all in at most 5 % of the families.
 
-    The k-th smallest of m is multiplied by m - k + 1, then raised to the one before it where it is lower, and
-    cut to 1. nan (no test was possible) stays nan and is not counted in m.
+    The k-th smallest of m is multiplied by m - k + 1, raised to the one before it where it is lower, and cut
+    to 1. nan (no test was possible) stays nan and is not counted in m.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -253,34 +222,28 @@ def key_difference(first: Mapping, second: Mapping, first_name: str, second_name
     return " and ".join(parts)
 
 
+def check_unique(keys: Sequence[str]) -> None:
+    """Raises ValueError, naming the key, if an image occurs more than once."""
+    for key, number in Counter(keys).items():
+        if number > 1:
+            raise ValueError(f"Image {key} occurs twice among {len(keys)} images. Evaluate each image once.")
+
+
 def _paired(
     before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Patient, value before and value after of every image, in the order of the keys."""
-    before, after = _by_key(before_rows, metric, "before"), _by_key(after_rows, metric, "after")
+    for rows in (before_rows, after_rows):
+        check_unique([row["key"] for row in rows])
+        if missing := [row["key"] for row in rows if metric not in row]:
+            raise ValueError(f"Image {missing[0]} has no '{metric}'. Evaluate both with one version.")
+    before, after = ({row["key"]: row for row in rows} for rows in (before_rows, after_rows))
     if before.keys() != after.keys():
-        raise ValueError(
-            f"The two evaluations hold different images: {key_difference(before, after, 'before', 'after')}. "
-            "Evaluate both on the same split."
-        )
-    for key, row in before.items():
-        if row["patient"] != after[key]["patient"]:
-            raise ValueError(
-                f"Image {key} belongs to {row['patient']} before and {after[key]['patient']} after."
-            )
-    keys = sorted(before)
-    values = [np.array([table[key][metric] for key in keys], dtype=np.float64) for table in (before, after)]
-    return [before[key]["patient"] for key in keys], *values
-
-
-def _by_key(rows: Sequence[Mapping], metric: str, name: str) -> dict[str, Mapping]:
-    for row in rows:
-        if metric not in row:
-            raise ValueError(
-                f"Image {row['key']} has no '{metric}' in the {name} rows. Its columns are: "
-                f"{', '.join(sorted(row))}."
-            )
-    for key, number in Counter(row["key"] for row in rows).items():
-        if number > 1:
-            raise ValueError(f"Image {key} occurs twice in the {name} rows. Keep one row per image.")
-    return {row["key"]: row for row in rows}
+        found = key_difference(before, after, "before", "after")
+        raise ValueError(f"The evaluations hold different images: {found}. Evaluate both on one split.")
+    patients = {key: (row["patient"], after[key]["patient"]) for key, row in sorted(before.items())}
+    for key, (first, last) in patients.items():
+        if first != last:
+            raise ValueError(f"Image {key} belongs to {first} before and {last} after.")
+    values = [np.array([table[key][metric] for key in patients], np.float64) for table in (before, after)]
+    return [first for first, _ in patients.values()], *values

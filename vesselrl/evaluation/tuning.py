@@ -1,9 +1,6 @@
-"""How masks are made, chosen on validation images: the threshold by Dice, all post-processing by the reward.
+"""Chooses on validation images how masks are made: the threshold by Dice, all post-processing by reward."""
 
-Test images take no part. Every image is predicted once: thresholds and calibration need its pixels counted by
-probability, the grid of post-processing needs its probabilities.
-"""
-
+import itertools
 import json
 import logging
 import math
@@ -14,14 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vesselrl.evaluation.statistics import patient_means
+from vesselrl.evaluation.statistics import patient_mean
 from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
-from vesselrl.scoring.postprocessing import (
-    THRESHOLD_ONLY,
-    LowThresholdMask,
-    PostProcessing,
-    drop_small_components,
-)
+from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.rewards import Reward
 from vesselrl.scoring.scores import cached_truth
 
@@ -43,8 +35,8 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Counts the pixels of one image, both (H, W), by probability; the counts of several images add up.
 
     Returns:
-        Float64 (3, 100): pixels of the true vessel, those of the background, sum of the probabilities. Column
-        k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
+        Float64 (3, 100): vessel pixels, background pixels, sum of probabilities. Column k holds probabilities
+        in (k/100, (k+1)/100], column 0 also 0.
 
     >>> vessel, background, _ = count_pixels(np.array([[0.0, 0.25, 0.995]]), np.array([[False, True, True]]))
     >>> np.flatnonzero(vessel).tolist(), np.flatnonzero(background).tolist()
@@ -52,10 +44,7 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """
     values = np.asarray(probabilities, dtype=np.float32)
     if values.shape != truth.shape:
-        raise ValueError(
-            f"The probabilities are {values.shape}, the true mask {truth.shape}. Both must have the size of "
-            "the original image."
-        )
+        raise ValueError(f"The probabilities are {values.shape}, the true mask {truth.shape}: unequal sizes.")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("Some probabilities are nan or outside 0 to 1. Give probabilities, not logits.")
     values, in_vessel = values.ravel(), truth.ravel()
@@ -69,33 +58,23 @@ def calibration(counted: np.ndarray, num_failed: int = 0) -> dict[str, Any]:
     """Reliability curve and expected calibration error over the pixels of a set of images.
 
     Bin b of 10 holds n_b pixels with probabilities in (b/10, (b+1)/10], of mean p_b and a share v_b of true
-    vessel: expected calibration error = sum over b of n_b / n * |p_b - v_b|. Background is most of an image,
-    so any model that leaves it alone has a small error; the curve says more. Failed predictions are left out.
-
-    Returns:
-        `expected_calibration_error` (nan without pixels), `n_pixels`, `n_failed` and `bins`: for every bin
-        that holds pixels `low`, `high`, `predicted`, `observed` and `pixels`.
+    vessel: expected calibration error = sum over b of n_b / n * |p_b - v_b|, nan without pixels. A model that
+    leaves the background alone, most of an image, has a small error; the curve (`bins`) says more.
     """
     vessel, background, probability = counted.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
     pixels = vessel + background
-    total = int(pixels.sum())
-    bins = [
-        {
-            "low": number / CALIBRATION_BINS,
-            "high": (number + 1) / CALIBRATION_BINS,
-            "predicted": float(probability[number] / pixels[number]),
-            "observed": float(vessel[number] / pixels[number]),
-            "pixels": int(pixels[number]),
-        }
-        for number in np.flatnonzero(pixels).tolist()
-    ]
+    num_pixels, bins = int(pixels.sum()), []
+    for number in np.flatnonzero(pixels).tolist():
+        line = {"low": number / CALIBRATION_BINS, "high": (number + 1) / CALIBRATION_BINS}
+        line["predicted"] = float(probability[number] / pixels[number])
+        line["observed"] = float(vessel[number] / pixels[number])
+        bins.append(line | {"pixels": int(pixels[number])})
     gaps = [line["pixels"] * abs(line["predicted"] - line["observed"]) for line in bins]
-    error = sum(gaps) / total if total else math.nan
-    return {"expected_calibration_error": error, "n_pixels": total, "n_failed": num_failed, "bins": bins}
+    error = sum(gaps) / num_pixels if num_pixels else math.nan
+    return {"expected_calibration_error": error, "n_pixels": num_pixels, "n_failed": num_failed, "bins": bins}
 
 
-@dataclass(frozen=True)
-class CurvePoint:
+class CurvePoint(NamedTuple):
     """Means over patients at one threshold; recall leaves out images without a true vessel (nan: all)."""
 
     threshold: float
@@ -127,25 +106,14 @@ class ThresholdCurve:
 
     def to_json(self) -> dict[str, Any]:
         """The curve of validation images, one list per score, and the choice."""
-        return {
-            "format": FORMAT,
-            "side": "val",
-            "chosen": self.best.threshold,
-            "chosen_by": "mean over patients of Dice",
-            "n_images": self.n_images,
-            "n_patients": self.n_patients,
-            "n_failed": self.n_failed,
-            "thresholds": [point.threshold for point in self.points],
-            **{name: [getattr(point, name) for point in self.points] for name in SCORES},
-        }
+        chosen = {"chosen": self.best.threshold, "chosen_by": "mean over patients of Dice"}
+        counted = {"n_images": self.n_images, "n_patients": self.n_patients, "n_failed": self.n_failed}
+        columns = dict(zip(("thresholds", *SCORES), map(list, zip(*self.points, strict=True)), strict=True))
+        return {"format": FORMAT, "side": "val"} | chosen | counted | columns
 
 
 def read_threshold_curve(path: Path) -> dict[str, Any]:
-    """Reads a stored `ThresholdCurve.to_json`; undefined scores (null) become nan.
-
-    Of its values it returns `thresholds`, `dice`, `recall`, `precision` (lists of one length), `chosen`, and
-    `side`, `n_images`, `n_patients` of the images it was measured on.
-    """
+    """Reads the numbers and the subset of a stored `ThresholdCurve.to_json`; undefined scores become nan."""
     names = ("thresholds", *SCORES)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -153,21 +121,16 @@ def read_threshold_curve(path: Path) -> dict[str, Any]:
         points = np.array([*zip(*(stored[name] for name in names), strict=True)], dtype=np.float64)
         return curve | {"chosen": float(stored["chosen"])} | dict(zip(names, points.T.tolist(), strict=True))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path.name} in {path.parent.name} is no threshold sweep ({type(error).__name__}: {error}). "
-            "Evaluate again."
-        ) from error
+        place, why = f"{path.name} in {path.parent.name}", f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place} is no threshold curve ({why}). Evaluate again.") from error
 
 
 def counts_by_threshold(
-    probabilities: np.ndarray, truth: np.ndarray, post: PostProcessing = THRESHOLD_ONLY
+    probabilities: np.ndarray, truth: np.ndarray, post: PostProcessing | None = None
 ) -> np.ndarray:
-    """Counts tp, fp and fn, (3, 99), of one image's masks at all `THRESHOLDS`.
-
-    `post` is applied to each mask after the threshold; its own threshold is not used.
-    """
+    """Counts tp, fp and fn, (3, 99), of one image's masks at all `THRESHOLDS`, with the rest of `post`."""
     vessel, background, _ = count_pixels(probabilities, truth)
-    if post.changes_masks:
+    if post and post.changes_masks:
         return np.transpose([counts(mask, truth)[:3] for mask in post.masks(probabilities, THRESHOLDS)])
     # Threshold k leaves bins k + 1 and above as vessel.
     found, invented = (np.cumsum(part[::-1])[::-1] for part in (vessel, background))
@@ -179,25 +142,13 @@ def threshold_curve(
 ) -> ThresholdCurve:
     """Averages the scores of `counts_by_threshold`, one per image with its patient, over patients."""
     if not counted:
-        raise ValueError(
-            "There are no images to choose a threshold on. Use a split with validation patients."
-        )
+        raise ValueError("There are no images to choose a threshold on: give validation patients.")
     tp, fp, fn = np.stack(counted, axis=1)
-    scores = {
-        "dice": dice_from_counts(tp, fp, fn),
-        "recall": recall_from_counts(tp, fn),
-        "precision": precision_from_counts(tp, fp, fn),
-    }
-    points = []
-    for column, threshold in enumerate(THRESHOLDS):
-        means = {name: _patient_mean(table[:, column], patients) for name, table in scores.items()}
-        points.append(CurvePoint(round(float(threshold), 2), **means))
-    return ThresholdCurve(tuple(points), len(counted), len(set(patients)), num_failed)
-
-
-def _patient_mean(values: np.ndarray, patients: Sequence[str]) -> float:
-    means = list(patient_means(values, patients).values())
-    return float(np.mean(means)) if means else math.nan
+    scores = dice_from_counts(tp, fp, fn), recall_from_counts(tp, fn), precision_from_counts(tp, fp, fn)
+    means = [[patient_mean(column, patients) for column in table.T] for table in scores]
+    thresholds = [round(float(threshold), 2) for threshold in THRESHOLDS]
+    points = tuple(CurvePoint(*values) for values in zip(thresholds, *means, strict=True))
+    return ThresholdCurve(points, len(counted), len(set(patients)), num_failed)
 
 
 class PredictedImage(NamedTuple):
@@ -226,17 +177,13 @@ class PostProcessingGrid:
 
         Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
         """
-
-        def rank(pair: tuple[PostProcessing, float]) -> tuple[float, ...]:
-            post, reward = pair
-            return reward, -abs(post.threshold - 0.5), -post.min_component_px, -post.close_gaps
-
-        allowed = (
-            (post, reward)
+        ranks = {
+            post: (reward, -abs(post.threshold - 0.5), -post.min_component_px, -post.close_gaps)
             for post, reward in self.rewards.items()
             if min_component_px in (None, post.min_component_px) and close_gaps in (None, post.close_gaps)
-        )
-        return max(allowed, key=rank)
+        }
+        best = max(ranks, key=ranks.__getitem__)
+        return best, self.rewards[best]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON: lists of threshold, size, level and reward."""
@@ -257,36 +204,27 @@ def score_postprocessing(
 ) -> PostProcessingGrid:
     """Scores all candidates on validation images; sizes ascend from 0, the gap level 0 leaves gaps open."""
     if not images:
-        raise ValueError(
-            "There are no images to choose post-processing on. Use a split with validation patients."
-        )
+        raise ValueError("There are no images to choose post-processing on: give validation patients.")
     if list(sizes_px) != sorted({0, *sizes_px}):
-        raise ValueError(
-            f"sizes_px are {tuple(sizes_px)}. Give ascending numbers of pixels that start with 0."
-        )
-    scores = np.empty((len(thresholds), len(sizes_px), len(gap_levels), len(images)))
-    for place, image in enumerate(images):
+        raise ValueError(f"sizes_px is {sizes_px}; give ascending numbers of pixels that start with 0.")
+    candidates = itertools.product(thresholds, sizes_px, gap_levels)
+    rewards: dict[PostProcessing, list[float]] = {PostProcessing(*settings): [] for settings in candidates}
+    for image in images:
         topology = cached_truth(image.truth).topology
         low_masks = [LowThresholdMask(image.filled, level) if level else None for level in gap_levels]
-        for row, threshold in enumerate(thresholds):
+        for threshold in thresholds:
             mask, num_scored = PostProcessing(threshold).mask(image.filled), -1
-            for column, size in enumerate(sizes_px):
+            for size in sizes_px:
                 # Of what a smaller size left, a larger one leaves what it leaves of the whole mask.
                 mask = drop_small_components(mask, size)
                 if (num_pixels := np.count_nonzero(mask)) != num_scored:  # else it is scored already
                     num_scored = num_pixels
                     closed = [mask if low is None else low.close(mask) for low in low_masks]
-                    score = [reward(one, image.truth, topology)[0] for one in closed]
-                scores[row, column, :, place] = score
+                    scores = [reward(one, image.truth, topology)[0] for one in closed]
+                for level, score in zip(gap_levels, scores, strict=True):
+                    rewards[PostProcessing(threshold, size, level)].append(score)
     patients = [image.patient for image in images]
-    return PostProcessingGrid(
-        {
-            PostProcessing(threshold, size, level): _patient_mean(scores[row, column, layer], patients)
-            for row, threshold in enumerate(thresholds)
-            for column, size in enumerate(sizes_px)
-            for layer, level in enumerate(gap_levels)
-        }
-    )
+    return PostProcessingGrid({post: patient_mean(values, patients) for post, values in rewards.items()})
 
 
 @dataclass(frozen=True)
