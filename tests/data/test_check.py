@@ -25,8 +25,8 @@ from tests.data.broken_roots import (
     flat_polygons,
     write_root,
 )
-from vesselrl.data.check import check_data, foreground_shares
-from vesselrl.data.findings import CODES, DataReport, render
+from vesselrl.data.check import DataReport, check_data, foreground_shares, render
+from vesselrl.data.records import CODES
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 from vesselrl.synthetic.dataset import TARGET, draw_sequence

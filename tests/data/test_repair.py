@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.data.broken_roots import LAYOUTS, NAMES, SECRETS, WHOLE, Root, draw_mask, faults, write_root
 from vesselrl.data import repair
-from vesselrl.data.check import check_data
-from vesselrl.data.findings import DataReport, render
+from vesselrl.data.check import DataReport, check_data, render
+
 from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
