@@ -1,7 +1,6 @@
 """The check of a data root: every record, image and mask is read, and all faults are listed in one go.
 
-What is an error here is an error in training as well: both read through the same steps of
-`vesselrl.data.samples`. Nothing is written; training gives the same pseudonyms.
+What is an error here is one in training as well: both read through `vesselrl.data.samples`.
 """
 
 import hashlib
@@ -79,10 +78,9 @@ def render(report: DataReport, limit: int = 3) -> str:
         for code in dict.fromkeys(finding.code for finding in report.of(severity)):
             group = [finding for finding in report.of(severity) if finding.code == code]
             lines.append(f"{severity}: {CODES[code]}: {sum(finding.count for finding in group)}")
-            shown = group[: limit or None]
-            lines += [f"  {finding.message}" for finding in shown]
-            if len(group) > len(shown):
-                lines.append(f"  … and {len(group) - len(shown)} more; --json lists all")
+            lines += [f"  {finding.message}" for finding in group[: limit or None]]
+            if 0 < limit < len(group):
+                lines.append(f"  … and {len(group) - limit} more; --json lists all")
     return "\n".join([*lines, f"{len(report.of('error'))} errors, {len(report.of('warning'))} warnings"])
 
 
@@ -141,9 +139,8 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
     foreground = {result.sample.key: result.foreground for result in usable}
-    empty = sum(share == 0 for share in foreground.values())
-    if empty and empty == len(usable):
-        text = f"All {empty} masks are empty. Check that masks or polygons mark the vessels."
+    if usable and not any(foreground.values()):
+        text = f"All {len(usable)} masks are empty. Check that masks or polygons mark the vessels."
         findings.error("empty_mask", text)
     num_from_files = sum(result.sample.mask_path is not None for result in usable)
     counts = {
@@ -152,7 +149,7 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         "sequences": len({result.sample.sequence for result in usable}),
         "masks_from_files": num_from_files,
         "masks_from_polygons": len(usable) - num_from_files,
-        "empty_masks": empty,
+        "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
     return DataReport(folder.path, listing.layout, tuple(findings), counts, agreement, foreground)

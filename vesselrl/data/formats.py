@@ -1,17 +1,15 @@
 """Readers of the layouts that a data root may have: one function each, and the list READERS at the end.
 
-A new layout is a function `read_NAME(folder, findings)` in READERS, which returns None for other layouts. All
-polygons, shapes and annotations of an image are one target; a label file beside them goes before them.
+All polygons, shapes and annotations of an image are one target; a label file goes before them.
 """
 
 import base64
 import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from vesselrl.data import polygons, records
 from vesselrl.data.images import read_mask
@@ -58,11 +56,7 @@ def _read_parts(parts: list, read: Callable, size: Size, record: str, findings: 
 
 
 def read_record_list(folder: DataFolder, findings: Findings) -> Listing | None:
-    """`annotations.json`, a list of `{image, mask, text, …}`, with the images in `images/`; it may be COCO.
-
-    `mask` holds polygons, flat or one level deeper. `imageWidth` and `imageHeight`, or `width` and `height`,
-    say on which size of the image they were drawn.
-    """
+    """`annotations.json`: a list of `{image, mask, text, …}`, polygons flat or nested; it may be COCO."""
     if not (folder.path / ANNOTATIONS).is_file():
         return None
     contents = records.read_json(folder.path / ANNOTATIONS, ANNOTATIONS)
@@ -108,30 +102,25 @@ def _read_mask_field(mask: object, size: Size, record: str, findings: Findings) 
 
 
 def read_coco(folder: DataFolder, findings: Findings) -> Listing | None:
-    """COCO files under their usual names, in the data root, in `images/` and in `annotations/`.
-
-    An object with `images` and `annotations`, polygons or run lengths. An image without annotations has an
-    empty mask.
-    """
+    """COCO files with polygons or run lengths; an image without annotations has an empty mask."""
     folders = (folder.path, folder.image_folder, folder.path / "annotations")
     files = [place / f"{name}.json" for place in folders for name in COCO_NAMES]
     contents = [(file.name, records.read_json(file, file.name)) for file in files if file.is_file()]
     for name, content in contents:
         if not _is_coco(content):
-            raise DataError(f"{name} has no 'images' and 'annotations', so it is no COCO file.", "bad_json")
+            raise DataError(f"{name} has no lists 'images' and 'annotations', as COCO files do.", "bad_json")
     return _list_coco(folder, contents, findings) if contents else None
 
 
 def _is_coco(content: object) -> bool:
-    return isinstance(content, dict) and "images" in content and "annotations" in content
+    lists = (content.get("images"), content.get("annotations")) if isinstance(content, dict) else (None,)
+    return all(isinstance(part, list) for part in lists)
 
 
 def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: Findings) -> Listing:
     """An entry for each image of some COCO objects, given with the names of their files."""
     entries = []
     for file, content in contents:
-        if not isinstance(content["images"], list) or not isinstance(content["annotations"], list):
-            raise DataError(f"{file}: 'images' and 'annotations' must be lists.", "bad_json")
         known = {image["id"] for image in content["images"] if _has_id(image, "id")}
         annotations = defaultdict(list)
         for index, annotation in enumerate(content["annotations"]):
@@ -180,11 +169,7 @@ def _read_annotation(annotation: dict, size: Size, where: str) -> list[Outline |
 
 
 def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
-    """`json/<stem>.json`, or the JSON files beside the images in `images/`.
-
-    Outlines are `polygon`, `rectangle` and `mask` shapes; points and lines enclose nothing and are left out.
-    Images without a JSON file are entries if they have a label file.
-    """
+    """`json/<stem>.json`, or beside the images; images without one are entries if they have a label file."""
     json_folder = folder.path / "json"
     if not json_folder.is_dir():
         json_folder = folder.image_folder
@@ -201,7 +186,11 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
             content = records.read_json(file, place)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise DataError(f"{place} has no list 'shapes', so it is no LabelMe file.", "bad_json")
-            image = by_name.get(name) or _image_by_path(folder, content.get("imagePath"))
+            image = by_name.get(name)
+            if image is None:
+                with suppress(DataError):  # the path often holds the folders of another machine
+                    written = str(content.get("imagePath")).replace("\\", "/").rsplit("/", 1)[-1]
+                    image = folder.locate(written, "")[1]
             if image is not None and image.is_relative_to(folder.image_folder):
                 name = below(image, folder.image_folder)
             parts = [(f"shape {number}", shape) for number, shape in enumerate(content["shapes"])]
@@ -213,14 +202,6 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
     others = ((name, path) for name, path in sorted(by_name.items()) if path not in used)
     entries += [Entry(name, folder.shown(path), path) for name, path in others]
     return folder.listing("LabelMe", entries, by_name)
-
-
-def _image_by_path(folder: DataFolder, path: object) -> Path | None:
-    """The image that `imagePath` names, which often holds the folders of another machine."""
-    try:
-        return folder.locate(str(path).replace("\\", "/").rsplit("/", 1)[-1], "")[1]
-    except DataError:
-        return None
 
 
 def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
@@ -249,20 +230,17 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
     corners = polygons.read_polygon([left, top, right, top, right, bottom, left, bottom], size, where)
     if kind == "rectangle":
         return [corners]
-    # The first corner is the first pixel of the mask. A wrong corner must not draw outside the image.
-    outlines = [outline + corners[0] for outline in mask_to_polygons(_decode(shape.get("mask"), where))]
-    return [polygons.read_polygon(outline.ravel().tolist(), size, where) for outline in outlines] or [None]
-
-
-def _decode(text: object, where: str) -> np.ndarray:
-    """The mask in a `mask` shape: a PNG in base64."""
-    if not isinstance(text, str):
-        raise DataError(f"{where} is a mask without 'mask'. Draw it again, or remove it.", "bad_polygon")
+    text = shape.get("mask")
     try:
         data = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise DataError(f"{where}: its mask is no base64. Draw it again, or remove it.", "bad_rle") from None
-    return read_mask(io.BytesIO(data), f"{where}: its mask")
+    except (TypeError, ValueError):
+        fault = f"its mask is {describe(text)}, no PNG in base64. Draw it again, or remove it."
+        code = "bad_rle" if isinstance(text, str) else "bad_polygon"
+        raise DataError(f"{where}: {fault}", code) from None
+    # The first corner is the first pixel of the mask. A wrong corner must not draw outside the image.
+    mask = read_mask(io.BytesIO(data), f"{where}: its mask")
+    outlines = [outline + corners[0] for outline in mask_to_polygons(mask)]
+    return [polygons.read_polygon(outline.ravel().tolist(), size, where) for outline in outlines] or [None]
 
 
 def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
@@ -303,5 +281,5 @@ def read_flat_pairs(folder: DataFolder, _: Findings) -> Listing | None:
     return Listing(folder, PAIRS, entries, kinds[False], kinds[True]) if entries else None
 
 
-# The first that knows the folder is used.
+# The first that knows the folder is used; the others return None.
 READERS = (read_record_list, read_coco, read_labelme, read_folder_pairs, read_flat_pairs)

@@ -61,17 +61,15 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
     and floating-point values, are refused.
     """
     image = _read(path, record)
-    advice = "Save it with 8 or 16 bits per pixel."
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
         low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            fault = f"the image holds values from {low} to {high}, more than 16 bits"
-            raise DataError(f"{record}: {fault}. {advice}", "too_many_bits")
-        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        if image.mode == "F" or low < 0 or high > 65535:
+            kind = "floating-point values" if image.mode == "F" else f"values from {low} to {high}"
+            advice = "more than 16 bits. Save it with 8 or 16 bits per pixel."
+            raise DataError(f"{record}: the image holds {kind}, {advice}", "too_many_bits")
+        grey = ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise DataError(f"{record}: the image holds floating-point values. {advice}", "too_many_bits")
     if image.mode == "P":
         image = image.convert("RGBA")  # resolves the palette together with its transparency
     return np.array(image.convert("RGB"))

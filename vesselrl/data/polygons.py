@@ -1,7 +1,6 @@
 """Outlines and masks: the only rasteriser of vesselrl, its inverse, and the reading of users' outlines.
 
-Coordinates are those of COCO and LabelMe: x to the right, y down, in px, with (0, 0) at the outer corner of
-the first pixel, so that the pixel in row r, column c has its centre at (c + 0.5, r + 0.5).
+Coordinates are (x, y) in px as in COCO and LabelMe: pixel (r, c) has its centre at (c + 0.5, r + 0.5).
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,9 +85,6 @@ def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
     One polygon for each 8-connected component, drawn half-way between foreground and background pixels. A
     hole is joined to its component by a cut of zero width, since a union of outlines would fill it;
     rasterisers of the even-odd kind, this one and pycocotools among them, keep the hole.
-
-    >>> mask_to_polygons(np.array([[False, False], [False, True]]))[0].tolist()
-    [[1.5, 2.0], [1.0, 1.5], [1.5, 1.0], [2.0, 1.5]]
     """
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
     polygons = []
@@ -122,11 +118,7 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
-    """A polygon `[x1, y1, x2, y2, …]` as an (N, 2) array; None where it has fewer than three points.
-
-    Raises:
-        DataError: no list, no pairs of finite numbers, or one more than 1 px outside the image of this size.
-    """
+    """A polygon `[x1, y1, …]`, at most 1 px outside its image, as (N, 2); None of fewer than three points."""
     if not isinstance(flat, list):
         raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
     for value in flat:
@@ -152,11 +144,7 @@ def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
 
 
 def read_run_lengths(value: dict, size: Size, where: str) -> RunLengths:
-    """A run-length mask `{"size": [H, W], "counts": …}`, compressed (a text) or plain (a list of numbers).
-
-    Raises:
-        DataError: a field is missing or wrong, the size differs, or the runs do not fill the mask.
-    """
+    """A run-length mask `{"size": [H, W], "counts": …}`, compressed (a text) or plain (a list of numbers)."""
     shape, counts, (width, height) = value.get("size"), value.get("counts"), size
     counts = _decompress(counts) if isinstance(counts, str) else counts
     if shape != [height, width]:

@@ -24,7 +24,7 @@ _KINDS = {
     "bad_json": "broken JSON file",
     "bad_record": "record or shape of the wrong form",
     "missing_image": "missing image| of this label. Add the image, or remove the label.",
-    "missing_label": "image without mask or polygons|, which is left out. Add the label, or remove it.",
+    "missing_label": "image without mask or polygons|, which is left out. Label it, or remove it.",
     "missing_file": "vanished file",
     "extra_image": "image that no record names|, which is left out. Add a record, or remove the image.",
     "extra_mask": "mask file of no image|. Remove it, if another label goes before it.",
@@ -47,21 +47,21 @@ _KINDS = {
     "text_string": "text as one string|, not a list; it stands for all polygons.",
     "bad_text": "text that is no list of texts|. Training ignores it; other programs may not.",
     "nested_mask": "polygons nested one level deeper|, by object.",
-    "several_labels": "shapes of several classes, joined|: {count}. Remove what is no vessel.",
+    "several_labels": "shapes of several classes, all taken for vessel|: {count}. Remove the others.",
     "empty_mask": "empty mask|. Keep it only if the image shows no vessel.",
     "all_foreground": "mask without background|. Label it again, or remove the record.",
-    "mostly_foreground": "mask with more foreground than background|: {share:.0%}. Is it inverted?",
+    "mostly_foreground": "mask with more vessel than background|: {share:.0%}. Inverted, or a field of view?",
     "non_binary_mask": "mask that is not binary",
     "disagreement": "mask file and polygons disagree|: Dice {dice:.3f} only. The mask file is used; make "
     "sure that it is the right one.",
-    "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} images. "
-    "Find out which of them are right; the mask files are used.",
+    "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} "
+    "images. Find out which of them are right; the mask files are used.",
     "duplicate_record": "second record of one image",
-    "duplicate_image": "second copy of one image|: it has the pixels of {other}. Remove one, or the split "
-    "may put the same image into two subsets.",
+    "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
+    "split may put the same image into two subsets.",
     "patients": "patients cannot be told apart|: each of {images} images counts as one, but {shared} of them "
-    "share {folders} sub-folders. If a folder is a patient, give --patient_pattern '^(?P<patient>[^/]+)/', or the "
-    "split may put that patient into two subsets.",
+    "share {folders} sub-folders. If a folder is a patient, give --patient_pattern '^(?P<patient>[^/]+)/', "
+    "or the split may put that patient into two subsets.",
     "repaired": "repaired|: {what}.",
     "left_out": "left out of the repaired copy|: {why}",
 }
@@ -180,7 +180,7 @@ class DataFolder:
             fault = f"{place}: '{field_name}' points outside the data root. Write the name it has in images/."
             raise DataError(fault, "bad_record")
         longest = max(len(part.encode(errors="replace")) for part in path.parts)
-        if _NO_FILE_NAME.search(written) or longest > 255 or len(written) > 1000:
+        if longest > 255 or len(written) > 1000 or _NO_FILE_NAME.search(written):
             raise DataError(f"{place}: '{field_name}' is no usable file name. Correct it.", "bad_record")
         files = (self.image_folder / path, self.path / path)
         return str(path.with_suffix("")), next((file for file in files if file.is_file()), None)
@@ -201,8 +201,7 @@ class DataFolder:
     def listing(self, layout: str, entries: Sequence[Entry], names: Iterable[str] = ()) -> "Listing":
         """Gives each entry its label file; one that then has no label of any kind and no content is left out.
 
-        A label in another folder than its image fits only if no other image has the same stem: `names` are
-        those of all images, where there are more than entries.
+        A label in another folder fits only if no other of all images, which are `names`, has the same stem.
         """
         masks = [] if self.label_folder is None else list_images(self.label_folder)
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
@@ -282,13 +281,6 @@ def read_json(path: Path, shown: str) -> object:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:  # its text holds the path
         fault = f"cannot be read ({error.strerror}). Restore it, or give yourself the right to."
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        fault = f"is not valid JSON: {error.msg} at {place}. Correct it, or write it again."
-    except UnicodeDecodeError as error:
-        fault = f"is not UTF-8 (byte {error.start}). Save it as UTF-8."
-    except RecursionError:
-        fault = "is nested too deeply. Write it again."
-    except ValueError:  # an integer of thousands of digits
-        fault = "holds a number that is too long. Correct it."
+    except (ValueError, RecursionError) as error:
+        fault = f"is not valid JSON: {error}. Correct it, or write it again as UTF-8."
     raise DataError(f"{shown} {fault}", "bad_json")

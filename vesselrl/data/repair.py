@@ -1,7 +1,7 @@
 """Writes a repaired copy of a data root: what can be mended is, what cannot is left out and listed.
 
-The copy has `images/` upright with 8 bits, `masks/<stem>_mask.png` with two values in the size of the image,
-and `annotations.json` where the data root had outlines. File names stay: they tell the patients apart.
+The copy has upright 8-bit images, masks with two values in their size, and `annotations.json` where the data
+root had outlines. File names stay: they tell the patients apart.
 """
 
 import json
@@ -53,17 +53,15 @@ def repair_data(
     """Writes a repaired copy that passes the check, with the same pseudonyms; the data root stays as it is.
 
     A record is left out where its image or its whole label cannot be known: a broken image, a broken polygon
-    (the rest would be a label with a gap), a mask without background, the second of two equal images.
-
-    Returns:
-        The check of the copy, after a finding for each record that was repaired or left out.
-
-    Raises:
-        DataError: `out` is not empty or overlaps the data root, the list of records cannot be read, an image
-            cannot be copied, or nothing usable is left.
+    (the rest would be a label with a gap), a mask without background, the second of two equal images. The
+    report is that of the copy, after a finding for each record that was repaired or left out.
     """
     root, out = Path(root), Path(out)
-    _check_target(root, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
+    inside, outside = out.resolve(), root.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise DataError(f"{out} overlaps the data root {root}. Give a folder beside it for the copy.")
     listing = list_entries(root, Findings())
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
@@ -79,7 +77,13 @@ def repair_data(
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))
-        _drop_copies(written)
+        first: dict[str, WrittenEntry] = {}
+        for item in (item for item in written if item.content is not None):
+            if (other := first.setdefault(item.digest, item)) is not item:
+                item.content = None
+                for file in item.files:
+                    file.unlink()
+                item.findings.add("left_out", item.record, why=f"it has the pixels of {other.record}.")
         contents = [item.content for item in written if item.content is not None]
         if not contents:
             raise DataError(f"Nothing in {root} can be repaired: no image is left with a label that is sure.")
@@ -94,16 +98,6 @@ def repair_data(
             out.rmdir()
     done = [finding for item in written for finding in item.findings]
     return replace(report, root=out, findings=(*done, *report.findings))
-
-
-def _check_target(root: Path, out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
-    inside, outside = out.resolve(), root.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise DataError(
-            f"{out} overlaps the data root {root}. Give a folder beside it for the repaired copy."
-        )
 
 
 def _write_group(
@@ -148,11 +142,7 @@ def _write_group(
 
 
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:
-    """The whole label of an entry, the codes of what was found, and the digest of its image.
-
-    Raises:
-        DataError: image or label cannot be known; the first of its errors.
-    """
+    """The whole label of an entry, the codes of what was found, and the digest of its image."""
     checked = check_entry(entry, alias, folder)
     errors, codes = checked.findings.of("error"), {finding.code for finding in checked.findings}
     if not errors:
@@ -177,16 +167,3 @@ def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
     more = {key: entry.content[key] for key in entry.content if is_record and key not in _OWN_FIELDS}
     return {"image": image, "mask": polygons, "text": [text] * len(polygons), **more}
-
-
-def _drop_copies(written: list[WrittenEntry]) -> None:
-    """Removes images whose pixels an earlier image has already."""
-    first: dict[str, WrittenEntry] = {}
-    for item in (item for item in written if item.content is not None):
-        other = first.setdefault(item.digest, item)
-        if other is not item:
-            for file in item.files:
-                file.unlink()
-            item.content = None
-            why = f"it has the same pixels as {other.record}."
-            item.findings.add("left_out", item.record, why=why)

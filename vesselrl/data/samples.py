@@ -1,8 +1,7 @@
 """Samples of a data root: its images with their masks, under the pseudonyms of their patients.
 
-Messages name a record as `annotations.json record 17 (P003_S1_F0011)`, counted from 0 as `jq '.[17]'` does,
-and a file as `images/ file 3 in name order (P003_S1_F0011)`. The file name is shown only where it is a number
-with an ordinary word, such as `images/train_001.png`: any other may be the name of a person.
+Messages name a record as `annotations.json record 17 (P003_S1_F0011)`, counted from 0, and a file by its name
+only where that is a number with an ordinary word: any other may be the name of a person.
 """
 
 import logging
