@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.broken_roots import NAMES, draw_mask, encode_mask, write_root
+from tests.data.broken_roots import NAMES, encode_mask, write_root
+from tests.golden.broken_input import bars
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.errors import DataError
 
@@ -63,9 +64,6 @@ def failure(root: Path, pattern: str | None = None) -> str:
 def pairs(root: Path) -> dict[str, str]:
     """Name of the label by name of the image."""
     return {sample.image_path.name: sample.mask_path.name for sample in find_samples(root)}
-
-
-# ---- annotations.json
 
 
 def test_polygons_of_both_nestings_become_one_target(tmp_path: Path) -> None:
@@ -135,29 +133,21 @@ def test_broken_record(tmp_path: Path, change: dict, message: str) -> None:
     assert message in found
 
 
-def test_record_without_mask(tmp_path: Path) -> None:
-    write_records(tmp_path, record())
-    write_json(tmp_path / "annotations.json", [{"image": "train_001.png"}])
-    assert "record 0 (P001_S1_F0001) has no 'mask', and masks/ has no file for it" in failure(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"image": "a.png",\n "mask": [[1, 2,]]}]', "not valid JSON: Expecting value at line 2, column 17"),
-        ("", "not valid JSON"),
+        ('[{"image": "a.png",\n "mask": [[1, 2,]]}]', "not valid JSON: Expecting value: line 2 column 17"),
         ('{"images": []}', "holds no list"),
         ("[]", "is an empty list"),
         ("[[1, 2]]", "record 0 has no text 'image'"),
-        ('[{"image": "Müller.png"}]', "annotations.json is not UTF-8 (byte 13)"),
+        ('[{"image": "Müller.png"}]', "not valid JSON: 'utf-8' codec can't decode byte 0xfc in position 13"),
+        ('[{"image": "train_001.png"}]', "(P001_S1_F0001) has no 'mask', and masks/ has no file for it"),
     ],
 )
 def test_broken_annotations(tmp_path: Path, text: str, message: str) -> None:
+    write_image(tmp_path / "images" / "train_001.png")
     (tmp_path / "annotations.json").write_bytes(text.encode("latin-1"))
     assert message in failure(tmp_path)
-
-
-# ---- LabelMe
 
 
 def shape(points: object = POINTS, kind: str | None = "polygon", **more: object) -> dict:
@@ -207,8 +197,8 @@ def test_labelme_mask_shape_keeps_its_hole(tmp_path: Path) -> None:
         (shape([[1, 1], 3]), "shape 0 holds a number where a point was expected"),
         (shape("LI_MING"), "shape 0 has no list 'points'"),
         ("LI_MING", "shape 0 is a text, not an object"),
-        (shape([[1, 1], [3, 3]], "mask"), "shape 0 is a mask without 'mask'"),
-        (shape([[1, 1], [3, 3]], "mask", mask="LI_MING!"), "its mask is no base64"),
+        (shape([[1, 1], [3, 3]], "mask"), "shape 0: its mask is null, no PNG in base64"),
+        (shape([[1, 1], [3, 3]], "mask", mask="LI_MING!"), "its mask is a text, no PNG in base64"),
         (shape([[1, 1], [3, 3]], "mask", mask="aGVsbG8="), "its mask: the file is not an image"),
         (shape([[1, 1]], "rectangle"), "shape 0 has 1 corners where 2 were expected"),
     ],
@@ -225,8 +215,7 @@ def test_labelme_image_by_its_path(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "002.png")
     content = {"shapes": [shape()], "imagePath": "C:\\Users\\LI_MING\\002.png"}
     write_json(tmp_path / "json" / "label_of_2.json", content)
-    (sample,) = find_samples(tmp_path)
-    assert sample.image_path.name == "002.png"
+    assert [sample.image_path.name for sample in find_samples(tmp_path)] == ["002.png"]
 
 
 def test_labelme_files_beside_the_images_and_masks(tmp_path: Path) -> None:
@@ -237,12 +226,8 @@ def test_labelme_files_beside_the_images_and_masks(tmp_path: Path) -> None:
     write_mask(tmp_path / "masks" / "002_mask.png", ~square())  # goes before the shapes
     write_mask(tmp_path / "masks" / "003.png", ~square())  # has no shapes
     found = {sample.image_path.stem: load_mask(sample) for sample in find_samples(tmp_path)}
-    assert (found["001"] == square()).all()
-    assert (found["002"] == ~square()).all()
-    assert (found["003"] == ~square()).all()
-
-
-# ---- COCO
+    for stem, mask in (("001", square()), ("002", ~square()), ("003", ~square())):
+        assert (found[stem] == mask).all()
 
 
 def coco(root: Path, *segmentations: object, file: str = "coco.json", **image: object) -> Sample:
@@ -264,16 +249,13 @@ def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str)
     expected[:, 8] = True
     assert (load_mask(sample) == expected).all()
     assert sample.record == f"{Path(file).name} image 0 (P001_S1_F0001)"
-
-
-def test_coco_image_without_annotations_is_empty(tmp_path: Path) -> None:
-    assert not load_mask(coco(tmp_path)).any()
+    assert not load_mask(coco(tmp_path, file=file)).any()  # without annotations: empty
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"images": [], "annotations": {}}, "coco.json: 'images' and 'annotations' must be lists"),
+        ({"images": [], "annotations": {}}, "coco.json has no lists 'images' and 'annotations'"),
         ({"images": [3], "annotations": []}, "coco.json image 0 has no 'id'"),
         ({"images": [{"id": 1}], "annotations": []}, "coco.json image 0 has no text 'file_name'"),
         ({"images": [], "annotations": [{"image_id": 5}]}, "annotation 0 belongs to no image"),
@@ -285,9 +267,6 @@ def test_coco_image_without_annotations_is_empty(tmp_path: Path) -> None:
 def test_broken_coco_files(tmp_path: Path, content: dict, message: str) -> None:
     write_json(tmp_path / "coco.json", content)
     assert message in failure(tmp_path)
-
-
-# ---- Pairs of files
 
 
 def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -364,9 +343,6 @@ def test_folders_of_patients(tmp_path: Path) -> None:
     assert (found["b/001.png"] == ~square()).all()
 
 
-# ---- Which layout is read
-
-
 def test_no_root_and_no_annotations(tmp_path: Path) -> None:
     assert "is not a folder" in failure(tmp_path / "nowhere")
     (tmp_path / "masks").mkdir()
@@ -377,22 +353,20 @@ def test_no_root_and_no_annotations(tmp_path: Path) -> None:
     assert "holds no annotations: neither annotations.json nor masks/" in failure(tmp_path)
 
 
-def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path) -> None:
-    for layout in ("annotations", "nested", "labelme", "coco", "rle"):
-        root = write_root(tmp_path / layout, layout)
-        (root.path / "masks").mkdir()
-        Image.fromarray(draw_mask(3)).save(root.path / "masks" / f"{NAMES[0]}.png")
-        Image.fromarray(draw_mask(2)).save(root.path / "masks" / f"{NAMES[3]}_mask.png")
-        write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
-        samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
-        assert samples[NAMES[0]].polygons is None
-        for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
-            assert (load_mask(samples[name]) == draw_mask(number)).all()
+@pytest.mark.parametrize("layout", ["annotations", "nested", "labelme", "coco", "rle"])
+def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path, layout: str) -> None:
+    root = write_root(tmp_path, layout)
+    write_mask(root.path / "masks" / f"{NAMES[0]}.png", bars(3))
+    write_mask(root.path / "masks" / f"{NAMES[3]}_mask.png", bars(2))
+    write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
+    samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
+    for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
+        assert (load_mask(samples[name]) == bars(number)).all()
 
 
 def test_the_record_list_is_read_first(tmp_path: Path) -> None:
     root = write_root(tmp_path, "annotations")
     write_json(root.file, json.loads(root.file.read_text())[:1])
-    write_json(tmp_path / "json" / "x.json", {"shapes": []})
-    write_json(tmp_path / "coco.json", {"images": [], "annotations": []})
-    assert [sample.image_path.stem for sample in find_samples(tmp_path)] == [NAMES[0]]
+    write_json(root.path / "json" / "x.json", {"shapes": []})
+    write_json(root.path / "coco.json", {"images": [], "annotations": []})
+    assert [sample.image_path.stem for sample in find_samples(root.path)] == [NAMES[0]]

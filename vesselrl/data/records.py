@@ -59,9 +59,9 @@ _KINDS = {
     "duplicate_record": "second record of one image",
     "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
     "split may put the same image into two subsets.",
-    "patients": "patients cannot be told apart|: each of {images} images counts as one, but {shared} of them "
-    "share {folders} sub-folders. If a folder is a patient, give --patient_pattern '^(?P<patient>[^/]+)/', "
-    "or the split may put that patient into two subsets.",
+    "patients": "patients cannot be told apart|. Each of {images} images counts as a patient of its own, but "
+    "{shared} of them share {folders} sub-folders. If a folder is a patient, give --patient_pattern "
+    "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets.",
     "repaired": "repaired|: {what}.",
     "left_out": "left out of the repaired copy|: {why}",
 }
