@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.data.broken_roots import NAMES, encode_mask, write_root
 from tests.golden.broken_input import bars
+from vesselrl.data.check import check_data
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.errors import DataError
 
@@ -102,7 +103,6 @@ def test_points_are_skipped_with_a_counted_warning(tmp_path: Path, caplog: pytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": [SQUARE, [1, 2, 3, 4, 5]]}, "record 1 (?): polygon 1 has 5 coordinates"),
         ({"mask": [[0, 0, 700, 0, 700, 9]]}, "record 1 (?): polygon 0 has x = 700, outside"),
         ({"mask": None}, "record 1 (?): 'mask' is null, not a list of polygons"),
         ({"mask": {"counts": "", "size": [3, 4]}}, "'mask' is an object, not a list of polygons"),
@@ -131,23 +131,6 @@ def test_broken_record(tmp_path: Path, change: dict, message: str) -> None:
     for key in ("P001_S1_F0011", "P002_S1_F0011", "P001_S1_F0001", "P002_S1_F0001"):
         found = found.replace(key, "?")
     assert message in found
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[{"image": "a.png",\n "mask": [[1, 2,]]}]', "not valid JSON: Expecting value: line 2 column 17"),
-        ('{"images": []}', "holds no list"),
-        ("[]", "is an empty list"),
-        ("[[1, 2]]", "record 0 has no text 'image'"),
-        ('[{"image": "Müller.png"}]', "not valid JSON: 'utf-8' codec can't decode byte 0xfc in position 13"),
-        ('[{"image": "train_001.png"}]', "(P001_S1_F0001) has no 'mask', and masks/ has no file for it"),
-    ],
-)
-def test_broken_annotations(tmp_path: Path, text: str, message: str) -> None:
-    write_image(tmp_path / "images" / "train_001.png")
-    (tmp_path / "annotations.json").write_bytes(text.encode("latin-1"))
-    assert message in failure(tmp_path)
 
 
 def shape(points: object = POINTS, kind: str | None = "polygon", **more: object) -> dict:
@@ -187,28 +170,6 @@ def test_labelme_mask_shape_keeps_its_hole(tmp_path: Path) -> None:
     expected = square()
     expected[5, 3:5] = False
     assert (load_mask(labelme(tmp_path, shape([[2, 3], [5, 7]], "mask", mask=text))) == expected).all()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (shape([[1, 1], [3, 3]], "circle"), "shape 0 is no polygon, rectangle or mask"),
-        (shape([[1, 1], [3, 3, 3], [2, 2]]), "shape 0 has a point of 3 coordinates"),
-        (shape([[1, 1], 3]), "shape 0 holds a number where a point was expected"),
-        (shape("LI_MING"), "shape 0 has no list 'points'"),
-        ("LI_MING", "shape 0 is a text, not an object"),
-        (shape([[1, 1], [3, 3]], "mask"), "shape 0: its mask is null, no PNG in base64"),
-        (shape([[1, 1], [3, 3]], "mask", mask="LI_MING!"), "its mask is a text, no PNG in base64"),
-        (shape([[1, 1], [3, 3]], "mask", mask="aGVsbG8="), "its mask: the file is not an image"),
-        (shape([[1, 1]], "rectangle"), "shape 0 has 1 corners where 2 were expected"),
-    ],
-)
-def test_broken_labelme_shapes(tmp_path: Path, wrong: object, message: str) -> None:
-    write_image(tmp_path / "images" / "001.png")
-    write_json(tmp_path / "json" / "001.json", {"shapes": [wrong]})
-    found = failure(tmp_path)
-    assert found.startswith("json/001.json")
-    assert message in found
 
 
 def test_labelme_image_by_its_path(tmp_path: Path) -> None:
@@ -252,23 +213,6 @@ def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str)
     assert not load_mask(coco(tmp_path, file=file)).any()  # without annotations: empty
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"images": [], "annotations": {}}, "coco.json has no lists 'images' and 'annotations'"),
-        ({"images": [3], "annotations": []}, "coco.json image 0 has no 'id'"),
-        ({"images": [{"id": 1}], "annotations": []}, "coco.json image 0 has no text 'file_name'"),
-        ({"images": [], "annotations": [{"image_id": 5}]}, "annotation 0 belongs to no image"),
-        ({"images": [], "annotations": [3]}, "annotation 0 has no 'image_id'"),
-        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1}], "annotations": []}, "same 'id' as image 0"),
-        ({"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}, "its image is missing"),
-    ],
-)
-def test_broken_coco_files(tmp_path: Path, content: dict, message: str) -> None:
-    write_json(tmp_path / "coco.json", content)
-    assert message in failure(tmp_path)
-
-
 def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = {"a.png": "a.png", "b.jpg": "b_mask.png", "c.TIF": "c.tif", "d.jpeg": "d.PNG"}
     for image, mask in expected.items():
@@ -289,13 +233,6 @@ def test_images_without_mask_are_counted(tmp_path: Path, caplog: pytest.LogCaptu
     assert pairs(tmp_path) == {"b.png": "b.png"}
     assert "2 of 3 images have no mask and are left out" in caplog.text
     assert "1 of 2 files in masks/ belong to no image" in caplog.text
-
-
-def test_two_images_of_one_name(tmp_path: Path) -> None:
-    write_image(tmp_path / "images" / "a.png")
-    write_image(tmp_path / "images" / "a.jpg")
-    write_mask(tmp_path / "masks" / "a.png")
-    assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -343,16 +280,6 @@ def test_folders_of_patients(tmp_path: Path) -> None:
     assert (found["b/001.png"] == ~square()).all()
 
 
-def test_no_root_and_no_annotations(tmp_path: Path) -> None:
-    assert "is not a folder" in failure(tmp_path / "nowhere")
-    (tmp_path / "masks").mkdir()
-    assert "has masks/ but no images/" in failure(tmp_path)
-    write_image(tmp_path / "images" / "a.png")
-    assert "holds no annotations: none of 1 images" in failure(tmp_path)
-    (tmp_path / "masks").rmdir()
-    assert "holds no annotations: neither annotations.json nor masks/" in failure(tmp_path)
-
-
 @pytest.mark.parametrize("layout", ["annotations", "nested", "labelme", "coco", "rle"])
 def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path, layout: str) -> None:
     root = write_root(tmp_path, layout)
@@ -370,3 +297,83 @@ def test_the_record_list_is_read_first(tmp_path: Path) -> None:
     write_json(root.path / "json" / "x.json", {"shapes": []})
     write_json(root.path / "coco.json", {"images": [], "annotations": []})
     assert [sample.image_path.stem for sample in find_samples(root.path)] == [NAMES[0]]
+
+
+CORNERS = [[1, 1], [3, 3]]
+IMAGE = {"id": 1, "file_name": "train_001.png"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "message"),
+    [
+        ("nothing.txt", "", "unusable", "holds no annotations: neither annotations.json nor masks/"),
+        ("masks/a.txt", "", "unusable", "holds no annotations: none of 1 images"),
+        (
+            "annotations.json",
+            '[{"image": "a.png",\n "mask": [[1, 2,]]}]',
+            "bad_json",
+            "value: line 2 column 17",
+        ),
+        ("annotations.json", '[{"image": "Müller.png"}]', "bad_json", "'utf-8' codec can't decode byte 0xfc"),
+        ("annotations.json", "[" * 100000, "bad_json", "annotations.json is not valid JSON"),
+        ("annotations.json", f"[{'9' * 5000}]", "bad_json", "annotations.json is not valid JSON"),
+        ("annotations.json", {"images": []}, "bad_json", "holds no list"),
+        ("annotations.json", [], "bad_json", "is an empty list"),
+        ("annotations.json", [[1, 2]], "bad_record", "record 0 has no text 'image'"),
+        ("annotations.json", [{"image": "a\0.png"}], "bad_record", "no usable file name"),
+        ("annotations.json", [{"image": "\ud800.png"}], "bad_record", "no usable file name"),
+        ("annotations.json", [{"image": "a" * 300}], "bad_record", "no usable file name"),
+        (
+            "annotations.json",
+            [{"image": "train_001.png"}],
+            "missing_label",
+            "has no 'mask', and masks/ has no",
+        ),
+        ("json/001.json", [], "bad_json", "json/001.json has no list 'shapes'"),
+        ("json/001.json", shape(CORNERS, "circle"), "bad_polygon", "is no polygon, rectangle or mask"),
+        ("json/001.json", shape([*CORNERS, [3, 3, 3]]), "odd_length", "has a point of 3 coordinates"),
+        ("json/001.json", shape([[1, 1], 3]), "bad_polygon", "holds a number where a point was expected"),
+        ("json/001.json", shape("LI_MING"), "bad_polygon", "has no list 'points'"),
+        ("json/001.json", {"shapes": ["LI_MING"]}, "bad_polygon", "is a text, not an object"),
+        ("json/001.json", shape(CORNERS, "mask"), "bad_polygon", "its mask is null, no PNG in base64"),
+        ("json/001.json", shape(CORNERS, "mask", mask="LI_MING!"), "bad_rle", "is a text, no PNG in base64"),
+        ("json/001.json", shape(CORNERS, "mask", mask="aGVsbG8="), "unreadable_image", "is not an image"),
+        ("json/001.json", shape([[1, 1]], "rectangle"), "bad_polygon", "has 1 corners where 2 were expected"),
+        ("coco.json", [], "bad_json", "coco.json has no lists 'images' and 'annotations'"),
+        (
+            "coco.json",
+            {"images": [], "annotations": {}},
+            "bad_json",
+            "has no lists 'images' and 'annotations'",
+        ),
+        ("coco.json", {"images": [], "annotations": []}, "bad_json", "coco.json names no images"),
+        ("coco.json", {"images": [3], "annotations": []}, "bad_record", "coco.json image 0 has no 'id'"),
+        ("coco.json", {"images": [{"id": 1}], "annotations": []}, "bad_record", "has no text 'file_name'"),
+        ("coco.json", {"images": [], "annotations": [{"image_id": 5}]}, "missing_image", "to no image"),
+        ("coco.json", {"images": [], "annotations": [3]}, "bad_record", "annotation 0 has no 'image_id'"),
+        ("coco.json", {"images": [IMAGE, {"id": 1}], "annotations": []}, "duplicate_record", "as image 0"),
+    ],
+)
+def test_broken_files(tmp_path: Path, file: str, content: object, code: str, message: str) -> None:
+    write_image(tmp_path / "images" / ("001.png" if "json/" in file else "train_001.png"))
+    content = {"shapes": [content]} if isinstance(content, dict) and "shape_type" in content else content
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / file).write_bytes(text.encode("latin-1"))
+    assert message in failure(tmp_path)
+    report = check_data(tmp_path)
+    assert report.exit_code == 2
+    assert report.findings[0].code == code
+    assert message in report.findings[0].message
+
+
+def test_no_data_root_and_no_images(tmp_path: Path) -> None:
+    assert "is not a folder" in failure(tmp_path / "nowhere")
+    (tmp_path / "masks").mkdir()
+    assert "has masks/ but no images/" in failure(tmp_path)
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    for name in ("images/a.png", "images/a.jpg", "masks/a.png"):
+        write_mask(tmp_path / name)
+    assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)

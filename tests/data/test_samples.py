@@ -15,7 +15,6 @@ from tests.data.broken_roots import encode_mask, flat_polygons
 from tests.data.test_formats import (
     PERSON,
     failure,
-    pairs,
     record,
     write_image,
     write_json,
@@ -47,16 +46,6 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     backwards = find_samples(write_records(tmp_path, *map(record, names[::-1])))
     assert [(s.key, s.image_path) for s in forwards] == [(s.key, s.image_path) for s in backwards]
     assert [s.key for s in forwards] == sorted(s.key for s in forwards)
-
-
-def test_patient_pattern(tmp_path: Path) -> None:
-    for name in ("test_11L", "test_11R", "test_12L"):
-        write_image(tmp_path / "images" / f"{name}.png")
-        write_mask(tmp_path / "masks" / f"{name}.png")
-    assert len(pairs(tmp_path)) == 3
-    patients = [s.patient for s in find_samples(tmp_path, r"_(?P<patient>\d+)(?P<frame>[LR])$")]
-    assert sorted(patients) in (["P001", "P001", "P002"], ["P001", "P002", "P002"])
-    assert "finds no patient in 3 of 3 file names" in failure(tmp_path, r"(?P<patient>x)")
 
 
 @pytest.mark.parametrize(
