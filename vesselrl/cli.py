@@ -162,8 +162,7 @@ def run_data(rest: list[str]) -> int:
 def check_data_set(rest: list[str]) -> int:
     """Look at every record, image and mask."""
     args = parse(options.DataCheck, rest, "data check")
-    from vesselrl.data.check import check_data
-    from vesselrl.data.findings import render
+    from vesselrl.data.check import check_data, render
     from vesselrl.data.repair import repair_data
 
     names = (args.patient_pattern, args.patient_aliases)

@@ -7,7 +7,7 @@ class DataError(ValueError):
     Messages name an image by its pseudonym or its place in a list, because file names carry patient names.
 
     Attributes:
-        code: the kind of fault, one word of `vesselrl.data.findings.CODES`.
+        code: the kind of fault, one word of `vesselrl.data.records.CODES`.
     """
 
     def __init__(self, message: str, code: str = "unusable"):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.broken_roots import NAMES, draw_mask, encode_mask, write_root
+from tests.data.broken_roots import NAMES, encode_mask, write_root
+from tests.golden.broken_input import bars
+from vesselrl.data.check import check_data
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.errors import DataError
 
@@ -65,9 +67,6 @@ def pairs(root: Path) -> dict[str, str]:
     return {sample.image_path.name: sample.mask_path.name for sample in find_samples(root)}
 
 
-# ---- annotations.json
-
-
 def test_polygons_of_both_nestings_become_one_target(tmp_path: Path) -> None:
     other = [10, 0, 12, 0, 12, 12, 10, 12]
     bars = [[x, 0, x + 0.7, 0, x + 0.7, 12, x, 12] for x in 0.7 * np.arange(21)]
@@ -104,7 +103,6 @@ def test_points_are_skipped_with_a_counted_warning(tmp_path: Path, caplog: pytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": [SQUARE, [1, 2, 3, 4, 5]]}, "record 1 (?): polygon 1 has 5 coordinates"),
         ({"mask": [[0, 0, 700, 0, 700, 9]]}, "record 1 (?): polygon 0 has x = 700, outside"),
         ({"mask": None}, "record 1 (?): 'mask' is null, not a list of polygons"),
         ({"mask": {"counts": "", "size": [3, 4]}}, "'mask' is an object, not a list of polygons"),
@@ -133,31 +131,6 @@ def test_broken_record(tmp_path: Path, change: dict, message: str) -> None:
     for key in ("P001_S1_F0011", "P002_S1_F0011", "P001_S1_F0001", "P002_S1_F0001"):
         found = found.replace(key, "?")
     assert message in found
-
-
-def test_record_without_mask(tmp_path: Path) -> None:
-    write_records(tmp_path, record())
-    write_json(tmp_path / "annotations.json", [{"image": "train_001.png"}])
-    assert "record 0 (P001_S1_F0001) has no 'mask', and masks/ has no file for it" in failure(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('[{"image": "a.png",\n "mask": [[1, 2,]]}]', "not valid JSON: Expecting value at line 2, column 17"),
-        ("", "not valid JSON"),
-        ('{"images": []}', "holds no list"),
-        ("[]", "is an empty list"),
-        ("[[1, 2]]", "record 0 has no text 'image'"),
-        ('[{"image": "Müller.png"}]', "annotations.json is not UTF-8 (byte 13)"),
-    ],
-)
-def test_broken_annotations(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "annotations.json").write_bytes(text.encode("latin-1"))
-    assert message in failure(tmp_path)
-
-
-# ---- LabelMe
 
 
 def shape(points: object = POINTS, kind: str | None = "polygon", **more: object) -> dict:
@@ -199,34 +172,11 @@ def test_labelme_mask_shape_keeps_its_hole(tmp_path: Path) -> None:
     assert (load_mask(labelme(tmp_path, shape([[2, 3], [5, 7]], "mask", mask=text))) == expected).all()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (shape([[1, 1], [3, 3]], "circle"), "shape 0 is no polygon, rectangle or mask"),
-        (shape([[1, 1], [3, 3, 3], [2, 2]]), "shape 0 has a point of 3 coordinates"),
-        (shape([[1, 1], 3]), "shape 0 holds a number where a point was expected"),
-        (shape("LI_MING"), "shape 0 has no list 'points'"),
-        ("LI_MING", "shape 0 is a text, not an object"),
-        (shape([[1, 1], [3, 3]], "mask"), "shape 0 is a mask without 'mask'"),
-        (shape([[1, 1], [3, 3]], "mask", mask="LI_MING!"), "its mask is no base64"),
-        (shape([[1, 1], [3, 3]], "mask", mask="aGVsbG8="), "its mask: the file is not an image"),
-        (shape([[1, 1]], "rectangle"), "shape 0 has 1 corners where 2 were expected"),
-    ],
-)
-def test_broken_labelme_shapes(tmp_path: Path, wrong: object, message: str) -> None:
-    write_image(tmp_path / "images" / "001.png")
-    write_json(tmp_path / "json" / "001.json", {"shapes": [wrong]})
-    found = failure(tmp_path)
-    assert found.startswith("json/001.json")
-    assert message in found
-
-
 def test_labelme_image_by_its_path(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "002.png")
     content = {"shapes": [shape()], "imagePath": "C:\\Users\\LI_MING\\002.png"}
     write_json(tmp_path / "json" / "label_of_2.json", content)
-    (sample,) = find_samples(tmp_path)
-    assert sample.image_path.name == "002.png"
+    assert [sample.image_path.name for sample in find_samples(tmp_path)] == ["002.png"]
 
 
 def test_labelme_files_beside_the_images_and_masks(tmp_path: Path) -> None:
@@ -237,12 +187,8 @@ def test_labelme_files_beside_the_images_and_masks(tmp_path: Path) -> None:
     write_mask(tmp_path / "masks" / "002_mask.png", ~square())  # goes before the shapes
     write_mask(tmp_path / "masks" / "003.png", ~square())  # has no shapes
     found = {sample.image_path.stem: load_mask(sample) for sample in find_samples(tmp_path)}
-    assert (found["001"] == square()).all()
-    assert (found["002"] == ~square()).all()
-    assert (found["003"] == ~square()).all()
-
-
-# ---- COCO
+    for stem, mask in (("001", square()), ("002", ~square()), ("003", ~square())):
+        assert (found[stem] == mask).all()
 
 
 def coco(root: Path, *segmentations: object, file: str = "coco.json", **image: object) -> Sample:
@@ -264,30 +210,7 @@ def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str)
     expected[:, 8] = True
     assert (load_mask(sample) == expected).all()
     assert sample.record == f"{Path(file).name} image 0 (P001_S1_F0001)"
-
-
-def test_coco_image_without_annotations_is_empty(tmp_path: Path) -> None:
-    assert not load_mask(coco(tmp_path)).any()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"images": [], "annotations": {}}, "coco.json: 'images' and 'annotations' must be lists"),
-        ({"images": [3], "annotations": []}, "coco.json image 0 has no 'id'"),
-        ({"images": [{"id": 1}], "annotations": []}, "coco.json image 0 has no text 'file_name'"),
-        ({"images": [], "annotations": [{"image_id": 5}]}, "annotation 0 belongs to no image"),
-        ({"images": [], "annotations": [3]}, "annotation 0 has no 'image_id'"),
-        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1}], "annotations": []}, "same 'id' as image 0"),
-        ({"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}, "its image is missing"),
-    ],
-)
-def test_broken_coco_files(tmp_path: Path, content: dict, message: str) -> None:
-    write_json(tmp_path / "coco.json", content)
-    assert message in failure(tmp_path)
-
-
-# ---- Pairs of files
+    assert not load_mask(coco(tmp_path, file=file)).any()  # without annotations: empty
 
 
 def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -310,13 +233,6 @@ def test_images_without_mask_are_counted(tmp_path: Path, caplog: pytest.LogCaptu
     assert pairs(tmp_path) == {"b.png": "b.png"}
     assert "2 of 3 images have no mask and are left out" in caplog.text
     assert "1 of 2 files in masks/ belong to no image" in caplog.text
-
-
-def test_two_images_of_one_name(tmp_path: Path) -> None:
-    write_image(tmp_path / "images" / "a.png")
-    write_image(tmp_path / "images" / "a.jpg")
-    write_mask(tmp_path / "masks" / "a.png")
-    assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -364,35 +280,100 @@ def test_folders_of_patients(tmp_path: Path) -> None:
     assert (found["b/001.png"] == ~square()).all()
 
 
-# ---- Which layout is read
-
-
-def test_no_root_and_no_annotations(tmp_path: Path) -> None:
-    assert "is not a folder" in failure(tmp_path / "nowhere")
-    (tmp_path / "masks").mkdir()
-    assert "has masks/ but no images/" in failure(tmp_path)
-    write_image(tmp_path / "images" / "a.png")
-    assert "holds no annotations: none of 1 images" in failure(tmp_path)
-    (tmp_path / "masks").rmdir()
-    assert "holds no annotations: neither annotations.json nor masks/" in failure(tmp_path)
-
-
-def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path) -> None:
-    for layout in ("annotations", "nested", "labelme", "coco", "rle"):
-        root = write_root(tmp_path / layout, layout)
-        (root.path / "masks").mkdir()
-        Image.fromarray(draw_mask(3)).save(root.path / "masks" / f"{NAMES[0]}.png")
-        Image.fromarray(draw_mask(2)).save(root.path / "masks" / f"{NAMES[3]}_mask.png")
-        write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
-        samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
-        assert samples[NAMES[0]].polygons is None
-        for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
-            assert (load_mask(samples[name]) == draw_mask(number)).all()
+@pytest.mark.parametrize("layout", ["annotations", "nested", "labelme", "coco", "rle"])
+def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path, layout: str) -> None:
+    root = write_root(tmp_path, layout)
+    write_mask(root.path / "masks" / f"{NAMES[0]}.png", bars(3))
+    write_mask(root.path / "masks" / f"{NAMES[3]}_mask.png", bars(2))
+    write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
+    samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
+    for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
+        assert (load_mask(samples[name]) == bars(number)).all()
 
 
 def test_the_record_list_is_read_first(tmp_path: Path) -> None:
     root = write_root(tmp_path, "annotations")
     write_json(root.file, json.loads(root.file.read_text())[:1])
-    write_json(tmp_path / "json" / "x.json", {"shapes": []})
-    write_json(tmp_path / "coco.json", {"images": [], "annotations": []})
-    assert [sample.image_path.stem for sample in find_samples(tmp_path)] == [NAMES[0]]
+    write_json(root.path / "json" / "x.json", {"shapes": []})
+    write_json(root.path / "coco.json", {"images": [], "annotations": []})
+    assert [sample.image_path.stem for sample in find_samples(root.path)] == [NAMES[0]]
+
+
+CORNERS = [[1, 1], [3, 3]]
+IMAGE = {"id": 1, "file_name": "train_001.png"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "message"),
+    [
+        ("nothing.txt", "", "unusable", "holds no annotations: neither annotations.json nor masks/"),
+        ("masks/a.txt", "", "unusable", "holds no annotations: none of 1 images"),
+        (
+            "annotations.json",
+            '[{"image": "a.png",\n "mask": [[1, 2,]]}]',
+            "bad_json",
+            "value: line 2 column 17",
+        ),
+        ("annotations.json", '[{"image": "Müller.png"}]', "bad_json", "'utf-8' codec can't decode byte 0xfc"),
+        ("annotations.json", "[" * 100000, "bad_json", "annotations.json is not valid JSON"),
+        ("annotations.json", f"[{'9' * 5000}]", "bad_json", "annotations.json is not valid JSON"),
+        ("annotations.json", {"images": []}, "bad_json", "holds no list"),
+        ("annotations.json", [], "bad_json", "is an empty list"),
+        ("annotations.json", [[1, 2]], "bad_record", "record 0 has no text 'image'"),
+        ("annotations.json", [{"image": "a\0.png"}], "bad_record", "no usable file name"),
+        ("annotations.json", [{"image": "\ud800.png"}], "bad_record", "no usable file name"),
+        ("annotations.json", [{"image": "a" * 300}], "bad_record", "no usable file name"),
+        (
+            "annotations.json",
+            [{"image": "train_001.png"}],
+            "missing_label",
+            "has no 'mask', and masks/ has no",
+        ),
+        ("json/001.json", [], "bad_json", "json/001.json has no list 'shapes'"),
+        ("json/001.json", shape(CORNERS, "circle"), "bad_polygon", "is no polygon, rectangle or mask"),
+        ("json/001.json", shape([*CORNERS, [3, 3, 3]]), "odd_length", "has a point of 3 coordinates"),
+        ("json/001.json", shape([[1, 1], 3]), "bad_polygon", "holds a number where a point was expected"),
+        ("json/001.json", shape("LI_MING"), "bad_polygon", "has no list 'points'"),
+        ("json/001.json", {"shapes": ["LI_MING"]}, "bad_polygon", "is a text, not an object"),
+        ("json/001.json", shape(CORNERS, "mask"), "bad_polygon", "its mask is null, no PNG in base64"),
+        ("json/001.json", shape(CORNERS, "mask", mask="LI_MING!"), "bad_rle", "is a text, no PNG in base64"),
+        ("json/001.json", shape(CORNERS, "mask", mask="aGVsbG8="), "unreadable_image", "is not an image"),
+        ("json/001.json", shape([[1, 1]], "rectangle"), "bad_polygon", "has 1 corners where 2 were expected"),
+        ("coco.json", [], "bad_json", "coco.json has no lists 'images' and 'annotations'"),
+        (
+            "coco.json",
+            {"images": [], "annotations": {}},
+            "bad_json",
+            "has no lists 'images' and 'annotations'",
+        ),
+        ("coco.json", {"images": [], "annotations": []}, "bad_json", "coco.json names no images"),
+        ("coco.json", {"images": [3], "annotations": []}, "bad_record", "coco.json image 0 has no 'id'"),
+        ("coco.json", {"images": [{"id": 1}], "annotations": []}, "bad_record", "has no text 'file_name'"),
+        ("coco.json", {"images": [], "annotations": [{"image_id": 5}]}, "missing_image", "to no image"),
+        ("coco.json", {"images": [], "annotations": [3]}, "bad_record", "annotation 0 has no 'image_id'"),
+        ("coco.json", {"images": [IMAGE, {"id": 1}], "annotations": []}, "duplicate_record", "as image 0"),
+    ],
+)
+def test_broken_files(tmp_path: Path, file: str, content: object, code: str, message: str) -> None:
+    write_image(tmp_path / "images" / ("001.png" if "json/" in file else "train_001.png"))
+    content = {"shapes": [content]} if isinstance(content, dict) and "shape_type" in content else content
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / file).write_bytes(text.encode("latin-1"))
+    assert message in failure(tmp_path)
+    report = check_data(tmp_path)
+    assert report.exit_code == 2
+    assert report.findings[0].code == code
+    assert message in report.findings[0].message
+
+
+def test_no_data_root_and_no_images(tmp_path: Path) -> None:
+    assert "is not a folder" in failure(tmp_path / "nowhere")
+    (tmp_path / "masks").mkdir()
+    assert "has masks/ but no images/" in failure(tmp_path)
+
+
+def test_two_images_of_one_name(tmp_path: Path) -> None:
+    for name in ("images/a.png", "images/a.jpg", "masks/a.png"):
+        write_mask(tmp_path / name)
+    assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)

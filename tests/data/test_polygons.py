@@ -20,14 +20,6 @@ from vesselrl.errors import DataError
 SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
 
 
-def winding_number(polygon, x, y):
-    """Turns of the outline around a point, by the sum of angles: another method than counting crossings."""
-    rays = polygon - [x, y]
-    angles = np.arctan2(rays[:, 1], rays[:, 0])
-    steps = np.diff(np.append(angles, angles[0]))
-    return round(((steps + np.pi) % (2 * np.pi) - np.pi).sum() / (2 * np.pi))
-
-
 def curved_vessel(width, size=128):
     """A smooth outline of the given width that winds across the image, as (N, 2) points."""
     t = np.linspace(0, 1, 200)
@@ -47,12 +39,16 @@ def test_triangle_drawn_by_hand():
 
 
 def test_agrees_with_the_angle_test_on_random_polygons():
+    """Turns of the outline around a point, by the sum of angles: another method than counting crossings."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         polygon = rng.uniform(-3, 15, (3, 2))
         mask = rasterise([polygon], (12, 11))
         for row, column in np.ndindex(mask.shape):
-            assert mask[row, column] == (winding_number(polygon, column + 0.5, row + 0.5) != 0)
+            rays = polygon - [column + 0.5, row + 0.5]
+            steps = np.diff(np.arctan2(rays[[0, 1, 2, 0], 1], rays[[0, 1, 2, 0], 0]))
+            turns = ((steps + np.pi) % (2 * np.pi) - np.pi).sum() / (2 * np.pi)
+            assert mask[row, column] == (round(turns) != 0)
 
 
 @pytest.mark.parametrize("width", [4, 6, 12])
@@ -113,9 +109,6 @@ def test_scaling_back_and_forth():
     assert not resize_mask(np.zeros((4, 4), bool), (8, 8)).any()
 
 
-# ---- Outlines in users' files
-
-
 def test_polygons_with_too_few_points_and_one_pixel_outside():
     assert [read_polygon(flat, (4, 4), "") for flat in ([], [1, 1], [0, 0, 1, 1])] == [None] * 3
     assert read_polygon([-1, -1, 5, -1, 5, 5], (4, 4), "").tolist() == [[-1, -1], [5, -1], [5, 5]]
@@ -135,6 +128,7 @@ def test_polygons_with_too_few_points_and_one_pixel_outside():
         ([0, 0, 5.5, 0, 4, 4], "polygon 1 has x = 5.5, outside its image of 4×3 px"),
         ([0, 0, 4, 0, 4, 4.5], "polygon 1 has y = 4.5, outside its image of 4×3 px"),
         ([0, 0, 4, 0, 4, -1.5], "polygon 1 has y = -1.5, outside"),
+        ([0, 0, 4, -1.5, 9, 4], "polygon 1 has x = 9, outside"),  # x first
     ],
 )
 def test_errors_name_polygon_and_value(value, message):
@@ -146,8 +140,7 @@ def test_errors_name_polygon_and_value(value, message):
 
 def test_run_lengths_agree_with_pycocotools():
     rng = np.random.default_rng(0)
-    shapes = [*rng.integers(1, 40, (200, 2)), (300, 700)]
-    for shape in shapes:
+    for shape in [*rng.integers(1, 40, (200, 2)), (300, 700)]:
         mask = rng.random(shape) < rng.random()
         height, width = mask.shape
         flat = mask.ravel(order="F")
@@ -155,19 +148,21 @@ def test_run_lengths_agree_with_pycocotools():
         plain = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
         packed = pycocotools_mask.frPyObjects(plain, height, width)
         for value in (plain, encode_mask(mask), packed | {"counts": packed["counts"].decode()}):
-            assert (read_run_lengths(value, (width, height), "").decode() == mask).all()
+            runs = read_run_lengths(value, (width, height), "")
+            assert (runs.decode() == mask).all()
+            assert (rasterise([runs], mask.shape) == mask).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts": "zzzzz"}, "damaged"),
+        ({"counts": "zzzzz"}, "damaged or cut short"),
+        ({"counts": "0P"}, "damaged or cut short"),
         ({"counts": "1"}, "do not fill the mask of 64×64 px"),
         ({"counts": "PPP1PPP1"}, "do not fill"),
-        ({"counts": "0P"}, "cut short"),
         ({"counts": [4000, 97]}, "do not fill"),
         ({"counts": [-1, 4097]}, "do not fill"),
-        ({"counts": [4096.0]}, "a list with other things than whole numbers"),
+        ({"counts": [4096.0]}, "other things than whole numbers"),
         ({"counts": None}, "'counts' is null"),
         ({"size": [64, 63]}, "the run-length mask has 63×64 px, its image 64×64 px"),
         ({"size": "LI_MING"}, "the run-length mask has another size"),

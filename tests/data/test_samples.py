@@ -1,6 +1,5 @@
 """Samples: pseudonyms alone, a fixed order, sizes that fit, and masks that survive any layout."""
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +11,18 @@ from PIL import Image
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from tests.data.broken_roots import encode_mask, flat_polygons, labelme_shapes
-from tests.data.test_formats import PERSON, failure, pairs, record, write_image, write_mask, write_records
+from tests.data.broken_roots import encode_mask, flat_polygons
+from tests.data.test_formats import (
+    PERSON,
+    failure,
+    record,
+    write_image,
+    write_json,
+    write_mask,
+    write_records,
+)
+from tests.data.test_polygons import curved_vessel
+from tests.golden.broken_input import shape
 from vesselrl.data.samples import find_samples, load_image, load_mask
 
 SIDE = 96
@@ -39,16 +48,6 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     assert [s.key for s in forwards] == sorted(s.key for s in forwards)
 
 
-def test_patient_pattern(tmp_path: Path) -> None:
-    for name in ("test_11L", "test_11R", "test_12L"):
-        write_image(tmp_path / "images" / f"{name}.png")
-        write_mask(tmp_path / "masks" / f"{name}.png")
-    assert len(pairs(tmp_path)) == 3
-    patients = [s.patient for s in find_samples(tmp_path, r"_(?P<patient>\d+)(?P<frame>[LR])$")]
-    assert sorted(patients) in (["P001", "P001", "P002"], ["P001", "P002", "P002"])
-    assert "finds no patient in 3 of 3 file names" in failure(tmp_path, r"(?P<patient>x)")
-
-
 @pytest.mark.parametrize(
     ("stem", "named"),
     [("train_001", "images/train_001.png"), (PERSON, "images/ file 1 in name order (P001_S1_F0011)")],
@@ -57,9 +56,6 @@ def test_mask_of_other_proportions_names_both_sizes(tmp_path: Path, stem: str, n
     write_image(tmp_path / "images" / f"{stem}.png")
     write_mask(tmp_path / "masks" / f"{stem}.png", np.ones((12, 8), bool))
     assert failure(tmp_path).startswith(f"{named}: the mask has 8×12 px, its image 16×12 px.")
-
-
-# ---- A mask that is written in any layout and read back is the same mask, holes and 4-px vessels included
 
 
 def draw_vessels(polylines: list[list[tuple[int, int]]]) -> np.ndarray:
@@ -75,24 +71,20 @@ def draw_vessels(polylines: list[list[tuple[int, int]]]) -> np.ndarray:
 
 def export(root: Path, layout: str, mask: np.ndarray) -> None:
     """Writes a black image and its mask in a layout."""
-    height, width = mask.shape
     write_image(root / "images" / "001.png", np.zeros(mask.shape, np.uint8))
+    size = dict(zip(("imageHeight", "imageWidth"), mask.shape, strict=True))
     flat = flat_polygons(mask)
+    nested = [[polygon] for polygon in flat]
     if layout in ("flat", "nested"):
-        value = [[polygon] for polygon in flat] if layout == "nested" else flat
-        content = [{"image": "001.png", "mask": value, "imageWidth": width, "imageHeight": height}]
-        (root / "annotations.json").write_text(json.dumps(content))
+        value = nested if layout == "nested" else flat
+        write_json(root / "annotations.json", [{"image": "001.png", "mask": value, **size}])
     elif layout == "labelme":
-        content = {"shapes": labelme_shapes(flat), "imageWidth": width, "imageHeight": height}
-        (root / "json").mkdir(exist_ok=True)
-        (root / "json" / "001.json").write_text(json.dumps(content))
+        write_json(root / "json" / "001.json", {"shapes": [*map(shape, flat)], **size})
     elif layout.startswith("coco"):
-        segmentations = [encode_mask(mask)] if layout == "coco rle" else [[polygon] for polygon in flat]
-        content = {
-            "images": [{"id": 1, "file_name": "001.png", "width": width, "height": height}],
-            "annotations": [{"image_id": 1, "segmentation": value} for value in segmentations],
-        }
-        (root / "coco.json").write_text(json.dumps(content))
+        image = {"id": 1, "file_name": "001.png", "width": mask.shape[1], "height": mask.shape[0]}
+        values = [encode_mask(mask)] if layout == "coco rle" else nested
+        annotations = [{"image_id": 1, "segmentation": value} for value in values]
+        write_json(root / "coco.json", {"images": [image], "annotations": annotations})
     else:
         write_mask(root / "masks" / "001_mask.png", mask)
 
@@ -102,6 +94,7 @@ def export(root: Path, layout: str, mask: np.ndarray) -> None:
 @given(polylines=lines)
 @example(polylines=[[(10, 10), (10, 80), (80, 80), (80, 10), (10, 10)], [(45, 10), (45, 80)]])  # two holes
 def test_vessels_of_four_px(tmp_path_factory: pytest.TempPathFactory, layout: str, polylines: list) -> None:
+    """A mask that is written in any layout and read back is the same mask, holes included."""
     mask = draw_vessels(polylines)
     root = tmp_path_factory.mktemp("export")
     export(root, layout, mask)
@@ -112,11 +105,7 @@ def test_vessels_of_four_px(tmp_path_factory: pytest.TempPathFactory, layout: st
 @pytest.mark.parametrize("layout", ["flat", "labelme", "coco polygons", "coco rle", "mask file"])
 def test_a_label_of_800_px_keeps_its_vessels_at_512_px(tmp_path: Path, layout: str) -> None:
     """Widths of 4 px at 512: the label is drawn on 800 px, the truth at 512 by another rasteriser."""
-    t = np.linspace(0, 1, 300)
-    line = np.stack([60 + 400 * t, 256 + 120 * np.sin(5 * t)], axis=1)
-    along = np.gradient(line, axis=0)
-    across = np.stack([-along[:, 1], along[:, 0]], axis=1) / np.linalg.norm(along, axis=1, keepdims=True)
-    outline = np.concatenate([line + 2 * across, (line - 2 * across)[::-1]])
+    outline = curved_vessel(4, 512)
     truth = polygon2mask((512, 512), outline[:, ::-1] - 0.5)
     export(tmp_path, layout, polygon2mask((800, 800), (outline * 800 / 512)[:, ::-1] - 0.5))
     Image.new("L", (512, 512)).save(tmp_path / "images" / "001.png")
@@ -126,9 +115,6 @@ def test_a_label_of_800_px_keeps_its_vessels_at_512_px(tmp_path: Path, layout: s
     assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.93  # two rounds of whole pixels
     assert mask.sum() == pytest.approx(truth.sum(), rel=0.02)  # neither thicker nor thinner
     assert ndimage.label(mask, np.ones((3, 3)))[1] == 1  # and in one component
-
-
-# ---- Real images
 
 
 @pytest.mark.parametrize(

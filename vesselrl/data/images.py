@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,42 +26,25 @@ _ORIENTATION_TAG = 0x0112
 # Such as I;16 or RGB;16B; BGR;16 of BMP has 16 bits for three channels.
 _SIXTEEN_BITS = re.compile(r"(?<!BGR);16")
 # Not `ImageOps.exif_transpose`, which writes all EXIF tags anew and fails on odd ones.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_NAMES = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(_NAMES, start=2)}
 
 
-@dataclass(frozen=True)
-class Traits:
-    """Properties of an image file beside its pixels."""
-
-    mode: str  # Pillow's name of the pixel format, such as RGB or I;16
-    orientation: int  # EXIF orientation 1 to 8; 1 is upright
-    deep: bool  # more than 8 bits per channel in the file
-    alpha: bool  # an alpha channel, or a palette with transparent colours
-
-
-def read_traits(path: Path, record: str) -> Traits:
-    """Pixel format and orientation of an image file, from its header alone.
-
-    Raises:
-        DataError: the file cannot be read as an image; as in all readers, the message begins with `record`.
-    """
+def read_oddities(path: Path, record: str) -> dict[str, object]:
+    """EXIF orientation or pixel format by the code of their finding, where they are odd; from the header."""
     with _opened(path, record) as image:
         # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
         args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
         formats = [image.mode, *(part for parts in args for part in parts if isinstance(part, str))]
         deep = image.mode in ("I", "F") or any(_SIXTEEN_BITS.search(name) for name in formats)
-        alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
         # Pillow turns a TIFF itself.
         turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
-        return Traits(image.mode, turned, deep, alpha)
+        found = {"rotated_image": turned} if turned != 1 else {}
+        if deep:
+            found["sixteen_bit_image"] = image.mode
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            found["alpha_image"] = image.mode
+        return found
 
 
 def read_size(path: Path, record: str) -> tuple[int, int]:
@@ -75,24 +57,19 @@ def read_size(path: Path, record: str) -> tuple[int, int]:
 def read_rgb(path: Path, record: str) -> np.ndarray:
     """An image file as uint8 (H, W, 3), turned the way its EXIF orientation says.
 
-    Grey is copied to the three channels; palettes are resolved; transparency is dropped. Grey of 16 bits is
-    divided by its full range: 0 … 65535 becomes 0 … 255, whatever values the image uses.
-
-    Raises:
-        DataError: the file cannot be decoded to its end, or holds 32-bit or floating-point values.
+    Transparency is dropped. Grey of 16 bits is divided by its full range, whatever values it uses; more bits,
+    and floating-point values, are refused.
     """
     image = _read(path, record)
-    advice = "Save it with 8 or 16 bits per pixel."
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
         low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            message = f"{record}: the image holds values from {low} to {high}, more than 16 bits. {advice}"
-            raise DataError(message, "too_many_bits")
-        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        if image.mode == "F" or low < 0 or high > 65535:
+            kind = "floating-point values" if image.mode == "F" else f"values from {low} to {high}"
+            advice = "more than 16 bits. Save it with 8 or 16 bits per pixel."
+            raise DataError(f"{record}: the image holds {kind}, {advice}", "too_many_bits")
+        grey = ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise DataError(f"{record}: the image holds floating-point values. {advice}", "too_many_bits")
     if image.mode == "P":
         image = image.convert("RGBA")  # resolves the palette together with its transparency
     return np.array(image.convert("RGB"))
@@ -101,16 +78,8 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
 def read_mask(source: Path | io.BytesIO, record: str, guess: bool = False) -> np.ndarray:
     """A mask file as bool (H, W): 0 is background; 1, or 255, is vessel.
 
-    Colours must be grey, transparency is dropped. A mask with the value 0 only is empty, not an error.
-
-    Args:
-        source: image file.
-        record: how messages name it.
-        guess: accept other values. Of two values with 0 among them, the other is vessel then. Otherwise it is
-            what is at least half as bright as the format can hold, in any colour channel.
-
-    Raises:
-        DataError: the file cannot be decoded, or holds other values, which are named (a JPEG has many).
+    Other values are refused, or taken with `guess`: of two with 0 among them the other is vessel, otherwise
+    what is at least half as bright as the format can hold, in any colour channel.
     """
     image = _read(source, record)
     pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
@@ -130,15 +99,11 @@ def read_mask(source: Path | io.BytesIO, record: str, guess: bool = False) -> np
     if guess:
         full = 1.0 if values.dtype.kind == "f" else 255.0 if levels[-1] <= 255 else 65535.0
         return values > 0 if len(levels) == 2 and levels[0] == 0 else values >= full / 2
-    if not is_grey:
-        fault = "is coloured. Save it as grey with the values 0 and 255."
-    else:
-        shown = [f"{level:g}" for level in levels]
-        shown = ", ".join(shown if len(shown) <= 6 else [*shown[:4], "...", shown[-1]])
-        fault = (
-            f"has {len(levels)} values ({shown}), not 0 and 1, or 0 and 255. Threshold it and save it as PNG."
-        )
-    raise DataError(f"{record}: the mask {fault}", "non_binary_mask")
+    shown = [f"{level:g}" for level in levels]
+    shown = ", ".join(shown if len(shown) <= 6 else [*shown[:4], "...", shown[-1]])
+    fault = f"has {len(levels)} values ({shown}), not 0 and 1, or 0 and 255" if is_grey else "is coloured"
+    advice = "Threshold it and save it as grey PNG with the values 0 and 255."
+    raise DataError(f"{record}: the mask {fault}. {advice}", "non_binary_mask")
 
 
 def _read(source: Path | io.BytesIO, record: str) -> Image.Image:
@@ -149,7 +114,7 @@ def _read(source: Path | io.BytesIO, record: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of a file, 1 to 8; 1 without one, and where Pillow applies it itself (TIFF)."""
+    """The EXIF orientation, 1 to 8; 1 without one, and where Pillow applies it itself (TIFF)."""
     # Asking a PNG without EXIF in its header would decode all of it.
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
         return 1
@@ -160,16 +125,17 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
     """An image file, open; Pillow's errors become a DataError without the path."""
-    code, advice = "unreadable_image", "Replace it, or remove the record."
     try:
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
-        message = f"{record}: the file is missing. Restore it, or remove the record."
-        raise DataError(message, "missing_file") from None
+        code, fault = "missing_file", "missing. Restore it, or remove the record."
     except Image.UnidentifiedImageError:
-        raise DataError(f"{record}: the file is not an image. {advice}", code) from None
+        code, fault = "unreadable_image", "not an image. Replace it, or remove the record."
     except _BROKEN as error:
-        what = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        raise DataError(f"{record}: the file is damaged ({what}). {advice}", code) from None
+        what = getattr(error, "strerror", None) or error
+        code, fault = "unreadable_image", f"damaged ({what}). Replace it, or remove the record."
+    else:
+        return
+    raise DataError(f"{record}: the file is {fault}", code) from None

@@ -1,19 +1,119 @@
-"""The files of a data root, and the entries that the readers of all layouts make of them."""
+"""Findings, the files of a data root, and the entries that the readers of all layouts make of them."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from vesselrl.data.findings import Findings
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.patients import is_impersonal
-from vesselrl.data.polygons import Outlines, Size
+from vesselrl.data.polygons import Outline, Size
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
 from vesselrl.errors import DataError
+
+Severity = Literal["error", "warning", "info"]
+
+# Every kind of finding: its name in the summary, and after a bar how its sentence about a record goes on.
+_KINDS = {
+    "unusable": "unusable data root",
+    "bad_json": "broken JSON file",
+    "bad_record": "record or shape of the wrong form",
+    "missing_image": "missing image| of this label. Add the image, or remove the label.",
+    "missing_label": "image without mask or polygons|, which is left out. Label it, or remove it.",
+    "missing_file": "vanished file",
+    "extra_image": "image that no record names|, which is left out. Add a record, or remove the image.",
+    "extra_mask": "mask file of no image|. Remove it, if another label goes before it.",
+    "unreadable_image": "unreadable or truncated image",
+    "unreadable_mask": "unreadable or truncated mask",
+    "too_many_bits": "image with more than 16 bits",
+    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by its full range; its brightest value is then "
+    "{brightest} of 255. Save it with 8 bits in the window you label in.",
+    "alpha_image": "image with an alpha channel| ({value}), which is dropped. Save it without.",
+    "rotated_image": "image turned by its EXIF orientation| {value}. Make sure that its label is, too.",
+    "few_points": "polygon with fewer than 3 points, left out|: {count}.",
+    "odd_length": "polygon with an odd number of coordinates",
+    "outside_image": "polygon with coordinates outside the image",
+    "bad_polygon": "polygon that is no list of finite numbers",
+    "bad_rle": "broken run-length mask",
+    "label_size": "label and image of different proportions",
+    "scaled_label": "label of another size than its image, scaled|: {sizes}.",
+    "text_length": "number of texts differs from the number of objects|: {texts} and {objects}. Training "
+    "joins all objects; other programs may see the first only.",
+    "text_string": "text as one string|, not a list; it stands for all polygons.",
+    "bad_text": "text that is no list of texts|. Training ignores it; other programs may not.",
+    "nested_mask": "polygons nested one level deeper|, by object.",
+    "several_labels": "shapes of several classes, all taken for vessel|: {count}. Remove the others.",
+    "empty_mask": "empty mask|. Keep it only if the image shows no vessel.",
+    "all_foreground": "mask without background|. Label it again, or remove the record.",
+    "mostly_foreground": "mask with more vessel than background|: {share:.0%}. Inverted, or a field of view?",
+    "non_binary_mask": "mask that is not binary",
+    "disagreement": "mask file and polygons disagree|: Dice {dice:.3f} only. The mask file is used; make "
+    "sure that it is the right one.",
+    "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} "
+    "images. Find out which of them are right; the mask files are used.",
+    "duplicate_record": "second record of one image",
+    "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
+    "split may put the same image into two subsets.",
+    "patients": "patients cannot be told apart|. Each of {images} images counts as a patient of its own, but "
+    "{shared} of them share {folders} sub-folders. If a folder is a patient, give --patient_pattern "
+    "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets.",
+    "repaired": "repaired|: {what}.",
+    "left_out": "left out of the repaired copy|: {why}",
+}
+CODES = {code: text.partition("|")[0] for code, text in _KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault, or one thing worth knowing; holds pseudonyms and places, never a file name with a person."""
+
+    # error: training would stop or be wrong; warning: it works, look at it; info: it was understood.
+    severity: Severity
+    code: str  # a key of CODES
+    file: str  # such as images/train_001.png, or "images/ file 3 in name order"; empty: no file's fault
+    record: str  # such as annotations.json record 17 (P003_S1_F0011); empty: of the whole data root
+    message: str  # what is wrong, what was found, what to do
+    count: int = 1  # how many polygons, files, … it stands for
+
+
+class Findings(list[Finding]):
+    """A list of findings, with `file` in those that name none; a strict one raises its first error."""
+
+    def __init__(self, strict: bool = False, file: str = ""):
+        super().__init__()
+        self._strict, self._file = strict, file
+
+    def add(
+        self, code: str, record: str = "", file: str = "", severity: Severity = "warning", **values: object
+    ) -> None:
+        """Adds a finding with the sentence of its code, filled with `values`; `count` is 1 without."""
+        text = _KINDS[code].replace("|", "").format(**values)
+        message = f"{record}: {text}" if record else text[0].upper() + text[1:]
+        self.append(Finding(severity, code, file or self._file, record, message, values.get("count", 1)))
+
+    def error(self, code: str, message: str, record: str = "", file: str = "") -> None:
+        """Adds an error, or raises it where the list is strict."""
+        if self._strict:
+            raise DataError(message, code) from None
+        self.append(Finding("error", code, file or self._file, record, message))
+
+    @contextmanager
+    def catching(self, record: str = "", file: str = "", code: str = "") -> Iterator[None]:
+        """Adds a DataError that ends the block; `code` replaces its own."""
+        try:
+            yield
+        except DataError as error:
+            self.error(code or error.code, str(error), record, file)
+
+    def of(self, kind: str) -> list[Finding]:
+        """The findings of one severity or code."""
+        return [item for item in self if kind in (item.severity, item.code)]
+
 
 # Folders of label files, the first that exists is read; DRIVE's `mask/` is the field of view, not a label.
 LABEL_FOLDERS = ("masks", "1st_manual", "manual1", "labels", "ground_truth", "gt")
@@ -25,9 +125,10 @@ SECOND_OBSERVER = ("_2ndHO", "_manual2")
 IMAGE_ENDINGS = ("_training", "_test")
 _LIST_PLACE = re.compile(r" (?:record|image) \d+$")
 _KNOWN_FOLDERS = ("images", "json", *LABEL_FOLDERS)
+_NO_FILE_NAME = re.compile("[\0\ud800-\udfff]")  # zero, and one half of a surrogate pair
 
 # Called with the size of the image the label was drawn on, the record for messages, and what takes faults.
-LabelReader = Callable[[Size, str, Findings], Outlines]
+LabelReader = Callable[[Size, str, Findings], list[Outline]]
 
 
 @dataclass(frozen=True)
@@ -71,17 +172,15 @@ class DataFolder:
     def locate(self, written: object, place: str, field_name: str = "image") -> tuple[str, Path | None]:
         """Name and file of the image that a record calls `a.jpg` or `images/a.jpg`, with either slash."""
         if not isinstance(written, str) or not PurePosixPath(written).name.strip():
-            message = f"{place} has no text '{field_name}'. Name the image file there, or remove the record."
-            raise DataError(message, "bad_record")
+            fault = f"{place} has no text '{field_name}'. Name the image file there, or remove the record."
+            raise DataError(fault, "bad_record")
         path = PurePosixPath(written.replace("\\", "/"))
         path = PurePosixPath(*path.parts[1:]) if len(path.parts) > 1 and path.parts[0] == "images" else path
         if path.is_absolute() or ".." in path.parts or not path.name:
-            advice = "Write the file name as it is in images/."
-            message = f"{place}: '{field_name}' points outside the data root. {advice}"
-            raise DataError(message, "bad_record")
-        is_text = written.encode(errors="replace").decode() == written  # no half of a surrogate pair
+            fault = f"{place}: '{field_name}' points outside the data root. Write the name it has in images/."
+            raise DataError(fault, "bad_record")
         longest = max(len(part.encode(errors="replace")) for part in path.parts)
-        if not is_text or longest > 255 or len(written) > 1000 or "\0" in written:
+        if longest > 255 or len(written) > 1000 or _NO_FILE_NAME.search(written):
             raise DataError(f"{place}: '{field_name}' is no usable file name. Correct it.", "bad_record")
         files = (self.image_folder / path, self.path / path)
         return str(path.with_suffix("")), next((file for file in files if file.is_file()), None)
@@ -90,27 +189,25 @@ class DataFolder:
         """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's."""
         parts = path.relative_to(self.path).parts
         folder = parts[0] if len(parts) > 1 else ""
-        place = f"{folder}/" if folder in _KNOWN_FOLDERS else "another folder"
         if len(parts) < 3 and is_impersonal(path.stem) and folder in ("", *_KNOWN_FOLDERS):
-            return f"{place}{path.name}" if folder else path.name
+            return "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
             files = list_files(self.path / folder, deep=bool(folder))
             kinds = [[f for f in files if f.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, (".json",))]
             self._numbers[folder] = {file: k for kind in kinds for k, file in enumerate(kind, 1)}
-        number = self._numbers[folder].get(path, 0)
-        return f"{place if folder else 'data root'} file {number} in name order"
+        place = f"{folder}/" if folder in _KNOWN_FOLDERS else "another folder" if folder else "data root"
+        return f"{place} file {self._numbers[folder].get(path, 0)} in name order"
 
     def listing(self, layout: str, entries: Sequence[Entry], names: Iterable[str] = ()) -> "Listing":
         """Gives each entry its label file; one that then has no label of any kind and no content is left out.
 
-        A label in another folder than its image fits only if no other image has the same stem: `names` are
-        those of all images, where there are more than entries.
+        A label in another folder fits only if no other of all images, which are `names`, has the same stem.
         """
         masks = [] if self.label_folder is None else list_images(self.label_folder)
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = {below(path, self.label_folder): path for path in png_last}
-        names = names or (entry.name for entry in entries)
-        num_stems = Counter(PurePosixPath(name).name for name in set(names))
+        all_names = set(names) or {entry.name for entry in entries}
+        num_stems = Counter(PurePosixPath(name).name for name in all_names)
         complete = []
         for entry in entries:
             stem = PurePosixPath(entry.name).name
@@ -130,11 +227,6 @@ class Listing:
     entries: list[Entry]
     images: list[Path]  # all image files of the image folder
     masks: list[Path]  # all label files
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the entries."""
-        return [entry.name for entry in self.entries]
 
     @property
     def pairs(self) -> bool:
@@ -189,13 +281,6 @@ def read_json(path: Path, shown: str) -> object:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:  # its text holds the path
         fault = f"cannot be read ({error.strerror}). Restore it, or give yourself the right to."
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        fault = f"is not valid JSON: {error.msg} at {place}. Correct it, or write it again."
-    except UnicodeDecodeError as error:
-        fault = f"is not UTF-8 (byte {error.start}). Save it as UTF-8."
-    except RecursionError:
-        fault = "is nested too deeply. Write it again."
-    except ValueError:  # an integer of thousands of digits
-        fault = "holds a number that is too long. Correct it."
+    except (ValueError, RecursionError) as error:
+        fault = f"is not valid JSON: {error}. Correct it, or write it again as UTF-8."
     raise DataError(f"{shown} {fault}", "bad_json")

@@ -1,12 +1,7 @@
 """Writes a repaired copy of a data root: what can be mended is, what cannot is left out and listed.
 
-The copy has `images/`, `masks/<stem>_mask.png`, and `annotations.json` with the same masks as polygons where
-the data root had outlines. File names stay, because they tell the patients apart. Images are written upright
-with 8 bits, masks with two values in the size of the image, polygons flat with a text each; two records of
-one image are joined, and of two images with the same pixels the first is kept.
-
-A record is left out where its image or its whole label cannot be known: a broken image, a broken polygon (the
-rest would be a label with a gap), a mask without background.
+The copy has upright 8-bit images, masks with two values in their size, and `annotations.json` where the data
+root had outlines. File names stay: they tell the patients apart.
 """
 
 import json
@@ -14,20 +9,19 @@ import os
 import shutil
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from vesselrl.data.check import check_entry, check_listing
-from vesselrl.data.findings import CODES, DataReport, Finding, Findings
+from vesselrl.data.check import DataReport, check_entry, check_listing
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
 from vesselrl.data.polygons import mask_to_polygons, resize_mask
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
-from vesselrl.data.records import DataFolder, Entry
+from vesselrl.data.records import CODES, DataFolder, Entry, Findings
 from vesselrl.data.samples import load_mask
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import atomic_write
@@ -43,8 +37,8 @@ _OWN_FIELDS = {"image", "mask", "text", "imageWidth", "imageHeight", "width", "h
 class WrittenEntry:
     """One image of the copy."""
 
-    findings: Findings
     record: str
+    findings: Findings = field(default_factory=Findings)
     content: dict | None = None  # for annotations.json; None: it was left out
     files: tuple[Path, ...] = ()
     digest: str = ""
@@ -56,26 +50,18 @@ def repair_data(
     patient_pattern: str | None = None,
     patient_aliases: Path | str | None = None,
 ) -> DataReport:
-    """Writes a repaired copy that passes the check; the data root stays as it is.
+    """Writes a repaired copy that passes the check, with the same pseudonyms; the data root stays as it is.
 
-    A mapping file of pseudonyms goes with it, so that those of the images stay the same though some are left
-    out. The copy appears under its name only when it is complete.
-
-    Args:
-        root: data root in any layout that `find_samples` reads.
-        out: folder for the copy; it must not exist, or be empty.
-        patient_pattern: as for `find_samples`.
-        patient_aliases: as for `find_samples`.
-
-    Returns:
-        The check of the copy, after a finding for each record that was repaired or left out.
-
-    Raises:
-        DataError: `out` is not empty or overlaps the data root, the list of records cannot be read, an image
-            cannot be copied, or nothing usable is left.
+    A record is left out where its image or its whole label cannot be known: a broken image, a broken polygon
+    (the rest would be a label with a gap), a mask without background, the second of two equal images. The
+    report is that of the copy, after a finding for each record that was repaired or left out.
     """
     root, out = Path(root), Path(out)
-    _check_target(root, out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
+    inside, outside = out.resolve(), root.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+        raise DataError(f"{out} overlaps the data root {root}. Give a folder beside it for the copy.")
     listing = list_entries(root, Findings())
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
@@ -85,11 +71,19 @@ def repair_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        aliases = pseudonyms(listing.names, patient_pattern, patient_aliases, mapping, keep="all")
+        aliases = pseudonyms(
+            [entry.name for entry in listing.entries], patient_pattern, patient_aliases, mapping, keep="all"
+        )
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))
-        _drop_copies(written)
+        first: dict[str, WrittenEntry] = {}
+        for item in (item for item in written if item.content is not None):
+            if (other := first.setdefault(item.digest, item)) is not item:
+                item.content = None
+                for file in item.files:
+                    file.unlink()
+                item.findings.add("left_out", item.record, why=f"it has the pixels of {other.record}.")
         contents = [item.content for item in written if item.content is not None]
         if not contents:
             raise DataError(f"Nothing in {root} can be repaired: no image is left with a label that is sure.")
@@ -106,25 +100,13 @@ def repair_data(
     return replace(report, root=out, findings=(*done, *report.findings))
 
 
-def _check_target(root: Path, out: Path) -> None:
-    """Refuses a folder with content, and one inside the data root or around it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
-    inside, outside = out.resolve(), root.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        advice = "Give a folder beside it for the repaired copy."
-        raise DataError(f"{out} overlaps the data root {root}. {advice}")
-
-
 def _write_group(
     copy: Path, aliases: dict[str, Pseudonym], folder: DataFolder, entries: list[Entry]
 ) -> WrittenEntry:
     """Writes image and mask of the entries of one image, or says why it is left out."""
-    first, alias = entries[0], aliases[entries[0].name]
-    record = first.record(alias)
-    written = WrittenEntry(Findings(file=first.file), record)
+    first, alias, mask = entries[0], aliases[entries[0].name], False
+    written = WrittenEntry(first.record(alias))
     mended = {"duplicate_record"} if len(entries) > 1 else set()
-    mask = False
     try:
         # Two files of one name, such as a.png and a.jpg, are two images: the first is kept.
         for entry in (entry for entry in entries if entry.image_path == first.image_path):
@@ -134,57 +116,46 @@ def _write_group(
         if mask.all():
             raise DataError("its mask is all foreground.")
     except DataError as error:
-        written.findings.warning("left_out", f"{record} is left out: {error}", record)
+        written.findings.add("left_out", written.record, first.file, why=error)
         return written
     if mended:
-        words = "; ".join(CODES[code] for code in sorted(mended))
-        written.findings.info("repaired", f"{record}: repaired: {words}.", record)
-    mask_file = copy / "masks" / f"{first.name}_mask.png"
+        what = "; ".join(CODES[code] for code in sorted(mended))
+        written.findings.add("repaired", written.record, first.file, severity="info", what=what)
+    rewrite = bool(mended & _REWRITTEN_IMAGES)
+    image_file = copy / "images" / f"{first.name}{'.png' if rewrite else first.image_path.suffix}"
+    written.files = (image_file, copy / "masks" / f"{first.name}_mask.png")
     try:
-        image_file = _write_image(first, copy, record, bool(mended & _REWRITTEN_IMAGES))
-        mask_file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+        for file in written.files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        if rewrite:
+            pixels = read_rgb(first.image_path, written.record)
+            is_grey = (pixels == pixels[:, :, :1]).all()
+            Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
+        else:
+            shutil.copyfile(first.image_path, image_file)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(written.files[1])
     except OSError as error:  # its text holds the path
-        message = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
-        raise DataError(message) from None
-    written.files = (image_file, mask_file)
+        fault = f"{written.record} cannot be copied ({error.strerror}). Make room, or give another folder."
+        raise DataError(fault) from None
     written.content = _content(first, image_file.relative_to(copy / "images").as_posix(), mask)
     return written
 
 
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:
-    """The whole label of an entry, the codes of what was found, and the digest of its image.
-
-    Raises:
-        DataError: image or label cannot be known; the first of its errors.
-    """
+    """The whole label of an entry, the codes of what was found, and the digest of its image."""
     checked = check_entry(entry, alias, folder)
-    errors, codes = checked.findings.errors, {finding.code for finding in checked.findings}
+    errors, codes = checked.findings.of("error"), {finding.code for finding in checked.findings}
     if not errors:
         return load_mask(checked.sample), codes, checked.digest
-    record = entry.record(alias)
     if checked.digest and {error.code for error in errors} == {"non_binary_mask"}:
-        width, height = read_size(entry.image_path, record)
-        mask = read_mask(entry.mask_path, record, guess=True)
+        width, height = read_size(entry.image_path, "")
+        mask = read_mask(entry.mask_path, "", guess=True)
         return resize_mask(mask, (height, width)), codes, checked.digest
     if checked.digest and entry.mask_path is not None and entry.read_label is not None:
         mask, more, digest = _read_label(replace(entry, mask_path=None), alias, folder)
         if mask.any():
             return mask, codes | more, digest
     raise DataError(errors[0].message, errors[0].code)
-
-
-def _write_image(entry: Entry, copy: Path, record: str, rewrite: bool) -> Path:
-    """Copies an image file, or writes its pixels upright as 8-bit PNG."""
-    path = copy / "images" / f"{entry.name}{'.png' if rewrite else entry.image_path.suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if rewrite:
-        pixels = read_rgb(entry.image_path, record)
-        is_grey = (pixels == pixels[:, :, :1]).all()
-        Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(path)
-    else:
-        shutil.copyfile(entry.image_path, path)
-    return path
 
 
 def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
@@ -196,16 +167,3 @@ def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
     more = {key: entry.content[key] for key in entry.content if is_record and key not in _OWN_FIELDS}
     return {"image": image, "mask": polygons, "text": [text] * len(polygons), **more}
-
-
-def _drop_copies(written: list[WrittenEntry]) -> None:
-    """Removes images whose pixels an earlier image has already."""
-    first: dict[str, WrittenEntry] = {}
-    for item in (item for item in written if item.content is not None):
-        other = first.setdefault(item.digest, item)
-        if other is not item:
-            for file in item.files:
-                file.unlink()
-            item.content = None
-            message = f"{item.record} is left out: it has the same pixels as {other.record}."
-            item.findings.append(Finding("warning", "left_out", "", item.record, message))

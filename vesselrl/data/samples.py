@@ -1,25 +1,21 @@
 """Samples of a data root: its images with their masks, under the pseudonyms of their patients.
 
-A label of another size than its image is scaled where the proportions agree, and refused where they do not.
-
-Messages name a record as `annotations.json record 17 (P003_S1_F0011)`, counted from 0 as `jq '.[17]'` does,
-and a file as `images/ file 3 in name order (P003_S1_F0011)`. The file name is shown only where it is a number
-with an ordinary word, such as `images/train_001.png`: any other may be the name of a person.
+Messages name a record as `annotations.json record 17 (P003_S1_F0011)`, counted from 0, and a file by its name
+only where that is a number with an ordinary word: any other may be the name of a person.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from vesselrl.data.findings import CODES, Findings
 from vesselrl.data.formats import list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
-from vesselrl.data.polygons import Outlines, RunLengths, Size, resize_mask, scale_polygons
+from vesselrl.data.polygons import Outline, Size, rasterise, resize_mask, scale_polygons
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
-from vesselrl.data.records import Entry, Listing
+from vesselrl.data.records import CODES, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,24 +23,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and where its mask is: in a file or in outlines, exactly one of the two.
-
-    `repr` leaves out what can carry the name of a person.
-    """
+    """One image and its mask, in a file or in outlines; `repr` leaves out what can carry a person's name."""
 
     image_path: Path = field(repr=False)
     mask_path: Path | None = field(repr=False)
-    # (N, 2) arrays of (x, y) in px from the image corner; none of them and no `rle`: an empty mask.
-    polygons: tuple[np.ndarray, ...] | None = field(repr=False, compare=False)
-    # How messages name the sample.
-    record: str
+    # Without a mask file, in px of the image; none of them: an empty mask.
+    outlines: tuple[Outline, ...] = field(repr=False, compare=False)
+    record: str  # how messages name the sample
     # Pseudonyms: P001_S1_F0011, P001, P001_S1 and F0011.
     key: str
     patient: str
     sequence: str
     frame: str
-    # Run lengths of COCO, joined with the polygons; scaled when they are loaded.
-    rle: tuple[RunLengths, ...] = field(default=(), repr=False, compare=False)
 
 
 def find_samples(
@@ -64,7 +54,8 @@ def find_samples(
     """
     findings = Findings(strict=True)
     listing = list_entries(Path(data_root), findings)
-    aliases = pseudonyms(listing.names, patient_pattern, patient_aliases, listing.folder.mapping_file)
+    names = [entry.name for entry in listing.entries]
+    aliases = pseudonyms(names, patient_pattern, patient_aliases, listing.folder.mapping_file)
     entries = different_images(listing, aliases, findings)
     samples = [build_sample(entry, aliases[entry.name], findings) for entry in entries]
     for code in ("few_points", "scaled_label"):
@@ -80,27 +71,16 @@ def find_samples(
 
 
 def load_image(sample: Sample) -> np.ndarray:
-    """The image as uint8 (H, W, 3), RGB, upright; grey of 16 bits is scaled by its full range.
-
-    Raises:
-        DataError: the file is missing, damaged, cut short, or has more than 16 bits per pixel.
-    """
+    """The image as uint8 (H, W, 3), RGB, upright; grey of 16 bits is scaled by its full range."""
     return read_rgb(sample.image_path, sample.record)
 
 
 def load_mask(sample: Sample) -> np.ndarray:
-    """The mask as bool (H, W) of the size of the image; an empty mask is valid.
-
-    Raises:
-        DataError: the mask file is damaged or has other values than 0 and 1, or 0 and 255.
-    """
+    """The mask as bool (H, W) of the size of the image; an empty mask is valid."""
     width, height = read_size(sample.image_path, sample.record)
     if sample.mask_path is not None:
         return resize_mask(read_mask(sample.mask_path, sample.record), (height, width))
-    return Outlines(sample.polygons or (), sample.rle).draw((height, width))
-
-
-# ---- Steps that reading, checking and repairing share
+    return rasterise(sample.outlines, (height, width))
 
 
 def different_images(
@@ -114,21 +94,21 @@ def different_images(
             yield entry
             continue
         record = entry.record(aliases[entry.name])
-        message = f"{record} has the name of {first.place} with another ending. Keep one file for each image."
+        fault = f"has the name of {first.place} with another ending. Keep one file for each image."
         if first.image_path == entry.image_path:
             # `record 0` for `annotations.json record 0` where both places are in one file.
             other = first.place.removeprefix(f"{entry.place.split(' ')[0]} ")
-            message = f"{record} names the same image as {other}. Join the two into one record."
-        findings.error("duplicate_record", message, record, entry.file)
+            fault = f"names the same image as {other}. Join the two into one record."
+        findings.error("duplicate_record", f"{record} {fault}", record, entry.file)
 
 
 def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample | None:
     """The sample of an entry, from the headers of its files; None where an error keeps it from being one."""
-    record, outlines, num_errors = entry.record(alias), Outlines(), len(findings.errors)
+    record, outlines, num_errors = entry.record(alias), (), len(findings.of("error"))
     with findings.catching(record):
         if entry.image_path is None:
-            message = f"{record}: its image is missing in images/. Add the file, or remove the record."
-            raise DataError(message, "missing_image")
+            fault = "its image is missing in images/. Add the file, or remove the record."
+            raise DataError(f"{record}: {fault}", "missing_image")
         size = read_size(entry.image_path, f"{record}: image")
         if entry.mask_path is not None:
             try:
@@ -137,18 +117,17 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
                 raise DataError(str(error), "unreadable_mask") from None
             _check_size("mask", mask_size, size, record, findings)
         elif entry.read_label is None:
-            message = f"{record} has no 'mask', and masks/ has no file for it. Add one of the two."
-            raise DataError(message, "missing_label")
+            fault = "has no 'mask', and masks/ has no file for it. Add one of the two."
+            raise DataError(f"{record} {fault}", "missing_label")
         else:
             outlines = read_outlines(entry, size, record, findings)
-    if len(findings.errors) > num_errors:
+    if len(findings.of("error")) > num_errors:
         return None
-    polygons = outlines.polygons if entry.mask_path is None else None
     names = (alias.key, alias.patient, alias.sequence, alias.frame)
-    return Sample(entry.image_path, entry.mask_path, polygons, record, *names, outlines.rle)
+    return Sample(entry.image_path, entry.mask_path, outlines, record, *names)
 
 
-def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> Outlines:
+def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> tuple[Outline, ...]:
     """The outlines of an entry in px of its image, scaled where they were drawn on another size."""
     with findings.catching(record):
         drawn_on = entry.label_size or size
@@ -157,20 +136,16 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
             raise DataError(f"{record}: {fault}", "label_size")
         drawn_on = (int(drawn_on[0]), int(drawn_on[1]))
         _check_size("label", drawn_on, size, record, findings)
-        outlines = entry.read_label(drawn_on, record, findings)
-        if outlines.num_skipped:
-            message = f"{record}: {outlines.num_skipped} polygons with fewer than 3 points enclose nothing."
-            findings.warning("few_points", message, record, count=outlines.num_skipped)
-        return replace(outlines, polygons=scale_polygons(outlines.polygons, drawn_on, size))
-    return Outlines()
+        return scale_polygons(entry.read_label(drawn_on, record, findings), drawn_on, size)
+    return ()
 
 
 def _check_size(kind: str, label: Size, image: Size, record: str, findings: Findings) -> None:
     """Refuses a label of other proportions than its image, and warns where it is scaled."""
-    sizes = f"{record}: the {kind} has {label[0]}×{label[1]} px, its image {image[0]}×{image[1]} px"
+    sizes = f"{label[0]}×{label[1]} px, its image {image[0]}×{image[1]} px"
     # One is the other one scaled, but for rounding to whole px.
     if abs(label[0] * image[1] - label[1] * image[0]) > max(*label, *image) / 2:
         advice = "It was cut or turned in between: bring it to the size of the image, or remove the record."
-        raise DataError(f"{sizes}. {advice}", "label_size")
+        raise DataError(f"{record}: the {kind} has {sizes}. {advice}", "label_size")
     if label != image:
-        findings.warning("scaled_label", f"{sizes}; it is scaled.", record)
+        findings.add("scaled_label", record, sizes=sizes)

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from vesselrl.data.augment import get_augmentation
-from vesselrl.data.check import check_data
+from vesselrl.data.check import DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
 from vesselrl.data.dataset import VesselDataset, contact_sheet
-from vesselrl.data.findings import CODES, DataReport
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
+from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
 from vesselrl.errors import DataError
