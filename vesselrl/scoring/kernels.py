@@ -1,8 +1,7 @@
-"""The compiled loops: the shape of a mask, distances to a border, and the paths that join components.
+"""The compiled loops, which release the GIL; importing them imports numba, so it is done where they are used.
 
-Importing this module imports numba, so it is imported where it is first used. All functions release the GIL.
-The topology functions see the mask as a flat frame with one pixel of background around it: `pixels` are the
-foreground positions in reading order, `steps[k]` leads to neighbour k, which owns bit k of `codes[position]`.
+`frame` is the flat mask with one pixel of background around it, `pixels` the foreground positions in reading
+order; `steps[k]` leads to neighbour k, which owns bit k of `codes[position]`.
 """
 
 import logging
@@ -14,43 +13,33 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 # The eight neighbours of a pixel, counter-clockwise from the east, as (row, column) steps.
-NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+NEIGHBOURS = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)])
 
 # ---- Tables by neighbourhood code, 0 to 255: bits[code, k] is neighbour k ----
 
 BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1
 ORTHOGONAL, DIAGONAL = BITS[:, 0::2], BITS[:, 1::2]
-ENDS = (BITS.sum(axis=1) == 1).astype(np.int64)
+ENDS = BITS.sum(axis=1) == 1
 # Crossing number (steps from background to foreground once around the pixel) of 3 or more: branches meet.
-JUNCTIONS = ((np.roll(BITS, -1, axis=1) > BITS).sum(axis=1) >= 3).astype(np.int64)
+JUNCTIONS = (np.roll(BITS, -1, axis=1) > BITS).sum(axis=1) >= 3
 # Neighbours across a side, and across a corner that cannot be reached by two side steps.
 SIDE_STEPS = ORTHOGONAL.sum(axis=1)
 DIAGONAL_STEPS = (DIAGONAL & ~(ORTHOGONAL | np.roll(ORTHOGONAL, -1, axis=1))).sum(axis=1)
 
 
 def thinning_table() -> np.ndarray:
-    """Which pixels each of the two passes of Guo and Hall (CACM 1989) removes: bool (2, 256).
-
-    The pixel adjoins one run of foreground only, is neither an end nor deep inside, and lies on the side that
-    this pass works on.
-    """
+    """Which pixels each of the two passes of Guo and Hall (CACM 1989) removes: bool (2, 256)."""
     e, ne, n, nw, w, sw, s, se = BITS.T.astype(bool)
     num_runs = sum([~e & (ne | n), ~n & (nw | w), ~w & (sw | s), ~s & (se | e)])
-    pairs_from_corner = sum([ne | e, nw | n, sw | w, se | s])
-    pairs_from_side = sum([n | ne, w | nw, s | sw, e | se])
-    fewer_pairs = np.minimum(pairs_from_corner, pairs_from_side)
-    removable = (num_runs == 1) & (fewer_pairs >= 2) & (fewer_pairs <= 3)
+    num_pairs = np.minimum(sum([ne | e, nw | n, sw | w, se | s]), sum([n | ne, w | nw, s | sw, e | se]))
+    removable = (num_runs == 1) & (num_pairs >= 2) & (num_pairs <= 3)  # neither an end nor deep inside
     return np.stack([removable & ~((ne | n | ~se) & e), removable & ~((sw | s | ~nw) & w)])
 
 
 def touch_table() -> np.ndarray:
-    """Where a new pixel touches the pixels before it in reading order: two directions or -1, int8 (2, 256).
-
-    The north pixel adjoins the three others (west, north-west, north-east), so it stands for all of them.
-    Without it there may be one touch on the west side and a separate one at the north-east corner.
-    """
+    """Where a new pixel touches those before it in reading order: two directions or -1, int8 (2, 256)."""
     _, north_east, north, north_west, west, *_ = BITS.T.astype(bool)
-    first = np.select([north, west, north_west], [2, 4, 3], -1)
+    first = np.select([north, west, north_west], [2, 4, 3], -1)  # north adjoins the three others
     return np.stack([first, np.where(north_east & ~north, 1, -1)]).astype(np.int8)
 
 
@@ -150,31 +139,20 @@ def thin(pixels, codes, steps):
 def measure(frame, num_pixels, shape):
     """Skeleton, (its pixels, side steps, diagonal steps), components, loops, ends, junctions of one mask."""
     row = shape[1] + 2
-    steps = np.empty(8, np.int64)
-    for k in range(8):
-        steps[k] = NEIGHBOURS[k][0] * row + NEIGHBOURS[k][1]
+    steps = NEIGHBOURS[:, 0] * row + NEIGHBOURS[:, 1]
     pixels = foreground_positions(frame, num_pixels)
     codes = neighbourhood_codes(pixels, steps, frame.size)
     num_components, num_loops = components_and_loops(pixels, codes, steps)
     centreline = thin(pixels, codes, steps)
-
     skeleton = np.zeros(shape, np.bool_)
-    branching = np.empty_like(centreline)
-    num_ends, num_branching, num_sides, num_diagonals = 0, 0, 0, 0
     for pixel in centreline:
         skeleton[pixel // row - 1, pixel % row - 1] = True
-        code = codes[pixel]
-        num_ends += ENDS[code]
-        num_sides += SIDE_STEPS[code]
-        num_diagonals += DIAGONAL_STEPS[code]
-        if JUNCTIONS[code]:
-            branching[num_branching] = pixel
-            num_branching += 1
-    branching = branching[:num_branching]
+    codes = codes[centreline]
+    branching = centreline[JUNCTIONS[codes]]
     branching_codes = neighbourhood_codes(branching, steps, frame.size)
     num_junctions, _ = components_and_loops(branching, branching_codes, steps)
-    lengths = centreline.size, num_sides // 2, num_diagonals // 2
-    return skeleton, lengths, num_components, num_loops, num_ends, num_junctions
+    lengths = centreline.size, SIDE_STEPS[codes].sum() // 2, DIAGONAL_STEPS[codes].sum() // 2
+    return skeleton, lengths, num_components, num_loops, ENDS[codes].sum(), num_junctions
 
 
 @_compiled
@@ -204,27 +182,27 @@ def distances_to_border(border, positions):
 
 @_compiled
 def voronoi_labels(candidates, labels, steps):
-    """Label each candidate pixel with the component that is the fewest steps away; find where labels meet.
+    """Label each candidate with the component that is the fewest steps away; find where labels meet.
 
-    Where two labels meet there is a path between the two components; such meetings suffice for the shortest
-    paths between all (Mehlhorn 1988). `candidates` are int32 (N,) flat positions in reading order, `labels`
-    is flat int32 with a border of 0: components from 1 on, 0 elsewhere.
+    Such meetings suffice for the shortest paths between all components (Mehlhorn 1988).
+
+    Args:
+        candidates: int32 (N,), flat positions in reading order.
+        labels: flat int32 with a border of 0, components from 1 on, 0 elsewhere.
+        steps: to the eight neighbours.
 
     Returns:
-        owner: int32 (N,), the label of each candidate; 0: it can be reached from no component.
-        before: int32 (N,), the candidate through which it was reached; -1: from the component itself.
-        one, other, length: int32 (M,), two candidates where labels meet and the pixels of the path through
-            them; instead of the second, -c where component c itself is met.
+        The label of each candidate (0: none reaches it), the candidate through which it was reached (-1: from
+        the component itself), and of each meeting two candidates (the second -c where component c itself is
+        met) and the pixels of the path through them.
     """
-    number = np.zeros(len(labels), np.int32)
-    number[candidates] = np.arange(1, len(candidates) + 1)
-    owner, distance = np.zeros(len(candidates), np.int32), np.zeros(len(candidates), np.int32)
-    before = np.full(len(candidates), -1, np.int32)
-    queue, num_queued = np.empty(len(candidates), np.int32), 0
-    room = 16 * len(candidates)
-    one, other, length = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32)
-    met = 0
-    for i in range(len(candidates)):
+    total, num_queued, done, met = len(candidates), 0, 0, 0
+    number, before = np.zeros(len(labels), np.int32), np.full(total, -1, np.int32)
+    number[candidates] = np.arange(1, total + 1)
+    owner, distance = np.zeros(total, np.int32), np.zeros(total, np.int32)
+    queue, one = np.empty(total, np.int32), np.empty(16 * total, np.int32)
+    other, length = np.empty_like(one), np.empty_like(one)
+    for i in range(total):
         for step in steps:
             component = labels[candidates[i] + step]
             if component != 0 and owner[i] == 0:
@@ -234,7 +212,6 @@ def voronoi_labels(candidates, labels, steps):
             elif component != 0 and owner[i] != component:
                 one[met], other[met], length[met] = i, -component, 1
                 met += 1
-    done = 0
     while done < num_queued:
         i = queue[done]
         done += 1
@@ -252,7 +229,7 @@ def voronoi_labels(candidates, labels, steps):
 
 @_compiled
 def spanning_paths(owner, before, one, other, length, num_components):
-    """Which candidates lie on the shortest paths that join what can be joined (Kruskal 1956); bool (N,)."""
+    """Which candidates lie on the shortest paths that join all that can be joined (Kruskal 1956)."""
     group = np.arange(num_components + 1)
     taken = np.zeros(len(owner), np.bool_)
     for meeting in np.argsort(length, kind="mergesort"):

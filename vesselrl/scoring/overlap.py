@@ -31,46 +31,36 @@ METRIC_SPEC: dict[str, Any] = {
 
 
 def as_mask(mask: Any, name: str = "mask") -> np.ndarray:
-    """Return a mask as a contiguous bool array (H, W); one that is so already is not copied.
+    """Return a mask, an array, nested list or tensor of bool or 0/1, as a contiguous bool array (H, W).
 
-    It may be an array, nested list or torch tensor of bool or 0/1. Everything else is refused with a
-    ValueError that calls it `name`.
+    One that is so already is not copied; all else is refused with a ValueError that calls it `name`.
     """
     if hasattr(mask, "detach"):  # a tensor; torch itself is never imported here
         mask = mask.detach().cpu()
         mask = (mask.float() if mask.is_floating_point() else mask).numpy()  # numpy has no bfloat16
     array = np.asarray(mask)
     if array.ndim != 2:
-        raise ValueError(
-            f"{name} must be two-dimensional (H, W), got shape {array.shape}. "
-            "Pass one mask at a time, without batch or channel axes."
-        )
+        raise ValueError(f"{name} must be one two-dimensional (H, W) mask, got shape {array.shape}.")
     if array.size == 0:
-        raise ValueError(
-            f"{name} has no pixels, got shape {array.shape}. Check how it was cropped or loaded."
-        )
+        raise ValueError(f"{name} has no pixels, got shape {array.shape}. Check how it was loaded.")
     if array.dtype != np.bool_:
         if array.dtype.kind not in "iuf":
-            raise ValueError(
-                f"{name} must be bool or 0/1, got dtype {array.dtype}. Convert it to bool first."
-            )
+            raise ValueError(f"{name} must be bool or 0/1, got dtype {array.dtype}. Convert it to bool.")
         if not np.all((array == 0) | (array == 1)):
             raise ValueError(
-                f"{name} holds values from {array.min()} to {array.max()}, a mask holds only 0 and 1. "
-                f"Threshold it first: pass {name} > 127 for a 0/255 image, {name} > 0.5 for probabilities."
+                f"{name} holds values from {array.min()} to {array.max()}, a mask holds only 0 and 1. Pass "
+                f"{name} > 127 for a 0/255 image, {name} > 0.5 for probabilities."
             )
         array = array.astype(bool)
     return np.ascontiguousarray(array)
 
 
-def as_mask_pair(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return both masks as of `as_mask`; two sizes are refused with a ValueError that names both."""
-    pred, truth = as_mask(pred, "pred"), as_mask(truth, "truth")
+def as_mask_pair(pred: Any, truth: Any, number: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Return both masks as of `as_mask`; a ValueError for two sizes names them by their `number`."""
+    pred, truth = as_mask(pred, f"pred{number}"), as_mask(truth, f"truth{number}")
     if pred.shape != truth.shape:
-        raise ValueError(
-            f"prediction and truth differ in size: prediction {pred.shape}, truth {truth.shape} (H, W). "
-            "Resize the prediction to the size of the truth, never the truth."
-        )
+        sizes = f"prediction{number} {pred.shape}, truth{number} {truth.shape} (H, W)"
+        raise ValueError(f"masks differ in size: {sizes}. Resize the prediction to the size of the truth.")
     return pred, truth
 
 
@@ -93,11 +83,7 @@ def counts(pred: Any, truth: Any) -> Counts:
 
 
 def dice(pred: Any, truth: Any) -> float:
-    """Overlap of two bool or 0/1 masks (H, W), 2·|P∩T| / (|P|+|T|), in [0, 1].
-
-    >>> dice([[1, 1, 0, 0]], [[1, 0, 0, 0]])
-    0.6666666666666666
-    """
+    """Overlap of two bool or 0/1 masks (H, W), 2·|P∩T| / (|P|+|T|), in [0, 1]."""
     return float(dice_from_counts(*counts(pred, truth)[:3]))
 
 

@@ -1,12 +1,7 @@
-"""Masks laid over their image, and the places where a mask breaks the vessel tree.
-
-The colours mean the same in every picture of the project: white is a vessel found, red (vermilion) a vessel
-missed, blue a vessel invented; told apart by the colour-blind too.
-"""
+"""Masks laid over their image, and the places where a mask breaks the vessel tree."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +9,7 @@ import numpy as np
 from vesselrl.scoring.overlap import as_mask, as_mask_pair
 from vesselrl.scoring.topology import topology
 
+# The same in every picture of the project, and told apart by the colour-blind: white, vermilion, blue.
 HIT = (255, 255, 255)
 MISSED = (230, 75, 10)
 INVENTED = (40, 140, 235)
@@ -22,15 +18,12 @@ REACH = 3  # how far beside a missed stretch the prediction may join its two sid
 
 def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
     """Lay a mask over a copy of its image, uint8 (H, W, 3) RGB; without a truth the mask is blue."""
-    mask = as_mask(mask, name="mask")
+    mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
-        raise ValueError(
-            f"overlay needs a uint8 image of shape {(*mask.shape, 3)} for its mask: got {image.dtype} "
-            f"{image.shape}. Use the mask at the size of the original image."
-        )
-    if truth is None:
-        layers = [(mask, INVENTED)]
-    else:
+        needed = f"a uint8 image of shape {(*mask.shape, 3)}, got {image.dtype} {image.shape}"
+        raise ValueError(f"the mask needs {needed}. Use the mask at the size of the original image.")
+    layers = [(mask, INVENTED)]
+    if truth is not None:
         mask, truth = as_mask_pair(mask, truth)
         layers = [(mask & truth, HIT), (truth & ~mask, MISSED), (mask & ~truth, INVENTED)]
     result = image.copy()
@@ -40,40 +33,37 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
     return result
 
 
-@dataclass(frozen=True)
-class TopologyErrors:
+class TopologyErrors(NamedTuple):
     """Where a prediction breaks the vessel tree and where it adds components to it, each as (row, column)."""
 
-    # the middle of each stretch of the truth's centreline that the prediction misses although it finds the
-    # vessel on both sides of it, and does not join the two sides beside it (within REACH)
     breaks: tuple[tuple[int, int], ...]
-    # the middle of each 8-connected component of the prediction that touches no true pixel
     false_pieces: tuple[tuple[int, int], ...]
 
 
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
     """Find the breaks and the false components of a prediction; both masks are bool or 0/1 (H, W).
 
-    A vessel that only ends too early is not a break, nor is one that is missed entirely.
+    A break is a stretch of the true centreline that is missed although the vessel is found on both sides of
+    it, and the sides are not joined within REACH. A false component touches no true pixel.
     """
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton
     found, padded_pred = np.pad(centreline & pred, REACH), np.pad(pred, REACH)
     breaks = []
     for stretch, window in _components(np.pad(centreline & ~pred, REACH), margin=REACH):
-        if _is_break(stretch, found[window], padded_pred[window]):
+        pixels = stretch.astype(np.uint8)
+        contacts = found[window] & (cv2.dilate(pixels, np.ones((3, 3), np.uint8)) > 0)
+        beside = cv2.dilate(pixels, np.ones((2 * REACH + 1, 2 * REACH + 1), np.uint8)) > 0
+        _, labels = cv2.connectedComponents((padded_pred[window] & beside).astype(np.uint8), connectivity=8)
+        if len(np.unique(labels[contacts])) > 1:  # it meets several components of the prediction
             row, column = _middle(stretch, window)
             breaks.append((row - REACH, column - REACH))
-    false_pieces = [
-        _middle(component, window)
-        for component, window in _components(pred)
-        if not (component & truth[window]).any()
-    ]
+    false_pieces = [_middle(*found) for found in _components(pred) if not (found[0] & truth[found[1]]).any()]
     return TopologyErrors(tuple(sorted(breaks)), tuple(sorted(false_pieces)))
 
 
 def _components(mask: np.ndarray, margin: int = 0) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
-    """Each 8-connected component of a mask, as a mask of a window around it."""
+    """Yield each 8-connected component of a mask as a mask of a window around it."""
     count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     for number in range(1, count):
         left, top, width, height = boxes[number, :4].tolist()
@@ -81,17 +71,8 @@ def _components(mask: np.ndarray, margin: int = 0) -> Iterator[tuple[np.ndarray,
         yield labels[window] == number, window
 
 
-def _is_break(stretch: np.ndarray, found: np.ndarray, pred: np.ndarray) -> bool:
-    """True if the found centreline meets the stretch in several components of the prediction near it."""
-    pixels = stretch.astype(np.uint8)
-    contacts = found & (cv2.dilate(pixels, np.ones((3, 3), np.uint8)) > 0)
-    beside = cv2.dilate(pixels, np.ones((2 * REACH + 1, 2 * REACH + 1), np.uint8)) > 0
-    _, labels = cv2.connectedComponents((pred & beside).astype(np.uint8), connectivity=8)
-    return len(np.unique(labels[contacts])) > 1
-
-
 def _middle(region: np.ndarray, window: tuple[slice, slice]) -> tuple[int, int]:
-    """The pixel of a region that is nearest to its centre of mass; the first in reading order if tied."""
+    """Pixel of a region that is nearest to its centre of mass."""
     places = np.argwhere(region)
     nearest = np.argmin(((places - places.mean(axis=0)) ** 2).sum(axis=1))
     return int(places[nearest, 0]) + window[0].start, int(places[nearest, 1]) + window[1].start

@@ -1,9 +1,7 @@
 """From probabilities to the mask that is used: a threshold, then small components go and gaps are closed.
 
-A faint stretch of vessel leaves a gap of a few pixels at the usual threshold. The mask at a lower threshold
-often goes on there, but is too wide everywhere else. So only its bridges are taken: the parts of its
-centreline outside the mask, as wide as it is there. And of these, where gaps are closed, only the shortest
-paths across: the low-threshold mask has twigs and loops that no vessel has.
+A faint stretch leaves a gap where a lower threshold goes on, though too wide and with twigs. So a gap is
+closed along the shortest paths on the centreline of that mask alone, as wide as it is there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +18,7 @@ from vesselrl.scoring.topology import topology
 
 @dataclass(frozen=True)
 class PostProcessing:
-    """The way from probabilities to the mask that is used."""
+    """Threshold, smallest component and closing of gaps, in this order."""
 
     threshold: float = 0.5  # probability above which a pixel is vessel
     min_component_px: int = 0  # smallest 8-connected component that is kept, in px; 0 keeps all
@@ -36,18 +34,17 @@ class PostProcessing:
 
     @property
     def changes_masks(self) -> bool:
-        """Whether anything is done after the threshold."""
+        """Whether more is done than the threshold."""
         return self.min_component_px > 1 or self.close_gaps > 0
 
     def mask(self, probabilities: np.ndarray) -> np.ndarray:
-        """The mask, bool (H, W), of probabilities of that size."""
+        """Return the mask, bool (H, W), of probabilities of that size."""
         return next(self.masks(probabilities, [self.threshold]))
 
     def masks(self, probabilities: np.ndarray, thresholds: Iterable[float]) -> Iterator[np.ndarray]:
-        """The masks of one image at other thresholds than its own."""
+        """Return the masks of one image at other thresholds than its own."""
         postprocess = self.postprocess_for(probabilities)
-        for threshold in thresholds:
-            yield postprocess(probabilities > np.float32(threshold))
+        return (postprocess(probabilities > np.float32(threshold)) for threshold in thresholds)
 
     def postprocess_for(self, probabilities: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
         """Return the function that turns any thresholded mask of one image into the used one."""
@@ -67,15 +64,13 @@ def post_processing(
     close_gaps: float | None = None,
 ) -> PostProcessing:
     """Make masks as asked, or (None) as the run with these settings was trained and validated."""
-    if min_component_px is None:
-        min_component_px = settings.get("min_component_px", 0)
-    if close_gaps is None:
-        close_gaps = settings.get("close_gaps", 0.0)
-    return PostProcessing(threshold, min_component_px, close_gaps)
+    size = settings.get("min_component_px", 0) if min_component_px is None else min_component_px
+    level = settings.get("close_gaps", 0.0) if close_gaps is None else close_gaps
+    return PostProcessing(threshold, size, level)
 
 
 def drop_small_components(mask: Any, min_px: int) -> np.ndarray:
-    """The mask, bool or 0/1 (H, W), without its 8-connected components of fewer than `min_px` pixels."""
+    """Drop the 8-connected components of fewer than `min_px` pixels of a mask, bool or 0/1 (H, W)."""
     mask = as_mask(mask)
     if min_px < 0:
         raise ValueError(f"min_px is {min_px}. Give a number of pixels, 0 or more.")
@@ -88,12 +83,7 @@ def drop_small_components(mask: Any, min_px: int) -> np.ndarray:
 
 
 class LowThresholdMask:
-    """The mask of one image at a lower threshold, and where it reaches across the gaps of other masks.
-
-    Args:
-        probabilities: (H, W) in [0, 1].
-        level: probability above which a pixel belongs to it, in (0, 1).
-    """
+    """The mask of probabilities (H, W) above a low `level`, which reaches across the gaps of other masks."""
 
     def __init__(self, probabilities: np.ndarray, level: float) -> None:
         self._mask = probabilities > np.float32(level)
@@ -105,8 +95,7 @@ class LowThresholdMask:
     def bridges(self, mask: np.ndarray) -> tuple[np.ndarray, int]:
         """Label the bridges beyond a mask, bool (H, W), from 1 to n: int32 (H, W) with 0 elsewhere, and n.
 
-        Each connected part of the centreline outside `mask` is a bridge, with the pixels that are nearest to
-        it and no further from it than the edge of the low-threshold mask.
+        A bridge is a connected part of the centreline outside `mask`, as wide as this mask is there.
         """
         centrelines = self._skeleton & ~mask
         count, parts = cv2.connectedComponents(centrelines.astype(np.uint8), connectivity=8)
@@ -116,23 +105,19 @@ class LowThresholdMask:
         return labels, count - 1
 
     def close(self, mask: np.ndarray) -> np.ndarray:
-        """A mask whose 8-connected components are joined where its centreline touches both, bool (H, W).
-
-        Along the shortest paths on it, as wide as the low-threshold mask is there, and no more of them than
-        it takes: two paths between the same two components would make a loop.
-        """
+        """Join the 8-connected components of a mask, bool (H, W), by no more bridges than it takes."""
         closed = mask.copy()
         closed.flat[self._around(self._paths(mask), mask)[0]] = True
         return closed
 
     def _paths(self, mask: np.ndarray) -> np.ndarray:
-        """The pixels of the centreline that join components of a mask, bool (H, W)."""
+        """Pixels of the centreline on the shortest paths between components of a mask, bool (H, W)."""
         from vesselrl.scoring.kernels import NEIGHBOURS, spanning_paths, voronoi_labels
 
         count, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
         framed, width = np.pad(labels, 1), mask.shape[1] + 2
         candidates = np.flatnonzero(np.pad(self._skeleton & ~mask, 1)).astype(np.int32)
-        steps = np.array([row * width + column for row, column in NEIGHBOURS], np.int32)
+        steps = (NEIGHBOURS @ (width, 1)).astype(np.int32)
         meetings = voronoi_labels(candidates, framed.ravel(), steps)
         on_path = np.zeros(framed.shape, bool)
         on_path.flat[candidates[spanning_paths(*meetings, count - 1)]] = True

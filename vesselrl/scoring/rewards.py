@@ -1,8 +1,7 @@
 """The rewards: one number per predicted mask, and how each term of it was earned; see docs/rewards.md.
 
-Every reward is called as `reward(pred, gt) -> (float, dict)`. For credit assignment it also splits in two
-halves that add up to the call: `overlap_terms` need only pixel counts and work on arrays of counts (one entry
-per "if this pixel flipped"), `structure_terms` need the masks.
+`reward(pred, gt) -> (float, dict)` is for credit assignment also the sum of `overlap_terms`, of pixel counts
+or arrays of them (one entry per "if this pixel flipped"), and `structure_terms`, of masks.
 """
 
 import importlib
@@ -16,18 +15,11 @@ from typing import Any
 import numpy as np
 
 from vesselrl.errors import RewardError
-from vesselrl.scoring.overlap import (
-    as_mask_pair,
-    counts,
-    dice_from_counts,
-    precision_from_counts,
-    recall_from_counts,
-)
+from vesselrl.scoring import overlap
 from vesselrl.scoring.scores import cldice_scores, length_ratio
 from vesselrl.scoring.topology import Topology, check_topology, prototype_topology, topology
 
-# Version of each specification, stored with every result; raise it whenever a formula changes. Version 1 of
-# the default paid for structure in any place, and for predicting nothing where the prediction was poor.
+# Version of each specification, stored with every result; raise it whenever a formula changes.
 SPEC_VERSIONS = {"default": 2, "seed": 1}
 TERM_WEIGHTS = ("dice_weight", "recall_weight", "topology_weight", "length_weight")
 
@@ -40,17 +32,12 @@ CustomReward = Callable[[np.ndarray, np.ndarray], float]  # of two bool masks (H
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """The common part of all rewards: the specification, the user's own term, and the sum over all terms."""
+    """The common part of all rewards: specification, term 10·Dice, the user's own term, sum of all."""
 
-    # "default": bounded, defined for empty masks, pays for structure only where the centrelines agree;
-    # "seed": the prototype's formula, which prefers a bloated mask and punishes a correct empty one
-    spec: str = "default"
-    # the user's function, added as term "custom"
-    custom: CustomReward | None = None
-    # factor on the custom function; not part of the normalisation to 1
-    custom_weight: float = 1.0
-    # not an option: which formulas `spec` stood for, so that results of older ones are not compared
-    spec_version: int = field(init=False)
+    spec: str = "default"  # "seed": the prototype's, which prefers bloated masks, punishes right empty ones
+    custom: CustomReward | None = None  # the user's function, added as term "custom"
+    custom_weight: float = 1.0  # not part of the normalisation to 1
+    spec_version: int = field(init=False)  # so that results of older formulas are not compared
 
     def __post_init__(self) -> None:
         if self.spec not in SPEC_VERSIONS:
@@ -68,8 +55,8 @@ class Reward:
             1 in spec "default" and 0 in "seed"), every weighted term as `<name>_term`, and what the custom
             function returned as custom_score. The terms add up to the reward.
         """
-        pred, gt = as_mask_pair(pred, gt)
-        tp, fp, fn, _ = counts(pred, gt)
+        pred, gt = overlap.as_mask_pair(pred, gt)
+        tp, fp, fn, _ = overlap.counts(pred, gt)
         terms = {name: float(term) for name, term in self.overlap_terms(tp, fp, fn).items()}
         terms.update(self.structure_terms(pred, gt, gt_topology))
         details = {name: float(score) for name, score in self.overlap_scores(tp, fp, fn).items()}
@@ -83,22 +70,21 @@ class Reward:
         """Dice, recall, precision, unweighted, elementwise over counts; both masks empty: 1 ("seed": 0)."""
         empty = 0.0 if self.spec == "seed" else 1.0
         return {
-            "dice": dice_from_counts(tp, fp, fn, empty),
-            "recall": recall_from_counts(tp, fn, empty),
-            "precision": precision_from_counts(tp, fp, fn, empty),
+            "dice": overlap.dice_from_counts(tp, fp, fn, empty),
+            "recall": overlap.recall_from_counts(tp, fn, empty),
+            "precision": overlap.precision_from_counts(tp, fp, fn, empty),
         }
 
     def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
-        """Weighted terms that depend on pixel counts only, for numbers or float arrays of counts."""
-        raise NotImplementedError
+        """Weighted terms of pixel counts, elementwise over numbers or float arrays of them."""
+        return {"dice": 10 * self.overlap_scores(tp, fp, fn)["dice"]}
 
     def structure_terms(self, pred: Any, gt: Any, gt_topology: Topology | None = None) -> dict[str, float]:
-        """Weighted terms that depend on the shape of the masks: topology, length, and the custom function."""
-        pred, gt = as_mask_pair(pred, gt)
+        """Weighted terms of the shape of the masks, bool or 0/1 (H, W): topology, length, custom."""
+        pred, gt = overlap.as_mask_pair(pred, gt)
         terms = self._shape_terms(pred, gt, gt_topology)
         if self.custom is not None:
-            # At weight 0 it is worth nothing and may be slow.
-            weight = self.custom_weight
+            weight = self.custom_weight  # at 0 it is worth nothing and may be slow
             terms["custom"] = weight * self._call_custom(pred, gt) if weight else 0.0
         return terms
 
@@ -106,11 +92,11 @@ class Reward:
         return {}
 
     def _call_custom(self, pred: np.ndarray, gt: np.ndarray) -> float:
-        """Call the user's function on copies; whatever goes wrong inside it is reported under its name."""
+        """Call the user's function on copies, and report what goes wrong under its name."""
         name = getattr(self.custom, "__qualname__", repr(self.custom))
         try:
             value = self.custom(pred.copy(), gt.copy())
-        except Exception as error:  # the user's code can raise anything; it is passed on, never swallowed
+        except Exception as error:  # the user's code can raise anything
             problem = f"{type(error).__name__}: {error}"
             raise RewardError(f"custom reward {name} failed with {problem}. Fix the function.") from error
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
@@ -180,10 +166,6 @@ class MultiObjectiveReward(Reward):
 class SimpleDiceReward(Reward):
     """Dice alone, 10·Dice, in [0, 10]: nearly blind to lost or broken thin vessels, which hold few pixels."""
 
-    def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
-        """Weighted term dice, elementwise over counts."""
-        return {"dice": 10 * self.overlap_scores(tp, fp, fn)["dice"]}
-
 
 @dataclass(frozen=True)
 class RecallFocusedReward(Reward):
@@ -210,6 +192,8 @@ class RecallFocusedReward(Reward):
         return _dice_recall_guard(self, (tp, fp, fn), weights, slopes=(30, 10))
 
 
+# ---- Making a reward ----
+
 _REWARDS: dict[str, type[Reward]] = {
     "multi_objective": MultiObjectiveReward,
     "simple_dice": SimpleDiceReward,
@@ -217,23 +201,17 @@ _REWARDS: dict[str, type[Reward]] = {
 }
 
 
-# ---- Making a reward ----
-
-
 def get_reward_function(reward_type: str = "multi_objective", **options: Any) -> Reward:
     """Make the reward multi_objective, simple_dice or recall_focused from options of `MultiObjectiveReward`.
 
-    An option that another reward has no use for is left out, so the same options serve all three. The four
-    term weights belong to multi_objective alone: recall_focused keeps its own recall_weight of 0.7.
+    Options without a use are left out. recall_focused keeps its own recall_weight of 0.7.
     """
     if reward_type not in _REWARDS:
         raise ValueError(f"unknown reward_type {reward_type!r}. Choose one of: {', '.join(_REWARDS)}.")
     known = _options_of(MultiObjectiveReward)
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise ValueError(
-            f"unknown reward option: {', '.join(unknown)}. Choose from: {', '.join(sorted(known))}."
-        )
+    if unknown := sorted(options.keys() - known):
+        choices = ", ".join(sorted(known))
+        raise ValueError(f"unknown reward option: {', '.join(unknown)}. Choose from: {choices}.")
     reward_class = _REWARDS[reward_type]
     used = _options_of(reward_class)
     if reward_class is RecallFocusedReward:
@@ -262,10 +240,8 @@ def import_function(name: str) -> CustomReward:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's module can raise anything
-        raise ValueError(
-            f"--reward_fn {name}: the module cannot be imported ({type(error).__name__}: {error}). "
-            "It is looked for in the folders of PYTHONPATH."
-        ) from error
+        problem = f"--reward_fn {name}: the module cannot be imported ({type(error).__name__}: {error})"
+        raise ValueError(f"{problem}. Put its folder on PYTHONPATH.") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"--reward_fn {name}: {module_name} has no function {function_name!r}.")
@@ -289,27 +265,19 @@ def _check_range(low: float, high: float, **numbers: float) -> None:
 
 
 def _dice_recall_guard(reward: Any, pixel_counts: tuple, weights: tuple, slopes: tuple) -> dict:
-    """Weighted terms dice, recall (slopes below and above the target) and, in spec "default", the guard."""
+    """Terms dice, recall (slopes below and above the target) and, in spec "default", precision."""
     (tp, fp, fn), (dice_weight, recall_weight) = pixel_counts, weights
     scores = reward.overlap_scores(tp, fp, fn)
     recall, target = scores["recall"], reward.recall_target
     recall_term = (recall - target) * np.where(recall < target, *slopes)
     terms = {"dice": dice_weight * 10 * scores["dice"], "recall": recall_weight * recall_term}
     if reward.spec == "default":
-        terms["precision"] = reward.precision_weight * _precision_guard(tp, fp, fn, reward.precision_target)
+        # The share is near 1 for a bloated mask and near 0 for a small one: no reason to predict nothing.
+        predicted, true = (np.square(area, dtype=np.float64) for area in (tp + fp, tp + fn))
+        share = predicted / np.where(predicted + true > 0, predicted + true, 1)
+        lack = np.minimum(0.0, overlap.precision_from_counts(tp, fp, fn=0) - reward.precision_target)
+        terms["precision"] = reward.precision_weight * (10 * share * lack)
     return terms
-
-
-def _precision_guard(tp: Any, fp: Any, fn: Any, target: float) -> np.ndarray:
-    """-10·s·max(0, target - P) with s = A²/(1+A²), A the predicted area over the true one.
-
-    s is 1/2 for a mask of the right size, near 1 for a bloated one and near 0 for a small one, so that the
-    guard is no reason to predict nothing. An empty prediction raises no false alarm and pays nothing.
-    """
-    tp, fp, fn = (np.asarray(count, np.float64) for count in (tp, fp, fn))
-    predicted, true = (tp + fp) ** 2, (tp + fn) ** 2
-    share = predicted / np.where(predicted + true > 0, predicted + true, 1)
-    return 10 * share * np.minimum(0.0, precision_from_counts(tp, fp, fn=0) - target)
 
 
 def _shape_scores(pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> tuple[float, float]:
@@ -320,18 +288,12 @@ def _shape_scores(pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None
     gate = cldice_scores(pred, gt, pred_shape, truth_shape)["cldice"]
     if gate == 0:
         return 0.0, -1.0
-    topology_agreement = (
-        0.4 * _count_agreement(pred_shape.num_components, truth_shape.num_components)
-        + 0.4 * _count_agreement(pred_shape.num_junctions, truth_shape.num_junctions)
-        + 0.2 * _count_agreement(pred_shape.num_ends, truth_shape.num_ends)
-    )
+    names = ("num_components", "num_junctions", "num_ends")
+    pairs = [(getattr(pred_shape, name), getattr(truth_shape, name)) for name in names]
+    components, junctions, ends = ((1 + min(pair)) / (1 + max(pair)) for pair in pairs)
+    topology_agreement = 0.4 * components + 0.4 * junctions + 0.2 * ends
     length_agreement = 1 - min(abs(1 - length_ratio(pred_shape, truth_shape)), 1.0)
     return gate * topology_agreement, gate * length_agreement - 1
-
-
-def _count_agreement(first: int, second: int) -> float:
-    """(1+smaller) / (1+larger) in (0, 1]: 1 only for equal counts, and no cliff where a count is 0."""
-    return (1 + min(first, second)) / (1 + max(first, second))
 
 
 def _prototype_shape_scores(pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> tuple:
@@ -353,6 +315,5 @@ def _prototype_shape_scores(pred: np.ndarray, gt: np.ndarray, gt_topology: Topol
         junction_score = min(pred_shape.num_junctions / truth_shape.num_junctions, 1.0)
     end_score = 1.0 if pred_shape.num_ends == 0 else 0.5
     if truth_shape.num_ends > 0:
-        end_error = abs(pred_shape.num_ends - truth_shape.num_ends)
-        end_score = 1 - min(end_error / truth_shape.num_ends, 1.0)
+        end_score = 1 - min(abs(pred_shape.num_ends - truth_shape.num_ends) / truth_shape.num_ends, 1.0)
     return 0.4 * component_score + 0.4 * junction_score + 0.2 * end_score, length_score

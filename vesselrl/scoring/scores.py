@@ -1,26 +1,20 @@
 """All scores of a prediction, one dict per mask, and the parts of a truth that are computed once."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 
-from vesselrl.scoring.overlap import (
-    METRIC_SPEC,
-    as_mask,
-    as_mask_pair,
-    counts,
-    overlap_scores,
-    recall_from_counts,
-)
-from vesselrl.scoring.surface import Surface, surface, surface_scores
+from vesselrl.scoring.overlap import METRIC_SPEC, as_mask, as_mask_pair, counts, overlap_scores
 from vesselrl.scoring.topology import Topology, check_topology, topology
 
-VESSEL_WIDTHS = ("thin", "medium", "thick")
+TOLERANCE_PX: float = METRIC_SPEC["nsd_tolerance_px"]
 
 
 def score_mask(pred: Any, truth: Any, truth_topology: Topology | None = None) -> dict[str, float]:
@@ -58,9 +52,7 @@ def cldice(pred: Any, truth: Any) -> float:
     return cldice_scores(pred, truth, topology(pred), topology(truth))["cldice"]
 
 
-def cldice_scores(
-    pred: np.ndarray, truth: np.ndarray, pred_shape: Topology, truth_shape: Topology
-) -> dict[str, float]:
+def cldice_scores(pred: np.ndarray, truth: np.ndarray, pred_shape: Topology, truth_shape: Topology) -> dict:
     """cldice, tprec and tsens of two bool masks whose topologies are known; both empty 1, one empty 0."""
     if pred_shape.length_px == 0 or truth_shape.length_px == 0:
         agree = float(pred_shape.length_px == truth_shape.length_px)
@@ -74,7 +66,7 @@ def cldice_scores(
 def length_ratio(pred: Topology, truth: Topology) -> float:
     """Centreline length of the prediction over that of the truth; both empty 1, only the truth empty nan."""
     if truth.length_px == 0:
-        return 1.0 if pred.length_px == 0 else float("nan")
+        return 1.0 if pred.length_px == 0 else math.nan
     return pred.length_px / truth.length_px
 
 
@@ -91,24 +83,18 @@ def width_map(truth: Any, skeleton: np.ndarray | None = None) -> np.ndarray:
     from scipy.ndimage import distance_transform_edt
 
     truth = as_mask(truth, "truth")
-    classes = np.zeros(truth.shape, np.uint8)
     if not truth.any():
-        return classes
-    if skeleton is None:
-        skeleton = topology(truth).skeleton
+        return np.zeros(truth.shape, np.uint8)
+    skeleton = topology(truth).skeleton if skeleton is None else skeleton
     widths = np.ones(truth.shape, np.uint8)
     widths[covered_by_discs(truth, METRIC_SPEC["calibre_medium_from_px"])] = 2
     widths[covered_by_discs(truth, METRIC_SPEC["calibre_thick_from_px"])] = 3
     nearest = distance_transform_edt(~skeleton, return_distances=False, return_indices=True)
-    classes[truth] = widths[tuple(nearest)][truth]
-    return classes
+    return widths[tuple(nearest)] * truth
 
 
 def covered_by_discs(mask: np.ndarray, diameter_px: int) -> np.ndarray:
-    """Pixels of a bool mask (H, W) that some disc of an odd diameter inside the mask covers; bool (H, W).
-
-    An odd disc sits on a pixel: one of 5 px does not fit into a bar of 4 px.
-    """
+    """Pixels of a bool mask (H, W) that some disc inside it, of an odd diameter, covers; bool (H, W)."""
 
     def distance(pixels: np.ndarray) -> np.ndarray:
         return cv2.distanceTransform(pixels.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
@@ -119,55 +105,96 @@ def covered_by_discs(mask: np.ndarray, diameter_px: int) -> np.ndarray:
 
 def recall_by_width(pred: Any, classes: np.ndarray) -> dict[str, float]:
     """Share of the thin, medium and thick truth (`width_map`) that was found; nan where there is none."""
-    pred = as_mask(pred, "pred")
-    if pred.shape != classes.shape:
-        raise ValueError(
-            f"prediction {pred.shape} and width map {classes.shape} differ in size (H, W). "
-            "Pass width_map(truth) of the same image."
-        )
+    pred = _of_size(pred, classes.shape, "width_map")
     present = np.bincount(classes.ravel(), minlength=4)
     found = np.bincount(classes[pred], minlength=4)
-    shares = recall_from_counts(found, present - found)
-    return {f"recall_{name}": float(share) for name, share in zip(VESSEL_WIDTHS, shares[1:], strict=True)}
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        shares = found[1:] / present[1:]
+    return dict(zip(("recall_thin", "recall_medium", "recall_thick"), shares.tolist(), strict=True))
+
+
+def _of_size(pred: Any, shape: tuple[int, ...], function: str) -> np.ndarray:
+    pred = as_mask(pred, "pred")
+    if pred.shape != shape:
+        sizes = f"prediction {pred.shape} and {function}(truth) {shape}"
+        raise ValueError(f"{sizes} differ in size (H, W). Pass {function}(truth) of the same image.")
+    return pred
+
+
+# ---- Distances between borders, defined as in MONAI; tools that measure on a half-pixel grid differ ----
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """The border of one mask and how far every pixel is from it."""
+
+    positions: np.ndarray  # flat positions of the border pixels, in reading order
+    distance: np.ndarray  # float32 (H, W), exact, in pixels; of no meaning where the mask is empty
+
+
+def surface(mask: Any) -> Surface:
+    """Border and distance map of a mask, bool or 0/1 (H, W)."""
+    border = border_of(as_mask(mask))
+    distance = cv2.distanceTransform((~border).view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return Surface(np.flatnonzero(border), distance)
+
+
+def border_of(mask: np.ndarray) -> np.ndarray:
+    """Foreground pixels with a background 4-neighbour, bool (H, W); outside the image is background."""
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    inside = cv2.erode(mask.view(np.uint8), cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    return mask & ~inside.view(bool)
+
+
+def surface_scores(pred: Any, truth: Surface, tolerance_px: float = TOLERANCE_PX) -> dict[str, float]:
+    """HD95 and normalised surface Dice of one prediction, bool or 0/1 (H, W).
+
+    hd95 is the larger of the two directed 95th percentiles, in pixels: 0 for two empty masks, the diagonal of
+    the image for exactly one. nsd is the share of both borders within `tolerance_px` of the other one, in
+    [0, 1]: 1 for two empty masks, 0 for exactly one.
+    """
+    from vesselrl.scoring.kernels import distances_to_border
+
+    pred = _of_size(pred, truth.distance.shape, "surface")
+    if not tolerance_px >= 0:
+        raise ValueError(f"tolerance_px must be at least 0, got {tolerance_px}.")
+    border = border_of(pred)
+    positions = np.flatnonzero(border)
+    if positions.size == 0 or truth.positions.size == 0:
+        both_empty = positions.size == truth.positions.size
+        return {"hd95": 0.0 if both_empty else math.hypot(*pred.shape), "nsd": float(both_empty)}
+    to_truth = _exact(truth.distance.ravel()[positions])
+    to_pred = _exact(distances_to_border(border, truth.positions))
+    num_close = np.count_nonzero(to_truth <= tolerance_px) + np.count_nonzero(to_pred <= tolerance_px)
+    return {
+        "hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))),
+        "nsd": float(num_close / (to_truth.size + to_pred.size)),
+    }
+
+
+def _exact(distances: np.ndarray) -> np.ndarray:
+    """The float64 distances whose squares are whole; OpenCV's last bit differs from run to run."""
+    return np.sqrt(np.rint(np.square(distances, dtype=np.float64)))
 
 
 # ---- The truth's part, computed once per content ----
 
 
 class Truth:
-    """A true mask, bool (H, W), and its parts, each computed when it is first asked for."""
+    """A true mask, bool (H, W), and its topology, surface and widths, each computed when first asked for."""
 
-    def __init__(self, mask: Any) -> None:
-        self.mask = as_mask(mask, "truth")
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = mask
 
-    @functools.cached_property
-    def topology(self) -> Topology:
-        """Centreline and shape counts."""
-        return topology(self.mask)
-
-    @functools.cached_property
-    def surface(self) -> Surface:
-        """Border and distance map."""
-        return surface(self.mask)
-
-    @functools.cached_property
-    def widths(self) -> np.ndarray:
-        """Width class of every pixel, uint8 (H, W)."""
-        return width_map(self.mask, self.topology.skeleton)
+    topology = functools.cached_property(lambda self: topology(self.mask))
+    surface = functools.cached_property(lambda self: surface(self.mask))
+    widths = functools.cached_property(lambda self: width_map(self.mask, self.topology.skeleton))
 
 
 def cached_truth(mask: Any) -> Truth:
-    """The `Truth` of a mask, bool or 0/1 (H, W); equal masks share one, so its parts are computed once.
-
-    It is found by content, and holds its own copy of the mask.
-    """
+    """The `Truth` of a mask, bool or 0/1 (H, W); masks of equal content share one, with its own copy."""
     mask = as_mask(mask, "truth")
     return _truth_of(mask.shape, np.packbits(mask).tobytes())
-
-
-def clear_truth_cache() -> None:
-    """Drop every kept truth; for measurements that must include the truth's part."""
-    _truth_of.cache_clear()
 
 
 @functools.lru_cache(maxsize=32)  # a truth of 512 x 512 with all its parts takes 2 MB
@@ -176,15 +203,17 @@ def _truth_of(shape: tuple[int, int], bits: bytes) -> Truth:
     return Truth(pixels.reshape(shape).astype(bool))
 
 
+def clear_truth_cache() -> None:
+    """Drop every kept truth; for measurements that must include the truth's part."""
+    _truth_of.cache_clear()
+
+
 def evaluation_scores(pred: Any, truth: Any) -> dict[str, float]:
     """The scores of `score_mask`, `surface_scores` and `recall_by_width` of two bool or 0/1 masks (H, W)."""
     pred, truth = as_mask_pair(pred, truth)
     cached = cached_truth(truth)
-    return {
-        **score_mask(pred, truth, cached.topology),
-        **surface_scores(pred, cached.surface),
-        **recall_by_width(pred, cached.widths),
-    }
+    scores = score_mask(pred, truth, cached.topology) | surface_scores(pred, cached.surface)
+    return scores | recall_by_width(pred, cached.widths)
 
 
 # ---- Many masks over threads: the compiled kernels, NumPy and OpenCV release the GIL while they work ----
@@ -198,21 +227,15 @@ def score_masks(
     Each gets its `score_mask`, or with `evaluation` its `evaluation_scores`, which are several times slower.
     """
     if len(preds) != len(truths):
-        raise ValueError(
-            f"got {len(preds)} predictions for {len(truths)} truths. Pass one truth per prediction."
-        )
-    preds = [as_mask(mask, f"pred {i}") for i, mask in enumerate(preds)]
-    truths = [as_mask(mask, f"truth {i}") for i, mask in enumerate(truths)]
-    for i, (pred, truth) in enumerate(zip(preds, truths, strict=True)):
-        if pred.shape != truth.shape:
-            raise ValueError(
-                f"pred {i} is {pred.shape}, truth {i} is {truth.shape} (H, W). Resize the prediction."
-            )
+        raise ValueError(f"got {len(preds)} predictions for {len(truths)} truths. Pass one truth for each.")
+    pairs = [
+        as_mask_pair(pred, truth, f" {i}") for i, (pred, truth) in enumerate(zip(preds, truths, strict=True))
+    ]
 
-    def score(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-        return score_mask(pred, truth, cached_truth(truth).topology)
+    def score(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+        return evaluation_scores(*pair) if evaluation else score_mask(*pair, cached_truth(pair[1]).topology)
 
-    return in_threads(evaluation_scores if evaluation else score, preds, truths, num_threads=num_threads)
+    return in_threads(score, pairs, num_threads=num_threads)
 
 
 def in_threads(function: Callable, *arguments: Sequence[Any], num_threads: int | None = None) -> list:

@@ -35,10 +35,10 @@ def topology(mask: Any) -> Topology:
 
 
 def prototype_topology(mask: Any) -> Topology:
-    """Measure a mask the way the prototype's reward did; for reward spec "seed" only.
+    """Measure a mask the way the prototype's reward did (spec "seed").
 
-    Zhang-Suen skeleton of scikit-image, components of the skeleton, and as junction every single skeleton
-    pixel with three or more neighbours, so one crossing counts several times. The border mirrors the image.
+    Zhang-Suen skeleton, components of the skeleton, and as junction every single skeleton pixel with three
+    or more neighbours, so one crossing counts several times. The border mirrors the image.
     """
     from skimage.morphology import skeletonize
 
@@ -57,14 +57,10 @@ def prototype_topology(mask: Any) -> Topology:
 
 
 def check_topology(shape: Topology, mask: np.ndarray) -> None:
-    """Refuse a topology that cannot be of this mask, or that follows other definitions than `METRIC_SPEC`."""
+    """Refuse a topology of another size than this mask, or by other definitions than `METRIC_SPEC`."""
     if shape.skeleton.shape != mask.shape:
-        raise ValueError(
-            f"the given topology has size {shape.skeleton.shape}, the mask has {mask.shape} (H, W). "
-            "Pass topology(truth) of the same image."
-        )
+        sizes = f"{shape.skeleton.shape}, the mask has {mask.shape} (H, W)"
+        raise ValueError(f"the given topology has size {sizes}. Pass topology(truth) of the same image.")
     if shape.thinning != METRIC_SPEC["skeleton"]:
-        raise ValueError(
-            f"the given topology comes from {shape.thinning!r} thinning, not {METRIC_SPEC['skeleton']!r}. "
-            "Pass topology(truth)."
-        )
+        names = f"{shape.thinning!r} thinning, not {METRIC_SPEC['skeleton']!r}"
+        raise ValueError(f"the given topology comes from {names}. Pass topology(truth).")
