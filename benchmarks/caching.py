@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from benchmarks import run
-from vesselrl.data.dataset import VesselDataset
+from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import Sample, find_samples
 from vesselrl.data.splits import take
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.synthetic.dataset import builtin_data
-from vesselrl.training.batches import BatchSource
 from vesselrl.training.checkpoint import with_values
 from vesselrl.training.policy import FeatureStore, MaskPolicy
 from vesselrl.training.setup import load_policy

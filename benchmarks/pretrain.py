@@ -27,7 +27,7 @@ from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, upsample
 from vesselrl.synthetic.dataset import SOURCE, TARGET, draw_sequence
 from vesselrl.synthetic.rendering import Domain
-from vesselrl.training.batches import warm_cosine
+from vesselrl.training.setup import warm_cosine
 from vesselrl.training.supervised import mask_loss
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,14 @@ from skimage.measure import label
 from skimage.morphology import skeletonize
 
 from benchmarks import run
-from vesselrl.scoring.scores import cached_truth, clear_truth_cache, in_threads, score_masks
-from vesselrl.scoring.surface import TOLERANCE_PX, surface_scores
+from vesselrl.scoring.scores import (
+    TOLERANCE_PX,
+    cached_truth,
+    clear_truth_cache,
+    in_threads,
+    score_masks,
+    surface_scores,
+)
 from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 # Lowest ratio that is accepted, by variant, and the variant that it is compared with.

@@ -19,9 +19,10 @@ from vesselrl.scoring.scores import (
     recall_by_width,
     score_mask,
     score_masks,
+    surface,
+    surface_scores,
     width_map,
 )
-from vesselrl.scoring.surface import surface, surface_scores
 from vesselrl.scoring.topology import prototype_topology, topology
 from vesselrl.synthetic.dataset import TARGET, draw_sequence
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from vesselrl.scoring.surface import TOLERANCE_PX, border_of, surface, surface_scores
+from vesselrl.scoring.scores import TOLERANCE_PX, border_of, surface, surface_scores
 
 EMPTY = np.zeros((30, 40), bool)
 BAR = EMPTY.copy()

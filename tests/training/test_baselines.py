@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
 from vesselrl.evaluation.compare import compare_runs, load_runs
@@ -17,7 +18,6 @@ from vesselrl.experiment.config import get_preset
 from vesselrl.scoring.overlap import dice
 from vesselrl.training import train as training
 from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.supervised import SupervisedUpdate, flip, mask_cldice_loss, mask_loss
 
 CONTROLS = ("unet", "frangi")

@@ -15,7 +15,6 @@ from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, TrainConfig, get_preset
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.training import supervised
-from vesselrl.training.batches import warm_cosine
 from vesselrl.training.health import (
     FLAT_VALIDATIONS,
     MAX_CORRECTIONS,
@@ -26,6 +25,7 @@ from vesselrl.training.health import (
     check_finite_gradients,
 )
 from vesselrl.training.logging import Monitor
+from vesselrl.training.setup import warm_cosine
 from vesselrl.training.train import TrainResult, train
 
 # Metrics as a run that gains has them.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
 from vesselrl.experiment.config import get_preset
 from vesselrl.models.checkpoint import load_sa2va
@@ -16,7 +17,6 @@ from vesselrl.scoring.overlap import dice
 from vesselrl.scoring.rewards import MultiObjectiveReward, Reward, SimpleDiceReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate

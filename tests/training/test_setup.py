@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vesselrl.data.augment import get_augmentation
-from vesselrl.data.dataset import VesselDataset
+from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import Split, write_split
 from vesselrl.errors import DataError
@@ -15,8 +15,7 @@ from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
-from vesselrl.training.batches import BatchSource, staged_warm_cosine, warm_cosine
-from vesselrl.training.setup import RunData, prepare_data
+from vesselrl.training.setup import RunData, prepare_data, staged_warm_cosine, warm_cosine
 
 # ---- Data
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.results import read_evaluation
 from vesselrl.experiment.config import get_preset
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.train import TrainResult, train
 

@@ -1,6 +1,8 @@
-"""Samples as a torch data set, loaded when they are asked for; and many of them on one contact sheet."""
+"""Samples as a torch data set, its batches in a seeded order, and a contact sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -11,9 +13,11 @@ from torch.utils.data import Dataset
 from vesselrl.data.augment import Augmentation, get_augmentation
 from vesselrl.data.augment import augment as augment_image
 from vesselrl.data.check import foreground_shares
+from vesselrl.data.curriculum import open_samples
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
+from vesselrl.scoring.topology import Topology, topology
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
 UNCHANGED = get_augmentation("none")
@@ -60,6 +64,81 @@ class VesselDataset(Dataset):
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The indices 0 … n − 1 in a random order that depends on seed and epoch alone."""
     return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """B images with their truth; sizes may differ."""
+
+    keys: list[str]  # pseudonyms, for caches
+    images: list[np.ndarray]  # uint8 (H, W, 3)
+    truths: list[np.ndarray]  # bool (H, W)
+    topologies: list[Topology]  # of the truths
+
+
+class BatchSource:
+    """Batches of a data set, epoch by epoch, each pass over the data in another order.
+
+    Seed and epoch decide order and augmentation. With `difficulties` easy images come first, see
+    `open_samples`. The truth's topology is computed once, or anew where augmentation changes the truth.
+    """
+
+    def __init__(
+        self,
+        dataset: VesselDataset,
+        batch_size: int,
+        seed: int,
+        num_epochs: int = 1,
+        difficulties: Sequence[float] | None = None,
+        num_passes: Callable[[int], int] = lambda epoch: 1,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_epochs = num_epochs
+        self.difficulties = difficulties
+        self.num_passes = num_passes
+        self._topologies: dict[str, Topology] = {}
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of one epoch, counted from 1."""
+        return self.num_passes(epoch) * -(-len(self._open(epoch)) // self.batch_size)
+
+    @cached_property
+    def num_steps(self) -> int:
+        """Batches of all epochs."""
+        return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
+        """Batches of one epoch, counted from 1, without the first `skip` of them.
+
+        The order depends on seed and epoch alone; the first pass is the same whatever the number of passes.
+        """
+        opened = self._open(epoch)
+        per_pass = self.num_batches(epoch) // self.num_passes(epoch)
+        for number in range(skip // per_pass, self.num_passes(epoch)):
+            # Like no other pass's, this number decides order and augmentation.
+            one_pass = epoch + number * self.num_epochs
+            order = [opened[k] for k in epoch_order(len(opened), self.seed, one_pass)]
+            first = skip % per_pass if number == skip // per_pass else 0
+            for start in range(first * self.batch_size, len(order), self.batch_size):
+                items = [self.dataset.augmented(k, one_pass) for k in order[start : start + self.batch_size]]
+                images, truths, samples = map(list, zip(*items, strict=True))
+                keys = [sample.key for sample in samples]
+                yield TrainBatch(keys, images, truths, [*map(self._topology, keys, truths)])
+
+    def _open(self, epoch: int) -> Sequence[int]:
+        """The images that an epoch shows."""
+        if self.difficulties is None:
+            return range(len(self.dataset))
+        return open_samples(self.difficulties, epoch, self.num_epochs)
+
+    def _topology(self, key: str, mask: np.ndarray) -> Topology:
+        if not self.dataset.augmentation.is_none:
+            return topology(mask)
+        if key not in self._topologies:
+            self._topologies[key] = topology(mask)
+        return self._topologies[key]
 
 
 def contact_sheet(items: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.models.processing import Sa2VAInputs
@@ -25,7 +26,6 @@ from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
 from vesselrl.training.health import check_finite, check_moved
 from vesselrl.training.policy import MaskPolicy, sample_masks

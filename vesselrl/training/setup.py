@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from PIL import Image
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.check import DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
-from vesselrl.data.dataset import VesselDataset, contact_sheet
+from vesselrl.data.dataset import BatchSource, VesselDataset, contact_sheet
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
@@ -35,7 +35,6 @@ from vesselrl.models.miniature import random_checkpoint
 from vesselrl.scoring.rewards import Reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
-from vesselrl.training.batches import BatchSource
 from vesselrl.training.checkpoint import Model
 from vesselrl.training.health import check_finite_gradients
 from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
@@ -273,3 +272,30 @@ def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | Non
     logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
     encoder_hash = weights_hash(policy.model.sam.vision_encoder)
     return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
+
+
+def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
+    """Factor on the peak rate for a step from 0: linear warm-up, then a half cosine from 1 down to 0.
+
+    >>> [round(warm_cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup = max(1, round(num_steps * warmup_share))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def staged_warm_cosine(step: int, stages: Sequence[tuple[int, float]], warmup_share: float) -> float:
+    """Learning rate of a training in stages of (number of steps, peak rate), a warm cosine for each.
+
+    >>> [round(staged_warm_cosine(step, [(10, 1.0), (10, 0.1)], 0.2), 2) for step in (1, 6, 10, 11, 16)]
+    [1.0, 0.5, 0.05, 0.1, 0.05]
+    """
+    for num_steps, _ in stages[:-1]:
+        if step < num_steps:
+            break
+        step, stages = step - num_steps, stages[1:]
+    num_steps, peak = stages[0]
+    return peak * warm_cosine(step, num_steps, warmup_share)

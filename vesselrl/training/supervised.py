@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.training.batches import TrainBatch
 from vesselrl.training.checkpoint import Model
 from vesselrl.training.health import check_finite, check_moved
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from vesselrl.data.dataset import VesselDataset
+from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import Sample
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.evaluation.evaluate import evaluate
@@ -29,11 +29,11 @@ from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
-from vesselrl.training.batches import BatchSource, staged_warm_cosine
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
 from vesselrl.training.health import Health
 from vesselrl.training.logging import Monitor, check_wandb
 from vesselrl.training.ppo import PPOUpdate
+from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
