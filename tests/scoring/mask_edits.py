@@ -1,4 +1,4 @@
-"""Random edits of a mask, such as a model's mistakes: `edit(rng, mask) -> mask`, both bool (H, W)."""
+"""Masks, bool (H, W): random pairs, and edits such as a model's mistakes, `edit(rng, mask) -> mask`."""
 
 import cv2
 import numpy as np
@@ -6,25 +6,27 @@ import numpy as np
 from vesselrl.scoring.topology import topology
 
 
-def ellipse(size):
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size))
+def random_pairs(number=12):
+    """(prediction, truth): blobs of odd sizes, also at the image border, and a noisy copy, in turn."""
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        shape = 2 * rng.integers(8, 40, size=2) + 1
+        truth = cv2.GaussianBlur(rng.random(shape).astype(np.float32), (0, 0), 3) > 0.5
+        noisy = truth ^ (rng.random(shape) < 0.05)
+        yield (noisy, truth) if seed % 2 else (truth, noisy)
 
 
-def morphed(operation, mask, kernel):
-    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-    return cv2.morphologyEx(mask.astype(np.uint8), operation, kernel, **border) > 0
+def morphed(operation, mask, size, shape=cv2.MORPH_ELLIPSE):
+    kernel, border = cv2.getStructuringElement(shape, (size, size)), cv2.BORDER_CONSTANT
+    return cv2.morphologyEx(mask.astype(np.uint8), operation, kernel, borderType=border, borderValue=0) > 0
 
 
 def fattened(mask, size):
-    return morphed(cv2.MORPH_DILATE, mask, ellipse(size))
+    return morphed(cv2.MORPH_DILATE, mask, size)
 
 
 def skeleton(mask):
     return topology(mask).skeleton
-
-
-def half_width(mask):
-    return cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
 
 
 def pick_on_centreline(rng, mask, how_many):
@@ -75,7 +77,7 @@ def specks(rng, mask):
 
 
 def rough_edge(rng, mask):
-    edge = fattened(mask, 3) ^ morphed(cv2.MORPH_ERODE, mask, ellipse(3))
+    edge = fattened(mask, 3) ^ morphed(cv2.MORPH_ERODE, mask, 3)
     return mask ^ (edge & (rng.random(mask.shape) < rng.choice([0.1, 0.3])))
 
 
@@ -115,15 +117,17 @@ def parallel_twigs(rng, mask):
 def drop_thin_vessels(rng, mask):
     if not mask.any():
         return mask
-    limit = np.quantile(half_width(mask)[skeleton(mask)], rng.choice([0.1, 0.25, 0.5]))
-    return mask & fattened(skeleton(mask) & (half_width(mask) > limit), 9)
+    half_width = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+    limit = np.quantile(half_width[skeleton(mask)], rng.choice([0.1, 0.25, 0.5]))
+    return mask & fattened(skeleton(mask) & (half_width > limit), 9)
 
 
 def thicken_wide_vessels(rng, mask):
     if not mask.any():
         return mask
-    limit = np.quantile(half_width(mask)[skeleton(mask)], rng.choice([0.5, 0.8]))
-    return mask | fattened(skeleton(mask) & (half_width(mask) >= limit), rng.choice([9, 13]))
+    half_width = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
+    limit = np.quantile(half_width[skeleton(mask)], rng.choice([0.5, 0.8]))
+    return mask | fattened(skeleton(mask) & (half_width >= limit), rng.choice([9, 13]))
 
 
 def fill_loops(rng, mask):
@@ -134,9 +138,9 @@ def fill_loops(rng, mask):
 
 EDITS = {
     "dilate": lambda rng, mask: fattened(mask, rng.choice([3, 5, 7])),
-    "erode": lambda rng, mask: morphed(cv2.MORPH_ERODE, mask, ellipse(3)),
-    "opened": lambda rng, mask: morphed(cv2.MORPH_OPEN, mask, ellipse(rng.choice([3, 5]))),
-    "closed": lambda rng, mask: morphed(cv2.MORPH_CLOSE, mask, ellipse(rng.choice([5, 9, 15]))),
+    "erode": lambda rng, mask: morphed(cv2.MORPH_ERODE, mask, 3),
+    "opened": lambda rng, mask: morphed(cv2.MORPH_OPEN, mask, rng.choice([3, 5])),
+    "closed": lambda rng, mask: morphed(cv2.MORPH_CLOSE, mask, rng.choice([5, 9, 15])),
     **{edit.__name__: edit for edit in (
         shift, drop_component, keep_largest_component, drop_block, specks, rough_edge, breaks, bridges, spurs,
         parallel_twigs, drop_thin_vessels, thicken_wide_vessels, fill_loops,
@@ -147,18 +151,15 @@ EDITS = {
 
 
 def edited(rng, mask, num):
-    """A mask after `num` random edits, with their names."""
-    names = rng.choice(np.array([*EDITS], object), num)
-    for name in names:
+    """A mask after `num` random edits."""
+    for name in rng.choice(np.array([*EDITS], object), num):
         mask = np.ascontiguousarray(EDITS[name](rng, mask))
-    return " + ".join(names), mask
+    return mask
 
 
 def edited_masks(truth, num, seed):
-    """(name, mask) pairs: the truth, the extremes, then chains of one to four random edits of the truth."""
+    """The truth, the extremes, the centreline, then chains of one to four random edits of the truth."""
     rng = np.random.default_rng(seed)
-    masks = [("truth", truth), ("empty", np.zeros_like(truth)), ("all foreground", np.ones_like(truth))]
-    kernels = {f"dilate {size}x{size}": np.ones((size, size)) for size in (3, 7)}
-    masks += [(name, morphed(cv2.MORPH_DILATE, truth, kernel)) for name, kernel in kernels.items()]
-    masks.append(("centreline", skeleton(truth)))
+    dilated = [morphed(cv2.MORPH_DILATE, truth, size, cv2.MORPH_RECT) for size in (3, 7)]
+    masks = [truth, np.zeros_like(truth), np.ones_like(truth), *dilated, skeleton(truth)]
     return masks + [edited(rng, truth, rng.integers(1, 5)) for _ in range(num - len(masks))]

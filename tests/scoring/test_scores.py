@@ -1,19 +1,23 @@
-"""clDice and the scores of a mask by hand, recall by vessel width, the truth cache, and many masks."""
+"""The scores of a mask by hand and by other libraries, the truth cache, and many masks."""
 
 import json
 import math
 import threading
+from dataclasses import replace
 
-import cv2
 import numpy as np
 import pytest
+import torch
+from scipy.ndimage import binary_erosion
+from scipy.spatial.distance import cdist
 from skimage.morphology import thin
 
+from tests.scoring.mask_edits import random_pairs
 from vesselrl.scoring import scores as module
 from vesselrl.scoring.scores import (
+    TOLERANCE_PX,
     cached_truth,
     cldice,
-    covered_by_discs,
     evaluation_scores,
     in_threads,
     recall_by_width,
@@ -24,35 +28,28 @@ from vesselrl.scoring.scores import (
     width_map,
 )
 from vesselrl.scoring.topology import prototype_topology, topology
-from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 NAN = math.nan
 EMPTY = np.zeros((30, 40), bool)
 FULL = ~EMPTY
 BAR = EMPTY.copy()
 BAR[4:7, 5:35] = True
+GREY = BAR * np.uint8(255)
 THIN, MEDIUM, THICK = 1, 2, 3
 
 
-def random_pairs(number=12):
-    for seed in range(number):
-        rng = np.random.default_rng(seed)
-        truth = cv2.GaussianBlur(rng.random((41, 53)).astype(np.float32), (0, 0), 3) > 0.5
-        yield truth ^ (rng.random(truth.shape) < 0.15), truth
-
-
-# (prediction, truth): dice iou recall precision specificity cldice tprec tsens length_ratio hd95 nsd
-EMPTY_RULES = [
-    (EMPTY, EMPTY, (1, 1, NAN, 1, 1, 1, 1, 1, 1, 0, 1)),
-    (EMPTY, BAR, (0, 0, 0, 0, 1, 0, 0, 0, 0, 50, 0)),
-    (BAR, EMPTY, (0, 0, NAN, 0, 1 - 90 / 1200, 0, 0, 0, NAN, 50, 0)),
-    (FULL, FULL, (1, 1, 1, 1, NAN, 1, 1, 1, 1, 0, 1)),
-    (np.roll(BAR, 5, 0), BAR, (0, 0, 0, 0, 1 - 90 / 1110, 0, 0, 0, 1, 5, 0)),  # they miss each other
-]
-
-
-@pytest.mark.parametrize(("pred", "truth", "expected"), EMPTY_RULES)
+@pytest.mark.parametrize(
+    ("pred", "truth", "expected"),
+    [
+        (EMPTY, EMPTY, (1, 1, NAN, 1, 1, 1, 1, 1, 1, 0, 1)),
+        (EMPTY, BAR, (0, 0, 0, 0, 1, 0, 0, 0, 0, 50, 0)),
+        (BAR, EMPTY, (0, 0, NAN, 0, 1 - 90 / 1200, 0, 0, 0, NAN, 50, 0)),
+        (FULL, FULL, (1, 1, 1, 1, NAN, 1, 1, 1, 1, 0, 1)),
+        (np.roll(BAR, 5, 0), BAR, (0, 0, 0, 0, 1 - 90 / 1110, 0, 0, 0, 1, 5, 0)),  # they miss each other
+    ],
+)
 def test_empty_masks_follow_one_rule(pred, truth, expected):
+    """The diagonal of 30 x 40 px is 50."""
     names = "dice iou recall precision specificity cldice tprec tsens length_ratio hd95 nsd".split()
     scores = evaluation_scores(pred, truth)
     assert [scores[name] for name in names] == pytest.approx(list(expected), nan_ok=True)
@@ -65,7 +62,6 @@ def test_cldice_is_its_formula_on_scikit_image_skeletons():
         tprec = (thin(pred) & truth).sum() / thin(pred).sum()
         tsens = (thin(truth) & pred).sum() / thin(truth).sum()
         assert cldice(pred, truth) == pytest.approx(2 * tprec * tsens / (tprec + tsens), abs=1e-12)
-        assert cldice(truth, pred) == pytest.approx(cldice(pred, truth), abs=1e-12)
         scores = score_mask(pred, truth)
         assert (scores["tprec"], scores["tsens"]) == pytest.approx((tprec, tsens))
 
@@ -84,27 +80,6 @@ def test_a_broken_line_and_a_loop_by_hand():
     assert score_mask(looped, truth)["beta1_error"] == score_mask(truth, looped)["beta1_error"] == 1
 
 
-def test_growing_the_truth_lowers_dice_and_cldice_step_by_step():
-    truth = draw_sequence(TARGET, patient=1, sequence=1, num_frames=1, size=128)[0][1].astype(np.uint8)
-    discs = [cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)) for size in (1, 5, 9, 17, 33)]
-    rows = [score_mask(cv2.dilate(truth, disc), truth) for disc in discs]
-    steps = np.array([[row["dice"], row["cldice"]] for row in rows])
-    assert steps[0].tolist() == [1, 1]
-    assert (np.diff(steps, axis=0) < 0).all()
-
-
-def test_a_topology_of_another_mask_is_refused_and_a_given_one_is_used(monkeypatch):
-    with pytest.raises(ValueError, match=r"size \(30, 39\), the mask has \(30, 40\)"):
-        score_mask(BAR, BAR, topology(BAR[:, :-1]))
-    with pytest.raises(ValueError, match="'zhang' thinning, not 'guo_hall'"):
-        score_mask(BAR, BAR, prototype_topology(BAR))
-    (pred, truth), *_ = random_pairs(1)
-    expected, given, measured = score_mask(pred, truth), topology(truth), []
-    monkeypatch.setattr(module, "topology", lambda mask: measured.append(mask) or topology(mask))
-    assert score_mask(pred, truth, given) == expected
-    assert [mask is pred for mask in measured] == [True]
-
-
 # ---- Recall by vessel width
 
 
@@ -114,13 +89,11 @@ def bar(width):
     return mask
 
 
-@pytest.mark.parametrize(
-    ("width", "expected"),
-    [(1, THIN), (3, THIN), (4, THIN), (5, MEDIUM), (6, MEDIUM), (8, MEDIUM), (9, THICK), (14, THICK)],
-)
-def test_the_whole_of_a_bar_has_the_class_of_its_width(width, expected):
+def test_the_whole_of_a_bar_has_the_class_of_its_width():
     """Corners and ends too: they belong to the centreline, which stays clear of them."""
-    np.testing.assert_array_equal(width_map(bar(width)), bar(width) * expected)
+    widths = {1: THIN, 3: THIN, 4: THIN, 5: MEDIUM, 6: MEDIUM, 8: MEDIUM, 9: THICK, 14: THICK}
+    for width, expected in widths.items():
+        np.testing.assert_array_equal(width_map(bar(width)), bar(width) * expected)
 
 
 def test_a_branch_is_thin_and_its_trunk_is_thick_even_with_a_rough_edge():
@@ -132,18 +105,6 @@ def test_a_branch_is_thin_and_its_trunk_is_thick_even_with_a_rough_edge():
     assert (classes[mask] == THIN).sum() <= 3 * 16 + 12 + 19
 
 
-def test_covered_pixels_are_a_morphological_opening():
-    """Disc of diameter d: offsets with dx² + dy² < (d/2)²."""
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        mask = cv2.GaussianBlur(rng.random((61, 47)).astype(np.float32), (0, 0), 3) > 0.49
-        for diameter in (3, 5, 9):
-            ys, xs = np.mgrid[:diameter, :diameter] - diameter // 2
-            disc = (ys**2 + xs**2 < (diameter / 2) ** 2).astype(np.uint8)
-            opened = cv2.morphologyEx(np.pad(mask.astype(np.uint8), 10), cv2.MORPH_OPEN, disc)
-            np.testing.assert_array_equal(covered_by_discs(mask, diameter), opened[10:-10, 10:-10] > 0)
-
-
 def test_recall_by_hand():
     """Thin bar 3 x 30 found to a third, thick bar 10 x 30 found whole; nothing medium."""
     truth = np.zeros((40, 50), bool)
@@ -151,14 +112,60 @@ def test_recall_by_hand():
     pred = truth.copy()
     pred[2:5, 20:40] = False
     pred[35:] = True  # false alarms do not matter to recall
-    found = recall_by_width(pred, width_map(truth))
-    assert found == pytest.approx(
-        {"recall_thin": 1 / 3, "recall_medium": NAN, "recall_thick": 1}, nan_ok=True
-    )
-    with pytest.raises(ValueError, match="differ in size"):
-        recall_by_width(pred[:-1], width_map(truth))
+    expected = {"recall_thin": 1 / 3, "recall_medium": NAN, "recall_thick": 1}
+    assert recall_by_width(pred, width_map(truth)) == pytest.approx(expected, nan_ok=True)
     for truth in (EMPTY, FULL, next(random_pairs())[1]):
         np.testing.assert_array_equal(width_map(truth) > 0, truth)
+
+
+# ---- Distances between borders
+
+
+def both(pred, truth, tolerance_px=TOLERANCE_PX):
+    """(hd95, nsd)"""
+    return tuple(surface_scores(pred, surface(truth), tolerance_px).values())
+
+
+def test_distances_by_hand():
+    """Two rows 6 px apart; a row of 30 px against its first 10, where 12 of the truth are within 2 px."""
+    row, other, short = np.zeros((3, 30, 40), bool)
+    row[10, 5:35] = other[16, 5:35] = short[10, 5:15] = True
+    assert [both(row, other, tolerance) for tolerance in (2, 5.9, 6)] == [(6, 0), (6, 0), (6, 1)]
+    # 30 truth pixels at distance 0 (ten times), 1, 2, ... 20; 95 % of the way from the 1st to the 30th
+    assert both(short, row) == pytest.approx((0.95 * 29 - 9, (10 + 12) / (10 + 30)))
+
+
+def test_every_distance_equals_brute_force_in_both_directions_and_with_a_margin():
+    for pred, truth in random_pairs(8):
+        distances = cdist(*(np.argwhere(mask & ~binary_erosion(mask)) for mask in (pred, truth)))
+        there, back = distances.min(axis=1), distances.min(axis=0)
+        hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
+        for tolerance in (0, 1, 2, 3.5):
+            close = (there <= tolerance).sum() + (back <= tolerance).sum()
+            expected = hd95, close / (len(there) + len(back))
+            assert both(pred, truth, tolerance) == pytest.approx(expected, abs=1e-9)
+        padded = np.pad(pred, ((0, 3), (7, 1))), np.pad(truth, ((0, 3), (7, 1)))
+        assert both(truth, pred) == both(*padded) == pytest.approx(both(pred, truth), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_hd95_and_nsd_equal_monai():
+    hausdorff = pytest.importorskip("monai.metrics.hausdorff_distance").compute_hausdorff_distance
+    surface_dice = pytest.importorskip("monai.metrics.surface_dice").compute_surface_dice
+    for pred, truth in random_pairs(20):
+        pair = [torch.tensor(mask)[None, None] for mask in (pred, truth)]
+        hd95 = hausdorff(*pair, include_background=True, percentile=95).item()
+        for tolerance in (1.0, 2.0):
+            nsd = surface_dice(*pair, [tolerance], include_background=True).item()
+            assert both(pred, truth, tolerance) == pytest.approx((hd95, nsd), abs=1e-4)
+
+
+def test_the_last_bit_of_a_distance_map_does_not_matter():
+    """OpenCV's map comes out with other last bits now and then; a score must not."""
+    pred, truth = np.random.default_rng(0).random((2, 61, 70)) < 0.02
+    known = surface(truth)
+    shaken = replace(known, distance=np.nextafter(known.distance, np.float32(np.inf)))
+    assert surface_scores(pred, shaken) == surface_scores(pred, known)
 
 
 # ---- The truth cache and evaluation scores
@@ -173,13 +180,11 @@ def test_equal_content_shares_one_truth_and_other_content_does_not():
     np.testing.assert_array_equal(known.mask, BAR)  # its own copy
     assert cached_truth(FULL).mask.shape == (30, 40)
     assert cached_truth(FULL.reshape(40, 30)).mask.shape == (40, 30)
-    with pytest.raises(ValueError, match="truth holds values from 0 to 255"):
-        cached_truth(BAR.astype(np.uint8) * 255)
 
 
 def test_the_parts_of_a_truth_are_computed_once_and_only_when_asked_for(monkeypatch):
     module.clear_truth_cache()
-    measured = []
+    given, measured = topology(BAR), []
     for name in ("topology", "surface", "width_map"):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *given, n=name, f=real: measured.append(n) or f(*given))
@@ -189,6 +194,9 @@ def test_the_parts_of_a_truth_are_computed_once_and_only_when_asked_for(monkeypa
         evaluation_scores(np.roll(BAR, shift, axis=0), BAR)
     # each prediction's topology is measured too
     assert sorted(measured) == ["surface", *["topology"] * 4, "width_map"]
+    measured.clear()
+    assert score_mask(FULL, BAR, given) == score_mask(FULL, BAR)
+    assert measured == ["topology"] * 3
 
 
 def test_evaluation_scores_are_the_single_functions():
@@ -200,7 +208,7 @@ def test_evaluation_scores_are_the_single_functions():
         json.dumps({name: score for name, score in scores.items() if score == score}, allow_nan=False)
 
 
-# ---- Many masks
+# ---- Many masks, wrong masks
 
 
 @pytest.mark.parametrize("num_threads", [1, 5, None])
@@ -214,16 +222,26 @@ def test_a_batch_is_its_masks_one_by_one(num_threads, evaluation):
     assert score_masks([], [], num_threads=num_threads) == []
 
 
-def test_wrong_masks_are_named_before_anything_is_scored():
-    preds, truths = (list(masks) for masks in zip(*random_pairs(3), strict=True))
-    with pytest.raises(ValueError, match="got 2 predictions for 3 truths"):
-        score_masks(preds[:2], truths)
-    with pytest.raises(ValueError, match=r"pred 2 is \(40, 53\), truth 2 is"):
-        score_masks([*preds[:2], preds[2][:-1]], truths)
-    with pytest.raises(ValueError, match="pred 1 holds values from 0 to 255"):
-        score_masks([preds[0], preds[1] * np.uint8(255), preds[2]], truths)
-    with pytest.raises(ValueError, match="num_threads must be at least 1, got 0"):
-        score_masks(preds, truths, num_threads=0)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: score_mask(BAR, BAR, topology(BAR[:, :-1])), r"size \(30, 39\), the mask has \(30, 40\)"),
+        (lambda: score_mask(BAR, BAR, prototype_topology(BAR)), "'zhang' thinning, not 'guo_hall'"),
+        (lambda: recall_by_width(BAR[:-1], width_map(BAR)), r"\(29, 40\) and width_map\(truth\) \(30, 40\)"),
+        (lambda: both(BAR, BAR[:, :-1]), r"\(30, 40\) and surface\(truth\) \(30, 39\) differ in size"),
+        (lambda: both(GREY, BAR), "pred holds values from 0 to 255"),
+        (lambda: both(BAR, BAR, -1), "tolerance_px must be at least 0, got -1"),
+        (lambda: both(BAR, BAR, NAN), "tolerance_px must be at least 0, got nan"),
+        (lambda: cached_truth(GREY), "truth holds values from 0 to 255"),
+        (lambda: score_masks([BAR] * 2, [BAR] * 3), "got 2 predictions for 3 truths"),
+        (lambda: score_masks([BAR, BAR[:-1]], [BAR] * 2), r"prediction 1 \(29, 40\), truth 1 \(30, 40\)"),
+        (lambda: score_masks([BAR, GREY], [BAR] * 2), "pred 1 holds values from 0 to 255"),
+        (lambda: score_masks([BAR], [BAR], num_threads=0), "num_threads must be at least 1, got 0"),
+    ],
+)
+def test_wrong_masks_and_settings_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_threads_work_at_the_same_time_keep_the_order_and_raise_errors():
