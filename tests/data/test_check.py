@@ -209,10 +209,9 @@ def test_pattern_and_aliases_reach_the_pseudonyms(tmp_path: Path) -> None:
         samples = find_samples(root, patient_aliases=aliases)
         assert check_data(root, patient_aliases=aliases).counts["patients"] == 3
         assert len({sample.patient for sample in samples}) == 3
-        pattern = r"frame_00000(?P<patient>\d)(?P<frame>)"
-        assert check_data(root, pattern).counts["patients"] == len(
-            {s.patient for s in find_samples(root, pattern)}
-        )
+        pattern = r"(?P<patient>frame)_(?P<frame>\d+)"
+        assert check_data(root, pattern).counts["patients"] == 1
+        assert {sample.patient for sample in find_samples(root, pattern)} == {"P001"}
         report = check_data(root, patient_pattern="(?P<patient>xyz)")
         assert [finding.code for finding in report.findings] == ["patients"]
 

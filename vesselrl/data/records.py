@@ -34,7 +34,7 @@ _KINDS = {
     "sixteen_bit_image": "16-bit image|, which becomes 8-bit by its full range; its brightest value is then "
     "{brightest} of 255. Save it with 8 bits in the window you label in.",
     "alpha_image": "image with an alpha channel| ({value}), which is dropped. Save it without.",
-    "rotated_image": "image turned by its EXIF orientation| {value}. Make sure that its label is, too.",
+    "rotated_image": "image turned by its EXIF orientation| {value}. Its label must be drawn on that image.",
     "few_points": "polygon with fewer than 3 points, left out|: {count}.",
     "odd_length": "polygon with an odd number of coordinates",
     "outside_image": "polygon with coordinates outside the image",
