@@ -8,7 +8,7 @@ of what those that gained have shown.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -348,12 +348,12 @@ def check_finite(loss: Tensor) -> None:
         raise NotFiniteError(f"The loss is {float(loss.detach())}: --learning_rate is probably too high.")
 
 
-def check_finite_gradients(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
-    """Refuses gradients that are nan or infinite; a hook for `register_step_pre_hook`."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-        raise NotFiniteError("The gradient is nan or infinite: --learning_rate is probably too high.")
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Clips the gradients to a norm and returns what it was; one that is nan or infinite is refused."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    if not math.isfinite(norm):  # clipped by an infinite norm all gradients would be 0, and pass for a step
+        raise NotFiniteError(f"The gradient has a norm of {norm}: --learning_rate is probably too high.")
+    return norm
 
 
 def check_moved(distance: float) -> None:

@@ -27,7 +27,7 @@ from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
-from vesselrl.training.health import check_finite, check_moved
+from vesselrl.training.health import check_finite, check_moved, clip_gradients
 from vesselrl.training.policy import MaskPolicy, sample_masks
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
@@ -152,9 +152,9 @@ class PPOUpdate:
         loss.backward()
         if not self.checked:
             self.policy.check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable.values(), self.max_grad_norm)
+        norm = clip_gradients(self.policy.trainable.values(), self.max_grad_norm)
         self.optimizer.step()
-        return metrics | {"loss": float(loss.detach()), "grad_norm": float(norm)}
+        return metrics | {"loss": float(loss.detach()), "grad_norm": norm}
 
     def _loss(
         self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]

@@ -36,7 +36,6 @@ from vesselrl.scoring.rewards import Reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
-from vesselrl.training.health import check_finite_gradients
 from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -199,12 +198,11 @@ def make_model(config: TrainConfig, device: str) -> Model:
 def make_updates(
     config: TrainConfig, model: Model, reward: Reward
 ) -> tuple[torch.optim.Optimizer | None, dict[str, PPOUpdate | SupervisedUpdate]]:
-    """AdamW, which refuses gradients that are not finite, and the steps by stage; none for a filter."""
+    """AdamW, and the steps by stage; none for a filter."""
     if not model.trainable:
         return None, {}
     weight_decay = config.optim.weight_decay
     optimizer = torch.optim.AdamW(model.trainable.values(), betas=BETAS, weight_decay=weight_decay)
-    optimizer.register_step_pre_hook(check_finite_gradients)
     is_unet = config.optim.control == "unet"
     flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
     updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.training.checkpoint import Model
-from vesselrl.training.health import check_finite, check_moved
+from vesselrl.training.health import check_finite, check_moved, clip_gradients
 
 # Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
 SKELETON_ITERATIONS = 10
@@ -91,12 +91,12 @@ class SupervisedUpdate:
         loss.backward()
         if not self.checked:
             self.model.check_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.trainable.values(), self.max_grad_norm)
+        norm = clip_gradients(self.model.trainable.values(), self.max_grad_norm)
         self.optimizer.step()
         if not self.checked:
             check_moved(self.model.distance())
             self.checked = True
-        metrics = {"train/loss": float(loss.detach()), "train/grad_norm": float(norm)}
+        metrics = {"train/loss": float(loss.detach()), "train/grad_norm": norm}
         return metrics | {"time/step": time.perf_counter() - started}
 
     def state_dict(self) -> dict[str, Any]:
