@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, binary_opening
 from scipy.spatial.distance import cdist
 from skimage.morphology import thin
 
@@ -18,6 +18,7 @@ from vesselrl.scoring.scores import (
     TOLERANCE_PX,
     cached_truth,
     cldice,
+    covered_by_discs,
     evaluation_scores,
     in_threads,
     recall_by_width,
@@ -103,6 +104,15 @@ def test_a_branch_is_thin_and_its_trunk_is_thick_even_with_a_rough_edge():
     assert (classes[26:38, 50:53] == THIN).all()
     assert (classes[10:22, 10:45] == THICK).all()
     assert (classes[mask] == THIN).sum() <= 3 * 16 + 12 + 19
+
+
+@pytest.mark.parametrize("diameter", [3, 5, 9])
+def test_covered_pixels_are_a_morphological_opening(diameter):
+    """Disc of diameter d: offsets with dx² + dy² < (d/2)²."""
+    ys, xs = np.mgrid[:diameter, :diameter] - diameter // 2
+    disc = ys**2 + xs**2 < (diameter / 2) ** 2
+    for _, mask in random_pairs(10):
+        np.testing.assert_array_equal(covered_by_discs(mask, diameter), binary_opening(mask, disc))
 
 
 def test_recall_by_hand():
