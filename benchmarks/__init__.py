@@ -8,7 +8,7 @@ import tyro
 
 
 def run(command: Callable[..., int]) -> None:
-    """Gives the options of the command line to a benchmark and exits with its code; 1 after an error."""
+    """Runs a benchmark with the options of the command line and exits with its code, 1 after an error."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         sys.exit(tyro.cli(command, prog=f"python -m benchmarks.{command.__name__}", use_underscores=True))

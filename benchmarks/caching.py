@@ -2,8 +2,6 @@
 
 import json as json_module
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +13,13 @@ from vesselrl.data.splits import take
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.synthetic.dataset import builtin_data
 from vesselrl.training.checkpoint import with_values
-from vesselrl.training.policy import FeatureStore, MaskPolicy
+from vesselrl.training.policy import FeatureStore
 from vesselrl.training.setup import load_policy
 from vesselrl.training.supervised import SupervisedUpdate
 
 # With the image encoder frozen its features are kept, with the language model (the default) the [SEG] states.
-SCOPES = {
-    "image encoder frozen": ("projector", "mask_decoder"),
-    "language model frozen": ("projector", "mask_decoder", "image_encoder"),
-}
+FROZEN = ("projector", "mask_decoder")
+SCOPES = {"image encoder frozen": FROZEN, "language model frozen": (*FROZEN, "image_encoder")}
 
 
 def caching(
@@ -38,48 +34,34 @@ def caching(
         json: print the numbers as JSON.
     """
     samples = take(find_samples(data_root or builtin_data("output")), num_images)
-    result = measure(samples, num_rounds=num_rounds)
+    result = {name: measure(samples, scope, num_rounds) for name, scope in SCOPES.items()}
     lines = [f"{'':<24}{'kept':>9}{'computed':>10}{'ratio':>8}  losses"]
     for name, row in result.items():
-        same = "identical" if row["same_losses"] else "DIFFERENT"
-        lines.append(
-            f"{name:<24}{row['kept_s']:>8.2f}s{row['computed_s']:>9.2f}s{row['ratio']:>7.2f}x  {same}"
-        )
+        times = f"{row['kept_s']:>8.2f}s{row['computed_s']:>9.2f}s{row['ratio']:>7.2f}x"
+        lines.append(f"{name:<24}{times}  {'identical' if row['same_losses'] else 'DIFFERENT'}")
     print(json_module.dumps(result, indent=1) if json else "\n".join(lines))
     return int(not all(row["same_losses"] for row in result.values()))
 
 
-def measure(
-    samples: Sequence[Sample], model_path: str | None = None, num_rounds: int = 3
-) -> dict[str, dict[str, Any]]:
-    """Seconds per epoch with everything kept and nothing kept, by scope, and whether all losses are equal."""
-    result = {}
-    for name, scope in SCOPES.items():
-        settings = {"model_path": model_path, "lora_scope": scope, "batch_size": 2, "num_passes": 1}
-        config = TrainConfig.from_dict(settings)
-        seconds, losses, policies = {True: [], False: []}, {}, {}
-        for kept in seconds:
-            policies[kept] = policy = load_policy(config, "cpu")
-            policy.store, policy.keys_repeat = (FeatureStore(), True) if kept else (None, False)
-        epoch_losses(policies[True], config, samples)  # fills the memory
-        for _ in range(num_rounds):
-            for kept, policy in policies.items():
-                started = time.perf_counter()
-                losses[kept] = epoch_losses(policy, config, samples)
-                seconds[kept].append(time.perf_counter() - started)
-        kept_s, computed_s = (float(np.median(seconds[kept])) for kept in (True, False))
-        times = {"kept_s": kept_s, "computed_s": computed_s, "ratio": computed_s / kept_s}
-        result[name] = times | {"same_losses": losses[True] == losses[False]}
-    return result
-
-
-def epoch_losses(policy: MaskPolicy, config: TrainConfig, samples: Sequence[Sample]) -> list[float]:
-    """The losses of one epoch from the policy's start; its adapters are put back there first."""
-    with with_values(policy, policy.start):
-        optimizer = torch.optim.AdamW(policy.trainable.values(), lr=config.peak_learning_rate)
-        update = SupervisedUpdate(policy, optimizer, config)
-        batches = BatchSource(VesselDataset(samples), 2, seed=42)
-        return [update.step(batch)["train/loss"] for batch in batches.epoch(1)]
+def measure(samples: list[Sample], scope: tuple, num_rounds: int, model_path: str | None = None) -> dict:
+    """Median seconds per epoch with everything kept and nothing kept, and whether all losses are equal."""
+    settings = {"model_path": model_path, "lora_scope": scope, "batch_size": 2, "num_passes": 1}
+    config, seconds, losses = TrainConfig.from_dict(settings), {True: [], False: []}, {}
+    policies = {kept: load_policy(config, "cpu") for kept in seconds}
+    for kept, policy in policies.items():
+        policy.store, policy.keys_repeat = (FeatureStore(), True) if kept else (None, False)
+    for _ in range(1 + num_rounds):  # the first one fills the memory
+        for kept, policy in policies.items():
+            started = time.perf_counter()
+            with with_values(policy, policy.start):  # puts the adapters back
+                optimizer = torch.optim.AdamW(policy.trainable.values(), lr=config.peak_learning_rate)
+                update = SupervisedUpdate(policy, optimizer, config)
+                batches = BatchSource(VesselDataset(samples), 2, seed=42)
+                losses[kept] = [update.step(batch)["train/loss"] for batch in batches.epoch(1)]
+            seconds[kept].append(time.perf_counter() - started)
+    kept_s, computed_s = (float(np.median(seconds[kept][1:])) for kept in (True, False))
+    times = {"kept_s": kept_s, "computed_s": computed_s, "ratio": computed_s / kept_s}
+    return times | {"same_losses": losses[True] == losses[False]}
 
 
 if __name__ == "__main__":

@@ -1,32 +1,46 @@
-"""Does reinforcement learning beat its controls? Trains all methods, tunes on validation, judges on test.
+"""Does reinforcement learning beat its controls? Trains all methods, tunes on validation, judges on test."""
 
-1. Data: who is in which subset, written once (`methods.py`).
-2. Training: every method and seed in a process of its own (`trainings.py`).
-3. Scores: one prediction of each image, post-processing chosen on validation (`scores.py`).
-4. Verdicts: paired differences over patients (`verdicts.py`).
-5. Report and rows for the ledger (`report.py`).
-"""
-
-import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks import run
-from benchmarks.methods import EQUAL_RECALL, FIRST_SEED, METHODS, RL, get_suite, prepare_suite
-from benchmarks.report import write_report
-from benchmarks.scores import MethodResult, Scorer, choose_source
-from benchmarks.trainings import check_equal_passes, plan_trainings, train_all
-from benchmarks.verdicts import AtRecall, judge, patient_mean
-from vesselrl.experiment.run_folder import check_writable
+from benchmarks.scores import MethodResult, Scorer, patient_mean
+from benchmarks.trainings import INFO_FILE, METHODS, SEED, SUITES, prepare_split, read_json, train_all
+from vesselrl.evaluation.results import Evaluation, before_after_table, csv_text, group_means, summarise
+from vesselrl.evaluation.statistics import DRAWS, small_sample_stretch
+from vesselrl.evaluation.words import Cell, metric_name, with_interval
+from vesselrl.experiment.run_folder import check_writable, git_commit, write_text
+from vesselrl.synthetic.dataset import builtin_data
 
-logger = logging.getLogger(__name__)
+RL = ("rl", "rl_post", "sft_rl", "sft_rl_post")
+# The strongest of the first on validation must be beaten; the others are compared at equal recall, too.
+STRONG_CONTROLS, EQUAL_RECALL = ("sft", "sft_tuned", "sft_cldice", "sft_post"), ("base_tuned", "sft_tuned")
+DICE_MARGIN, BETA0_GAIN = 0.005, 20  # the second in percent
+RECALL_TOLERANCE = 0.01  # of "equal" recall on validation; thresholds come in steps of 0.01
+LEDGER = "dice recall precision cldice beta0_error length_ratio reward".split()
+COMPARED = "dice recall precision cldice topology_score length_error reward".split()
+SHOWN = [*COMPARED[:5], "beta0_error", "beta1_error", "length_ratio", *COMPARED[5:]]
+READING = (
+    "Means over patients on the test images, with 95 % intervals (bootstrap over patients); of several seeds "
+    "the mean is taken first. Differences are paired, and not adjusted for their number."
+)
 
-# Methods that lie on the curve of their source, at `FIXED_POST` and any threshold.
-CURVES = ("base_tuned", "sft", "sft_cldice", "rl", "sft_rl")
+Results = Mapping[str, Sequence[MethodResult]]  # by method, one per seed
+Equal = Mapping[
+    tuple[str, str], Sequence[tuple[Evaluation, float]]
+]  # by RL method and control; `at_recall_of`
+Differences = dict[
+    str, dict[str, Any]
+]  # method minus control: lines of `before_after_table` by column, "beta0"
+Verdicts = dict[tuple[str, str, str], tuple[bool, str]]  # by hypothesis, RL method and control
 
 
 def learning(
@@ -40,7 +54,7 @@ def learning(
     """Trains PPO and all its controls on one data split, and judges on test patients whether it beats them.
 
     Args:
-        suite: images, sizes and schedule; see docs/bench-learning.md.
+        suite: images, sizes and schedule; see docs/benchmarks.md.
         seeds: trainings per method; the seeds are 42, 43, ...
         reduced: few images, to see the whole way in minutes, not to claim anything.
         workers: trainings at a time, one thread each.
@@ -49,58 +63,187 @@ def learning(
     """
     if min(seeds, workers) < 1:
         raise ValueError(f"--seeds is {seeds} and --workers {workers}; give at least 1 of each.")
-    chosen, output = get_suite(suite, reduced), Path(output_dir)
-    folder = output / chosen.name
-    check_writable(output)
-    root, split = prepare_suite(chosen, output, data_root)
-    trainings = plan_trainings(chosen, root, folder, seeds)
-    failures = train_all(trainings, workers)
-    num_passes = check_equal_passes(trainings)
-    scorers = [Scorer(split, folder, FIRST_SEED + number) for number in range(seeds)]
-    results = score_methods({training.method for training in trainings if training.run is None}, scorers)
-    curves = {name: mean_curve(scorers, results[name][0].source) for name in CURVES if name in results}
-    outcome = judge(results, score_at_equal_recall(results, scorers), curves)
-    command = f"python -m benchmarks.learning {' '.join(sys.argv[1:])}".strip()
-    files = write_report(folder, chosen, outcome, trainings, num_passes, failures, command)
-    print("\n".join(outcome.words()))
-    print(f"Written: {', '.join(map(str, files))}")
-    for name, error in failures.items():
-        print(f"error: {name} failed: {error}", file=sys.stderr)
+    folder = Path(output_dir) / (f"{suite}_reduced" if reduced else suite)
+    check_writable(folder)
+    chosen = SUITES[folder.name]
+    published = chosen.num_val_patients and f"../shared/data/{suite}"
+    root = Path(data_root or published or builtin_data(output_dir))
+    split = prepare_split(chosen, root, folder / "data_split.json")
+    failures, num_passes = train_all(chosen, root, folder, seeds, workers)
+    unfinished = {name.rpartition("_seed")[0] for name in failures}
+    scorers = [Scorer(split, folder, SEED + number) for number in range(seeds)]
+    results, equal = {}, {}
+    for name, method in METHODS.items():
+        if sources := [source for source in method.sources or (name,) if source not in unfinished]:
+            choose = len(sources) > 1  # by the tuned validation reward
+            rewards = {s: choose and np.mean([one.best(name, s)[1] for one in scorers]) for s in sources}
+            source = max(rewards, key=rewards.__getitem__)
+            results[name] = [scorer.result(name, source) for scorer in scorers]
+    for name, control in product(RL, EQUAL_RECALL):
+        if name in results and control in results:
+            pairs = zip(scorers, results[name], strict=True)
+            equal[name, control] = [scorer.at_recall_of(control, name, one) for scorer, one in pairs]
+    verdicts = judge(results, equal)
+    missing = [f"Failed: {name}: {error}." for name, error in failures.items()]
+    missing += [f"Left out: {method.label}." for name, method in METHODS.items() if name not in results]
+    write_report(
+        folder, f"on {chosen.title}, {seeds} seeds, {num_passes} image passes", results, verdicts, missing
+    )
+    print(*(words for _, words in verdicts.values()), f"Written: {folder / 'report.md'}", sep="\n")
+    print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
     return int(bool(failures))
 
 
-def score_methods(unfinished: set[str], scorers: Sequence[Scorer]) -> dict[str, list[MethodResult]]:
-    """Results of every method, one per seed; one whose training failed for some seed is left out."""
-    there = [name for name, method in METHODS.items() if not method.sources and name not in unfinished]
-    results = {}
-    for name, method in METHODS.items():
-        if name in there or set(method.sources) & set(there):
-            logger.info("scoring %s", name)
-            source = name if name in there else choose_source(method, scorers, there)
-            results[name] = [scorer.result(name, source) for scorer in scorers]
-    return results
+def judge(results: Results, equal: Equal) -> Verdicts:
+    """E2 of RL methods against the strongest control, E3 at equal recall; all seeds and each alone."""
+    strong = [name for name in STRONG_CONTROLS if name in results]
+    rewards = {name: np.mean([patient_mean(one.val, "reward") for one in results[name]]) for name in strong}
+    best = max(reversed(rewards), key=rewards.__getitem__, default="")  # of equal ones the last
+    methods = [name for name in RL if name in results and best]
+    contests = {("E2", name, best): [(one.test, None) for one in results[best]] for name in methods}
+    contests |= {("E3", *pair): seeds for pair, seeds in equal.items()}
+    verdicts = {}
+    for (name, method, control), seeds in contests.items():
+        tests, gaps = zip(*seeds, strict=True)
+        together = compare(pooled(tests), pooled([one.test for one in results[method]]))
+        holds, why = decide(together, None if name == "E2" else float(np.mean(np.abs(gaps))))
+        pairs = zip(seeds, results[method], strict=True)
+        num_alone = sum(decide(compare(test, one.test), gap)[0] for (test, gap), one in pairs)
+        against = f"{METHODS[control].label}{' at equal recall' if name == 'E3' else ''}"
+        words = f"{name}, {METHODS[method].label}, against {against}: {why}. Alone it holds in {num_alone}"
+        verdicts[name, method, control] = holds, f"{words} of {len(seeds)} seeds."
+    return verdicts
 
 
-def score_at_equal_recall(
-    results: dict[str, list[MethodResult]], scorers: Sequence[Scorer]
-) -> dict[tuple[str, str], list[AtRecall]]:
-    """C1 and C3 at the validation recall of every RL method, by (RL method, control), one per seed."""
-    equal = {}
-    for method in (name for name in RL if name in results):
-        for control in (name for name in EQUAL_RECALL if name in results):
-            equal[method, control] = seeds = []
-            for scorer, result in zip(scorers, results[method], strict=True):
-                test, point = scorer.at_recall_of(control, method, result)
-                seeds.append(
-                    AtRecall(test, point.threshold, patient_mean(result.val, "recall") - point.recall)
-                )
-    return equal
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation of several seeds: every score of an image is its mean over them; nan if any is."""
+    first, rows = evaluations[0], []
+    for same in zip(*(evaluation.rows for evaluation in evaluations), strict=True):
+        means = {name: float(np.mean([row[name] for row in same])) for name in first.metrics}
+        rows.append(same[0] | {"failed": any(row["failed"] for row in same)} | means)
+    return summarise(rows, first.metric_spec, first.reward_spec)
 
 
-def mean_curve(scorers: Sequence[Scorer], source: str) -> dict[str, list[float]]:
-    """Test scores of a source by threshold, as means over the seeds."""
-    seeds = [scorer.test_curve(source) for scorer in scorers]
-    return {column: np.mean([seed[column] for seed in seeds], axis=0).tolist() for column in seeds[0]}
+def compare(control: Evaluation, method: Evaluation) -> Differences:
+    """Paired differences to a control, and the change of the mean β0 error in %, nan if its own can be 0."""
+    found = {line["metric"]: line for line in before_after_table(control, method, COMPARED)}
+    means = [group_means(one.rows, "patient").values() for one in (control, method)]
+    errors = np.array([[patient["beta0_error"] for patient in one] for one in means])
+    num_patients = errors.shape[1]
+    chosen = np.random.default_rng(0).integers(0, num_patients, (DRAWS, num_patients))
+    before, after = np.column_stack([errors.mean(axis=1), errors[:, chosen].mean(axis=2)])
+    change, *drawn = 100 * (after / np.where(before > 0, before, math.nan) - 1)
+    limits = np.quantile(drawn, [0.025, 0.975]) - change
+    low, high = change + small_sample_stretch(max(2, num_patients)) * limits
+    line = {"metric": "beta0_error", "difference": change, "low": max(low, -100.0), "high": high}
+    return found | {"beta0": line | {"reason": "", "verdict": ""}}
+
+
+def decide(found: Differences, recall_gap: float | None = None) -> tuple[bool, str]:
+    """Whether E2 holds, or with the gap in validation recall E3, and what it rests or fails on.
+
+    E2: Dice not lower by more than 0.005, β0 error lower by at least a fifth, |length ratio − 1| lower and
+    reward higher. E3: recall within 0.01, and precision or topology score higher. All by the 95 % intervals.
+    """
+    met = {name: line["verdict"] == "better" for name, line in found.items()}
+    words = {name: f"{metric_name(line['metric'])} {difference(line)}" for name, line in found.items()}
+    if recall_gap is None:
+        named = ("dice", "beta0", "length_error", "reward")
+        met["dice"] = found["dice"]["low"] > -DICE_MARGIN
+        met["beta0"] = found["beta0"]["difference"] <= -BETA0_GAIN and found["beta0"]["high"] < 0
+        words["dice"] += f" against a margin of -{DICE_MARGIN}"
+        words["beta0"] += f" in %, against -{BETA0_GAIN}"
+        holds = all(met[name] for name in named)
+    else:
+        named = ("recall", "precision", "topology_score")
+        met["recall"] = abs(recall_gap) <= RECALL_TOLERANCE
+        words["recall"] = f"validation recall differs by {abs(recall_gap):.3f} (test: {words['recall']})"
+        holds = met["recall"] and (met["precision"] or met["topology_score"])
+    reasons = "; ".join(words[name] for name in named if met[name] == holds)
+    return holds, f"{'holds' if holds else 'does not hold'}: {reasons}"
+
+
+def difference(line: Mapping[str, Any]) -> Cell:
+    """A difference with its interval, or with the reason why there is none."""
+    cell = with_interval(line["metric"], line["difference"], line["low"], line["high"], sign=True)
+    return cell._replace(interval=line["reason"] or cell.interval, verdict=line["verdict"])
+
+
+def scores(evaluation: Evaluation, metrics: Iterable[str]) -> list[str]:
+    """Means over patients with their intervals."""
+    found, keys = evaluation.summary["metrics"], ("patient_mean", "low", "high")
+    return [str(with_interval(metric, *(found[metric][key] for key in keys))) for metric in metrics]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def write_report(folder: Path, about: str, results: Results, verdicts: Verdicts, missing: list[str]) -> None:
+    """Writes report.md with pareto.png, and ledger_rows.csv for docs/results.csv; `about`: images, passes."""
+    together = {name: pooled([one.test for one in seeds]) for name, seeds in results.items()}
+    labels = {name: method.label for name, method in METHODS.items()}
+    methods, controls = ([name for name in together if (name in RL) == rl] for rl in (True, False))
+    pairs = {(m, c): compare(together[c], together[m]) for m, c in product(methods, controls)}
+    differences = [
+        (labels[m], labels[c], *map(difference, found.values())) for (m, c), found in pairs.items()
+    ]
+    page = [
+        f"# Reinforcement learning against its controls {about}",
+        READING,
+        *missing,
+        "## Verdicts",
+        "\n".join(f"- {words}" for _, words in verdicts.values()) or "Nothing can be judged.",
+        "## All methods",
+        table(["", *map(metric_name, SHOWN)], [(labels[n], *scores(e, SHOWN)) for n, e in together.items()]),
+        "![Dice against β0 error](pareto.png)",
+        "## RL methods minus each control",
+        table(["method", "minus", *map(metric_name, COMPARED), "β0 error in %"], differences),
+    ]
+    write_text(folder / "report.md", "\n\n".join(page) + "\n")
+    pareto_figure(results, together).savefig(folder / "pareto.png", dpi=130)
+    origins = [read_json(path)["provenance"] for path in sorted(folder.glob(f"*/*/{INFO_FILE}"))]
+    commits = dict.fromkeys((*(origin["git_commit"] for origin in origins), git_commit()))
+    shared = {
+        "data": about.partition(",")[0].removeprefix("on "),
+        "real_or_synthetic": "synthetic" if "synthetic" in about else "real",
+        "command": f"`python -m benchmarks.learning {' '.join(sys.argv[1:])}`",
+        "commit": ", ".join(commit[:7] + commit[40:] if commit else "no commit" for commit in commits),
+        "seeds": ", ".join(str(SEED + number) for number in range(len(results["base"]))),
+        "date": date.today().isoformat(),
+        "device": "; ".join({f"{o['device'].upper()}, {o['cpu_count']} cores": o for o in origins}),
+    }
+    texts = {}
+    for name, evaluation in together.items():
+        named = zip(map(metric_name, LEDGER), scores(evaluation, LEDGER), strict=True)
+        words = [words for (_, method, _), (_, words) in verdicts.items() if method == name]
+        texts[name] = " ".join([f"{labels[name]}: {', '.join(map(' '.join, named))}.", *words])
+    rows = [(f"controls C0 to C7 {about}; test patients", " ".join(texts[name] for name in controls))]
+    rows += [(f"{labels[name]} against its controls {about}", texts[name]) for name in methods]
+    ledger = [{"id": "R???", "what": what} | shared | {"result": result} for what, result in rows]
+    write_text(folder / "ledger_rows.csv", csv_text(ledger))
+
+
+def pareto_figure(results: Results, together: Mapping[str, Evaluation]) -> Figure:
+    """Dice against β0 error; a grey ring is the Pareto front, a square an RL method, a colour a training."""
+    figure = Figure((7, 6.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("symlog", linthresh=1)
+    sources = [name for name, method in METHODS.items() if not method.sources]
+    points = {n: (patient_mean(e, "dice"), patient_mean(e, "beta0_error")) for n, e in together.items()}
+    for name, (x, y) in points.items():
+        colour = f"C{sources.index(results[name][0].source)}"
+        symbol, fill, sign = ("s", colour, f"P{RL.index(name) + 1} ") if name in RL else ("o", "white", "")
+        label = sign + METHODS[name].label
+        if not any(a >= x and b <= y and (a, b) != (x, y) for a, b in points.values()):
+            axes.plot(x, y, "o", ms=15, mfc="none", mec="grey")
+        axes.plot(x, y, symbol, ms=7, mfc=fill, mec=colour, mew=1.8, label=label)
+        axes.annotate(label.split()[0], (x, y), (6, 5), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="Dice", ylabel="β0 error", ylim=(0, None))
+    axes.grid(alpha=0.4)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,10 +1,4 @@
-"""How fast masks are scored, as a ratio to the obvious way (scikit-image and SciPy), measured in one process.
-
-Ratios can be trusted on a busy machine, masks per second only as far as it was idle: all variants take turns
-on the same masks, each ratio is the median over the rounds, one-thread ratios are of CPU time and two-thread
-ratios of wall time. The truth's part is forgotten before every turn, so it is paid once per truth. The naive
-way takes Zhang's skeleton, so its centreline scores differ; all other numbers are the same.
-"""
+"""How fast masks are scored, as a ratio to the obvious way (scikit-image and SciPy), in one process."""
 
 import json as json_module
 import time
@@ -28,12 +22,8 @@ from vesselrl.scoring.scores import (
 )
 from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
-# Lowest ratio that is accepted, by variant, and the variant that it is compared with.
-AIMS = {"one thread": 12.0, "two threads": 20.0, "HD95 and NSD": 4.5}
-REFERENCES = {"one thread": "naive", "two threads": "naive", "HD95 and NSD": "naive HD95 and NSD"}
+# The naive way takes Zhang's skeleton, so its centreline scores differ.
 SAME = ("dice", "iou", "recall", "precision", "specificity", "beta0_error", "beta1_error")
-
-Masks = list[np.ndarray]
 
 
 def scoring(size: int = 512, num_rounds: int = 5, json: bool = False) -> int:
@@ -46,123 +36,86 @@ def scoring(size: int = 512, num_rounds: int = 5, json: bool = False) -> int:
     """
     cv2.setNumThreads(1)  # one thread means one thread
     result = measure(size, num_rounds=num_rounds)
-    print(json_module.dumps(result, indent=1) if json else as_table(result))
+    lines = ["{num_masks} masks of {size} x {size} px, median of {num_rounds} rounds".format_map(result)]
+    lines.append(f"{'':<20}{'masks/s':>9}{'ms/mask':>9}  {'clock':<6}{'ratio':>7}{'aim':>7}")
+    for row in result["rows"]:
+        ratios = "".join(f"{row[name]:>6.1f}x" for name in ("ratio", "aim") if row[name] is not None)
+        speed = f"{row['masks_per_second']:>9.0f}{row['ms_per_mask']:>9.2f}"
+        lines.append(f"{row['name']:<20}{speed}  {row['clock']:<6}{ratios}".rstrip())
+    lines.append(f"numbers equal to the naive way: {'yes' if result['same_numbers'] else 'NO'}")
+    print(json_module.dumps(result, indent=1) if json else "\n".join(lines))
     return int(not result["passed"])
 
 
 def measure(size: int, num_truths: int = 4, preds_per_truth: int = 8, num_rounds: int = 5) -> dict[str, Any]:
     """Measures all variants; `passed`: the numbers are those of the naive way, and every aim is reached."""
     preds, truths = draw_masks(size, num_truths, preds_per_truth)
-    scores = {name: variant(preds, truths) for name, variant in VARIANTS.items()}  # compiles, too
-    seconds: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in VARIANTS}
+    scores = {name: variant(preds, truths) for name, (variant, *_) in VARIANTS.items()}  # compiles, too
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for _ in range(num_rounds):
-        for name, variant in VARIANTS.items():
-            clear_truth_cache()
+        for name, (variant, *_) in VARIANTS.items():
+            clear_truth_cache()  # so that the truth's part is paid once per truth
             cpu, wall = time.process_time(), time.perf_counter()
             variant(preds, truths)
-            seconds[name]["cpu"].append(time.process_time() - cpu)
-            seconds[name]["wall"].append(time.perf_counter() - wall)
+            seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
     rows = []
-    for name in VARIANTS:
-        clock, reference = "wall" if name == "two threads" else "cpu", REFERENCES.get(name)
-        row = {"name": name, "reference": reference, "clock": clock, "aim": AIMS.get(name)}
-        row["ms_per_mask"] = 1000 * float(np.median(seconds[name][clock])) / len(preds)
-        row["masks_per_second"] = 1000 / row["ms_per_mask"]
-        row["ratio"] = reference and float(
-            np.median(np.divide(seconds[reference][clock], seconds[name][clock]))
-        )
-        rows.append(row)
-    same = same_numbers(scores)
+    for name, (_, clock, reference, aim) in VARIANTS.items():
+        times = {key: np.array(taken)[:, int(clock == "wall")] for key, taken in seconds.items()}
+        ms = 1000 * float(np.median(times[name])) / len(preds)
+        ratio = reference and float(np.median(times[reference] / times[name]))
+        row = {"name": name, "reference": reference, "clock": clock, "aim": aim, "ms_per_mask": ms}
+        rows.append(row | {"masks_per_second": 1000 / ms, "ratio": ratio})
+    same = scores["one thread"] == scores["two threads"]
+    for name, metrics, atol in (("one thread", SAME, 1e-9), ("HD95 and NSD", ("hd95", "nsd"), 1e-4)):
+        tables = ([[row[m] for m in metrics] for row in scores[key]] for key in (name, VARIANTS[name][2]))
+        same = same and np.allclose(*tables, rtol=0, atol=atol)
     passed = same and all(row["aim"] is None or row["ratio"] >= row["aim"] for row in rows)
     labels = {"size": size, "num_masks": len(preds), "num_rounds": num_rounds}
     return labels | {"same_numbers": same, "passed": passed, "rows": rows}
 
 
-def same_numbers(scores: dict[str, list[dict]]) -> bool:
-    """Whether the engine's numbers equal those of the naive way and do not depend on the threads."""
-
-    def close(first: str, second: str, names: tuple[str, ...], atol: float) -> bool:
-        pairs = zip(scores[first], scores[second], strict=True)
-        return all(np.isclose(a[name], b[name], rtol=0, atol=atol) for a, b in pairs for name in names)
-
-    surface = close("HD95 and NSD", "naive HD95 and NSD", ("hd95", "nsd"), 1e-4)
-    return (
-        scores["one thread"] == scores["two threads"] and close("one thread", "naive", SAME, 1e-9) and surface
-    )
-
-
-def as_table(result: dict[str, Any]) -> str:
-    """The result of `measure` for a terminal."""
-    about = "{num_masks} masks of {size} x {size} px, median of {num_rounds} rounds".format_map(result)
-    lines = [about, f"{'':<20}{'masks/s':>9}{'ms/mask':>9}  {'clock':<6}{'ratio':>7}{'aim':>7}"]
-    for row in result["rows"]:
-        ratios = "".join(f"{row[name]:>6.1f}x" for name in ("ratio", "aim") if row[name] is not None)
-        speed = f"{row['masks_per_second']:>9.0f}{row['ms_per_mask']:>9.2f}"
-        lines.append(f"{row['name']:<20}{speed}  {row['clock']:<6}{ratios}".rstrip())
-    return "\n".join([*lines, f"numbers equal to the naive way: {'yes' if result['same_numbers'] else 'NO'}"])
-
-
-def draw_masks(size: int, num_truths: int, preds_per_truth: int, seed: int = 0) -> tuple[Masks, Masks]:
-    """Predictions and truths, bool (size, size), one truth per prediction: vessel trees and spoilt copies."""
-    rng = np.random.default_rng(seed)
+def draw_masks(size: int, num_truths: int, preds_per_truth: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Predictions as of a half-trained model (rough, broken, with specks) and their truths, bool (H, W)."""
+    rng = np.random.default_rng(0)
     preds, truths = [], []
-    for patient in range(1, num_truths + 1):
-        _, truth = draw_sequence(TARGET, patient, sequence=1, num_frames=1, size=size, seed=seed)[0]
-        preds += [spoil(truth, rng) for _ in range(preds_per_truth)]
-        truths += [truth] * preds_per_truth
+    for patient in np.repeat(range(1, num_truths + 1), preds_per_truth).tolist():
+        ((_, truth),) = draw_sequence(TARGET, patient, sequence=1, num_frames=1, size=size)
+        inside, outside = (cv2.distanceTransform(m.astype(np.uint8), cv2.DIST_L2, 5) for m in (truth, ~truth))
+        noise = cv2.GaussianBlur(rng.normal(size=truth.shape).astype(np.float32), (0, 0), 2)
+        pred, vessel = (inside - outside + 6 * noise > 0).astype(np.uint8), np.argwhere(truth)
+        for row, column in vessel[rng.integers(len(vessel), size=rng.integers(8, 26))]:
+            cv2.circle(pred, (int(column), int(row)), int(rng.integers(3, 9)), 0, -1)
+        for row, column in rng.integers(size, size=(rng.integers(20, 81), 2)):
+            cv2.circle(pred, (int(column), int(row)), int(rng.integers(0, 3)), 1, -1)
+        preds.append(pred.astype(bool))
+        truths.append(truth)
     return preds, truths
 
 
-def spoil(truth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A prediction as of a half-trained model: rough edges, 8 to 25 breaks, 20 to 80 specks."""
-    inside, outside = truth.astype(np.uint8), (~truth).astype(np.uint8)
-    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 5) - cv2.distanceTransform(outside, cv2.DIST_L2, 5)
-    noise = cv2.GaussianBlur(rng.normal(size=truth.shape).astype(np.float32), (0, 0), 2)
-    pred = (depth + 6 * noise > 0).astype(np.uint8)
-    vessel = np.argwhere(truth)
-    for row, column in vessel[rng.integers(len(vessel), size=rng.integers(8, 26))]:
-        cv2.circle(pred, (int(column), int(row)), int(rng.integers(3, 9)), 0, -1)
-    for row, column in rng.integers(truth.shape[0], size=(rng.integers(20, 81), 2)):
-        cv2.circle(pred, (int(column), int(row)), int(rng.integers(0, 3)), 1, -1)
-    return pred.astype(bool)
-
-
-# ---- The naive way: every skeleton where it is needed, the truth again for every prediction
-
-
 def naive_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Overlap, clDice and differences in shape of two non-empty bool masks (H, W)."""
+    """Overlap, clDice and differences in shape of two non-empty bool masks (H, W), nothing computed once."""
     tp, fp = np.logical_and(pred, truth).sum(), np.logical_and(pred, ~truth).sum()
     fn, tn = np.logical_and(~pred, truth).sum(), np.logical_and(~pred, ~truth).sum()
     shape, true_shape = naive_shape(pred), naive_shape(truth)
     skeleton, true_skeleton = skeletonize(pred), skeletonize(truth)
     tprec = np.sum(skeleton & truth) / skeleton.sum()
     tsens = np.sum(true_skeleton & pred) / true_skeleton.sum()
-    return {
-        "dice": 2 * tp / (2 * tp + fp + fn),
-        "iou": tp / (tp + fp + fn),
-        "recall": tp / (tp + fn),
-        "precision": tp / (tp + fp),
-        "specificity": tn / (tn + fp),
-        "cldice": 2 * tprec * tsens / (tprec + tsens),
-        **{f"{name}_error": abs(shape[name] - true_shape[name]) for name in shape if name != "length"},
-        "length_ratio": shape["length"] / true_shape["length"],
-    }
+    scores = {"dice": 2 * tp / (2 * tp + fp + fn), "iou": tp / (tp + fp + fn), "recall": tp / (tp + fn)}
+    scores |= {"precision": tp / (tp + fp), "specificity": tn / (tn + fp)}
+    scores |= {"cldice": 2 * tprec * tsens / (tprec + tsens)}
+    scores |= {"length_ratio": shape["length"] / true_shape["length"]}
+    return scores | {f"{name}_error": abs(shape[name] - true_shape[name]) for name in shape}
 
 
 def naive_shape(mask: np.ndarray) -> dict[str, int]:
     """Components, loops, ends, junctions and length of a mask."""
     skeleton = skeletonize(mask)
-    pixels = skeleton.astype(np.uint8)
-    ones = np.ones((3, 3), np.uint8)
+    pixels, ones = skeleton.astype(np.uint8), np.ones((3, 3), np.uint8)
     num_neighbours = cv2.filter2D(pixels, -1, ones, borderType=cv2.BORDER_CONSTANT) - pixels
-    return {
-        "length": skeleton.sum(),
-        "beta0": label(mask, connectivity=2).max(),
-        "beta1": label(np.pad(~mask, 1, constant_values=True), connectivity=1).max() - 1,
-        "ends": np.sum(skeleton & (num_neighbours == 1)),
-        "junctions": np.sum(skeleton & (num_neighbours >= 3)),
-    }
+    num_background = label(np.pad(~mask, 1, constant_values=True), connectivity=1).max()
+    shape = {"beta0": label(mask, connectivity=2).max(), "beta1": num_background - 1}
+    shape |= {"ends": np.sum(skeleton & (num_neighbours == 1)), "length": skeleton.sum()}
+    return shape | {"junctions": np.sum(skeleton & (num_neighbours >= 3))}
 
 
 def naive_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
@@ -175,17 +128,19 @@ def naive_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float
     return {"hd95": hd95, "nsd": near / (len(to_truth) + len(to_pred))}
 
 
-def engine_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """The same by the engine."""
-    return surface_scores(pred, cached_truth(truth).surface)
-
-
+ONE = {"num_threads": 1}
+# What is timed, by which clock, the variant that it is compared with, and the lowest ratio that is accepted.
 VARIANTS = {
-    "naive": partial(in_threads, naive_scores, num_threads=1),
-    "one thread": partial(score_masks, num_threads=1),
-    "two threads": partial(score_masks, num_threads=2),
-    "naive HD95 and NSD": partial(in_threads, naive_surface_scores, num_threads=1),
-    "HD95 and NSD": partial(in_threads, engine_surface_scores, num_threads=1),
+    "naive": (partial(in_threads, naive_scores, **ONE), "cpu", None, None),
+    "one thread": (partial(score_masks, **ONE), "cpu", "naive", 12.0),
+    "two threads": (partial(score_masks, num_threads=2), "wall", "naive", 20.0),
+    "naive HD95 and NSD": (partial(in_threads, naive_surface_scores, **ONE), "cpu", None, None),
+    "HD95 and NSD": (
+        partial(in_threads, lambda pred, truth: surface_scores(pred, cached_truth(truth).surface), **ONE),
+        "cpu",
+        "naive HD95 and NSD",
+        4.5,
+    ),
 }
 
 if __name__ == "__main__":

@@ -1,145 +1,172 @@
-"""Trains the methods of the learning benchmark, each in a process of its own, and can be interrupted.
-
-OUTPUT/SUITE/METHOD_seedS/ holds `arm.json` (the settings), `train.log` and the run folder of the training,
-which is finished when it has a training_info.json. A training that was cut off goes on after its last
-validation, or is removed and begun anew where there was none.
-"""
+"""The methods of the learning benchmark, its suites, the split of their images, and all trainings."""
 
 import json
 import logging
 import os
+import random
 import shutil
 import subprocess
 import sys
-import time
+import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.methods import FIRST_SEED, METHODS, SPLIT_SEED, Suite
-from vesselrl.errors import RunError
+from vesselrl.data.samples import Sample, find_samples
+from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
+from vesselrl.errors import DataError, RunError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import write_json
+from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.training.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
-METHOD_FILE = "arm.json"
+SEED = 42  # of the split, and of the first training of a method; the others have 43, ...
+SETTINGS_FILE, INFO_FILE = "arm.json", "training_info.json"
 # One process with one thread per core is faster than one process with several threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-# The places of files say nothing about what was trained.
-PLACES = ("output_dir", "data_root", "split_file")
 
 
-@dataclass(frozen=True)
-class Training:
-    """One method with one seed."""
+class Method(NamedTuple):
+    """One row of the comparison: a training, or another post-processing of the predictions of one."""
 
-    method: str
-    seed: int
-    folder: Path
-    options: dict[str, Any]  # of `vesselrl train`
-    images: str  # fingerprint of the split
-
-    @property
-    def run(self) -> Path | None:
-        """The finished run folder; None if there is none."""
-        return finished_run(self.folder)
-
-    @property
-    def interrupted(self) -> Path | None:
-        """The run folder of a training that was cut off after a validation; None if there is none."""
-        found = sorted(self.folder.glob(f"*/{STATE_FILE}"))
-        return found[-1].parent if found else None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that decides the result."""
-        return plain_settings(TrainConfig.from_dict(self.options)) | {"images": self.images}
-
-    @property
-    def stored(self) -> dict[str, Any]:
-        """The arm.json of a training that has begun: `settings` and, of one not cut off, `seconds`."""
-        return json.loads((self.folder / METHOD_FILE).read_text(encoding="utf-8"))
+    label: str
+    options: dict[str, Any] | None = None  # of `vesselrl train`; None: nothing is trained
+    # Whose predictions are taken; its own if empty, of several those of highest tuned validation reward.
+    sources: tuple[str, ...] = ()
+    # "raw": threshold 0.5; "fixed": `FIXED_POST`; "threshold": the same, its threshold tuned on validation;
+    # "tuned": threshold, smallest component and closing of gaps tuned.
+    post: str = "fixed"
 
 
-def plain_settings(config: TrainConfig) -> dict[str, Any]:
-    """Settings as JSON stores them, without places."""
-    return json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in PLACES}))
+TABLE = tomllib.loads(Path(__file__).with_name("learning.toml").read_text(encoding="utf-8"))
+FIXED_POST = PostProcessing(0.5, TABLE["common"]["min_component_px"], TABLE["common"]["close_gaps"])
+METHODS = {name: Method(**values) for name, values in TABLE["methods"].items()}
 
 
-def finished_run(folder: Path) -> Path | None:
-    """The run folder with a training_info.json inside a method's folder; None if there is none."""
-    found = sorted(folder.glob("*/training_info.json"))
-    return found[-1].parent if found else None
+class Suite(NamedTuple):
+    """Images, sizes and schedule, the same for every method."""
+
+    title: str
+    num_epochs: int
+    val_freq: int
+    sizes: dict[str, int]  # most images of a subset; all of one that is not named
+    num_val_patients: int = 0  # of the published training half; 0: built-in images, split by patient
+    dropped: Sequence[str] = ()  # file names without ending that no subset gets
 
 
-def read_info(run: Path) -> dict[str, Any]:
-    """The training_info.json of a run."""
-    return json.loads((run / "training_info.json").read_text(encoding="utf-8"))
+SUITES = {name: Suite(**values) for name, values in TABLE["suites"].items()}
 
 
-def plan_trainings(suite: Suite, data_root: Path, folder: Path, num_seeds: int) -> list[Training]:
-    """The trainings of a suite, seed by seed; `folder` has its data_split.json."""
-    split_file = folder / "data_split.json"
-    images = json.loads(split_file.read_text(encoding="utf-8"))["sha256"]
-    common = {"data_root": str(data_root), "split_file": str(split_file), "split_seed": SPLIT_SEED}
-    trainings = []
-    for seed in range(FIRST_SEED, FIRST_SEED + num_seeds):
-        for name, method in METHODS.items():
-            if method.options is not None:
-                place = folder / f"{name}_seed{seed}"
-                own = {"seed": seed, "output_dir": str(place)} | suite.options | method.options
-                trainings.append(Training(name, seed, place, common | own, images))
-    return trainings
+def prepare_split(suite: Suite, root: Path, path: Path) -> Split:
+    """Finds the images; writes data_split.json at `path`, or makes sure that it is still the same."""
+    samples = find_samples(root)
+    split = published_split(suite, samples) if suite.num_val_patients else split_by_patient(samples, SEED)
+    subsets = [tuple(take(getattr(split, name), suite.sizes.get(name), SEED)) for name in SUBSETS]
+    split = Split(*subsets, SEED, tuple(len(s) / sum(map(len, subsets)) for s in subsets))
+    if not path.exists():
+        write_split(path, split)
+    elif read_split(path, samples) != split:
+        raise DataError(
+            f"{path} is of other images. Give another --output_dir, or delete {path.parent} to train again."
+        )
+    return split
 
 
-def train_all(trainings: Sequence[Training], workers: int) -> dict[str, str]:
-    """Trains what is not finished, `workers` at a time; returns the failures by folder name.
+def published_split(suite: Suite, samples: Sequence[Sample]) -> Split:
+    """Files named train_* for training and validation, test_* for test."""
+    halves: dict[str, list[Sample]] = {"train": [], "test": []}
+    for sample in samples:
+        if sample.image_path.stem not in suite.dropped:
+            halves.setdefault(sample.image_path.stem.partition("_")[0], []).append(sample)
+    patients = sorted({sample.patient for sample in halves["train"]})
+    if len(halves) > 2 or not halves["test"] or len(patients) <= suite.num_val_patients:
+        raise DataError(
+            f"{suite.title}: got {', '.join(halves)} files, {len(patients)} training patients; need train_*, "
+            f"of more than {suite.num_val_patients} patients, and test_*. Give the --data_root of that set."
+        )
+    chosen = random.Random(SEED).sample(patients, suite.num_val_patients)
+    train, val = (tuple(s for s in halves["train"] if (s.patient in chosen) == val) for val in (False, True))
+    return Split(train, val, tuple(halves["test"]), SEED)
 
-    Nothing is trained if something was trained with other settings, or a folder is not one of this benchmark.
+
+def last_run(folder: Path, file: str = INFO_FILE) -> Path | None:
+    """The last run folder inside a method's folder that has this file, by default that of a finished run."""
+    return max((path.parent for path in folder.glob(f"*/{file}")), default=None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plain_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a training with these options, as JSON stores them, without the places of files."""
+    settings = json.loads(json.dumps(TrainConfig.from_dict(options).to_dict()))
+    return {k: v for k, v in settings.items() if k not in ("output_dir", "data_root", "split_file")}
+
+
+def train_all(
+    suite: Suite, root: Path, folder: Path, num_seeds: int, workers: int
+) -> tuple[dict[str, str], int]:
+    """Trains what is not finished, `workers` at a time; returns failures by name, and the passes over images.
+
+    `folder` has the data_split.json, and then a folder METHOD_seedS for each training. Nothing is trained if
+    something was trained with other settings, or a folder is not one of this benchmark.
     """
-    for training in trainings:
-        _check_settings(training)
-    waiting = [training for training in trainings if training.run is None]
-    logger.info("%d trainings, %d of them finished already", len(trainings), len(trainings) - len(waiting))
-    failures: dict[str, str] = {}
+    split, trainings, settings = read_json(folder / "data_split.json"), {}, {}
+    common = {"data_root": str(root), "split_file": str(folder / "data_split.json"), "split_seed": SEED}
+    common |= TABLE["common"] | {"num_epochs": suite.num_epochs, "val_freq": suite.val_freq}
+    for seed, (name, method) in product(range(SEED, SEED + num_seeds), METHODS.items()):
+        if method.options is not None:
+            place = folder / f"{name}_seed{seed}"
+            trainings[place] = common | {"seed": seed, "output_dir": str(place)} | method.options
+            settings[place] = plain_settings(trainings[place]) | {"images": split["sha256"]}
+            check_settings(place, settings[place])
+    waiting = [place for place in trainings if not last_run(place)]
     pool = ThreadPoolExecutor(workers)
     try:
-        for training, error in zip(waiting, pool.map(train_one, waiting), strict=True):
-            if error:
-                failures[training.folder.name] = error
-                logger.error("%s failed: %s", training.folder.name, error)
+        reasons = list(pool.map(lambda place: train_one(place, trainings[place], settings[place]), waiting))
     finally:
         pool.shutdown(cancel_futures=True)
-    return failures
+    failures = {place.name: reason for place, reason in zip(waiting, reasons, strict=True) if reason}
+    return failures, common["num_epochs"] * split["counts"]["train"] * common["num_passes"]
 
 
-def train_one(training: Training) -> str:
+def check_settings(folder: Path, now: dict[str, Any]) -> None:
+    """Raises RunError where another training than this would be removed or taken for this one."""
+    if folder.exists() and not (folder / SETTINGS_FILE).is_file():
+        raise RunError(f"{folder} is not of this benchmark (no {SETTINGS_FILE}). Give another --output_dir.")
+    if not last_run(folder) and not last_run(folder, STATE_FILE):
+        return  # nothing to keep: it will be trained anew
+    # A setting that was added since had its default then.
+    before = plain_settings({}) | read_json(folder / SETTINGS_FILE)["settings"]
+    if changes := [f"{n} {before.get(n)}, now {now[n]}" for n in now if before.get(n) != now[n]]:
+        raise RunError(
+            f"{folder} was trained with other settings ({', '.join(changes)}). Delete that folder to train "
+            "again, or give another --output_dir."
+        )
+
+
+def train_one(folder: Path, options: dict[str, Any], settings: dict[str, Any]) -> str:
     """Trains one method, or the rest of it; returns the reason of a failure, "" if there was none."""
-    interrupted, log = training.interrupted, training.folder / "train.log"
-    if interrupted is None:
-        shutil.rmtree(training.folder, ignore_errors=True)
-        training.folder.mkdir(parents=True)
-        write_json(training.folder / METHOD_FILE, {"settings": training.settings})
-        arguments = [word for name, value in training.options.items() for word in (f"--{name}", str(value))]
-    else:
+    interrupted, log = last_run(folder, STATE_FILE), folder / "train.log"
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    if interrupted:
         arguments = ["--resume_from", str(interrupted)]
-    logger.info("%s: %s", training.folder.name, "training" if interrupted is None else "going on")
-    started = time.monotonic()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / SETTINGS_FILE, {"settings": settings})
+    logger.info("%s: %s", folder.name, "going on" if interrupted else "training")
     code = run_command(["train", *arguments], log)
-    seconds = time.monotonic() - started
-    if code != 0 or training.run is None:
-        end = f"exit code {code} after {seconds:.0f} s" if code else "it ended without a training_info.json"
-        last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-        return f"{end}, see {log} ({last[:200]})"
-    # The time of a training that was cut off is not known.
-    timing = {"seconds": round(seconds)} if interrupted is None else {}
-    write_json(training.folder / METHOD_FILE, {"settings": training.settings} | timing)
-    logger.info("%s: done in %.0f s", training.folder.name, seconds)
-    return ""
+    if code == 0 and last_run(folder):
+        return ""
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    reason = f"exit code {code}" if code else f"it ended without a {INFO_FILE}"
+    return f"{reason}, see {log} ({last[:200]})"
 
 
 def run_command(arguments: Sequence[str], log_file: Path) -> int:
@@ -148,37 +175,3 @@ def run_command(arguments: Sequence[str], log_file: Path) -> int:
     with log_file.open("a", encoding="utf-8") as log:
         into_log = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         return subprocess.run(command, **into_log, env=os.environ | ONE_THREAD, check=False).returncode
-
-
-def check_equal_passes(trainings: Sequence[Training]) -> int:
-    """The image passes (epochs x images x passes) of every finished training; filters take no step."""
-    passes = {}
-    for training in trainings:
-        if training.run is not None and (info := read_info(training.run))["total_steps"]:
-            args, images = info["args"], info["counts"]["train"]["used"]
-            passes[training.folder.name] = args["num_epochs"] * images * args["num_passes"]
-    if len(set(passes.values())) > 1:
-        listed = ", ".join(f"{name} {number}" for name, number in passes.items())
-        raise RunError(
-            f"The methods did not look at the same number of images ({listed}): they cannot be compared. "
-            "Delete the folders that deviate and run the benchmark again."
-        )
-    return next(iter(passes.values()), 0)
-
-
-def _check_settings(training: Training) -> None:
-    """One that has neither finished nor validated is nothing to keep: it will be trained anew."""
-    folder = training.folder
-    if folder.exists() and not (folder / METHOD_FILE).is_file():
-        raise RunError(f"{folder} is not of this benchmark (no {METHOD_FILE}). Give another --output_dir.")
-    if training.run is None and training.interrupted is None:
-        return
-    now = training.settings
-    # A setting that was added since had its default then.
-    before = plain_settings(TrainConfig()) | training.stored["settings"]
-    changes = [f"{name} {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changes:
-        raise RunError(
-            f"{folder} was trained with other settings ({', '.join(changes)}). Delete that folder to train "
-            "again, or give another --output_dir."
-        )

@@ -11,23 +11,22 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks import methods, scores, trainings
+from benchmarks import scores, trainings
 from benchmarks.learning import learning
-from benchmarks.methods import Suite
+from benchmarks.trainings import Suite
 from vesselrl.experiment.config import TrainConfig
 
 # How well each method sees: strength of its noise; RL is made the best, so that a hypothesis can hold.
 NOISE = {"base": 3.6, "sft": 3.6, "sft_cldice": 3.7, "unet": 4.0, "frangi": 5.0, "rl": 0.7, "sft_rl": 0.8}
-# Added to its logits: supervised then PPO misses vessels, so that its recall is not that of all.
-BIAS = {"sft_rl": -3.0}
-# These see nothing in the middle of an image, so that no closing of gaps mends what they break.
-BLIND = ("sft", "sft_cldice")
+BIAS = {"sft_rl": -3.0}  # added to its logits: it misses vessels, so that its recall is not that of all
+BLIND = ("sft", "sft_cldice")  # see nothing in the middle of an image, where no closing of gaps mends it
 SIZE = 48
-RUN_NUMBERS = itertools.count()
 
 
-def write_published(root: Path) -> Path:
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 train_* and 6 test_* images of drawn crosses, dark on bright, with their masks."""
+    root = tmp_path_factory.mktemp("published") / "data"
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
@@ -42,25 +41,20 @@ def write_published(root: Path) -> Path:
     return root
 
 
-def see(method: str, seed: int) -> Callable[[np.ndarray], SimpleNamespace]:
-    """The predictor of a method: it knows dark pixels, through smooth noise, and sees only the image."""
+def load_predictor(run: Path | None) -> Callable[[np.ndarray], SimpleNamespace]:
+    """In place of a model: it knows dark pixels, through smooth noise, and sees only the image."""
+    method, _, seed = ("base", "", 1) if run is None else run.parent.name.rpartition("_seed")
 
     def predict(image: np.ndarray) -> SimpleNamespace:
-        rng = np.random.default_rng([seed, int(image.sum())])
+        rng = np.random.default_rng([int(seed), int(image.sum())])
         field = ndimage.gaussian_filter(rng.normal(size=image.shape[:2]), 1.0)
         logits = (115 - image[..., 0].astype(float)) / 12 + NOISE[method] * field / field.std()
         if method in BLIND:
             logits[:, 22:26] = -12.0
         values = 1 / (1 + np.exp(-(logits + BIAS.get(method, 0.0))))
-        return SimpleNamespace(mask=values > 0.5, probabilities=values.astype(np.float32))
+        return SimpleNamespace(probabilities=values.astype(np.float32))
 
     return predict
-
-
-def load_predictor(run: Path | None) -> Callable[[np.ndarray], SimpleNamespace]:
-    """In place of a model: the predictor of the run's method."""
-    method, _, seed = ("base", "", 1) if run is None else run.parent.name.rpartition("_seed")
-    return see(method, int(seed))
 
 
 class PretendedTraining:
@@ -71,63 +65,48 @@ class PretendedTraining:
         self.resumed: list[Path] = []  # runs to go on with
         self.failing: set[str] = set()  # these end with exit code 3
         self.killed: set[str] = set()  # these leave a run folder without its last file
-        self.num_passes: dict[str, int] = {}
+        self.numbers = itertools.count()
 
     def __call__(self, arguments: list[str], log_file: Path) -> int:
-        if arguments[1] == "--resume_from":
-            run = Path(arguments[2])
-            settings = json.loads((run / "config.json").read_text())["args"]
+        words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        if run := words.get("--resume_from"):
+            run = Path(run)
             self.resumed.append(run)
         else:
-            words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-            settings = TrainConfig().to_dict()
-            for name, word in words.items():
-                settings[name[2:]] = (
-                    type(settings[name[2:]])(word) if settings[name[2:]] is not None else word
-                )
-            run = Path(settings["output_dir"]) / f"sa2va_lora_ppo_20261122_{next(RUN_NUMBERS):06d}"
+            assert {name[2:] for name in words} <= set(TrainConfig().to_dict())
+            run = Path(words["--output_dir"]) / f"sa2va_lora_ppo_20261122_{next(self.numbers):06d}"
             run.mkdir()
-            (run / "config.json").write_text(json.dumps({"args": settings}))
         name = run.parent.name
         self.trained.append(name)
         log_file.write_text("first line\nthe last words\n")
         if name in self.failing or name in self.killed:
             return 3 * (name in self.failing)
-        counts = json.loads(Path(settings["split_file"]).read_text())["counts"]
-        counts = json.loads(Path(settings["split_file"]).read_text())["counts"]
-        info = {
-            "args": settings | {"num_passes": self.num_passes.get(name, settings["num_passes"])},
-            "counts": {"train": {"used": counts["train"]}},
-            "total_steps": 0 if settings["control"] == "frangi" else 4,
-            "provenance": {"git_commit": "0123456789abcdef", "device": "cpu", "cpu_count": 2},
-        }
-        (run / "training_info.json").write_text(json.dumps(info))
+        origin = {"git_commit": "0123456789abcdef", "device": "cpu", "cpu_count": 2}
+        (run / "training_info.json").write_text(json.dumps({"provenance": origin}))
         return 0
 
 
 @pytest.fixture(scope="session")
-def pretended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Suite]:
+def pretended(published: Path) -> Iterator[None]:
     """The data set as the suite `synthetic`, one file dropped; no training takes place, no model predicts."""
-    root = write_published(tmp_path_factory.mktemp("published") / "data")
-    options = {"num_epochs": 2, "num_passes": 3}
-    suite = Suite("synthetic", "made images", options, {}, str(root), 3, ("train_002",))
+    suite = Suite("made synthetic images", 2, 250, {}, 3, ["train_002"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(methods.SUITES, "synthetic", suite)
+        patch.setitem(trainings.SUITES, "synthetic", suite)
         patch.setattr(trainings, "run_command", PretendedTraining())
         patch.setattr(scores, "load_predictor", load_predictor)
-        yield suite
+        yield
 
 
 @pytest.fixture(scope="session")
-def finished(pretended: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(pretended: None, published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of two seeds of every method; read only."""
     output = tmp_path_factory.mktemp("finished") / "output"
-    assert learning(seeds=2, output_dir=str(output)) == 0
+    assert learning(seeds=2, output_dir=str(output), data_root=str(published)) == 0
     return output
 
 
 @pytest.fixture
-def training(pretended: Suite, monkeypatch: pytest.MonkeyPatch) -> PretendedTraining:
+def training(pretended: None, monkeypatch: pytest.MonkeyPatch) -> PretendedTraining:
     """Stands in for the training of one test."""
     stand_in = PretendedTraining()
     monkeypatch.setattr(trainings, "run_command", stand_in)

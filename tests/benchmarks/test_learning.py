@@ -1,5 +1,6 @@
 """The learning benchmark with pretended trainings: it goes on where it was left, and test chooses nothing."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.learning import learning
-from benchmarks.methods import FIXED_POST, METHODS, SUITES, Suite, get_suite, prepare_suite
-from benchmarks.trainings import run_command
+from benchmarks.trainings import FIXED_POST, METHODS, SUITES, TABLE, prepare_split, run_command
 from vesselrl.errors import DataError, RunError
 from vesselrl.evaluation.results import read_extra
 from vesselrl.experiment.config import TrainConfig
@@ -18,54 +18,35 @@ from vesselrl.training.checkpoint import STATE_FILE
 
 
 @pytest.fixture
-def output(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished output folder."""
-    return shutil.copytree(finished, tmp_path / "output")
+def options(finished: Path, published: Path, tmp_path: Path) -> dict:
+    """Options that go on with a copy of the finished output folder."""
+    output = shutil.copytree(finished, tmp_path / "output")
+    return {"seeds": 2, "output_dir": str(output), "data_root": str(published)}
 
 
-def choices(output: Path) -> dict[str, tuple]:
-    """Source and post-processing of every method and seed, and at equal recall, from the files."""
-    names = ("source", "threshold", "min_component_px", "close_gaps")
-    files = [p for p in (output / "synthetic").glob("*/test*.json") if p.name != "test_curve.json"]
-    return {f"{p.parent.name}/{p.stem}": tuple(map(read_extra(p).get, names)) for p in files}
-
-
-def kill(output: Path, name: str) -> Path:
+def kill(options: dict, name: str) -> Path:
     """Leaves a training as if killed: a run folder without its last file."""
-    (info,) = (output / "synthetic" / name).glob("*/training_info.json")
+    (info,) = (Path(options["output_dir"]) / "synthetic" / name).glob("*/training_info.json")
     info.unlink()
     return info.parent
 
 
-# ---- It goes on where it was left
-
-
-def test_a_second_call_trains_nothing_and_says_the_same(training, output: Path) -> None:
-    folder = output / "synthetic"
+def test_a_second_call_trains_only_what_is_missing_and_says_the_same(training, options: dict) -> None:
+    (kill(options, "rl_seed43") / "left_over").touch()
+    folder = Path(options["output_dir"]) / "synthetic"
     report = (folder / "report.md").read_text()
-    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*seed4*/*.json")}
-    assert learning(seeds=2, output_dir=str(output)) == 0
-    assert training.trained == []
-    assert (folder / "report.md").read_text() == report
-    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps  # scores were read, not made again
-
-
-def test_a_killed_training_is_trained_again_and_no_other(training, output: Path) -> None:
-    (kill(output, "rl_seed43") / "left_over").touch()
-    scored = output / "synthetic" / "rl_post_seed43" / "test.json"
-    before = scored.stat().st_mtime_ns
-    learning(seeds=2, output_dir=str(output))
+    assert learning(**options) == 0
     assert training.trained == ["rl_seed43"]
-    assert list((output / "synthetic" / "rl_seed43").rglob("left_over")) == []
-    assert scored.stat().st_mtime_ns > before  # scored again
+    assert list(folder.rglob("left_over")) == []
+    assert (folder / "report.md").read_text() == report
 
 
 @pytest.mark.parametrize("since", ["nothing", "a new setting", "another value"])
 def test_a_training_that_was_cut_off_goes_on_if_its_settings_are_the_same(
-    training, output: Path, since: str
+    training, options: dict, since: str
 ) -> None:
     """Hours of training are never removed unasked: with another value it is an error."""
-    run = kill(output, "rl_seed43")
+    run = kill(options, "rl_seed43")
     (run / STATE_FILE).touch()
     file = run.parent / "arm.json"
     document = json.loads(file.read_text())
@@ -77,41 +58,35 @@ def test_a_training_that_was_cut_off_goes_on_if_its_settings_are_the_same(
     file.write_text(json.dumps(document))
     if since == "another value":
         with pytest.raises(RunError, match=r"kl_coef 1.01, now 0.01.*Delete that folder"):
-            learning(seeds=2, output_dir=str(output))
-        assert training.trained == training.resumed == []
+            learning(**options)
+        assert training.trained == []
     else:
-        assert learning(seeds=2, output_dir=str(output)) == 0
+        assert learning(**options) == 0
         assert (training.trained, training.resumed) == (["rl_seed43"], [run])
-        assert "seconds" not in json.loads(file.read_text())
 
 
 def test_failures_stop_no_other_and_the_exit_code_says_so(
-    training, output: Path, capsys: pytest.CaptureFixture
+    training, options: dict, capsys: pytest.CaptureFixture
 ) -> None:
     for name in ("sft_cldice_seed42", "sft_rl_seed42", "unet_seed43"):
-        kill(output, name)
+        kill(options, name)
     training.failing, training.killed = {"sft_cldice_seed42"}, {"sft_rl_seed42"}
-    assert learning(seeds=2, output_dir=str(output)) == 1
+    assert learning(**options) == 1
     assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed42", "unet_seed43"]
     err = capsys.readouterr().err
-    assert "error: sft_cldice_seed42 failed: exit code 3" in err
+    assert "Failed: sft_cldice_seed42: exit code 3" in err
     assert "train.log (the last words)" in err
     assert "ended without a training_info.json" in err
-    report = (output / "synthetic" / "report.md").read_text()
-    assert (
-        "Left out: C4 supervised with soft clDice, supervised then PPO, supervised then PPO, post-" in report
-    )
+    assert "Left out: supervised then PPO, post-processed." in err
+    report = (Path(options["output_dir"]) / "synthetic" / "report.md").read_text()
     assert "| C7 best of C2 to C4" in report  # of those that are there
+    assert "| C4" not in report
 
 
-def test_unfair_or_foreign_folders_are_refused(training, tmp_path: Path) -> None:
-    training.num_passes = {"sft_seed42": 4}
-    with pytest.raises(RunError, match=r"same number of images.*sft_seed42 32.*rl_seed42 24"):
-        learning(seeds=1, output_dir=str(tmp_path))
-    (tmp_path / "synthetic" / "rl_seed42" / "arm.json").unlink()
-    training.trained.clear()
+def test_a_foreign_folder_is_refused(training, options: dict) -> None:
+    (Path(options["output_dir"]) / "synthetic" / "rl_seed42" / "arm.json").unlink()
     with pytest.raises(RunError, match="is not of this benchmark"):
-        learning(seeds=1, output_dir=str(tmp_path))
+        learning(**options)
     assert training.trained == []
 
 
@@ -120,14 +95,16 @@ def test_a_training_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert "Unknown verb 'trian'" in (tmp_path / "train.log").read_text()
 
 
-# ---- Test chooses nothing
-
-
 @pytest.mark.parametrize("half", ["test", pytest.param("train", marks=pytest.mark.slow)])
 def test_choices_depend_on_validation_truths_alone(
-    training, pretended: Suite, finished: Path, tmp_path: Path, half: str
+    training, published: Path, finished: Path, tmp_path: Path, half: str
 ) -> None:
-    changed = shutil.copytree(pretended.data_root, tmp_path / "changed")
+    def choices(output: Path) -> dict[str, tuple]:
+        names = ("source", "threshold", "min_component_px", "close_gaps")
+        files = (output / "synthetic").glob("*/test*.json")
+        return {f"{p.parent.name}/{p.stem}": tuple(map(read_extra(p).get, names)) for p in files}
+
+    changed = shutil.copytree(published, tmp_path / "changed")
     for path in sorted((changed / "masks").glob(f"{half}_*.png")):
         Image.fromarray(np.asarray(Image.open(path)) & (np.arange(48) % 4 == 0)[:, None]).save(path)
     learning(seeds=2, output_dir=str(tmp_path / "output"), data_root=str(changed))
@@ -135,66 +112,53 @@ def test_choices_depend_on_validation_truths_alone(
     assert len(one) == 2 * (12 + 2 * 4)  # every method, and C1 and C3 at the recall of four RL methods
     moved = {name for name in one if one[name] != other[name]}
     assert not moved if half == "test" else {"rl_post_seed42/test", "sft_tuned_seed42/test"} & moved
-
-
-def test_only_the_base_and_tuned_masks_differ_from_the_fixed_post_processing(finished: Path) -> None:
-    fixed = (FIXED_POST.min_component_px, FIXED_POST.close_gaps)
-    for name, (_, _, *post) in choices(finished).items():
+    for name, (_, _, *post) in one.items():  # only the base and tuned masks differ from the fixed ones
         method, _, rl = name.replace("_seed", "/").replace("test_at_recall_of_", "").split("/")
         kind = METHODS[rl if rl in METHODS else method].post  # a control gets that of the RL method
-        assert kind == "tuned" or tuple(post) == ((0, 0.0) if kind == "raw" else fixed), name
+        fixed = [FIXED_POST.min_component_px, FIXED_POST.close_gaps]
+        assert kind == "tuned" or post == ([0, 0.0] if kind == "raw" else fixed), name
 
 
-def test_the_report_has_every_method_verdict_and_ledger_row(finished: Path) -> None:
+def test_the_report_has_every_method_verdict_and_ledger_row(finished: Path, repository: Path) -> None:
     folder = finished / "synthetic"
-    page, ledger = ((folder / name).read_text() for name in ("report.md", "ledger_rows.md"))
+    page = (folder / "report.md").read_text()
     assert all(f"| {method.label} |" in page for method in METHODS.values())
-    assert "every training looked at 24 images" in page  # 4 images x 2 epochs x 3 passes
+    assert "2 seeds, 16 image passes" in page  # 4 images x 2 epochs x 2 passes
     assert (folder / "pareto.png").stat().st_size > 10_000
     verdicts = [line for line in page.splitlines() if line.startswith(("- E2", "- E3"))]
     assert len(verdicts) == 4 + 8  # E2 of four RL methods, E3 of each against C1 and C3
-    assert any(
-        v.startswith("- E2, PPO, against C7 best of C2 to C4, post-processed: holds: ") for v in verdicts
-    )
-    assert any(
-        v.startswith("- E3, PPO, against C1 base, tuned threshold at equal recall: holds") for v in verdicts
-    )
-    rows = ledger.splitlines()[2:]
+    assert verdicts[0].startswith("- E2, PPO, against C7 best of C2 to C4, post-processed: holds: ")
+    assert verdicts[4].startswith("- E3, PPO, against C1 base, tuned threshold at equal recall: holds: ")
+    assert "does not hold: validation recall differs by 0.210" in verdicts[5]
+    rows = [*csv.DictReader((folder / "ledger_rows.csv").open(encoding="utf-8"))]
+    assert ",".join(rows[0]) == (repository / "docs" / "results.csv").read_text("utf-8").partition("\n")[0]
     assert len(rows) == 5
-    assert all(row.count(" | ") == 7 and row.startswith("| R??? |") for row in rows)
-    assert all("| 0123456" in row and "| 42, 43 |" in row for row in rows)
+    assert all(row["commit"].startswith("0123456") and row["seeds"] == "42, 43" for row in rows)
 
 
-# ---- Images and options
-
-
-def test_the_published_halves_stay_apart(pretended: Suite, angiograms: Path, tmp_path: Path) -> None:
-    _, split = prepare_suite(pretended, tmp_path)
+def test_the_published_halves_stay_apart(
+    pretended, published: Path, angiograms: Path, tmp_path: Path
+) -> None:
+    suite, path = SUITES["synthetic"], tmp_path / "data_split.json"
+    split = prepare_split(suite, published, path)
     stems = {s.image_path.stem for s in (*split.train, *split.val)}
     assert stems == {f"train_{number:03d}" for number in (1, 3, 4, 5, 6, 7, 8)}  # 2 is dropped
     assert len(split.val) == 3
     assert {s.image_path.stem for s in split.test} == {f"test_{number:03d}" for number in range(9, 15)}
-    with pytest.raises(DataError, match=r"written for other train, val images.*another --output_dir"):
-        prepare_suite(pretended._replace(num_val_patients=2), tmp_path)
-    with pytest.raises(DataError, match="neither published half of synthetic"):
-        prepare_suite(pretended, tmp_path, str(angiograms))
+    with pytest.raises(DataError, match=r"is of other images.*another --output_dir"):
+        prepare_split(suite._replace(num_val_patients=2), published, path)
+    with pytest.raises(DataError, match="need train_"):
+        prepare_split(suite, angiograms, path)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("coronary80", (30, 8, 40)), ("chase_db1", (16, 4, 8))])
 def test_the_real_suites(shared_folder: Path, tmp_path: Path, name: str, sizes: tuple) -> None:
-    _, split = prepare_suite(get_suite(name), tmp_path, str(shared_folder / "data" / name))
+    split = prepare_split(SUITES[name], shared_folder / "data" / name, tmp_path / "data_split.json")
     assert (len(split.train), len(split.val), len(split.test)) == sizes
-    full, reduced = get_suite(name), get_suite(name, reduced=True)
-    assert reduced.name == f"{name}_reduced"
-    assert reduced.options["num_epochs"] < full.options["num_epochs"]
+    assert SUITES[f"{name}_reduced"].num_epochs < SUITES[name].num_epochs
 
 
 def test_options_are_settings_that_keep_passes_and_post_processing_equal() -> None:
-    known, post = TrainConfig().to_dict(), {"min_component_px", "close_gaps"}
-    for suite in list(SUITES.values())[1:]:  # the first is made for these tests
-        assert set(suite.options) <= set(known)
-        assert {name: suite.options[name] for name in post} == {
-            name: getattr(FIXED_POST, name) for name in post
-        }
     for method in METHODS.values():
-        assert set(method.options or {}) <= set(known) - {"num_epochs", "num_passes", *post}
+        options = set(method.options or {})
+        assert options <= set(TrainConfig().to_dict()) - set(TABLE["common"]) - {"num_epochs", "val_freq"}
