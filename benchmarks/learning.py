@@ -33,14 +33,12 @@ READING = (
     "the mean is taken first. Differences are paired, and not adjusted for their number."
 )
 
-Results = Mapping[str, Sequence[MethodResult]]  # by method, one per seed
-Equal = Mapping[
-    tuple[str, str], Sequence[tuple[Evaluation, float]]
-]  # by RL method and control; `at_recall_of`
-Differences = dict[
-    str, dict[str, Any]
-]  # method minus control: lines of `before_after_table` by column, "beta0"
-Verdicts = dict[tuple[str, str, str], tuple[bool, str]]  # by hypothesis, RL method and control
+# By method, one per seed; by RL method and control, of `at_recall_of`; by method, the lines of
+# `before_after_table` of its paired differences by column; by hypothesis, RL method and control.
+Results = Mapping[str, Sequence[MethodResult]]
+Equal = Mapping[tuple[str, str], Sequence[tuple[Evaluation, float]]]
+Differences = dict[str, dict[str, Any]]
+Verdicts = dict[tuple[str, str, str], tuple[bool, str]]
 
 
 def learning(

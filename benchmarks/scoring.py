@@ -12,14 +12,7 @@ from skimage.measure import label
 from skimage.morphology import skeletonize
 
 from benchmarks import run
-from vesselrl.scoring.scores import (
-    TOLERANCE_PX,
-    cached_truth,
-    clear_truth_cache,
-    in_threads,
-    score_masks,
-    surface_scores,
-)
+from vesselrl.scoring import scores
 from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 # The naive way takes Zhang's skeleton, so its centreline scores differ.
@@ -50,11 +43,11 @@ def scoring(size: int = 512, num_rounds: int = 5, json: bool = False) -> int:
 def measure(size: int, num_truths: int = 4, preds_per_truth: int = 8, num_rounds: int = 5) -> dict[str, Any]:
     """Measures all variants; `passed`: the numbers are those of the naive way, and every aim is reached."""
     preds, truths = draw_masks(size, num_truths, preds_per_truth)
-    scores = {name: variant(preds, truths) for name, (variant, *_) in VARIANTS.items()}  # compiles, too
+    found = {name: variant(preds, truths) for name, (variant, *_) in VARIANTS.items()}  # compiles, too
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for _ in range(num_rounds):
         for name, (variant, *_) in VARIANTS.items():
-            clear_truth_cache()  # so that the truth's part is paid once per truth
+            scores.clear_truth_cache()  # so that the truth's part is paid once per truth
             cpu, wall = time.process_time(), time.perf_counter()
             variant(preds, truths)
             seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
@@ -65,9 +58,9 @@ def measure(size: int, num_truths: int = 4, preds_per_truth: int = 8, num_rounds
         ratio = reference and float(np.median(times[reference] / times[name]))
         row = {"name": name, "reference": reference, "clock": clock, "aim": aim, "ms_per_mask": ms}
         rows.append(row | {"masks_per_second": 1000 / ms, "ratio": ratio})
-    same = scores["one thread"] == scores["two threads"]
+    same = found["one thread"] == found["two threads"]
     for name, metrics, atol in (("one thread", SAME, 1e-9), ("HD95 and NSD", ("hd95", "nsd"), 1e-4)):
-        tables = ([[row[m] for m in metrics] for row in scores[key]] for key in (name, VARIANTS[name][2]))
+        tables = ([[row[m] for m in metrics] for row in found[key]] for key in (name, VARIANTS[name][2]))
         same = same and np.allclose(*tables, rtol=0, atol=atol)
     passed = same and all(row["aim"] is None or row["ratio"] >= row["aim"] for row in rows)
     labels = {"size": size, "num_masks": len(preds), "num_rounds": num_rounds}
@@ -100,11 +93,11 @@ def naive_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     skeleton, true_skeleton = skeletonize(pred), skeletonize(truth)
     tprec = np.sum(skeleton & truth) / skeleton.sum()
     tsens = np.sum(true_skeleton & pred) / true_skeleton.sum()
-    scores = {"dice": 2 * tp / (2 * tp + fp + fn), "iou": tp / (tp + fp + fn), "recall": tp / (tp + fn)}
-    scores |= {"precision": tp / (tp + fp), "specificity": tn / (tn + fp)}
-    scores |= {"cldice": 2 * tprec * tsens / (tprec + tsens)}
-    scores |= {"length_ratio": shape["length"] / true_shape["length"]}
-    return scores | {f"{name}_error": abs(shape[name] - true_shape[name]) for name in shape}
+    values = {"dice": 2 * tp / (2 * tp + fp + fn), "iou": tp / (tp + fp + fn), "recall": tp / (tp + fn)}
+    values |= {"precision": tp / (tp + fp), "specificity": tn / (tn + fp)}
+    values |= {"cldice": 2 * tprec * tsens / (tprec + tsens)}
+    values |= {"length_ratio": shape["length"] / true_shape["length"]}
+    return values | {f"{name}_error": abs(shape[name] - true_shape[name]) for name in shape}
 
 
 def naive_shape(mask: np.ndarray) -> dict[str, int]:
@@ -118,12 +111,17 @@ def naive_shape(mask: np.ndarray) -> dict[str, int]:
     return shape | {"junctions": np.sum(skeleton & (num_neighbours >= 3))}
 
 
+def surface_of(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """hd95 and nsd by the library."""
+    return scores.surface_scores(pred, scores.cached_truth(truth).surface)
+
+
 def naive_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """hd95 and nsd of two non-empty bool masks (H, W), by SciPy's exact distance transform."""
     border, true_border = pred ^ binary_erosion(pred), truth ^ binary_erosion(truth)
     to_truth = distance_transform_edt(~true_border)[border]
     to_pred = distance_transform_edt(~border)[true_border]
-    near = np.sum(to_truth <= TOLERANCE_PX) + np.sum(to_pred <= TOLERANCE_PX)
+    near = np.sum(to_truth <= scores.TOLERANCE_PX) + np.sum(to_pred <= scores.TOLERANCE_PX)
     hd95 = max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))
     return {"hd95": hd95, "nsd": near / (len(to_truth) + len(to_pred))}
 
@@ -131,16 +129,11 @@ def naive_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float
 ONE = {"num_threads": 1}
 # What is timed, by which clock, the variant that it is compared with, and the lowest ratio that is accepted.
 VARIANTS = {
-    "naive": (partial(in_threads, naive_scores, **ONE), "cpu", None, None),
-    "one thread": (partial(score_masks, **ONE), "cpu", "naive", 12.0),
-    "two threads": (partial(score_masks, num_threads=2), "wall", "naive", 20.0),
-    "naive HD95 and NSD": (partial(in_threads, naive_surface_scores, **ONE), "cpu", None, None),
-    "HD95 and NSD": (
-        partial(in_threads, lambda pred, truth: surface_scores(pred, cached_truth(truth).surface), **ONE),
-        "cpu",
-        "naive HD95 and NSD",
-        4.5,
-    ),
+    "naive": (partial(scores.in_threads, naive_scores, **ONE), "cpu", None, None),
+    "one thread": (partial(scores.score_masks, **ONE), "cpu", "naive", 12.0),
+    "two threads": (partial(scores.score_masks, num_threads=2), "wall", "naive", 20.0),
+    "naive HD95 and NSD": (partial(scores.in_threads, naive_surface_scores, **ONE), "cpu", None, None),
+    "HD95 and NSD": (partial(scores.in_threads, surface_of, **ONE), "cpu", "naive HD95 and NSD", 4.5),
 }
 
 if __name__ == "__main__":
