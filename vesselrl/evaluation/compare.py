@@ -264,14 +264,15 @@ def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     notes = [f"{run.name}: {sentence}" for run in runs for sentence in run.after.caveats.values()]
     if len(runs) > 1:
         notes.append(
-            f"The best of {len(runs)} runs was picked on these test images, so its score is flattering. The "
-            "verdicts are adjusted for the number of runs (Holm), the intervals not. Confirm on new patients."
+            f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "
+            "flattering. The verdicts are adjusted for the number of runs (Holm); the intervals are not. "
+            "Confirm on new patients."
         )
     if any("reward" in run.after.metrics for run in runs) and not _one_reward(runs):
         notes.append("The reward is left out: the runs were not all scored by the same one.")
     befores = {results.csv_text(run.before.rows) for run in runs if run.before is not None}
     if baseline is None and len(befores) > 1:
-        notes.append("The runs did not start from the same base; each difference is against the run's own.")
+        notes += ["The runs did not start from the same base; each difference is against the run's own base."]
     missing = ", ".join(run.name for run in runs if run.before is None)
     if baseline is None and missing:
         notes.append(f"No difference for {missing}: it has no test scores of a base model.")
