@@ -363,11 +363,11 @@ def test_an_absurd_learning_rate_is_corrected_or_stopped(tmp_path, monkeypatch, 
     assert_only_numbers(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("model", ["random", None], ids=["tiny", "embedded"])
 def test_5000_updates_at_four_times_the_learning_rate(tmp_path, monkeypatch, model: str | None) -> None:
-    """The long run: `python -m pytest tests/training/test_health.py -m slow -k tiny` (or `-k embedded`)."""
+    """The long run: `python -m pytest tests/training/test_health.py -m long -k tiny` (or `-k embedded`)."""
     rate = 4 * EMBEDDED_LEARNING_RATE
     with contextlib.suppress(LearningError):  # it may come through slowed down, or stop
         sanity_run(tmp_path, monkeypatch, steps=2500, model_path=model, learning_rate=rate)

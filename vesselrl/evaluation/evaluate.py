@@ -219,7 +219,7 @@ def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sampl
             (w, h), (width, height) = size, image_size
             sizes = f"the mask has {w}×{h} px, its image {width}×{height} px"
             raise DataError(f"{record}: {sizes}. Bring the mask to that size (nearest neighbour).")
-        others.append(replace(sample, mask_path=path, polygons=None, record=record))
+        others.append(replace(sample, mask_path=path, outlines=(), record=record))
     return others
 
 
