@@ -1,114 +1,163 @@
-"""The learning benchmark with pretended trainings: it goes on where it was left, and test chooses nothing."""
+"""The learning benchmark with pretended trainings: it resumes, test chooses nothing, and verdicts by hand."""
 
 import csv
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
-from benchmarks.learning import learning
-from benchmarks.trainings import FIXED_POST, METHODS, SUITES, TABLE, prepare_split, run_command
+from benchmarks import scores, trainings
+from benchmarks.learning import COMPARED, compare, decide, judge, learning, pooled
+from benchmarks.scores import MethodResult
+from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite, prepare_split
 from vesselrl.errors import DataError, RunError
-from vesselrl.evaluation.results import read_extra
+from vesselrl.evaluation.results import Evaluation, read_extra, summarise, verdict
+from vesselrl.evaluation.words import metric_name
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.training.checkpoint import STATE_FILE
 
+# Strength of the noise through which a method sees; RL is made the best, so that a hypothesis can hold.
+NOISE = {"base": 3.6, "sft": 3.6, "sft_cldice": 3.7, "unet": 4.0, "frangi": 5.0, "rl": 0.7, "sft_rl": 0.8}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """8 train_* and 6 test_* images of drawn crosses, dark on bright, with their masks."""
+    root, rng = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (root / folder).mkdir()
+    for number, half in enumerate(["train"] * 8 + ["test"] * 6, start=1):
+        mask = np.zeros((48, 48), bool)
+        row, column = rng.integers(8, 36, 2)
+        mask[row : row + 3, 3:45] = mask[4:44, column : column + 3] = True
+        grey = np.where(mask, 70, 160) + rng.integers(-20, 20, mask.shape)
+        for folder, pixels in (("images", grey.astype(np.uint8)), ("masks", mask)):
+            Image.fromarray(pixels).save(root / folder / f"{half}_{number:03d}.png")
+    return root
+
+
+def load_predictor(run: Path | None):
+    """In place of a model: it knows dark pixels, through smooth noise."""
+    method, _, seed = ("base", "", 1) if run is None else run.parent.name.rpartition("_seed")
+
+    def predict(image: np.ndarray) -> SimpleNamespace:
+        field = np.random.default_rng([int(seed), int(image.sum())]).normal(size=image.shape[:2])
+        field = ndimage.gaussian_filter(field, 1.0)
+        logits = (115 - image[..., 0].astype(float)) / 12 + NOISE[method] * field / field.std()
+        logits -= 3.0 * (method == "sft_rl")  # misses vessels, so that its recall is not that of all
+        if method in ("sft", "sft_cldice"):  # blind in the middle, where no closing of gaps mends it
+            logits[:, 22:26] = -12.0
+        return SimpleNamespace(probabilities=(1 / (1 + np.exp(-logits))).astype(np.float32))
+
+    return predict
+
+
+class PretendedTraining:
+    """In place of the subprocess: writes the few files of a run that the benchmark reads."""
+
+    def __init__(self) -> None:
+        self.trained, self.resumed, self.numbers = [], [], itertools.count()
+        self.failing = self.killed = ""  # names of folders: exit code 3; a run without its last file
+
+    def __call__(self, arguments: list[str], log_file: Path) -> int:
+        words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        assert {name[2:] for name in words} <= {"resume_from", *TrainConfig().to_dict()}
+        run = Path(
+            words.get("--resume_from", log_file.parent / f"sa2va_lora_ppo_20261122_{next(self.numbers)}")
+        )
+        run.mkdir(exist_ok=True)
+        self.trained.append(run.parent.name)
+        self.resumed += [run] if "--resume_from" in words else []
+        log_file.write_text("first line\nthe last words\n")
+        if run.parent.name not in (self.failing, self.killed):
+            origin = {"git_commit": "0123456789abcdef", "device": "cpu", "cpu_count": 2}
+            (run / "training_info.json").write_text(json.dumps({"provenance": origin}))
+        return 3 * (run.parent.name == self.failing)
+
 
 @pytest.fixture
-def options(finished: Path, published: Path, tmp_path: Path) -> dict:
-    """Options that go on with a copy of the finished output folder."""
-    output = shutil.copytree(finished, tmp_path / "output")
-    return {"seeds": 2, "output_dir": str(output), "data_root": str(published)}
+def training(monkeypatch) -> PretendedTraining:
+    """The suite `synthetic` has two halves, one file dropped; no training takes place, no model predicts."""
+    stand_in = PretendedTraining()
+    monkeypatch.setitem(SUITES, "synthetic", Suite("made synthetic images", 2, 250, {}, 3, ["train_002"]))
+    monkeypatch.setattr(trainings, "run_command", stand_in)
+    monkeypatch.setattr(scores, "load_predictor", load_predictor)
+    return stand_in
 
 
-def kill(options: dict, name: str) -> Path:
+@pytest.fixture
+def folder(training, published: Path, tmp_path_factory, kept={}) -> Path:  # noqa: B006
+    """Copy of the output folder of two seeds of every method, made once."""
+    if not kept:
+        kept["output"] = tmp_path_factory.mktemp("finished")
+        assert learning(seeds=2, output_dir=str(kept["output"]), data_root=str(published)) == 0
+        training.trained.clear()
+    return shutil.copytree(kept["output"], tmp_path_factory.mktemp("output") / "copy") / "synthetic"
+
+
+def kill(folder: Path, name: str) -> Path:
     """Leaves a training as if killed: a run folder without its last file."""
-    (info,) = (Path(options["output_dir"]) / "synthetic" / name).glob("*/training_info.json")
+    (info,) = (folder / name).glob("*/training_info.json")
     info.unlink()
     return info.parent
 
 
-def test_a_second_call_trains_only_what_is_missing_and_says_the_same(training, options: dict) -> None:
-    (kill(options, "rl_seed43") / "left_over").touch()
-    folder = Path(options["output_dir"]) / "synthetic"
+def test_failures_stop_no_other_and_a_second_call_goes_on(training, folder, published, capsys) -> None:
+    options = {"seeds": 2, "output_dir": str(folder.parent), "data_root": str(published)}
     report = (folder / "report.md").read_text()
+    run = kill(folder, "unet_seed42")  # cut off after a validation
+    (run / STATE_FILE).touch()
+    document = json.loads((run.parent / "arm.json").read_text())
+    del document["settings"]["kl_coef"]  # one that a newer version brings had its default before
+    (run.parent / "arm.json").write_text(json.dumps(document))
+    training.failing, training.killed = "sft_cldice_seed42", "sft_rl_seed43"
+    (kill(folder, training.failing) / "left_over").touch()
+    kill(folder, training.killed)
+    assert learning(**options) == 1
+    assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed43", "unet_seed42"]
+    assert training.resumed == [run]
+    err, page = capsys.readouterr().err, (folder / "report.md").read_text()
+    assert re.search(r"Failed: sft_cldice_seed42: exit code 3, see .*train.log \(the last words\)", err)
+    assert "Failed: sft_rl_seed43: it ended without a training_info.json" in err
+    assert "Left out: supervised then PPO, post-processed." in page
+    assert "| C7 best of C2 to C4" in page  # of those that are there
+    training.trained, training.failing, training.killed = [], "", ""
     assert learning(**options) == 0
-    assert training.trained == ["rl_seed43"]
-    assert list(folder.rglob("left_over")) == []
+    assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed43"]
+    assert [*folder.rglob("left_over")] == []
     assert (folder / "report.md").read_text() == report
 
 
-@pytest.mark.parametrize("since", ["nothing", "a new setting", "another value"])
-def test_a_training_that_was_cut_off_goes_on_if_its_settings_are_the_same(
-    training, options: dict, since: str
-) -> None:
-    """Hours of training are never removed unasked: with another value it is an error."""
-    run = kill(options, "rl_seed43")
-    (run / STATE_FILE).touch()
-    file = run.parent / "arm.json"
-    document = json.loads(file.read_text())
-    assert document["settings"]["stage"] == "rl"
-    if since == "a new setting":  # one that a newer version brings had its default before
-        del document["settings"]["kl_coef"]
-    if since == "another value":
-        document["settings"]["kl_coef"] += 1
-    file.write_text(json.dumps(document))
-    if since == "another value":
-        with pytest.raises(RunError, match=r"kl_coef 1.01, now 0.01.*Delete that folder"):
-            learning(**options)
-        assert training.trained == []
-    else:
-        assert learning(**options) == 0
-        assert (training.trained, training.resumed) == (["rl_seed43"], [run])
-
-
-def test_failures_stop_no_other_and_the_exit_code_says_so(
-    training, options: dict, capsys: pytest.CaptureFixture
-) -> None:
-    for name in ("sft_cldice_seed42", "sft_rl_seed42", "unet_seed43"):
-        kill(options, name)
-    training.failing, training.killed = {"sft_cldice_seed42"}, {"sft_rl_seed42"}
-    assert learning(**options) == 1
-    assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed42", "unet_seed43"]
-    err = capsys.readouterr().err
-    assert "Failed: sft_cldice_seed42: exit code 3" in err
-    assert "train.log (the last words)" in err
-    assert "ended without a training_info.json" in err
-    assert "Left out: supervised then PPO, post-processed." in err
-    report = (Path(options["output_dir"]) / "synthetic" / "report.md").read_text()
-    assert "| C7 best of C2 to C4" in report  # of those that are there
-    assert "| C4" not in report
-
-
-def test_a_foreign_folder_is_refused(training, options: dict) -> None:
-    (Path(options["output_dir"]) / "synthetic" / "rl_seed42" / "arm.json").unlink()
+def test_nothing_is_removed_or_compared_unasked(training, folder, published) -> None:
+    file = folder / "rl_seed43" / "arm.json"
+    file.write_text(file.read_text().replace('"kl_coef": 0.01', '"kl_coef": 1.01'))
+    with pytest.raises(RunError, match=r"kl_coef 1.01, now 0.01.*Delete that folder"):
+        learning(seeds=2, output_dir=str(folder.parent), data_root=str(published))
+    file.unlink()
     with pytest.raises(RunError, match="is not of this benchmark"):
-        learning(**options)
+        learning(seeds=2, output_dir=str(folder.parent), data_root=str(published))
     assert training.trained == []
 
 
-def test_a_training_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    assert run_command(["trian"], tmp_path / "train.log") == 2
-    assert "Unknown verb 'trian'" in (tmp_path / "train.log").read_text()
-
-
 @pytest.mark.parametrize("half", ["test", pytest.param("train", marks=pytest.mark.slow)])
-def test_choices_depend_on_validation_truths_alone(
-    training, published: Path, finished: Path, tmp_path: Path, half: str
-) -> None:
-    def choices(output: Path) -> dict[str, tuple]:
+def test_choices_depend_on_validation_truths_alone(folder, published, tmp_path: Path, half: str) -> None:
+    def choices(folder: Path) -> dict[str, tuple]:
         names = ("source", "threshold", "min_component_px", "close_gaps")
-        files = (output / "synthetic").glob("*/test*.json")
+        files = folder.glob("*/test*.json")
         return {f"{p.parent.name}/{p.stem}": tuple(map(read_extra(p).get, names)) for p in files}
 
     changed = shutil.copytree(published, tmp_path / "changed")
     for path in sorted((changed / "masks").glob(f"{half}_*.png")):
         Image.fromarray(np.asarray(Image.open(path)) & (np.arange(48) % 4 == 0)[:, None]).save(path)
     learning(seeds=2, output_dir=str(tmp_path / "output"), data_root=str(changed))
-    one, other = choices(finished), choices(tmp_path / "output")
+    one, other = choices(folder), choices(tmp_path / "output" / "synthetic")
     assert len(one) == 2 * (12 + 2 * 4)  # every method, and C1 and C3 at the recall of four RL methods
     moved = {name for name in one if one[name] != other[name]}
     assert not moved if half == "test" else {"rl_post_seed42/test", "sft_tuned_seed42/test"} & moved
@@ -119,8 +168,7 @@ def test_choices_depend_on_validation_truths_alone(
         assert kind == "tuned" or post == ([0, 0.0] if kind == "raw" else fixed), name
 
 
-def test_the_report_has_every_method_verdict_and_ledger_row(finished: Path, repository: Path) -> None:
-    folder = finished / "synthetic"
+def test_the_report_has_every_method_verdict_and_ledger_row(folder, repository: Path) -> None:
     page = (folder / "report.md").read_text()
     assert all(f"| {method.label} |" in page for method in METHODS.values())
     assert "2 seeds, 16 image passes" in page  # 4 images x 2 epochs x 2 passes
@@ -129,22 +177,17 @@ def test_the_report_has_every_method_verdict_and_ledger_row(finished: Path, repo
     assert len(verdicts) == 4 + 8  # E2 of four RL methods, E3 of each against C1 and C3
     assert verdicts[0].startswith("- E2, PPO, against C7 best of C2 to C4, post-processed: holds: ")
     assert verdicts[4].startswith("- E3, PPO, against C1 base, tuned threshold at equal recall: holds: ")
-    assert "does not hold: validation recall differs by 0.210" in verdicts[5]
     rows = [*csv.DictReader((folder / "ledger_rows.csv").open(encoding="utf-8"))]
     assert ",".join(rows[0]) == (repository / "docs" / "results.csv").read_text("utf-8").partition("\n")[0]
-    assert len(rows) == 5
-    assert all(row["commit"].startswith("0123456") and row["seeds"] == "42, 43" for row in rows)
+    assert [(row["commit"][:7], row["seeds"]) for row in rows] == [("0123456", "42, 43")] * 5
 
 
-def test_the_published_halves_stay_apart(
-    pretended, published: Path, angiograms: Path, tmp_path: Path
-) -> None:
+def test_the_published_halves_stay_apart(training, published, angiograms, tmp_path: Path) -> None:
     suite, path = SUITES["synthetic"], tmp_path / "data_split.json"
     split = prepare_split(suite, published, path)
     stems = {s.image_path.stem for s in (*split.train, *split.val)}
     assert stems == {f"train_{number:03d}" for number in (1, 3, 4, 5, 6, 7, 8)}  # 2 is dropped
-    assert len(split.val) == 3
-    assert {s.image_path.stem for s in split.test} == {f"test_{number:03d}" for number in range(9, 15)}
+    assert (len(split.val), {s.image_path.stem[:5] for s in split.test}) == (3, {"test_"})
     with pytest.raises(DataError, match=r"is of other images.*another --output_dir"):
         prepare_split(suite._replace(num_val_patients=2), published, path)
     with pytest.raises(DataError, match="need train_"):
@@ -155,10 +198,83 @@ def test_the_published_halves_stay_apart(
 def test_the_real_suites(shared_folder: Path, tmp_path: Path, name: str, sizes: tuple) -> None:
     split = prepare_split(SUITES[name], shared_folder / "data" / name, tmp_path / "data_split.json")
     assert (len(split.train), len(split.val), len(split.test)) == sizes
-    assert SUITES[f"{name}_reduced"].num_epochs < SUITES[name].num_epochs
 
 
-def test_options_are_settings_that_keep_passes_and_post_processing_equal() -> None:
-    for method in METHODS.values():
-        options = set(method.options or {})
-        assert options <= set(TrainConfig().to_dict()) - set(TABLE["common"]) - {"num_epochs", "val_freq"}
+def found(**changes: tuple) -> dict[str, dict]:
+    """Lines of method minus control, (mean, low, high), that satisfy E2 but for the changes."""
+    good = {"dice": (-0.002, -0.0049, 0.001), "beta0": (-20.0, -30.0, -5.0), "reward": (0.2, 0.05, 0.4)}
+    good |= {"length_error": (-0.05, -0.09, -0.01)} | changes
+    lines = {}
+    for name, (mean, low, high) in (dict.fromkeys(COMPARED, (0.0, -0.01, 0.01)) | good).items():
+        line = {"metric": name, "difference": mean, "low": low, "high": high, "reason": ""}
+        lines[name] = line | {"verdict": verdict(name, mean) if low > 0 or high < 0 else ""}
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("gap", "name", "values", "holds"),
+    [
+        (None, "dice", (0.01, -0.0051, 0.03), False),  # better on average, but not proven non-inferior
+        (None, "dice", (0.1, np.nan, np.nan), False),
+        (None, "beta0", (-19.0, -30.0, -10.0), False),  # proven, but less than a fifth
+        (None, "beta0", (-40.0, -90.0, 1.0), False),  # large, but not proven
+        (None, "beta0", (np.nan, np.nan, np.nan), False),
+        (None, "length_error", (-0.05, -0.12, 0.001), False),
+        (None, "length_error", (0.05, 0.01, 0.09), False),
+        (None, "reward", (0.2, -0.001, 0.4), False),
+        (None, "reward", (0.2, 0.001, 0.4), True),
+        (0.0, "precision", (0.02, -0.01, 0.03), False),
+        (0.0, "precision", (-0.02, -0.03, -0.01), False),
+        (0.009, "precision", (0.02, 0.01, 0.03), True),
+        (-0.009, "topology_score", (0.02, 0.01, 0.03), True),
+        (-0.011, "topology_score", (0.02, 0.01, 0.03), False),
+    ],
+)
+def test_each_condition_turns_e2_over_and_e3_wants_a_gain_at_equal_recall(gap, name, values, holds) -> None:
+    result, words = decide(found(**{name: values}), gap)
+    assert result == holds
+    if gap is None and not holds:  # nothing else is blamed
+        assert words.startswith(f"does not hold: {metric_name(name)} ")
+        assert ";" not in words
+
+
+def made(**columns: list[float]) -> Evaluation:
+    """An evaluation of as many patients as there are values, all other scores 1."""
+    rows = []
+    for place, values in enumerate(zip(*columns.values(), strict=True)):
+        name = f"P{place}"
+        row = {"key": name, "patient": name, "sequence": name, "failed": False, "truth_hash": name}
+        rows.append(
+            row | dict.fromkeys([*COMPARED, "beta0_error"], 1.0) | dict(zip(columns, values, strict=True))
+        )
+    return summarise(rows, {"version": 1})
+
+
+@pytest.mark.parametrize(("tuned", "best"), [(2.5, "sft_tuned"), (2.0, "sft_tuned"), (1.5, "sft")])
+def test_seeds_are_judged_together(tuned: float, best: str) -> None:
+    """The control of highest validation reward counts, of equal ones the last; recall gaps do not cancel."""
+    rewards = {"sft": (1.0, 3.0), "sft_tuned": (tuned, tuned), "rl": (9.0, 9.0)}
+    test = {n: made(precision=[1.2, 1.3, 1.3, 1.2] if n == "rl" else [1.0, 1.1, 1.05, 1.0]) for n in rewards}
+    results = {
+        name: [MethodResult(made(reward=[value] * 4), test[name], name, FIXED_POST) for value in values]
+        for name, values in rewards.items()
+    }
+    for gap in (0.005, 0.03):
+        verdicts = judge(results, {("rl", "base_tuned"): [(test["sft"], gap), (test["sft"], -gap)]})
+        assert [*verdicts] == [("E2", "rl", best), ("E3", "rl", "base_tuned")]
+        assert verdicts["E3", "rl", "base_tuned"][0] == (gap < 0.01)
+    seeds = [made(dice=[0.1, 0.2, 0.4]), made(dice=[0.3, np.nan, 0.4])]
+    assert [row["dice"] for row in pooled(seeds).rows] == pytest.approx([0.2, np.nan, 0.4], nan_ok=True)
+
+
+def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> None:
+    """Means 25 and 15; a draw takes the same patients of both, so that halves have no spread."""
+    line = compare(made(beta0_error=[20, 20, 40, 20]), made(beta0_error=[10, 20, 20, 10]))["beta0"]
+    # An independent bootstrap of the ratio, widened by t(3) / z * sqrt(4 / 3), as every interval.
+    pairs = np.array([(20, 10), (20, 20), (40, 20), (20, 10)], float)
+    drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
+    limits = -40 + 1.875 * (np.quantile(100 * drawn[:, 1] / drawn[:, 0] - 100, [0.025, 0.975]) + 40)
+    assert (line["difference"], line["low"], line["high"]) == pytest.approx((-40, *limits), abs=3)
+    halves = compare(made(beta0_error=[10, 30, 300, 7]), made(beta0_error=[5, 15, 150, 3.5]))["beta0"]
+    assert (halves["low"], halves["high"]) == pytest.approx((-50, -50))
+    assert np.isnan(compare(made(beta0_error=[0, 0, 0, 1]), made(beta0_error=[1] * 4))["beta0"]["high"])
