@@ -15,7 +15,7 @@ from benchmarks import run
 from benchmarks.scores import MethodResult, Scorer, patient_mean
 from benchmarks.trainings import INFO_FILE, METHODS, SEED, SUITES, prepare_split, read_json, train_all
 from vesselrl.evaluation.results import Evaluation, before_after_table, csv_text, group_means, summarise
-from vesselrl.evaluation.statistics import DRAWS, small_sample_stretch
+from vesselrl.evaluation.statistics import DRAWS, MIN_PATIENTS, small_sample_stretch
 from vesselrl.evaluation.words import Cell, metric_name, with_interval
 from vesselrl.experiment.run_folder import check_writable, git_commit, write_text
 from vesselrl.synthetic.dataset import builtin_data
@@ -33,12 +33,10 @@ READING = (
     "the mean is taken first. Differences are paired, and not adjusted for their number."
 )
 
-# By method, one per seed; by RL method and control, of `at_recall_of`; by method, the lines of
-# `before_after_table` of its paired differences by column; by hypothesis, RL method and control.
-Results = Mapping[str, Sequence[MethodResult]]
-Equal = Mapping[tuple[str, str], Sequence[tuple[Evaluation, float]]]
-Differences = dict[str, dict[str, Any]]
-Verdicts = dict[tuple[str, str, str], tuple[bool, str]]
+Results = Mapping[str, Sequence[MethodResult]]  # by method, one per seed
+Equal = Mapping[tuple[str, str], Sequence[tuple[Evaluation, float]]]  # `at_recall_of`, by RL method, control
+Differences = dict[str, dict[str, Any]]  # lines of `before_after_table` by column; "beta0": change in percent
+Verdicts = dict[tuple[str, str, str], tuple[bool, str]]  # by hypothesis, RL method and control
 
 
 def learning(
@@ -132,9 +130,11 @@ def compare(control: Evaluation, method: Evaluation) -> Differences:
     before, after = np.column_stack([errors.mean(axis=1), errors[:, chosen].mean(axis=2)])
     change, *drawn = 100 * (after / np.where(before > 0, before, math.nan) - 1)
     limits = np.quantile(drawn, [0.025, 0.975]) - change
-    low, high = change + small_sample_stretch(max(2, num_patients)) * limits
+    stretch = small_sample_stretch(num_patients) if num_patients >= MIN_PATIENTS else math.nan
+    low, high = change + stretch * limits
+    reason = "" if high == high else f"fewer than {MIN_PATIENTS} patients, or the control's mean can be 0"
     line = {"metric": "beta0_error", "difference": change, "low": max(low, -100.0), "high": high}
-    return found | {"beta0": line | {"reason": "", "verdict": ""}}
+    return found | {"beta0": line | {"reason": reason, "verdict": ""}}
 
 
 def decide(found: Differences, recall_gap: float | None = None) -> tuple[bool, str]:

@@ -278,3 +278,5 @@ def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> N
     halves = compare(made(beta0_error=[10, 30, 300, 7]), made(beta0_error=[5, 15, 150, 3.5]))["beta0"]
     assert (halves["low"], halves["high"]) == pytest.approx((-50, -50))
     assert np.isnan(compare(made(beta0_error=[0, 0, 0, 1]), made(beta0_error=[1] * 4))["beta0"]["high"])
+    two = compare(made(beta0_error=[2, 3]), made(beta0_error=[1, 1]))["beta0"]
+    assert (two["difference"], np.isnan(two["high"])) == (pytest.approx(-60), True)

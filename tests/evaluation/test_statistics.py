@@ -11,7 +11,6 @@ from vesselrl.evaluation.statistics import (
     holm,
     paired_difference,
     patient_means,
-    relative_difference,
     small_sample_stretch,
 )
 
@@ -183,27 +182,3 @@ def test_unpaired_images_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             paired_difference(first, second, metric)
-
-
-def test_a_relative_difference_is_that_of_the_means_over_patients():
-    patients = ["P1", "P1", "P2", "P3", "P4"]
-    before = rows([10, 30, 20, 40, 20], patients)  # patient means 20, 20, 40, 20: mean 25
-    after = rows([10, 10, 20, 20, 10], patients)  # 10, 20, 20, 10: mean 15
-    change = relative_difference(before, after, "dice")
-    assert change.mean == pytest.approx(15 / 25 - 1)
-    assert (change.n_images, change.n_patients, change.metric) == (5, 4, "dice")
-    # Against an independent bootstrap of the ratio, widened as every interval here.
-    pairs = np.array([(20, 10), (20, 20), (40, 20), (20, 10)], float)
-    drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
-    low, high = np.quantile(drawn[:, 1] / drawn[:, 0] - 1, [0.025, 0.975])
-    stretch = small_sample_stretch(4)
-    assert change.low == pytest.approx(-0.4 + stretch * (low + 0.4), abs=0.03)
-    assert change.high == pytest.approx(-0.4 + stretch * (high + 0.4), abs=0.03)
-    # Every patient halves: however the patients are drawn, the mean halves.
-    change = relative_difference(before, [row | {"dice": row["dice"] / 2} for row in before], "dice")
-    assert (change.low, change.mean, change.high) == pytest.approx((-0.5, -0.5, -0.5))
-    assert change.clear
-    none = relative_difference(rows([0, 0, 0, 1], FOUR), rows([1, 1, 1, 1], FOUR), "dice")
-    assert "can be 0" in none.reason
-    two = relative_difference(rows([1, 2], FOUR[:2]), rows([2, 2], FOUR[:2]), "dice")
-    assert (two.mean, two.reason) == (pytest.approx(1 / 3), "only 2 patients: an interval needs at least 3")

@@ -169,32 +169,6 @@ def paired_difference(
     return Difference(**vars(interval), metric=metric, p=p)
 
 
-def relative_difference(
-    before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str
-) -> Difference:
-    """Relative change of the mean over patients, mean(after) / mean(before) - 1, with its 95 % interval.
-
-    Every draw takes the same patients before and after; where a mean before can be 0, `reason` says so.
-    """
-    patients, *values = _paired(before_rows, after_rows, metric)
-    undefined = np.isnan(values).any(axis=0)
-    means = (patient_means(np.where(undefined, math.nan, column), patients) for column in values)
-    first, last = (np.array(list(column.values())) for column in means)
-    num_patients, num_undefined = len(first), int(undefined.sum())
-    counted = (len(patients) - num_undefined, num_patients, num_undefined)
-    ratio = float(last.mean() / first.mean() - 1) if num_patients and first.mean() > 0 else math.nan
-    chosen = np.random.default_rng(0).integers(0, max(num_patients, 1), (DRAWS, num_patients))
-    reason = _too_few(num_patients) if num_patients < MIN_PATIENTS else ""
-    if not reason and not (first[chosen].mean(axis=1) > 0).all():
-        reason = "the mean before can be 0: there is no relative change"
-    if reason:
-        return Difference(ratio, math.nan, math.nan, *counted, reason, metric=metric)
-    resampled = last[chosen].mean(axis=1) / first[chosen].mean(axis=1) - 1
-    low, high = _stretched_limits(resampled, ratio, num_patients, 0.95)
-    p = _p_value(resampled, ratio, num_patients)
-    return Difference(ratio, max(float(low), -1.0), float(high), *counted, metric=metric, p=p)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values: rejecting those below 0.05 errs at all in at most 5 % of the families.
 

@@ -77,7 +77,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         if (folder / "training_info.json").is_file():
             raise RunError(f"{folder} has finished: there is nothing to resume. See its report.html.")
         reason = f"it has no {STATE_FILE}, which runs write at their first validation"
-        raise RunError(f"{folder} cannot be resumed: {reason}. Start anew.")
+        advice = "Give the folder of an interrupted run, or start anew."
+        raise RunError(f"{folder} cannot be resumed: {reason}. {advice}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
