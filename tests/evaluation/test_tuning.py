@@ -192,4 +192,5 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
     equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
     assert equal.best()[0].min_component_px == 10
-    assert PostProcessingGrid.from_json(json.loads(json.dumps(closed.to_json()))) == closed
+    stored = json.loads(json.dumps(closed.to_json()))["candidates"]
+    assert {PostProcessing(*post): reward for *post, reward in stored} == closed.rewards

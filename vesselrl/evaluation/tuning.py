@@ -189,11 +189,6 @@ class PostProcessingGrid:
         """Plain values for JSON: lists of threshold, size, level and reward."""
         return {"candidates": [[*astuple(post), reward] for post, reward in self.rewards.items()]}
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "PostProcessingGrid":
-        """Restores the grid of `to_json`."""
-        return cls({PostProcessing(*settings): reward for *settings, reward in values["candidates"]})
-
 
 def score_postprocessing(
     images: Sequence[PredictedImage],

@@ -25,7 +25,7 @@ class Evaluate:
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folders, each is scored; none: the untouched base.
+    # Adapter or run folders, each is scored; none: the base model.
     lora_weights: tuple[str, ...] = ()
     # Data folder; none: the run's own data.
     data_root: str | None = None
@@ -70,7 +70,7 @@ class Predict:
     image: str
     # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folder; none: the untouched base.
+    # Adapter or run folder; none: the base model.
     lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
