@@ -1,6 +1,5 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
-import hashlib
 import json
 import math
 import os
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, output_dir: str | Path) -> "RunFolder":
-        """A new, empty run folder named by the time of day.
-
-        Raises:
-            RunError: the folder cannot be written to.
-        """
+        """A new, empty run folder named by the time of day; a RunError where none can be made."""
         base = Path(output_dir)
         stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
         for suffix in ("", *(f"_{k}" for k in range(2, 100))):
@@ -45,17 +41,10 @@ class RunFolder:
                     continue
                 raise RunError(f"Output folder {base} is a file; give another --output_dir.") from None
             except OSError as error:
-                raise RunError(
-                    f"Cannot write to the output folder {base} ({error.strerror or error}); "
-                    "give another --output_dir."
-                ) from None
+                fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
+                raise RunError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.path.name
 
     def remove(self) -> None:
         """Deletes the folder, for a run that failed before its first result."""
@@ -87,11 +76,7 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
 
 
 def run_settings(run: Path | None) -> dict[str, Any]:
-    """The flat settings that a run was trained with; empty without a run.
-
-    Raises:
-        RunError: its config.json is damaged.
-    """
+    """The flat settings that a run was trained with, empty without a run; damaged ones are a RunError."""
     if run is None or not (run / "config.json").exists():
         return {}
     try:
@@ -132,11 +117,7 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Finds out whether a folder can be made or written to, and changes nothing.
-
-    Raises:
-        RunError: a file stands in its place, or the permission is missing.
-    """
+    """A RunError where a folder can be neither made nor written to; changes nothing."""
     place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
     if not place.is_dir():
         raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
@@ -153,15 +134,6 @@ def strict(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def provenance(argv: list[str], device: str) -> dict:
@@ -186,15 +158,10 @@ def provenance(argv: list[str], device: str) -> dict:
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `+` when files were changed; None outside git."""
-    folder = Path(__file__).parent
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, check=True, timeout=30,
-        ).stdout.strip()  # fmt: skip
+        commit = git(["git", "rev-parse", "HEAD"], timeout=10).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"], timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")
