@@ -116,14 +116,10 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
-    settings = run_settings(find_run(args.lora_weights))
-    predictor = Predictor.from_pretrained(
-        args.base_model,
-        args.lora_weights,
-        use_bf16=args.use_bf16,
-        prompt=args.prompt or settings.get("prompt", DEFAULT_PROMPT),
-        post=post_processing(settings, args.threshold, args.min_component_px, args.close_gaps),
-    )
+    settings, weights = run_settings(find_run(args.lora_weights)), (args.base_model, args.lora_weights)
+    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
+    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
+    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
     with bar("predicting") as progress:
         rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))
     console.print(f"{len(rows)} images written to {args.output_dir}")
@@ -265,11 +261,9 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     console.print(table)
     for caveat in result.evaluation.caveats.values():
         console.print(f"[bold]{caveat}[/bold]")
-    summary = result.evaluation.summary
-    console.print(
-        f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
-        f"{', '.join(str(path) for _, path in columns.values())}"
-    )
+    counts, paths = result.evaluation.summary, ", ".join(str(path) for _, path in columns.values())
+    found = "{n_images} images of {n_patients} patients, {n_failed} failed".format(**counts)
+    console.print(f"{found}; {paths}")
     console.print(f"Report: {result.report_path}")
 
 

@@ -1,7 +1,7 @@
-"""Looks at machine, packages, model folder and data before a long run, and says what to do about problems.
+"""Looks at machine, packages, model folder and data before a long run, and changes nothing.
 
-Nothing here changes anything. torch, transformers and the data reader are imported only inside the check that
-needs them, so that a broken installation is reported instead of crashing the report.
+torch, transformers and the data reader are imported only inside the check that needs them, so that a broken
+installation is reported instead of crashing the report.
 """
 
 import json
@@ -57,13 +57,10 @@ def diagnose(
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    checks = [Check("python", "ok", python), check_packages(), *check_processor()]
-    checks.append(check_disk(Path(output_dir)))
-    if model_path is not None:
-        checks += check_model(Path(model_path))
-    if data_root is not None:
-        checks.append(check_data(Path(data_root)))
-    return checks
+    checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
+    checks += [] if model_path is None else check_model(Path(model_path))
+    checks += [] if data_root is None else [check_data(Path(data_root))]
+    return [Check("python", "ok", python), *checks]
 
 
 def format_report(checks: list[Check]) -> str:
@@ -147,8 +144,8 @@ def check_disk(output_dir: Path) -> Check:
 def check_model(folder: Path) -> list[Check]:
     """Whether a checkpoint folder is complete: weights, config.json and tokenizer. No tensor is loaded."""
     if not folder.is_dir():
-        todo = "Give --model_path a Sa2VA checkpoint folder."
-        return [Check("model", "problem", f"{folder} does not exist", todo)]
+        advice = "Give --model_path a Sa2VA checkpoint folder."
+        return [Check("model", "problem", f"{folder} does not exist", advice)]
     weights, shapes = check_weights(folder)
     return [weights, check_config(folder, shapes), check_tokenizer(folder)]
 
@@ -164,8 +161,7 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
         todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
         return Check("weights", "problem", f"{folder} holds no model*.safetensors", todo), {}
 
-    shapes: Shapes = {}
-    faults = []
+    shapes, faults = {}, []
     for name in files:
         try:
             found = _read_shapes(folder / name)
@@ -188,11 +184,9 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
     if not (folder / "config.json").is_file():
         fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
         known = f" The tensor shapes say: {fields}." if fields else ""
-        todo = (
-            "Take config.json from the model this one was trained from, or write it from these values; "
-            "heads, rope_theta and epsilon leave no trace in shapes."
-        )
-        return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
+        todo = "Take config.json from the model this one was trained from, or write it from these values"
+        limit = "heads, rope_theta and epsilon leave no trace in shapes."
+        return Check("config", "problem", f"no config.json in {folder}.{known}", f"{todo}; {limit}")
     try:
         from vesselrl.models.config import read_config
     except ImportError as error:
@@ -201,20 +195,13 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
         config = read_config(folder)
     except CheckpointError as error:
         return Check("config", "problem", str(error), "Copy config.json from the source again.")
-    values = {
-        f"{prefix}.{name}": part[name]
-        for prefix, part in (("vision_config", config.vision), ("llm_config", config.llm))
-        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-        if name in part
-    }
-    wrong = [
-        f"{name} is {values[name]}, the tensors say {seen}"
-        for name, seen in infer_config(shapes).items()
-        if values.get(name, seen) != seen
-    ]
-    if wrong:
-        todo = "This config.json belongs to another model; replace it."
-        return Check("config", "problem", "; ".join(wrong), todo)
+    parts, names = ("vision", "llm"), ("num_hidden_layers", "hidden_size", "vocab_size")
+    stated = {f"{part}_config.{name}": getattr(config, part).get(name) for part in parts for name in names}
+    values = {name: value for name, value in stated.items() if value is not None}
+    found = {name: seen for name, seen in infer_config(shapes).items() if values.get(name, seen) != seen}
+    if found:
+        wrong = "; ".join(f"{name} is {values[name]}, the tensors say {seen}" for name, seen in found.items())
+        return Check("config", "problem", wrong, "This config.json belongs to another model; replace it.")
     return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
@@ -248,8 +235,8 @@ def check_tokenizer(folder: Path) -> Check:
         return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
     absent = [token for token in SPECIAL_TOKENS if token not in known]
     if absent:
-        detail = f"does not know {', '.join(absent)}"
-        return Check("tokenizer", "problem", detail, f"This is no Sa2VA's. {copy}")
+        todo = f"This is no Sa2VA's. {copy}"
+        return Check("tokenizer", "problem", f"does not know {', '.join(absent)}", todo)
     return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")
 
 

@@ -41,9 +41,8 @@ class Augmentation:
 
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in fields(self)]
-        changed = {field.name: value for field, value in values if value != field.default}
-        words = [name if value is True else f"{name} {value}" for name, value in changed.items()]
-        return ", ".join(words) or "none"
+        changed = [(field.name, value) for field, value in values if value != field.default]
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in changed) or "none"
 
     @property
     def is_none(self) -> bool:

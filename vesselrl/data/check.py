@@ -30,7 +30,6 @@ from vesselrl.data.records import (
     Listing,
     Severity,
 )
-from vesselrl.errors import DataError
 from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
@@ -142,13 +141,13 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
     if usable and not any(foreground.values()):
         text = f"All {len(usable)} masks are empty. Check that masks or polygons mark the vessels."
         findings.error("empty_mask", text)
-    num_from_files = sum(result.sample.mask_path is not None for result in usable)
+    num_files = sum(result.sample.mask_path is not None for result in usable)
     counts = {
         "images": len(usable),
         "patients": len({result.sample.patient for result in usable}),
         "sequences": len({result.sample.sequence for result in usable}),
-        "masks_from_files": num_from_files,
-        "masks_from_polygons": len(usable) - num_from_files,
+        "masks_from_files": num_files,
+        "masks_from_polygons": len(usable) - num_files,
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
@@ -159,8 +158,8 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
     """Reads one image and its label completely."""
     record, findings = entry.record(alias), Findings(file=entry.file)
     sample = samples.build_sample(entry, alias, findings)
-    mask_file = folder.shown(entry.mask_path) if entry.mask_path else entry.file
-    image_file = folder.shown(entry.image_path) if entry.image_path else entry.file
+    paths = (entry.image_path, entry.mask_path)
+    image_file, mask_file = (folder.shown(path) if path else entry.file for path in paths)
     file_of = dict.fromkeys(("unreadable_mask", "label_size", "scaled_label"), mask_file)
     file_of["unreadable_image"] = image_file
     findings[:] = [replace(item, file=file_of.get(item.code, item.file)) for item in findings]
@@ -175,11 +174,8 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
             content = repr(pixels.shape).encode() + pixels.tobytes()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     if sample is not None:
-        try:
+        with findings.catching(record, mask_file):
             mask = samples.load_mask(sample)
-        except DataError as error:
-            code = "unreadable_mask" if error.code == "unreadable_image" else error.code
-            findings.error(code, str(error), record, mask_file)
     if mask is None:
         return CheckedEntry(findings, entry.file, digest=digest)
     share = float(mask.mean())

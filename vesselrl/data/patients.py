@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ _EYE = re.compile(rf"(?P<case>(?:{_WORD}[-_ ]?)?\d{{1,6}})[-_ ]?(?P<eye>l|r)(?:e
 _MADE_UP = re.compile(r"SYNTH(?:_[A-J]+_frame_|[_^ ]*\(?\d{10}\)?[_ ]).*")
 
 ALIAS_HEADER = ["file_name", "patient"]
-_ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,10 +118,8 @@ def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
     """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
-    if patient_pattern is not None:
-        found = parse_by_pattern(names, patient_pattern)
-    else:
-        found = {name: parse_name(name) for name in names}
+    is_usual = patient_pattern is None
+    found = {n: parse_name(n) for n in names} if is_usual else parse_by_pattern(names, patient_pattern)
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:
@@ -217,7 +215,7 @@ def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) ->
     if path.parts[0] == "images" and len(path.parts) > 1:
         path = path.relative_to("images")
     found = by_text.get(str(path), set())
-    if not found and path.suffix.lower() in _ENDINGS:
+    if not found and path.suffix.lower() in IMAGE_SUFFIXES:
         found = by_text.get(str(path.with_suffix("")), set())
     if len(found) != 1:
         what = f"means {len(found)} images" if found else "names no image of this data root"

@@ -94,8 +94,6 @@ def repair_data(
         report = check_listing(list_entries(copy, findings), aliases, findings)
         if report.exit_code:
             raise DataError(f"The repaired copy still has faults: {report.of('error')[0].message}")
-        if out.exists():
-            out.rmdir()
     done = [finding for item in written for finding in item.findings]
     return replace(report, root=out, findings=(*done, *report.findings))
 

@@ -71,17 +71,13 @@ def split_by_patient(
     """Divides samples into training, validation and test by patient, whatever their order.
 
     The patients are shuffled; test, then validation, take or give back one patient after the other as long as
-    that brings their number of samples nearer to their share; the others are for training.
+    that brings their number of samples nearer to their share (`ratios`: train, val, test, with the sum 1);
+    the others are for training. Fewer than three patients, or too few for k folds, are a DataError.
 
-    Args:
-        samples: samples of at least three patients; fewer, or too few for k folds, are a DataError.
-        seed: seed of the shuffle.
-        ratios: shares of train, val and test, with the sum 1; of the first two with `fold`.
-        shares: foreground share by key of every sample: of 200 shuffles, the one whose subsets have the most
-            equal mean share is taken, among those whose sizes are within 2 % of the best.
-        fold: (i, k) with i from 1: every patient is in the test subset of one of the k folds; validation
-            takes its share of the rest.
-        unit: "patient"; or "frame", which ignores patients, warns, and marks the split as leaky.
+    - shares: foreground share by key of every sample: of 200 shuffles, the one whose subsets have the most
+      equal mean share is taken, among those whose sizes are within 2 % of the best.
+    - fold: (i, k) with i from 1: every patient is in the test subset of one of the k folds.
+    - unit: "frame" ignores patients, warns, and marks the split as leaky.
     """
     if unit == "frame":
         logger.warning("%s. Use its results for nothing but a comparison with such results.", LEAKY)

@@ -5,7 +5,7 @@ Field names are the command line's options, without their groups; the comment ov
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -249,9 +249,8 @@ class TrainConfig:
         """A copy with some settings changed, by their names without groups; an unknown one is a TypeError."""
         changes = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
         groups = {}
-        for group in fields(self):
-            old = getattr(self, group.name)
-            groups[group.name] = replace(old, **{k: changes.pop(k) for k in asdict(old) if k in changes})
+        for name, old in vars(self).items():
+            groups[name] = replace(old, **{k: changes.pop(k) for k in vars(old) if k in changes})
         if changes:
             raise TypeError(f"There are no settings called {', '.join(changes)}.")
         return replace(self, **groups)

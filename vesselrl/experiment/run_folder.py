@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -21,11 +22,11 @@ PREFIX = "sa2va_lora_ppo_"
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
+@dataclass(eq=False)
 class RunFolder:
     """`OUTPUT_DIR/sa2va_lora_ppo_<YYYYmmdd_HHMMSS>` and the files in it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     @classmethod
     def create(cls, output_dir: str | Path) -> "RunFolder":
@@ -36,15 +37,18 @@ class RunFolder:
             path = base / f"{PREFIX}{stamp}{suffix}"
             try:
                 path.mkdir(parents=True)
-            except FileExistsError:
-                if base.is_dir():
-                    continue
-                raise RunError(f"Output folder {base} is a file; give another --output_dir.") from None
             except OSError as error:
+                if path.is_dir():
+                    continue
                 fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
                 raise RunError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
 
     def remove(self) -> None:
         """Deletes the folder, for a run that failed before its first result."""
@@ -138,18 +142,13 @@ def strict(value: object) -> object:
 
 def provenance(argv: list[str], device: str) -> dict:
     """Where a result comes from: command, commit, versions, machine."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
     return {
         "command": argv,
         "git_commit": git_commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: package and package.version for name, package in found.items()},
         "platform": f"{sys.platform} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "device": device,

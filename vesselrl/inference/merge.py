@@ -22,15 +22,8 @@ def merge(
     """Writes base model plus adapter, added in float32, as a new folder in the official layout.
 
     The copy is loaded again and appears under its name only when it predicts what base and adapter predict.
-
-    Args:
-        base_model: checkpoint folder; None is the embedded miniature.
-        lora_weights: adapter or run folder.
-        output_model: new folder.
-        dtype: keep (each tensor as in the base), float32 or bfloat16.
-
-    Returns:
-        `output`, `verified_dice` (smallest over the test pictures) and `max_probability_gap`.
+    `dtype`: keep (each tensor as in the base), float32 or bfloat16. Gives `output`, `verified_dice` (smallest
+    over the test pictures) and `max_probability_gap`.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"--dtype {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")

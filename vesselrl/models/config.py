@@ -42,13 +42,10 @@ class Sam2Dimensions:
         """Reads the side-car's JSON object; unknown or missing fields are errors."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise CheckpointError(
-                f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; "
-                f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}."
-            )
+            fault = f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}"
+            raise CheckpointError(f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; {fault}.")
         for name, value in values.items():
-            is_list = isinstance(value, list)
-            wants_list = isinstance(getattr(cls, name), tuple)
+            is_list, wants_list = isinstance(value, list), isinstance(getattr(cls, name), tuple)
             if is_list != wants_list or any(type(n) is not int for n in (value if is_list else [value])):
                 kind = "a list of whole numbers" if wants_list else "a whole number"
                 raise CheckpointError(f"{SAM2_SIDECAR} has {name} = {value!r}; {kind} is needed.")
