@@ -1,7 +1,6 @@
 """The command line: `vesselrl VERB [options]`.
 
-Parsing and printing only; every verb calls one function below it. Nothing heavy is imported before a verb
-needs it, so that `--help` is instant.
+Parsing and printing only; nothing heavy is imported before a verb needs it, so that `--help` is instant.
 """
 
 import inspect
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -169,9 +167,8 @@ def check_data_set(rest: list[str]) -> int:
     from vesselrl.data.check import check_data, render
     from vesselrl.data.repair import repair_data
 
-    names = (args.patient_pattern, args.patient_aliases)
-    look = partial(repair_data, args.data_root, args.fix) if args.fix else partial(check_data, args.data_root)
-    report = look(*names)
+    look, roots = (repair_data, [args.data_root, args.fix]) if args.fix else (check_data, [args.data_root])
+    report = look(*roots, args.patient_pattern, args.patient_aliases)
     print(report.to_json() if args.json else render(report))
     return report.exit_code
 
@@ -232,13 +229,11 @@ def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The value of --preset and the other arguments; no value, or an unknown one, is a ValueError."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name != "--preset":
-            continue
-        used = 1 if equals else 2
-        value = value if equals else next(iter(arguments[index + 1 : index + 2]), "")
-        if value not in PRESETS:
-            raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
-        return value, arguments[:index] + arguments[index + used :]
+        if name == "--preset":
+            value, used = (value, 1) if equals else (next(iter(arguments[index + 1 :]), ""), 2)
+            if value not in PRESETS:
+                raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
+            return value, arguments[:index] + arguments[index + used :]
     return None, arguments
 
 

@@ -1,7 +1,6 @@
 """Looks at machine, packages, model folder and data before a long run, and changes nothing.
 
-torch, transformers and the data reader are imported only inside the check that needs them, so that a broken
-installation is reported instead of crashing the report.
+Heavy packages are imported inside the checks, so that a broken installation is reported and ends nothing.
 """
 
 import json
@@ -69,10 +68,8 @@ def format_report(checks: list[Check]) -> str:
     >>> print(format_report([Check("disk", "problem", "0.2 GB free in output", "Free some space.")]))
     problem  disk       0.2 GB free in output -> Free some space.
     """
-    return "\n".join(
-        f"{check.status:8} {check.name:10} {check.detail}" + (f" -> {check.todo}" if check.todo else "")
-        for check in checks
-    )
+    lines = (f"{c.status:8} {c.name:10} {c.detail}" + f" -> {c.todo}" * bool(c.todo) for c in checks)
+    return "\n".join(lines)
 
 
 def check_packages(pins: dict[str, str] | None = None) -> Check:
@@ -156,11 +153,9 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
         listed = _read_object(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
     except (ValueError, OSError) as error:
         return Check("weights", "problem", f"{INDEX} cannot be read: {error}", COPY), {}
-    files = sorted(set(listed.values()) or {path.name for path in folder.glob("model*.safetensors")})
-    if not files:
+    if not (files := sorted(set(listed.values()) or {f.name for f in folder.glob("model*.safetensors")})):
         todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
         return Check("weights", "problem", f"{folder} holds no model*.safetensors", todo), {}
-
     shapes, faults = {}, []
     for name in files:
         try:
@@ -168,8 +163,7 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
         except (ValueError, OSError) as error:
             faults.append(str(error))
             continue
-        lost = [tensor for tensor, file in listed.items() if file == name and tensor not in found]
-        if lost:
+        if lost := [tensor for tensor, file in listed.items() if file == name and tensor not in found]:
             faults.append(f"{name} lacks {len(lost)} tensors of the index, first {lost[0]}")
         shapes |= found
     if faults:
@@ -213,8 +207,7 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
     """
     found = {field: shapes[name][axis] for field, (name, axis) in SHAPED.items() if name in shapes}
     for field, prefix in LAYERED.items():
-        layers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
-        if layers:
+        if layers := {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}:
             found[field] = len(layers)
     return found
 
@@ -222,19 +215,16 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
 def check_tokenizer(folder: Path) -> Check:
     """Whether the tokenizer's files are there and know Sa2VA's own tokens."""
     copy = "Copy the tokenizer files from the source of the model."
-    missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in TOKENIZER_FILES if not (folder / name).is_file()]:
         return Check("tokenizer", "problem", f"{folder} lacks {', '.join(missing)}", copy)
-    known = set()
+    added = folder / "added_tokens.json"
     try:
-        if (folder / "added_tokens.json").is_file():
-            known |= set(_read_object(folder / "added_tokens.json"))
+        known = set(_read_object(added)) if added.is_file() else set()
         decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         known |= {token["content"] for token in decoder.values()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
-    absent = [token for token in SPECIAL_TOKENS if token not in known]
-    if absent:
+    if absent := [token for token in SPECIAL_TOKENS if token not in known]:
         todo = f"This is no Sa2VA's. {copy}"
         return Check("tokenizer", "problem", f"does not know {', '.join(absent)}", todo)
     return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")

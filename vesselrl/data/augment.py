@@ -104,8 +104,7 @@ def augment(
     sigma = plan.blur_px * light.uniform() * min(mask.shape) / UNIT_PX
     if sigma >= 0.2:  # less is a kernel of one pixel
         image = cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
-    sigma = 255 * plan.noise * grain.uniform()
-    if sigma > 0:
+    if (sigma := 255 * plan.noise * grain.uniform()) > 0:
         noise = grain.standard_normal(mask.shape, dtype=np.float32) * np.float32(sigma)
         image = cv2.add(image, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
     return image, mask

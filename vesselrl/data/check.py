@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -132,8 +133,8 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         findings.extend(result.findings)
     usable = [result for result in checked if result.sample is not None]
     _check_whole(listing, entries, usable, findings)
-    values, agreement = [result.agreement for result in checked if result.agreement is not None], None
-    if values:
+    agreement = None
+    if values := [result.agreement for result in checked if result.agreement is not None]:
         agreement = {"images": len(values), "mean": sum(values) / len(values), "lowest": min(values)}
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
@@ -212,8 +213,7 @@ def _compare_with_outlines(entry: Entry, mask: np.ndarray, record: str, findings
         findings.append(replace(item, severity="warning", message=message))
     if unused.of("error") or not outlines:
         return None
-    agreement = dice(rasterise(outlines, mask.shape), mask)
-    if agreement < MIN_AGREEMENT:
+    if (agreement := dice(rasterise(outlines, mask.shape), mask)) < MIN_AGREEMENT:
         findings.add("disagreement", record, dice=agreement)
     return agreement
 
@@ -231,14 +231,12 @@ def _check_whole(
         findings.add(code, listing.folder.shown(path), listing.folder.shown(path))
     first: dict[str, str] = {}
     for result in usable:
-        other = first.setdefault(result.digest, result.sample.record)
-        if other != result.sample.record:
+        if (other := first.setdefault(result.digest, result.sample.record)) != result.sample.record:
             findings.add("duplicate_image", result.sample.record, result.file, other=other)
     classes = set()
-    for entry in entries:
-        for name, part in (("shapes", "label"), ("annotations", "category_id")):
-            found = entry.content.get(name)
-            items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
-            classes |= {item[part] for item in items if isinstance(item.get(part), str | int)}
+    for entry, (name, part) in product(entries, (("shapes", "label"), ("annotations", "category_id"))):
+        found = entry.content.get(name)
+        items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+        classes |= {item[part] for item in items if isinstance(item.get(part), str | int)}
     if len(classes) > 1:
         findings.add("several_labels", count=len(classes))

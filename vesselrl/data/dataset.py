@@ -30,8 +30,7 @@ _PAPER, _INK = 255, (51, 51, 51)
 class VesselDataset:
     """Items (image uint8 (H, W, 3), mask bool (H, W), sample) as they are in the files.
 
-    Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
-    copy: changing it changes nothing here.
+    They stay in memory up to a limit, for the second epoch; every item is a copy.
     """
 
     def __init__(

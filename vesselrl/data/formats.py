@@ -172,8 +172,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
         json_folder = folder.image_folder
         if not any(json_folder.glob("*.json")):
             return None
-    files = [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]
-    if not files:
+    if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
         raise DataError(f"{folder.path} holds no annotations: json/ is empty. Fill it, or remove it.")
     by_name = {below(path, folder.image_folder): path for path in reversed(folder.images)}
     entries = []
@@ -183,8 +182,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
             content = records.read_json(file, place)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise DataError(f"{place} has no list 'shapes', so it is no LabelMe file.", "bad_json")
-            image = by_name.get(name)
-            if image is None:
+            if (image := by_name.get(name)) is None:
                 with suppress(DataError):  # the path often holds the folders of another machine
                     written = str(content.get("imagePath")).replace("\\", "/").rsplit("/", 1)[-1]
                     image = folder.locate(written, "")[1]

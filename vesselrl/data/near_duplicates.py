@@ -51,8 +51,7 @@ def check_near_duplicates(split: Split, load: Callable[[Sample], np.ndarray]) ->
     samples = [(subset, sample) for subset in SUBSETS for sample in getattr(split, subset)]
     pairs = find_near_duplicates([sample for _, sample in samples], load)
     subset_of = {sample.key: subset for subset, sample in samples}
-    across = [pair[:2] for pair in pairs if subset_of[pair[0]] != subset_of[pair[1]]]
-    if across:
+    if across := [pair[:2] for pair in pairs if subset_of[pair[0]] != subset_of[pair[1]]]:
         shown = {sample.key: f"{sample.record} ({subset})" for subset, sample in samples}
         records = [map(shown.get, pair) for pair in across[:10]]
         more = f"; and {len(across) - 10} more pairs" if len(across) > 10 else ""
@@ -108,9 +107,8 @@ def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> It
 def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[str]:
     """Keys of the samples of patients whose images the base model was trained on: no baseline there.
 
-    `choice` is "none", "all", or a text file with a file name (with or without folder and ending) or a key in
-    each line; empty lines, comments (#) and lines about other images do not count. Where images of several
-    patients share a file name, the folder in the line decides; a line that stays ambiguous is a DataError.
+    `choice` is "none", "all", or a text file with a file name (with or without folder and ending), a key or a
+    comment (#) per line. Of a name that several patients share, the folder decides, or it is a DataError.
     """
     if choice in ("none", "all"):
         return {sample.key for sample in samples} if choice == "all" else set()

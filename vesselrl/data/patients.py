@@ -66,8 +66,7 @@ def parse_name(name: str) -> Identity:
     plain = "" if match is None else _plain(match["name"])
     number = None if match is None else match.groupdict().get("id")
     if not plain and not number:
-        eye = _EYE.fullmatch(stem)
-        if eye is None:
+        if (eye := _EYE.fullmatch(stem)) is None:
             return Identity(f"file:{name}")
         return Identity(f"eyes:{folder}/{eye['case'].casefold()}", sequence=eye["eye"].casefold())
     sequence = re.sub(r"[\s_]+", "_", match["sequence"] or "").strip("_").casefold()
@@ -128,9 +127,8 @@ def identify(
     if num_shared := len(ids_of) - len(only_id):
         logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
     persons = {name: only_id.get(identity.person, identity.person) for name, identity in found.items()}
-    rows = []
-    if aliases is not None:
-        rows = read_aliases(aliases)
+    rows = [] if aliases is None else read_aliases(aliases)
+    if rows:
         persons = _join_persons(persons, only_id, rows, Path(aliases).name)
     texts = [*names, *(patient for *_, patient in rows)]
     impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
@@ -183,7 +181,6 @@ def _join_persons(
             what = f"{source} lines {lines[name]} and {line}"
             raise DataError(f"{what} give one image to two patients. Keep one.")
         lines.setdefault(name, line)
-
     parent: dict[str, str] = {}
     single: dict[str, str] = {}
 
@@ -198,8 +195,7 @@ def _join_persons(
             if one != other:
                 parent[other] = one
             continue
-        num_left = sum(other == person for other in persons.values()) - len(targets)
-        if num_left:
+        if num_left := sum(other == person for other in persons.values()) - len(targets):
             numbers = ", ".join(str(lines[name]) for name in list(targets)[:5])
             raise DataError(
                 f"{source} lines {numbers} give files that look like one person to several patients, and "
@@ -225,8 +221,7 @@ def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) ->
 
 def _person_named(patient: str, known: set[str], names: Mapping[str, str]) -> str:
     """The person of other files that a patient's name or ID means, or a person of this name alone."""
-    number = re.search(r"(?<!\d)\d{10}(?!\d)", patient)
-    if number:
+    if number := re.search(r"(?<!\d)\d{10}(?!\d)", patient):
         return f"id:{number[0]}"
     name = f"name:{_plain(patient)}"
     candidates = (names.get(name, name), f"pattern:{patient}")

@@ -79,8 +79,7 @@ def different_images(
     """The entries without those whose image, or name of an image, an earlier one has, which is an error."""
     first_of: dict[str, Entry] = {}
     for entry in listing.entries:
-        first = first_of.setdefault(entry.name, entry)
-        if first is entry:
+        if (first := first_of.setdefault(entry.name, entry)) is entry:
             yield entry
             continue
         record = entry.record(aliases[entry.name])

@@ -31,8 +31,7 @@ class RunFolder:
     @classmethod
     def create(cls, output_dir: str | Path) -> "RunFolder":
         """A new, empty run folder named by the time of day; a RunError where none can be made."""
-        base = Path(output_dir)
-        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        base, stamp = Path(output_dir), datetime.now().strftime("%Y%m%d_%H%M%S")
         for suffix in ("", *(f"_{k}" for k in range(2, 100))):
             path = base / f"{PREFIX}{stamp}{suffix}"
             try:

@@ -46,12 +46,12 @@ def merge(
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 
-def _test_pictures(side: int, count: int = 2) -> list[np.ndarray]:
+def _test_pictures(side: int) -> list[np.ndarray]:
     """Dark branching lines on a noisy ground, enough to give masks with many borders."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / side
     pictures = []
-    for _ in range(count):
+    for _ in range(2):
         picture = 170 + 30 * np.sin(3 * x + 2 * y) + rng.normal(0, 6, (side, side))
         for _ in range(6):
             offset, slope, bend = rng.uniform(0.1, 0.9), rng.uniform(-1, 1), rng.uniform(-0.5, 0.5)

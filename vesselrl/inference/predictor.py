@@ -98,8 +98,7 @@ def predict_files(
     """
     if not path.exists():
         raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
-    files = list_images(path, deep=False) if path.is_dir() else [path]
-    if not files:
+    if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
         raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
     stems = [file.stem for file in files]
     # Messages call a file by its name where that says nothing about a person, else by its place.

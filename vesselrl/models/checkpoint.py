@@ -103,8 +103,7 @@ def load_sa2va(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the checkpoint's tokenizer without running its code."""
     needed = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    missing = ", ".join(name for name in needed if not (folder / name).exists())
-    if missing:
+    if missing := ", ".join(name for name in needed if not (folder / name).exists()):
         raise CheckpointError(f"{folder} lacks the tokenizer files {missing}. Copy them from the source.")
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
@@ -121,13 +120,11 @@ def shard_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
         names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
+        if missing := [name for name in names if not (folder / name).exists()]:
             lacks = f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}"
             raise CheckpointError(f"{lacks}: {', '.join(missing)}.")
         return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+    if not (files := sorted(folder.glob("model*.safetensors"))):
         raise CheckpointError(f"{folder} holds no model*.safetensors file; pickled weights are not read.")
     return files
 

@@ -69,12 +69,9 @@ class Sam2Dimensions:
             "backbone_feature_sizes": [[size // s, size // s] for s in (4, 8, 16)],
             "fpn_hidden_size": self.hidden_size,
         }
-        decoder = {"mlp_dim": self.decoder_mlp_dim, "iou_head_hidden_dim": self.iou_head_hidden_dim}
-        return Sam2Config(
-            vision_config=vision,
-            prompt_encoder_config=hidden | {"image_size": size},
-            mask_decoder_config=hidden | decoder,
-        )
+        heads = {"mlp_dim": self.decoder_mlp_dim, "iou_head_hidden_dim": self.iou_head_hidden_dim}
+        prompts, decoder = hidden | {"image_size": size}, hidden | heads
+        return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
 @dataclass(frozen=True)
@@ -156,8 +153,7 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
             needs = f"{source}: `{section}` needs whole numbers for {wrong}"
             raise CheckpointError(f"{needs}. Is this a Sa2VA of the InternVL family?")
     vision, llm = values["vision_config"], values["llm_config"]
-    architecture = (llm.get("architectures") or ["?"])[0]
-    if architecture != "Qwen2ForCausalLM":
+    if (architecture := (llm.get("architectures") or ["?"])[0]) != "Qwen2ForCausalLM":
         supported = "Qwen2ForCausalLM (Sa2VA-InternVL3 2B, 8B, 14B; Sa2VA 1B, 4B)"
         raise CheckpointError(f"{source} names the language model {architecture!r}; choose a {supported}.")
     for name, expected in _SUPPORTED.items():

@@ -110,8 +110,8 @@ def write_dataset(
         for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
             frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
             stems = _stems(seed, patient, sequence, num_frames)
-            for (image, mask), stem in zip(frames, stems, strict=True):
-                records.append(_write_frame(partial, layout, image, mask, stem))
+            drawn = zip(frames, stems, strict=True)
+            records += [_write_frame(partial, layout, *frame, stem) for frame, stem in drawn]
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -129,8 +129,7 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     if different:
         there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)
         raise FileExistsError(f"{root} holds other synthetic angiograms: {there}. {advice}")
-    num_found = len(list((root / "images").glob("*.jpg")))
-    if num_found != num_images:
+    if (num_found := len(list((root / "images").glob("*.jpg")))) != num_images:
         raise FileExistsError(f"{root} holds {num_found} images where {num_images} were written. {advice}")
 
 
