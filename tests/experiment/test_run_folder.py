@@ -1,6 +1,5 @@
 """Run folders: unique, complete or absent, readable by any JSON reader, and where a result comes from."""
 
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,6 @@ from vesselrl.experiment import run_folder
 from vesselrl.experiment.run_folder import (
     RunFolder,
     check_writable,
-    file_sha256,
     git_commit,
     provenance,
     strict,
@@ -89,12 +87,6 @@ def test_metrics_are_one_line_each(run: RunFolder) -> None:
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     stored = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": None}]
     assert [json.loads(line) for line in lines] == stored
-
-
-def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 8193  # a little over 2 MiB
-    (tmp_path / "file").write_bytes(content)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_provenance_names_command_code_packages_and_machine(monkeypatch) -> None:
