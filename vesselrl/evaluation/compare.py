@@ -1,4 +1,4 @@
-"""Compares finished runs in one table and decides which one to deploy. Needs no torch.
+"""Compares finished runs in one table and decides which one to deploy.
 
 Paired differences to the baseline; p values adjusted for the number of runs (Holm), per metric.
 """
@@ -19,7 +19,6 @@ from vesselrl.evaluation.statistics import SIGNIFICANT, holm
 logger = logging.getLogger(__name__)
 
 OWN_BASE = "the base before training"
-DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
 # Per run the lines of `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
 Gains = dict[str, list[dict[str, Any]]]
@@ -102,8 +101,8 @@ def compare_runs(
     by_name = {run.name: run for run in runs}
     if baseline is not None and baseline not in by_name:
         raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
-    metrics = tuple(name for name in DEFAULT_METRICS if all(name in run.after.metrics for run in runs))
-    metrics = tuple(name for name in metrics if name != "reward" or _one_reward(runs))
+    shared = [name for name in results.HEADLINE if all(name in run.after.metrics for run in runs)]
+    metrics = tuple(name for name in shared if name != "reward" or _one_reward(runs))
     metrics = metrics if rank_by in metrics else (rank_by, *metrics)
 
     def loss(run: Run) -> float:

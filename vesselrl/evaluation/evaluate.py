@@ -52,17 +52,10 @@ def evaluate(
     caveats: Mapping[Caveat, str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Predicts and scores one image after the other.
+    """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
-    Args:
-        predict: image uint8 (H, W, 3) -> object with `.mask`, bool (H, W), or None = failed.
-        samples: anything with `key`, `patient`, `sequence` (pseudonyms), each key once.
-        reward: its value is the column `reward`, that of a user's own function the column `custom_score`.
-        load: sample -> (image, true mask).
-        caveats: stored with the result.
-        progress: called with (images done, images in all) after every image.
-
-    An exception raised by `predict` or `load` is passed on: a crash is not a failed prediction.
+    `samples` have `key`, `patient`, `sequence`, each key once. A reward gives the column `reward`, a user's
+    own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total).
     """
     predicted = predict_each(predict, samples, load, progress)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
@@ -156,8 +149,7 @@ def evaluate_variants(
 ) -> dict[str, Evaluation]:
     """Predicts every image once and scores the masks that several variants of post-processing make of it.
 
-    `post` ("" in the result) is applied to the predictor's masks, whose threshold it has, `variants` to its
-    `.probabilities`.
+    `post` ("" in the result) is applied to the predictor's masks, `variants` to its `.probabilities`.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *variants)}
     counted, failed = 0, []

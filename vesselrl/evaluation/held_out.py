@@ -40,20 +40,16 @@ logger = logging.getLogger(__name__)
 class HeldOutResult:
     """Results of one model, each with the JSON file that holds it; None: not asked for, or not possible."""
 
-    # At the threshold asked for.
-    evaluation: Evaluation
+    evaluation: Evaluation  # at the threshold asked for
     path: Path
-    # All results on one HTML page; Markdown lies beside it.
-    report_path: Path
-    # Of the same predictions, as chosen on validation.
-    tuned: Evaluation | None = None
+    report_path: Path  # all results on one HTML page; Markdown lies beside it
+    tuned: Evaluation | None = None  # of the same predictions, as chosen on validation
     tuned_path: Path | None = None
     tuned_post: Evaluation | None = None
     tuned_post_path: Path | None = None
     tuning: Tuning | None = None
     curve_path: Path | None = None
-    # The second observer against the first.
-    human: Evaluation | None = None
+    human: Evaluation | None = None  # the second observer against the first
     human_path: Path | None = None
 
 
@@ -99,8 +95,8 @@ def evaluate_held_out(
     if tuning:
         results["curve_path"] = folder / f"{name}_thresholds.json"
         write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
-    if tuning and tuning.grid:
-        write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
+        if tuning.grid:
+            write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
         results["human"] = evaluate.evaluate_masks(samples, pairs, reward)

@@ -28,6 +28,7 @@ UNIT_METRICS = frozenset(
 LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95", "length_error"})
 UNBOUNDED = frozenset({"reward", "custom_score"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
+HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 COUNTED = ("n_images", "n_patients", "n_undefined", "reason")
 MAX_FAILED_SHARE = 0.05
 
@@ -167,8 +168,7 @@ def before_after_table(
 
     Each has `metric`, `before`, `after` (means over the images defined in both), `difference`, the fields of
     its `Difference` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
-    By default all columns of both are compared, `reward` and `custom_score` only if they mean the same.
-    ValueError if the sets differ, or `reward` is asked for and differs.
+    By default these are all columns of both that mean the same. ValueError if sets or rewards differ.
     """
     if mismatch := set_mismatch(before, after, "before", "after"):
         raise ValueError(f"The evaluations cannot be compared: {mismatch}. Evaluate both on the same set.")

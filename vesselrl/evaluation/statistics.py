@@ -81,8 +81,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean over patients of per-patient means, with its stretched patient-cluster bootstrap interval.
 
-    `values` and `patients` have one entry per image; nan is left out and counted. The interval is cut to
-    `bounds`, the possible range of the mean.
+    One value and one patient per image; nan is left out and counted. The interval is cut to `bounds`.
 
     >>> interval = bootstrap_interval([0.6, 0.7, 0.8, 0.9], ["P001", "P002", "P003", "P004"])
     >>> round(interval.mean, 2), interval.low < 0.75 < interval.high
@@ -98,7 +97,9 @@ def bootstrap_interval(
     counted = (len(patients) - num_undefined, num_patients, num_undefined)
     mean = float(means.mean()) if num_patients else math.nan
     if num_patients < MIN_PATIENTS:
-        return Interval(mean, math.nan, math.nan, *counted, _too_few(num_patients))
+        found = f"only {num_patients} patient{'' if num_patients == 1 else 's'}"
+        reason = f"{found}: an interval needs at least {MIN_PATIENTS}"
+        return Interval(mean, math.nan, math.nan, *counted, reason)
     if np.ptp(means) == 0:
         reason = "every patient has the same value: no spread to judge by"
         return Interval(mean, mean, mean, *counted, reason)
@@ -107,11 +108,6 @@ def bootstrap_interval(
     limits = _stretched_limits(resampled, mean, num_patients, level)
     low, high = (float(limit) for limit in np.clip(limits, *bounds))
     return Interval(mean, low, high, *counted, resampled=resampled)
-
-
-def _too_few(num_patients: int) -> str:
-    plural = "" if num_patients == 1 else "s"
-    return f"only {num_patients} patient{plural}: an interval needs at least {MIN_PATIENTS}"
 
 
 def _stretched_limits(resampled: np.ndarray, mean: float, num_patients: int, level: float) -> tuple:
@@ -159,8 +155,7 @@ def paired_difference(
 ) -> Difference:
     """Mean over patients of after - before on the same images, with its patient-cluster bootstrap interval.
 
-    Rows (with `key`, `patient` and the metric) are paired by their key, in any order; an image undefined
-    (nan or None) in either is left out and counted. Both must hold the same images, each once.
+    Rows of the same images are paired by `key`; one undefined in either is left out and counted.
     """
     patients, before, after = _paired(before_rows, after_rows, metric)
     interval = bootstrap_interval(after - before, patients, n, seed, level)
@@ -173,7 +168,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values: rejecting those below 0.05 errs at all in at most 5 % of the families.
 
     The k-th smallest of m is multiplied by m - k + 1, raised to the one before it where it is lower, and cut
-    to 1. nan (no test was possible) stays nan and is not counted in m.
+    to 1. nan (no test) stays nan and is not counted in m.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]

@@ -27,7 +27,7 @@ from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
-from vesselrl.training.health import check_finite, check_moved, clip_gradients
+from vesselrl.training.health import check_moved, take_step
 from vesselrl.training.policy import MaskPolicy, sample_masks
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
@@ -92,12 +92,14 @@ class PPOUpdate:
             for number in range(self.settings.num_passes):
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                update = self._update(logits, images, reference)
+                loss, update = self._loss(logits, images, reference)
+                norm = take_step(policy, self.optimizer, loss, self.max_grad_norm, is_first=not self.checked)
                 if number == 0:
                     metrics["train/first_ratio_gap"] = update["ratio_gap"]
                 if not self.checked:
                     check_moved(policy.distance(policy.reference_values))
                     self.checked = True
+            update |= {"loss": float(loss.detach()), "grad_norm": norm}
             metrics |= {f"train/{name}": value for name, value in update.items()}
         else:
             # Nothing to learn from: an update would only add weight decay and noise.
@@ -141,20 +143,6 @@ class PPOUpdate:
         action_weight = on[None] if s.pixel_action == "expected" else masks.float()
         variance = ppo_math.bernoulli_variance(logits, s.temperature)
         return Sampled(masks, old_logprobs, difference, action_weight, variance)
-
-    def _update(
-        self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]
-    ) -> dict[str, float]:
-        """One optimizer step on the rollout."""
-        loss, metrics = self._loss(logits, images, reference)
-        check_finite(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if not self.checked:
-            self.policy.check_gradients()
-        norm = clip_gradients(self.policy.trainable.values(), self.max_grad_norm)
-        self.optimizer.step()
-        return metrics | {"loss": float(loss.detach()), "grad_norm": norm}
 
     def _loss(
         self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]

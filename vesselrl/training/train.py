@@ -14,12 +14,17 @@ from PIL import Image
 from rich.console import Console
 
 from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.data.samples import Sample
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
-from vesselrl.evaluation.results import Evaluation, before_after_table, evaluation_from_json, write_evaluation
+from vesselrl.evaluation.results import (
+    HEADLINE,
+    Evaluation,
+    before_after_table,
+    evaluation_from_json,
+    write_evaluation,
+)
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
@@ -37,8 +42,6 @@ from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
-
-HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,18 @@ class Training:
         images = map(VesselDataset, (self.data.val, self.data.test))
         self.pixels = {s.key: (dataset, k) for dataset in images for k, s in enumerate(dataset.samples)}
 
+    def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image and truth of a validation or test sample."""
+        dataset, index = self.pixels[key]
+        return dataset[index][:2]
+
 
 def train(
     config: TrainConfig, argv: list[str], console: Console | None = None, resume_from: Path | None = None
 ) -> TrainResult:
-    """Runs one training, or goes on with an interrupted one.
+    """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
-    Args:
-        config: all settings.
-        argv: the command line, stored as provenance.
-        console: for progress bars; None shows none.
-        resume_from: folder of the interrupted run, whose settings `config` are; see `resume`.
+    `argv` is the command line, stored as provenance; without a console there are no progress bars.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
@@ -106,7 +110,8 @@ def train(
         # 2. Validate before the first update: the starting adapter is the first `best_lora`.
         if state is None:
             if (sheet := t.run.path / setup.SHEET_FILE).exists():
-                t.monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
+                pixels = np.asarray(Image.open(sheet))
+                t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
             validate(t)
         else:
             restore(t, state)
@@ -128,9 +133,8 @@ def train(
 def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
-    On a CPU it ends with the values that it would have had without the interruption; with several images per
-    step, up to the rounding of the reference policy's masks, which depend on their neighbours in the batch.
-    Raises as `train` does, and RunError where the run has finished, or images or model have changed since.
+    On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
+    RunError where the run has finished, or images or model have changed since.
     """
     return train(TrainConfig.from_dict(run_settings(folder)), argv, console, resume_from=folder)
 
@@ -188,14 +192,9 @@ def validate(t: Training, is_last: bool = False) -> None:
 
 def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
     """Scores the model as it is on the `val` or `test` images."""
-
-    def load(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        dataset, index = t.pixels[sample.key]
-        return dataset[index][:2]
-
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
-    progress = t.monitor.bar(label)
-    return evaluate(partial(predict, t), samples, t.reward, load=load, caveats=caveats, progress=progress)
+    shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
+    return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
@@ -319,11 +318,7 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 
 
 def check_learned(t: Training) -> None:
-    """Refuses a run that has ended exactly where it began.
-
-    Raises:
-        LearningError: it has.
-    """
+    """Raises LearningError for a run that has ended exactly where it began."""
     if t.num_steps and t.model.distance() == 0:
         raise LearningError(
             f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
@@ -347,9 +342,7 @@ def draw(t: Training) -> None:
     plot_curves(t.run.path / "metrics.jsonl", t.run.path / "curves.png")
     cases = []
     for key, rank in choose_cases(t.best.rows).items():
-        dataset, index = t.pixels[key]
-        image, truth, _ = dataset[index]
-        masks = []
+        (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
             with with_values(t.model, values):
                 masks.append(predict(t, image).mask)
