@@ -5,7 +5,7 @@ For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -56,10 +56,7 @@ class HeldOutResult:
 def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
-    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and a report.
-
-    Where the results lie in the folder of a finished run, the run's own report is written anew.
-    """
+    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and reports."""
     if options.split not in ("test", "val", "train", "all"):
         raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
     if options.tune_post and not options.tune:
@@ -82,7 +79,12 @@ def evaluate_held_out(
     total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
     tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
-    tuning = tune(_predicted_images(predict, validation, tell), post, asked) if validation else None
+    predicted = evaluate.predict_each(predict, validation, progress=tell)
+    images = (
+        PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
+        for sample, (prediction, truth) in zip(validation, predicted, strict=True)
+    )
+    tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
     done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
@@ -109,12 +111,6 @@ def evaluate_held_out(
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(**results)
-
-
-def _predicted_images(predict: Predict, samples: list[Sample], tell: Progress | None) -> Iterator:
-    predicted = evaluate.predict_each(predict, samples, progress=tell)
-    for sample, (prediction, truth) in zip(samples, predicted, strict=True):
-        yield PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
 
 
 def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:

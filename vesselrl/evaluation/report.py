@@ -342,7 +342,7 @@ def evaluation_page(path: Path) -> dict[str, Any]:
 def comparison_page(comparison: "Comparison") -> dict[str, Any]:
     """The values of comparison.j2."""
     metrics, lines = comparison.metrics, comparison.lines
-    gains = {run: {one["metric"]: one for one in table} for run, table in comparison.gains.items() if table}
+    gains = {run: table for run, table in comparison.gains.items() if table}
     ranking, differences = [], []
     for line in lines:
         scores = [with_interval(m, line[m], line[f"{m}_low"], line[f"{m}_high"]) for m in metrics]

@@ -1,7 +1,4 @@
-"""The result of an evaluation: rows, patient-level summary, caveats, JSON and CSV files, before/after table.
-
-Hashes of image list and labels and the metric specification keep results of different sets apart.
-"""
+"""The result of an evaluation: rows, summary by patients, caveats, JSON and CSV files, before/after table."""
 
 import csv
 import hashlib
@@ -76,16 +73,12 @@ class Evaluation:
     rows: tuple[dict[str, Any], ...]
     # n_images, n_patients, n_failed, metrics: name -> image_mean, patient_mean (the headline), its Interval.
     summary: dict[str, Any]
-    # sha256 over the sorted keys, and over the keys with the hash of each true mask.
-    image_list_hash: str
-    label_hash: str
+    image_list_hash: str  # sha256 over the sorted keys
+    label_hash: str  # sha256 over the keys with the hash of each true mask
     metric_spec: dict[str, Any]
-    # Definition of the reward; rewards of unequal specs are not compared.
-    reward_spec: dict[str, Any] | None = None
-    # Of the predicted probabilities; None if only masks were scored.
-    calibration: dict[str, Any] | None = None
-    # Reasons to distrust the scores, each with its sentence.
-    caveats: dict[Caveat, str] = field(default_factory=dict)
+    reward_spec: dict[str, Any] | None = None  # rewards of unequal ones are not compared
+    calibration: dict[str, Any] | None = None  # of the probabilities; None if only masks were scored
+    caveats: dict[Caveat, str] = field(default_factory=dict)  # reasons to distrust the scores
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -36,10 +36,6 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     The rows of the result, float64 (3, 100), are vessel pixels, background pixels and the sum of
     probabilities; column k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
-
-    >>> vessel, background, _ = count_pixels(np.array([[0.0, 0.25, 0.995]]), np.array([[False, True, True]]))
-    >>> np.flatnonzero(vessel).tolist(), np.flatnonzero(background).tolist()
-    ([24, 99], [0])
     """
     values = np.asarray(probabilities, dtype=np.float32)
     if values.shape != truth.shape:

@@ -36,18 +36,12 @@ def score_mask(pred: Any, truth: Any, truth_topology: Topology | None = None) ->
     }
 
 
-def cldice(pred: Any, truth: Any) -> float:
-    """Centreline Dice in [0, 1], the harmonic mean of tprec and tsens (Shit et al., CVPR 2021).
-
-    tprec is the share of the predicted centreline inside the truth, tsens the share of the true centreline
-    inside the prediction. Never use it alone: an all-foreground mask can score 1.
-    """
-    pred, truth = as_mask_pair(pred, truth)
-    return cldice_scores(pred, truth, topology(pred), topology(truth))["cldice"]
-
-
 def cldice_scores(pred: np.ndarray, truth: np.ndarray, pred_shape: Topology, truth_shape: Topology) -> dict:
-    """cldice, tprec and tsens of two bool masks whose topologies are known; both empty 1, one empty 0."""
+    """Centreline Dice, the harmonic mean of tprec and tsens (Shit et al., CVPR 2021); both empty 1, one 0.
+
+    tprec is the share of the predicted centreline inside the truth, tsens that of the true one inside the
+    prediction. Never use it alone: an all-foreground mask can score 1.
+    """
     if pred_shape.length_px == 0 or truth_shape.length_px == 0:
         agree = float(pred_shape.length_px == truth_shape.length_px)
         return {"cldice": agree, "tprec": agree, "tsens": agree}

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vesselrl.errors import RunError
 from vesselrl.experiment.run_folder import atomic_write
@@ -100,14 +101,12 @@ def restore_random_state(state: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state[f"cuda{k}"], k)
 
 
-def moments(optimizer: torch.optim.Optimizer, model: Model) -> dict[str, dict[str, Tensor]]:
+def moments(optimizer: Optimizer, model: Model) -> dict[str, dict[str, Tensor]]:
     """State of the optimizer for each parameter, by the parameter's name."""
     return {name: dict(optimizer.state[p]) for name, p in model.trainable.items() if p in optimizer.state}
 
 
-def restore_moments(
-    optimizer: torch.optim.Optimizer, model: Model, kept: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Restores the state of the optimizer."""
     optimizer.state.clear()
     for name, state in kept.items():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.training.checkpoint import Model
@@ -43,10 +44,7 @@ class Issue(NamedTuple):
 
 @dataclass
 class History:
-    """The first and the latest WINDOW values of every metric, and the scores of all validations.
-
-    A step without some metric (a supervised one has no reward) leaves that metric's values as they are.
-    """
+    """The first and the latest WINDOW values of every metric, and the scores of all validations."""
 
     first: dict[str, list[float]] = field(default_factory=dict)
     latest: dict[str, list[float]] = field(default_factory=dict)
@@ -65,10 +63,6 @@ class History:
                 self.first[name] = [*self.first.get(name, ()), value][:WINDOW]
                 self.latest[name] = [*self.latest.get(name, ()), value][-WINDOW:]
                 self.since_roll_back[name] = self.since_roll_back.get(name, 0) + 1
-
-    def has_window(self, names: str) -> bool:
-        """Whether there are WINDOW values of all these metrics."""
-        return all(len(self.latest.get(name, ())) == WINDOW for name in names.split())
 
     def mean(self, name: str) -> float:
         """Mean of the latest values."""
@@ -231,11 +225,7 @@ class Health:
     """
 
     def __init__(
-        self,
-        model: Model,
-        optimizer: torch.optim.Optimizer | None,
-        max_grad_norm: float,
-        note: Callable[[Issue], None],
+        self, model: Model, optimizer: Optimizer | None, max_grad_norm: float, note: Callable[[Issue], None]
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -252,9 +242,9 @@ class Health:
         norm = metrics.get("train/grad_norm")
         excess = {} if norm is None else {"train/excess_grad_norm": norm / self.max_grad_norm}
         self.history.add({**metrics, **excess})
-        severity = self._apply(
-            [r for r in RULES if r.metrics and self.history.has_window(r.metrics)], step, WINDOW
-        )
+        known = {name for name, values in self.history.latest.items() if len(values) == WINDOW}
+        rules = [rule for rule in RULES if rule.metrics and known.issuperset(rule.metrics.split())]
+        severity = self._apply(rules, step, WINDOW)
         if severity < HEALTHY and step >= self.candidate[0] + WINDOW:
             self.good, self.candidate = self.candidate, (step, self.model.values())
 
@@ -325,9 +315,7 @@ class Health:
 # ---- A step, with checks that stop a run with a LearningError
 
 
-def take_step(
-    model: Model, optimizer: torch.optim.Optimizer, loss: Tensor, max_norm: float, is_first: bool
-) -> float:
+def take_step(model: Model, optimizer: Optimizer, loss: Tensor, max_norm: float, is_first: bool) -> float:
     """Updates the weights by the gradient of a loss, clipped to a norm, and returns the norm that it had.
 
     A loss or a gradient that is not finite is refused, and a first gradient that misses a weight.

@@ -1,9 +1,7 @@
 """Sa2VA as a stochastic policy over masks.
 
-The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbouring
-pixels are sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose
-whole twigs instead of specks while every pixel keeps its own probability. Log-probabilities are therefore
-per pixel.
+The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbours are
+sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose whole twigs.
 """
 
 import hashlib
@@ -116,12 +114,7 @@ class MaskPolicy:
     kind = "lora"
 
     def __init__(
-        self,
-        peft_model: PeftModel,
-        processor: Sa2VAProcessor,
-        prompt: str,
-        store: FeatureStore | None = None,
-        keys_repeat: bool = True,
+        self, peft_model: PeftModel, processor: Sa2VAProcessor, prompt: str, keys_repeat: bool = True
     ) -> None:
         self.peft_model = peft_model
         self.model: Sa2VA = peft_model.get_base_model()
@@ -132,7 +125,7 @@ class MaskPolicy:
         self.counts = trainable_counts(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
-        self.store = store
+        self.store: FeatureStore | None = None
         self.keys_repeat = keys_repeat
         self.start = self.values()
         self.reference_values = self.start
@@ -212,10 +205,8 @@ class MaskPolicy:
         if not self.encoder_is_frozen:
             return self.model.encode_image(inputs.sam_pixels)
         with torch.no_grad():
-            images = [
-                self._frozen_features(pixels[None], key)
-                for pixels, key in zip(inputs.sam_pixels, keys, strict=True)
-            ]
+            pairs = zip(inputs.sam_pixels.split(1), keys, strict=True)
+            images = [self._frozen_features(*pair) for pair in pairs]
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
     def _frozen_features(self, pixels: Tensor, key: str) -> ImageFeatures:
@@ -228,16 +219,12 @@ class MaskPolicy:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
             return self.model.seg_prompts(inputs)
-        states = self.seg_states(inputs, keys).to(next(self.model.text_hidden_fcs.parameters()).dtype)
-        return self.model.text_hidden_fcs(states)
-
-    def seg_states(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
-        """(B, P, hidden): the frozen language model's state at [SEG], kept for each key."""
         with torch.no_grad():
             for index, key in enumerate(keys):
                 if key not in self._states:
                     self._states[key] = self.model.seg_states(inputs.image(index)).cpu()
-        return torch.cat([self._states[key] for key in keys]).to(self.model.device)
+        projector, states = self.model.text_hidden_fcs, torch.cat([self._states[key] for key in keys])
+        return projector(states.to(self.model.device, next(projector.parameters()).dtype))
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""

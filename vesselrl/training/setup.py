@@ -90,9 +90,8 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
         counts[name] = {"requested": requested, "available": available, "used": len(used)}
     counts |= {"split_unit": split.unit, "test_seen_by_base": sum(sample.key in seen for sample in test)}
     own = {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
-    return RunData(
-        train, val, test, counts, *(caveats_of(split, subset, seen) | own for subset in (val, test))
-    )
+    caveats = (caveats_of(split, subset, seen) | own for subset in (val, test))
+    return RunData(train, val, test, counts, *caveats)
 
 
 def check_before_training(config: TrainConfig) -> DataReport:

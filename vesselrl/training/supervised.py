@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.experiment.config import TrainConfig
@@ -61,7 +62,7 @@ class SupervisedUpdate:
     def __init__(
         self,
         model: Model,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         config: TrainConfig,
         flips: np.random.Generator | None = None,
     ) -> None:

@@ -15,16 +15,11 @@ from rich.console import Console
 
 from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
-from vesselrl.evaluation.results import (
-    HEADLINE,
-    Evaluation,
-    before_after_table,
-    evaluation_from_json,
-    write_evaluation,
-)
+from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
@@ -186,7 +181,7 @@ def validate(t: Training, is_last: bool = False) -> None:
     if t.best is None or means["reward"] > headline(t.best)["reward"]:
         keep_best(t, t.step, t.latest)
     name = "val_before" if t.step == 0 else "val_latest"
-    write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+    results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
     t.health.after_validation(t.step, means, is_last)
 
 
@@ -206,15 +201,15 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
     """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
-    metrics = evaluation.summary["metrics"]
-    return {name: metrics[name]["patient_mean"] for name in (*HEADLINE, "custom_score") if name in metrics}
+    metrics, names = evaluation.summary["metrics"], (*results.HEADLINE, "custom_score")
+    return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
     """Makes the present weights the best."""
     t.best_step, t.best, t.best_values = step, result, t.model.values()
     t.model.save(t.run.path / f"best_{t.model.kind}")
-    write_evaluation(t.run.path, "val_best", result, {"step": step})
+    results.write_evaluation(t.run.path, "val_best", result, {"step": step})
 
 
 # ---- 3. Steps
@@ -263,8 +258,8 @@ def run_epochs(t: Training) -> None:
 
 def update_multipliers(t: Training, stage: str) -> None:
     """Updates the Lagrange multipliers of the constrained objective from the latest validation."""
-    if stage == "rl":
-        t.updates[stage].update_multipliers(headline(t.latest))
+    if stage == "rl" and (constrained := t.updates[stage].constrained):
+        constrained.update_multipliers(headline(t.latest))
 
 
 def fit_filter(t: Training) -> None:
@@ -300,10 +295,8 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
     t.provenance = earlier | {"resumed": resumed}
     t.monitor.load_state_dict(state["monitor"])
-    source = t.run.path / STATE_FILE
-    t.before, best, t.latest = (
-        evaluation_from_json(state[f"evaluation_{name}"], source) for name in ("before", "best", "latest")
-    )
+    read = partial(results.evaluation_from_json, source=t.run.path / STATE_FILE)
+    t.before, best, t.latest = (read(state[f"evaluation_{name}"]) for name in ("before", "best", "latest"))
     with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
         keep_best(t, state["best_step"], best)
     t.model.restore(state["values"])
@@ -333,7 +326,8 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
         with with_values(t.model, values):
             tested[name] = evaluate_subset(t, "test", f"test {name}")
-        write_evaluation(t.run.path, f"test_{name}", tested[name], {"threshold": 0.5, "run": t.run.name})
+        extra = {"threshold": 0.5, "run": t.run.name}
+        results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
     return tested
 
 
@@ -373,7 +367,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     write_run_report(t.run.path)
     (t.run.path / STATE_FILE).unlink(missing_ok=True)
     names = tuple(headline(t.before))
-    validation = before_after_table(t.before, t.best, names)
-    test = before_after_table(tested["before"], tested["after"], names) if tested else []
+    validation = results.before_after_table(t.before, t.best, names)
+    test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
     caveats = dict.fromkeys((*t.data.val_caveats.values(), *t.data.test_caveats.values()))
     return TrainResult(t.run.path, validation, test, info, tuple(caveats))
