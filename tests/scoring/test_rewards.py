@@ -17,7 +17,7 @@ from vesselrl.scoring.rewards import (
     get_reward_function,
     make_reward,
 )
-from vesselrl.scoring.scores import cldice
+from vesselrl.scoring.scores import score_mask
 from vesselrl.scoring.topology import prototype_topology, topology
 
 REWARD_TYPES = ("multi_objective", "simple_dice", "recall_focused")
@@ -149,7 +149,7 @@ def test_structure_pays_in_proportion_to_cldice():
     """Same counts and length as the truth, one of its two bars moved away: clDice 1/2 halves what it pays."""
     truth, pred = np.zeros((2, 60, 60), bool)
     truth[[10, 30], 5:45] = pred[[10, 50], 5:45] = True
-    assert cldice(pred, truth) == 0.5
+    assert score_mask(pred, truth)["cldice"] == 0.5
     terms = MultiObjectiveReward().structure_terms(pred, truth)
     assert terms == {"topology": pytest.approx(0.5), "length": pytest.approx(-0.25)}
 

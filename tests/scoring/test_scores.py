@@ -1,8 +1,7 @@
-"""The scores of a mask by hand and by other libraries, the truth cache, and many masks."""
+"""The scores of a mask by hand and by other libraries, and the truth cache."""
 
 import json
 import math
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +16,10 @@ from vesselrl.scoring import scores as module
 from vesselrl.scoring.scores import (
     TOLERANCE_PX,
     cached_truth,
-    cldice,
     covered_by_discs,
     evaluation_scores,
-    in_threads,
     recall_by_width,
     score_mask,
-    score_masks,
     surface,
     surface_scores,
     width_map,
@@ -54,7 +50,6 @@ def test_empty_masks_follow_one_rule(pred, truth, expected):
     names = "dice iou recall precision specificity cldice tprec tsens length_ratio hd95 nsd".split()
     scores = evaluation_scores(pred, truth)
     assert [scores[name] for name in names] == pytest.approx(list(expected), nan_ok=True)
-    assert cldice(pred, truth) == scores["cldice"]
     assert math.isnan(scores["recall_thin"]) == (truth is not BAR)
 
 
@@ -62,8 +57,8 @@ def test_cldice_is_its_formula_on_scikit_image_skeletons():
     for pred, truth in random_pairs():
         tprec = (thin(pred) & truth).sum() / thin(pred).sum()
         tsens = (thin(truth) & pred).sum() / thin(truth).sum()
-        assert cldice(pred, truth) == pytest.approx(2 * tprec * tsens / (tprec + tsens), abs=1e-12)
         scores = score_mask(pred, truth)
+        assert scores["cldice"] == pytest.approx(2 * tprec * tsens / (tprec + tsens), abs=1e-12)
         assert (scores["tprec"], scores["tsens"]) == pytest.approx((tprec, tsens))
 
 
@@ -218,18 +213,7 @@ def test_evaluation_scores_are_the_single_functions():
         json.dumps({name: score for name, score in scores.items() if score == score}, allow_nan=False)
 
 
-# ---- Many masks, wrong masks
-
-
-@pytest.mark.parametrize("num_threads", [1, 5, None])
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_a_batch_is_its_masks_one_by_one(num_threads, evaluation):
-    preds, truths = zip(*random_pairs(6), (FULL, BAR), strict=True)
-    function = evaluation_scores if evaluation else score_mask
-    expected = [function(pred, truth) for pred, truth in zip(preds, truths, strict=True)]
-    scored = score_masks(preds, truths, evaluation=evaluation, num_threads=num_threads)
-    assert str(scored) == str(expected)  # as text, so that nan equals nan
-    assert score_masks([], [], num_threads=num_threads) == []
+# ---- Wrong masks
 
 
 @pytest.mark.parametrize(
@@ -243,20 +227,8 @@ def test_a_batch_is_its_masks_one_by_one(num_threads, evaluation):
         (lambda: both(BAR, BAR, -1), "tolerance_px must be at least 0, got -1"),
         (lambda: both(BAR, BAR, NAN), "tolerance_px must be at least 0, got nan"),
         (lambda: cached_truth(GREY), "truth holds values from 0 to 255"),
-        (lambda: score_masks([BAR] * 2, [BAR] * 3), "got 2 predictions for 3 truths"),
-        (lambda: score_masks([BAR, BAR[:-1]], [BAR] * 2), r"prediction 1 \(29, 40\), truth 1 \(30, 40\)"),
-        (lambda: score_masks([BAR, GREY], [BAR] * 2), "pred 1 holds values from 0 to 255"),
-        (lambda: score_masks([BAR], [BAR], num_threads=0), "num_threads must be at least 1, got 0"),
     ],
 )
 def test_wrong_masks_and_settings_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_threads_work_at_the_same_time_keep_the_order_and_raise_errors():
-    both_here = threading.Barrier(2, timeout=20)
-    assert in_threads(lambda number: both_here.wait() * 0 + number, [0, 1], num_threads=2) == [0, 1]
-    for num_threads in (1, 3):
-        with pytest.raises(ZeroDivisionError):
-            in_threads(lambda number: 1 / (number - 2), range(5), num_threads=num_threads)

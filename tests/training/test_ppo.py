@@ -272,7 +272,7 @@ def test_masks_are_scored_as_they_will_be_used() -> None:
 
     def foreground(table: torch.Tensor, **settings: float) -> float:
         update = toy_update(table, MultiObjectiveReward(), **settings)
-        return update.collect(batch, [table]).metrics["train/foreground"]
+        return update.collect(batch, [table])[1]["train/foreground"]
 
     speck, broken = logits.clone(), logits.clone()
     speck[2:4, 2:4] = 9.0
