@@ -11,7 +11,6 @@ from pycocotools import mask as pycocotools_mask
 
 from tests.golden import broken_input
 from tests.golden.broken_input import LAYOUTS, PAIRS, DataRoot
-from tests.golden.broken_input import draw_mask as draw_mask  # for tests of pseudonyms
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import mask_to_polygons
 

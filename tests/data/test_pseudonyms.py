@@ -12,9 +12,7 @@ from fnmatch import fnmatch
 import pytest
 
 from vesselrl.data.pseudonyms import MAPPING_FILE, PseudonymMap, pseudonyms
-from vesselrl.data.samples import find_samples
 from vesselrl.errors import DataError
-from vesselrl.synthetic.dataset import FULL, SEED, SMALL, _stems
 
 NAMES = [
     f"NAME_{chr(ord('A') + patient)}({1234567890 + patient})_1-{sequence}_3_0A1B2C3D_frame_{frame:06d}"
@@ -38,18 +36,6 @@ def mapping(tmp_path):
     return tmp_path / MAPPING_FILE
 
 
-@pytest.fixture
-def aliases(tmp_path):
-    """A function that writes an alias file."""
-
-    def write(rows):
-        path = tmp_path / "aliases.csv"
-        path.write_text("".join(f"{name},{patient}\n" for name, patient in [("file_name", "patient"), *rows]))
-        return path
-
-    return write
-
-
 def keys(names, **options):
     return {name: alias.key for name, alias in pseudonyms(names, **options).items()}
 
@@ -62,7 +48,7 @@ def reading(mapping):
     return json.loads(mapping.read_text(encoding="utf-8"))["readings"][""]
 
 
-def test_one_person_and_two_with_one_name(caplog):
+def test_one_person_in_all_spellings_and_two_with_one_name(caplog):
     caplog.set_level(logging.INFO)
     result = pseudonyms(HOSPITAL)
     patients = [result[name].patient for name in HOSPITAL]
@@ -93,37 +79,12 @@ def test_keys_are_unique_and_hold_no_name_and_no_id():
     assert sorted(alias.frame for alias in counted) == ["F0001", "F0001b", "F0002", "F0003"]
 
 
-def fingerprint(rows):
-    return hashlib.sha256("\n".join(f"{key}\t{name}" for key, name in sorted(rows)).encode()).hexdigest()
-
-
-EARLIER = {
-    FULL: "6fef84859d0cae46700ab7430841b74335698fe47f3d3054c8e5285ed8a022e2",
-    SMALL: "228e9acec8a43560cd9c0f0fea1ef475e0b1921b392d92969c9bf37cc406bb35",
-}
-
-
-@pytest.mark.parametrize(("size", "expected"), EARLIER.items())
-def test_keys_of_the_built_in_data_are_as_they_were(mapping, size, expected):
-    """SHA-256 over key and file name, from the time of the earlier results."""
-    patients, sequences = range(1, size.num_patients + 1), range(1, size.num_sequences + 1)
-    stems = [stem for p in patients for s in sequences for stem in _stems(SEED, p, s, size.num_frames)]
-    result = keys(stems, mapping=mapping)
-    assert fingerprint((key, f"{stem}.jpg") for stem, key in result.items()) == expected
-    assert not mapping.exists()  # made-up people need none
-
-
-def test_keys_of_coronary80_are_as_they_were(shared_folder):
-    samples = find_samples(shared_folder / "data" / "coronary80")
-    expected = "ce5b5a956c8cdca80c6233af9e448fda539066326af0343bfc986f6668e5fbd0"
-    assert fingerprint((sample.key, sample.image_path.name) for sample in samples) == expected
-
-
 # ---- The mapping file
 
 
 def test_the_file_is_private_ignored_by_git_and_complete(mapping, repository):
     before = keys(NAMES, mapping=mapping)
+    assert before == keys(NAMES[::-1])  # the same on every machine
     assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
     assert [path.name for path in mapping.parent.iterdir()] == [MAPPING_FILE]
     assert {name: key for key, name in reading(mapping)["files"].items()} == before
@@ -135,7 +96,7 @@ def test_the_file_is_private_ignored_by_git_and_complete(mapping, repository):
 
 def test_added_and_removed_files_change_no_key(mapping):
     generator = random.Random(0)
-    for _ in range(30):
+    for _ in range(15):
         mapping.unlink(missing_ok=True)
         names = generator.sample(NAMES, generator.randint(1, len(NAMES) - 1))
         before = keys(names, mapping=mapping)
@@ -147,12 +108,6 @@ def test_added_and_removed_files_change_no_key(mapping):
     other = "NAME_Z(9999999999)_1-1_3_0A1B2C3D_frame_000001"
     assert patient_of(keys([*NAMES[6:], other], mapping=mapping)[other]) == "P013"
     assert keys(NAMES, mapping=mapping) == after
-
-
-def test_the_same_data_has_the_same_keys_on_every_machine(mapping, tmp_path):
-    other = tmp_path / "other.mapping.json"
-    assert keys(NAMES, mapping=mapping) == keys(NAMES[::-1], mapping=other) == keys(NAMES)
-    assert mapping.read_bytes() == other.read_bytes()
 
 
 def test_numbers_do_not_follow_the_hashes_that_anyone_can_make(mapping):
@@ -167,16 +122,15 @@ def test_numbers_do_not_follow_the_hashes_that_anyone_can_make(mapping):
 
 def test_another_pattern_has_numbers_of_its_own(mapping):
     names = [f"{name}_{eye}" for name in ("zhang", "li", "wang", "zhao", "sun", "chen") for eye in "LR"]
-    plain = keys(names, mapping=mapping)
-    by_name = keys(names, patient_pattern=r"(?P<patient>[a-z]+)_", mapping=mapping)
+    plain, pattern = keys(names, mapping=mapping), r"(?P<patient>[a-z]+)_"
+    by_name = keys(names, patient_pattern=pattern, mapping=mapping)
     assert len(set(map(patient_of, plain.values()))) == 12
-    assert by_name == keys(names, patient_pattern=r"(?P<patient>[a-z]+)_") != plain
-    assert keys(names, mapping=mapping) == plain
+    assert by_name == keys(names, patient_pattern=pattern) != plain == keys(names, mapping=mapping)
 
 
 def test_an_alias_keeps_the_numbers_of_the_others(mapping, aliases):
     before = keys(NAMES, mapping=mapping)
-    csv = aliases([(NAMES[0], "x"), (NAMES[6], "x")])  # persons 1 and 2 are one
+    csv = aliases(f"{NAMES[0]},x", f"{NAMES[6]},x")  # persons 1 and 2 are one
     after = keys(NAMES, aliases=csv, mapping=mapping)
     assert [after[name] for name in NAMES[12:]] == [before[name] for name in NAMES[12:]]
     (joined,) = {patient_of(after[name]) for name in NAMES[:12]}
@@ -192,13 +146,13 @@ def test_an_alias_keeps_the_numbers_of_the_others(mapping, aliases):
 def test_the_key_of_a_file_that_moved_is_never_given_out_again(mapping, aliases):
     names = ["li_ming_frame_000001", "li_ming_frame_000002"]
     before = keys(names, mapping=mapping)
-    rows = list(zip(names, "ab", strict=True))  # two people of one name
-    apart = keys(names, aliases=aliases(rows), mapping=mapping)
+    rows = [f"{names[0]},a", f"{names[1]},b"]  # two people of one name
+    apart = keys(names, aliases=aliases(*rows), mapping=mapping)
     ((moved, _),) = apart.items() - before.items()
-    ((stayed, letter),) = (row for row in rows if row[0] != moved)
+    ((stayed, letter),) = (row.split(",") for row in rows if not row.startswith(moved))
     assert apart[stayed] == before[stayed]
     added = f"LI__MING_frame_{moved[-6:]}"
-    later = keys([*names, added], aliases=aliases([*rows, (added, letter)]), mapping=mapping)
+    later = keys([*names, added], aliases=aliases(*rows, f"{added},{letter}"), mapping=mapping)
     assert later == apart | {added: f"{before[moved]}b"}
 
 
@@ -222,7 +176,7 @@ def test_impersonal_names_keep_their_keys_only_where_that_was_asked_for(mapping,
     assert keys(names, mapping=mapping) == keys(names)
     assert not mapping.exists()
     salted = mapping.with_name("salted.mapping.json")
-    keys(names, aliases=aliases([(names[0], "LI MING")]), mapping=salted)
+    keys(names, aliases=aliases(f"{names[0]},LI MING"), mapping=salted)
     assert keys(names[1:], mapping=salted) == keys(names[1:]), "a salted map is none of theirs"
     before = keys(names, mapping=mapping, keep="all")
     assert before == keys(names)
@@ -236,16 +190,11 @@ def test_impersonal_names_keep_their_keys_only_where_that_was_asked_for(mapping,
 
 def test_a_folder_that_cannot_be_written_is_no_error(mapping, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refuse)
-        result = keys(NAMES, mapping=mapping)
-    assert result == keys(NAMES)
+    expected, create = keys(NAMES), os.open
+    monkeypatch.setattr(os, "open", lambda *_: create(mapping, os.O_RDONLY))  # there is no such file
+    assert keys(NAMES, mapping=mapping) == expected
     assert list(mapping.parent.iterdir()) == []
-    assert "patients.mapping.json cannot be written (Read-only file system)" in caplog.text
+    assert "patients.mapping.json cannot be written (No such file or directory)" in caplog.text
     assert "NAME" not in caplog.text
 
 
