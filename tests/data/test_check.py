@@ -1,26 +1,16 @@
 """Every planted fault is found and named on every layout, and sound data is not flagged."""
 
-import copy
 import json
 import random
-from collections.abc import Iterator
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.broken_roots import (
-    CODES,
-    NAMES,
-    PAIR_LAYOUTS,
-    PLANTED,
-    SECRETS,
-    Root,
-    edited,
-    encode_mask,
-    write_root,
-)
+from tests.data import broken_roots
+from tests.data.broken_roots import CODES, NAMES, PAIR_LAYOUTS, PLANTED, Root, edited, write_root
 from tests.golden.broken_input import LAYOUTS, bars
 from vesselrl.data import records
 from vesselrl.data.check import DataReport, check_data, foreground_shares, render
@@ -36,7 +26,7 @@ def check(root: Root) -> DataReport:
     except DataError as error:
         readable, message = False, str(error)
     shown = report.to_json() + render(report, limit=0) + message
-    assert not [secret for secret in SECRETS if secret in shown]
+    assert not [secret for secret in broken_roots.SECRETS if secret in shown]
     assert {finding.code for finding in report.findings} <= set(records.CODES)
     assert report.exit_code == (2 if any(f.severity == "error" for f in report.findings) else 0)
     assert json.loads(report.to_json())["exit_code"] == report.exit_code
@@ -132,24 +122,16 @@ STRANGE = (
 )
 
 
-def places(value: list | dict) -> Iterator[tuple[list | dict, int | str]]:
-    """The container and key of every part of a JSON value."""
-    for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        yield value, key
-        if isinstance(part, dict | list):
-            yield from places(part)
+PARTS = (r'"[^"]*"(?=:)', r'"[^"]*"', r"\d[\d.]*", r"\[[^][]*\]", r"{[^{}]*}")
 
 
-def mutate(value: list | dict, rng: random.Random) -> None:
-    """Replaces, removes or doubles one part of a JSON value."""
-    parent, key = rng.choice(list(places(value)) or [({}, 0)])
-    what = rng.random()
-    if what < 0.7 or not parent:
-        parent[key] = copy.deepcopy(rng.choice(STRANGE))
-    elif what < 0.85 or isinstance(parent, dict):
-        del parent[key]
-    else:
-        parent.insert(key, parent[key])
+def mutate(text: str, rng: random.Random) -> str:
+    """Replaces a value of a JSON text, or renames a field."""
+    kinds = [list(re.finditer(kind, text)) for kind in PARTS]
+    part = rng.choice(rng.choice([found for found in kinds if found]))
+    is_field = text[part.end() : part.end() + 1] == ":"
+    new = '"x"' if is_field else json.dumps(rng.choice(STRANGE))
+    return text[: part.start()] + new + text[part.end() :]
 
 
 @pytest.mark.parametrize("layout", ["annotations", "nested", "both", "labelme", "coco", "rle"])
@@ -158,19 +140,18 @@ def test_mutations_are_reported_and_never_crash(tmp_path: Path, layout: str) -> 
     if layout == "rle":  # a text leaves more mutations for the rest of the file
         with edited(root.file) as content:
             for number, annotation in enumerate(content["annotations"]):
-                annotation["segmentation"] = encode_mask(bars(number))
+                annotation["segmentation"] = broken_roots.encode_mask(bars(number))
     text = root.file.read_text()
     rng = random.Random(layout)
     outcomes = {True: 0, False: 0}
     for number in range(75):
-        broken = list(text)
-        broken[rng.randrange(len(text))] = chr(rng.randrange(32, 127))
-        if number < 60:
-            value = [json.loads(text)]
-            for _ in range(rng.choice((1, 1, 2, 5))):
-                mutate(value, rng)
-            broken = json.dumps(value[0] if value else None)
-        root.file.write_text("".join(broken))
+        broken = text
+        for _ in range(rng.choice((1, 1, 2, 5)) if number < 60 else 0):
+            broken = mutate(broken, rng)
+        if number >= 60:
+            place = rng.randrange(len(text))
+            broken = text[:place] + chr(rng.randrange(32, 127)) + text[place + 1 :]
+        root.file.write_text(broken)
         outcomes[check(root).exit_code == 0] += 1
     # The mutations reach both outcomes.
     assert min(outcomes.values()) > 2
@@ -204,11 +185,8 @@ def test_the_check_writes_nothing_and_names_what_training_does(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["annotations", "coco", "labelme"])
-def test_a_file_that_may_not_be_read_is_named_without_its_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
-    root = write_root(tmp_path, layout)
-    read_text = Path.read_text
+def test_a_file_that_may_not_be_read_is_named_without_its_path(tmp_path, monkeypatch, layout: str) -> None:
+    root, read_text = write_root(tmp_path, layout), Path.read_text
 
     def refuse(path: Path, *args: object, **options: object) -> str:
         if path.suffix == ".json" and "mapping" not in path.name:
@@ -220,4 +198,4 @@ def test_a_file_that_may_not_be_read_is_named_without_its_path(
     first = report.of("error")[0]
     assert first.message.startswith("json/ file 1" if layout == "labelme" else root.file.name)
     assert "cannot be read (Permission denied)" in first.message
-    assert not [secret for secret in SECRETS if secret in report.to_json()]
+    assert not [secret for secret in broken_roots.SECRETS if secret in report.to_json()]

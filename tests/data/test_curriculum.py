@@ -1,15 +1,13 @@
 """Difficulty: what is measured on a truth, how it is ranked, and which samples an epoch may use."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vesselrl.data.curriculum import Measures, difficulty_table, measure, open_samples, rate_difficulty
+from vesselrl.data.curriculum import Measures, measure, open_samples, rate_difficulty
 
 Y, X = np.mgrid[:512, :512].astype(float)
 
@@ -59,20 +57,6 @@ def test_arc_over_chord_of_known_curves(mask, expected):
     assert twice[1:] == pytest.approx(found[1:], rel=0.02)
 
 
-def test_contrast_compares_with_what_is_near():
-    """Neither a bright far field nor a slope of the light counts; only the difference at the vessel does."""
-    mask = line(30, 7)
-    image = shaded(mask).astype(float)
-    image[np.abs(Y - 256) + np.abs(X - 256) > 300] = 250
-    assert measure(image.astype(np.uint8), mask).contrast == pytest.approx(40 / 255, abs=1e-3)
-    sloped = np.clip(shaded(mask) + (X / 4)[:, :, None], 0, 255).astype(np.uint8)
-    assert measure(sloped, mask).contrast == pytest.approx(40 / 255, abs=2e-3)
-    pair = (np.abs(Y - 150) < 15) | (np.abs(Y - 400) < 2)  # wide in the light, thin in the dark
-    two = np.where((Y < 275)[:, :, None], shaded(pair) + np.uint8(100), shaded(pair))
-    assert measure(two, pair).contrast == pytest.approx(40 / 255, abs=1e-3)
-    assert measure(255 - shaded(mask), mask).contrast == pytest.approx(40 / 255, abs=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 3), (64, 48)])
 def test_odd_masks_do_no_harm(shape):
     one_pixel = np.zeros(shape, bool)
@@ -99,16 +83,6 @@ def test_ranks_by_hand():
     assert rate_difficulty(samples) == pytest.approx(expected, abs=1e-5)
     for few, ratings in (([], []), ([4], [1]), ([0], [0]), ([0, 0, 0], [0.5, 0.5, 0.5])):
         assert rate_difficulty([samples[place] for place in few]) == ratings
-
-
-def test_the_table_is_ready_for_json():
-    masks = {"P002_S1_F0001": line(0, 5), "P001_S1_F0001": line(0, 15), "P003_S1_F0001": RING & False}
-    samples = [SimpleNamespace(key=key) for key in masks]
-    table = difficulty_table(samples, lambda sample: (shaded(masks[sample.key]), masks[sample.key]))
-    assert json.loads(json.dumps(table, allow_nan=False)) == table
-    thin, wide, nothing = (table[key] for key in masks)
-    assert thin["difficulty"] > wide["difficulty"]
-    assert nothing == {"difficulty": 1.0, "calibre_px": None, "contrast": None, "tortuosity": None}
 
 
 @given(difficulties=st.lists(st.floats(0, 1), max_size=40), num_epochs=st.integers(1, 12))

@@ -8,14 +8,13 @@ from PIL import Image
 from scipy import ndimage
 
 from vesselrl.data import dataset as module
-from vesselrl.data.augment import augment, get_augmentation
+from vesselrl.data.augment import get_augmentation
 from vesselrl.data.check import foreground_shares
 from vesselrl.data.dataset import (
     OUTLINE,
     TILE_PX,
     VesselDataset,
     contact_sheet,
-    outlined,
     write_contact_sheet,
 )
 from vesselrl.data.pseudonyms import pseudonyms
@@ -63,51 +62,19 @@ def test_items_are_copies_of_the_files_and_the_cache_keeps_what_fits(
             dataset[index]
 
 
-def test_augmented_items_depend_on_seed_epoch_and_index_alone(samples):
-    datasets = [VesselDataset(samples, STRONG, seed=5) for _ in range(2)]
-    originals = [datasets[0][index][:2] for index in range(3)]
-    places = [(index, epoch) for epoch in (1, 2) for index in range(3)]
-    first = {place: datasets[0].augmented(*place) for place in places}
-    for index, epoch in reversed(places):
-        expected = augment(*originals[index], STRONG, 5, epoch, index)
-        for image, mask, sample in (first[index, epoch], datasets[1].augmented(index, epoch)):
-            assert sample is samples[index]
-            assert (image == expected[0]).all()
-            assert (mask == expected[1]).all()
-    assert (VesselDataset(samples).augmented(2, epoch=1)[0] == originals[2][0]).all()
-
-
-INSIDE = (90, 20, 60)  # of every image; not a grey of the captions
-
-
 def item(number=1, side=64):
     mask = np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 4 : side // 2] = True
-    return f"P{number:03}_S1_F0001", np.full((side, side, 3), INSIDE, np.uint8), mask
-
-
-def is_line(sheet):
-    return (sheet == OUTLINE).all(axis=2)
-
-
-def test_the_outline_runs_round_the_mask():
-    _, image, mask = item()
-    line = is_line(outlined(image, mask))
-    assert line.sum() == 4 * 16  # the four sides of the square, without its corners
-    assert not (line & mask).any()
-    assert (outlined(image, mask)[~line] == INSIDE).all()
-    assert (image == INSIDE).all(), "the image given is left alone"
-    # On the sheet it lies at the same share of width and height as in the image.
-    rows, columns = np.nonzero(is_line(contact_sheet([item(side=96)])))
-    ends = np.array([rows.min(), columns.min(), rows.max(), columns.max()]) - 6
-    assert ends == pytest.approx(np.array([TILE_PX / 4 - 1] * 2 + [TILE_PX / 2] * 2), abs=1)
+    return f"P{number:03}_S1_F0001", np.full((side, side, 3), 90, np.uint8), mask
 
 
 def test_a_thin_vessel_of_a_large_image_does_not_fall_apart():
     y, x = np.mgrid[:1000, :1000]
     mask = np.abs(y - 0.4 * x - 300) < 1.3
     sheet = contact_sheet([("P001_S1_F0001", np.zeros((1000, 1000, 3), np.uint8), mask)])
-    assert ndimage.label(is_line(sheet), np.ones((3, 3)))[1] == 2  # above and below, one component each
+    assert (
+        ndimage.label((sheet == OUTLINE).all(axis=2), np.ones((3, 3)))[1] == 2
+    )  # above and below, one component each
 
 
 def test_captions_are_keys_and_nothing_else():

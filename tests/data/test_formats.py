@@ -3,21 +3,17 @@
 import base64
 import io
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 from skimage.draw import polygon2mask
 
-from tests.data.broken_roots import NAMES, encode_mask, flat_polygons, write_root
+from tests.data.broken_roots import encode_mask, flat_polygons
 from tests.data.test_polygons import curved_vessel
 from tests.golden import broken_input
-from tests.golden.broken_input import bars
 from vesselrl.data.check import check_data
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
@@ -70,14 +66,17 @@ def failure(root: Path, pattern: str | None = None) -> str:
 
 
 def pairs(root: Path) -> dict[str, str]:
-    """Name of the label by name of the image."""
-    return {sample.image_path.name: sample.mask_path.name for sample in find_samples(root)}
+    """Path of the label by path of the image."""
+    found = [(sample.image_path, sample.mask_path) for sample in find_samples(root)]
+    return {str(image.relative_to(root)): str(mask.relative_to(root)) for image, mask in found}
 
 
 def test_image_field_with_and_without_folder(tmp_path: Path) -> None:
-    write_records(tmp_path, record("a.png"), record("b.png"))
-    write_image(tmp_path / "elsewhere" / "c.png")
     records = [record("images/a.png"), record("images\\b.png"), record("elsewhere/c.png")]
+    for place in ("images/a.png", "images/b.png", "elsewhere/c.png"):
+        write_image(tmp_path / place)
+    write_json(tmp_path / "json" / "x.json", {"shapes": []})  # the list is read first
+    write_json(tmp_path / "coco.json", {"images": [], "annotations": []})
     (tmp_path / "annotations.json").write_text("\ufeff" + json.dumps(records), encoding="utf-8")
     paths = {sample.image_path for sample in find_samples(tmp_path)}
     assert paths == {tmp_path / "images/a.png", tmp_path / "images/b.png", tmp_path / "elsewhere/c.png"}
@@ -144,9 +143,10 @@ def test_coco_polygons_and_run_lengths_are_one_target(tmp_path: Path, file: str)
 
 def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = {"a.png": "a.png", "b.jpg": "b_mask.png", "c.TIF": "c.tif", "d.jpeg": "d.PNG"}
+    expected = {f"images/{image}": f"masks/{mask}" for image, mask in expected.items()}
     for image, mask in expected.items():
-        write_image(tmp_path / "images" / image)
-        write_mask(tmp_path / "masks" / mask)
+        write_image(tmp_path / image)
+        write_mask(tmp_path / mask)
     for name in (".DS_Store", "._a.png", "notes.txt"):
         (tmp_path / "images" / name).write_text("")
     assert pairs(tmp_path) == expected
@@ -160,26 +160,22 @@ def test_folders_with_matching_names(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.parametrize(
-    ("image", "label", "others"),
+    "files",
     [
-        ("images/{}_training.tif", "1st_manual/{}_manual1.gif",  # DRIVE, with the field of view
-         ["mask/{}_training_mask.gif", "2nd_manual/{}_manual2.gif"]),
-        ("images/Image_{}L.jpg", "labels/Image_{}L_1stHO.png", ["labels/Image_{}L_2ndHO.png"]),  # CHASE_DB1
-        ("Image_{}L.jpg", "Image_{}L_1stHO.png", ["Image_{}L_2ndHO.png"]),
-        ("{}.pgm", "{}_gt.pgm", []),  # DCA1
+        "images/{}_training.tif 1st_manual/{}_manual1.gif mask/{}_mask.gif 2nd_manual/{}_manual2.gif",
+        "images/Image_{}L.jpg labels/Image_{}L_1stHO.png labels/Image_{}L_2ndHO.png",
+        "Image_{}L.jpg Image_{}L_1stHO.png Image_{}L_2ndHO.png",
+        "{}.pgm {}_gt.pgm",
     ],
-)  # fmt: skip
-def test_public_data(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, image: str, label: str, others: list[str]
-) -> None:
+    ids=["DRIVE", "CHASE_DB1", "flat CHASE_DB1", "DCA1"],
+)
+def test_public_data(tmp_path: Path, caplog: pytest.LogCaptureFixture, files: str) -> None:
+    image, label, *others = files.split()  # others: the field of view, and a second observer
     for number in ("1", "2", "10"):
         write_image(tmp_path / image.format(number))
-        write_mask(tmp_path / label.format(number))
-        for other in others:
-            write_mask(tmp_path / other.format(number), ~square())
-    found = {s.image_path: s.mask_path for s in find_samples(tmp_path)}
-    expected = {tmp_path / image.format(n): tmp_path / label.format(n) for n in ("1", "2", "10")}
-    assert found == expected
+        for name in (label, *others):
+            write_mask(tmp_path / name.format(number))
+    assert pairs(tmp_path) == {image.format(n): label.format(n) for n in ("1", "2", "10")}
     assert caplog.text == ""
 
 
@@ -189,29 +185,8 @@ def test_a_label_of_another_number_or_patient_is_not_taken(tmp_path: Path) -> No
         write_image(tmp_path / "images" / f"{image}.png")
     for mask in ("21", "22_training", "a/001_mask", "b/001_mask", "002", "001"):
         write_mask(tmp_path / "masks" / f"{mask}.png")
-    found = {s.image_path.relative_to(tmp_path): s.mask_path for s in find_samples(tmp_path)}
     expected = {"22_training": "22_training", "a/001": "a/001_mask", "b/001": "b/001_mask", "c/002": "002"}
-    masks = {Path(f"images/{image}.png"): tmp_path / f"masks/{mask}.png" for image, mask in expected.items()}
-    assert found == masks
-
-
-@pytest.mark.parametrize("layout", ["annotations", "nested", "labelme", "coco", "rle"])
-def test_mask_files_go_before_outlines_in_every_layout(tmp_path: Path, layout: str) -> None:
-    root = write_root(tmp_path, layout)
-    write_mask(root.path / "masks" / f"{NAMES[0]}.png", bars(3))
-    write_mask(root.path / "masks" / f"{NAMES[3]}_mask.png", bars(2))
-    write_mask(root.path / "masks" / f"{NAMES[3]}.png", value=7)  # not read: _mask comes first
-    samples = {sample.image_path.stem: sample for sample in find_samples(root.path)}
-    for name, number in ((NAMES[0], 3), (NAMES[1], 1), (NAMES[3], 2)):
-        assert (load_mask(samples[name]) == bars(number)).all()
-
-
-def test_the_record_list_is_read_first(tmp_path: Path) -> None:
-    root = write_root(tmp_path, "annotations")
-    write_json(root.file, json.loads(root.file.read_text())[:1])
-    write_json(root.path / "json" / "x.json", {"shapes": []})
-    write_json(root.path / "coco.json", {"images": [], "annotations": []})
-    assert [sample.image_path.stem for sample in find_samples(root.path)] == [NAMES[0]]
+    assert pairs(tmp_path) == {f"images/{a}.png": f"masks/{b}.png" for a, b in expected.items()}
 
 
 CORNERS = [[1, 1], [3, 3]]
@@ -231,14 +206,12 @@ IMAGE = {"id": 1, "file_name": "train_001.png"}
         (LIST, [], "bad_json", "is an empty list"),
         (LIST, [[1, 2]], "bad_record", "record 0 has no text 'image'"),
         (LIST, [{"image": "a\0.png"}], "bad_record", "no usable file name"),
-        (LIST, [{"image": "a" * 300}], "bad_record", "no usable file name"),
         (LIST, [{"image": "train_001.png"}], "missing_label", "has no 'mask', and masks/"),
         (LIST, [record(mask=[[0, 0, 700, 0, 700, 9]])], "outside_image", "(P001_S1_F0001): polygon 0"),
         (LIST, [record(mask={"counts": ""})], "bad_record", "'mask' is an object, not a list"),
         (LIST, [record(mask=[POINTS])], "bad_polygon", "'mask' holds points as [x, y] pairs"),
         (LIST, [record(mask=SQUARE)], "bad_polygon", "'mask' holds a number where a polygon"),
         (LIST, [record(mask=[[0, 0, [4, 0], 4, 3]])], "bad_polygon", "mixes numbers and lists"),
-        (LIST, [record("  ")], "bad_record", "record 0 has no text 'image'"),
         (LIST, [record("/etc/passwd")], "bad_record", "'image' points outside the data root"),
         (LIST, [record(PERSON)], "missing_image", "record 0 (P001_S1_F0011): its image is missing"),
         (LIST, [record(), record("images/train_001.png")], "duplicate_record", "as record 0."),
@@ -255,7 +228,6 @@ IMAGE = {"id": 1, "file_name": "train_001.png"}
         (COCO, [], "bad_json", "coco.json has no lists 'images' and 'annotations'"),
         (COCO, {"images": [], "annotations": []}, "bad_json", "coco.json names no images"),
         (COCO, {"images": [3], "annotations": []}, "bad_record", "coco.json image 0 has no 'id'"),
-        (COCO, {"images": [{"id": 1}], "annotations": []}, "bad_record", "has no text 'file_name'"),
         (COCO, {"images": [], "annotations": [{"image_id": 5}]}, "missing_image", "to no image"),
         (COCO, {"images": [], "annotations": [3]}, "bad_record", "annotation 0 has no 'image_id'"),
         (COCO, {"images": [IMAGE, {"id": 1}], "annotations": []}, "duplicate_record", "as image 0"),
@@ -283,38 +255,17 @@ def test_no_data_root_no_images_and_two_images_of_one_name(tmp_path: Path) -> No
     assert "file 2 in name order (P001_S1_F0001) has the name of images/ file 1 in name" in failure(tmp_path)
 
 
-def test_samples_know_pseudonyms_only(tmp_path: Path) -> None:
+def test_samples_know_pseudonyms_only_in_a_fixed_order(tmp_path: Path) -> None:
     (sample,) = find_samples(write_records(tmp_path, record(f"{PERSON}.jpg")))
     assert (sample.key, sample.patient) == ("P001_S1_F0011", "P001")
     assert (sample.sequence, sample.frame) == ("P001_S1", "F0011")
     assert sample.record == "annotations.json record 0 (P001_S1_F0011)"
     assert "MING" not in repr(sample)
-
-
-def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     names = [f"{name}_frame_{i:06d}.png" for name in ("anna", "ben", "carla") for i in range(3)]
     forwards = find_samples(write_records(tmp_path, *map(record, names)))
     backwards = find_samples(write_records(tmp_path, *map(record, names[::-1])))
     assert [(s.key, s.image_path) for s in forwards] == [(s.key, s.image_path) for s in backwards]
     assert [s.key for s in forwards] == sorted(s.key for s in forwards)
-
-
-SIDE = 96
-FORMATS = ("flat", "nested", "labelme", "coco polygons", "coco rle", "mask file")
-point = st.tuples(st.integers(4, SIDE - 5), st.integers(4, SIDE - 5))
-# Vessels of 4 px along random lines; lines that cross enclose holes.
-lines = st.lists(st.lists(point, min_size=2, max_size=5), min_size=1, max_size=4)
-
-
-def draw_vessels(polylines: list[list[tuple[int, int]]]) -> np.ndarray:
-    """The pixels less than 2 px away from lines, by the distance transform: no rasteriser of ours."""
-    centre = np.ones((SIDE, SIDE), bool)
-    for polyline in polylines:
-        for start, end in pairwise(polyline):
-            for share in np.linspace(0, 1, 2 * SIDE):
-                row, column = np.round((1 - share) * np.array(start) + share * np.array(end)).astype(int)
-                centre[row, column] = False
-    return ndimage.distance_transform_edt(centre) < 2
 
 
 def export(root: Path, layout: str, mask: np.ndarray) -> None:
@@ -337,25 +288,15 @@ def export(root: Path, layout: str, mask: np.ndarray) -> None:
         write_mask(root / "masks" / "001_mask.png", mask)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@settings(max_examples=15)
-@given(polylines=lines)
-@example(polylines=[[(10, 10), (10, 80), (80, 80), (80, 10), (10, 10)], [(45, 10), (45, 80)]])  # two holes
-def test_vessels_of_four_px(tmp_path_factory: pytest.TempPathFactory, layout: str, polylines: list) -> None:
-    """A mask that is written in any layout and read back is the same mask, holes included."""
-    mask = draw_vessels(polylines)
-    root = tmp_path_factory.mktemp("export")
-    export(root, layout, mask)
-    (sample,) = find_samples(root)
-    assert (load_mask(sample) == mask).all()
-
-
-@pytest.mark.parametrize("layout", ["flat", "labelme", "coco polygons", "coco rle", "mask file"])
+@pytest.mark.parametrize("layout", ["flat", "nested", "labelme", "coco polygons", "coco rle", "mask file"])
 def test_a_label_of_800_px_keeps_its_vessels_at_512_px(tmp_path: Path, layout: str) -> None:
     """Widths of 4 px at 512: the label is drawn on 800 px, the truth at 512 by another rasteriser."""
     outline = curved_vessel(4, 512)
     truth = polygon2mask((512, 512), outline[:, ::-1] - 0.5)
-    export(tmp_path, layout, polygon2mask((800, 800), (outline * 800 / 512)[:, ::-1] - 0.5))
+    large = polygon2mask((800, 800), (outline * 800 / 512)[:, ::-1] - 0.5)
+    export(tmp_path, layout, large)
+    (sample,) = find_samples(tmp_path)
+    assert (load_mask(sample) == large).all()
     Image.new("L", (512, 512)).save(tmp_path / "images" / "001.png")
     (sample,) = find_samples(tmp_path)
     mask = load_mask(sample)

@@ -57,28 +57,23 @@ def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, colour: obje
     assert (array == expected).all()
 
 
-@pytest.mark.parametrize("name", ["train_001.png", "train_001.jpg", "train_001.tif"])
-@pytest.mark.parametrize("orientation", [6, 8])
-def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
     # A landscape file whose left half is white, to be shown as portrait.
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:, :16] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    array = load_image(single(tmp_path, Image.fromarray(pixels), name=name, exif=exif))
-    assert array.shape == (32, 16, 3)
-    top_is_white = orientation == 6  # turned clockwise: left becomes top
-    assert (array[4:12].mean() > 200) == top_is_white
-    assert (array[20:28].mean() > 200) != top_is_white
+    for orientation, white, black in ((6, slice(4, 12), slice(20, 28)), (8, slice(20, 28), slice(4, 12))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        array = load_image(single(tmp_path, Image.fromarray(pixels), f"train_001.{suffix}", exif=exif))
+        assert array.shape == (32, 16, 3)
+        assert array[white].mean() > 200 > array[black].mean()
 
 
-@pytest.mark.parametrize(
-    ("mode", "value", "message"), [("F", 0.5, "floating-point"), ("I", 70000, "70000, more than 16 bits")]
-)
-def test_thirty_two_bits_are_refused(tmp_path: Path, mode: str, value: float, message: str) -> None:
-    sample = single(tmp_path, Image.new(mode, SIZE, value), name="train_001.tif")
-    with pytest.raises(DataError, match=message):
-        load_image(sample)
+def test_thirty_two_bits_are_refused(tmp_path: Path) -> None:
+    for mode, value, message in (("F", 0.5, "floating-point"), ("I", 70000, "70000, more than 16 bits")):
+        with pytest.raises(DataError, match=message):
+            load_image(single(tmp_path, Image.new(mode, SIZE, value), name="train_001.tif"))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
@@ -116,22 +111,19 @@ def grey(*values: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("image", "suffix", "message"),
+    ("image", "message"),
     [
-        (grey(0, 128, 255), "png", r"has 3 values \(0, 128, 255\)"),
-        (grey(0, 254), "png", r"has 2 values \(0, 254\)"),
-        (grey(0, 1, 255), "png", r"has 3 values \(0, 1, 255\)"),
-        (grey(128), "png", r"has 1 values \(128\)"),
-        (grey(*range(100)), "png", r"has 100 values \(0, 1, 2, 3, ..., 99\)"),
-        (Image.new("RGB", SIZE, "red"), "png", "is coloured"),
-        (Image.fromarray(square().astype(np.uint8) * 255), "jpg", r"has \d+ values"),
+        (grey(0, 128, 255), r"has 3 values \(0, 128, 255\)"),
+        (grey(0, 254), r"has 2 values \(0, 254\)"),
+        (grey(0, 1, 255), r"has 3 values \(0, 1, 255\)"),
+        (grey(128), r"has 1 values \(128\)"),
+        (grey(*range(100)), r"has 100 values \(0, 1, 2, 3, ..., 99\)"),
+        (Image.new("RGB", SIZE, "red"), "is coloured"),
     ],
 )
-def test_masks_of_other_values_are_refused(
-    tmp_path: Path, image: Image.Image, suffix: str, message: str
-) -> None:
+def test_masks_of_other_values_are_refused(tmp_path: Path, image: Image.Image, message: str) -> None:
     with pytest.raises(DataError, match=rf"\(P001_S1_F0011\): the mask {message}") as raised:
-        load_mask(masked(tmp_path, image, f"{PERSON}.{suffix}"))
+        load_mask(masked(tmp_path, image, f"{PERSON}.png"))
     assert "MING" not in str(raised.value)
 
 

@@ -2,17 +2,14 @@
 
 import logging
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from scipy.spatial.distance import cdist
 
 from vesselrl.data.near_duplicates import (
     MAX_DISTANCE,
-    _near_hashes,
     check_near_duplicates,
     find_near_duplicates,
     pretraining_overlap,
@@ -28,15 +25,13 @@ def make_sample(patient, frame=1):
     return Sample(Path(f"{key}.png"), None, (), f"record {key}", key, key[:4], key[:7], key[8:])
 
 
-def frames_of(patient, num_frames=1):
-    """Synthetic angiograms of one sequence."""
-    return [image for image, _ in draw_sequence(TARGET, patient, 1, num_frames, size=256, seed=11)]
-
-
 @pytest.fixture(scope="module")
 def different():
     """One frame of each of 20 synthetic patients, by key."""
-    return {make_sample(patient).key: frames_of(patient)[0] for patient in range(1, 21)}
+    return {
+        make_sample(patient).key: draw_sequence(TARGET, patient, 1, 1, size=256, seed=11)[0][0]
+        for patient in range(1, 21)
+    }
 
 
 SAMPLES = [make_sample(patient) for patient in (*range(1, 21), 99)]
@@ -69,16 +64,6 @@ def test_one_image_under_two_patients_is_found_and_nothing_else(different, chang
     assert all(distance <= MAX_DISTANCE for *_, distance in pairs)
 
 
-def test_frames_of_one_run_under_two_patients_are_found_and_those_of_one_patient_are_not():
-    frames = frames_of(3, num_frames=6)
-    one, two = ([make_sample(1 + n % k, n) for n in range(6)] for k in (1, 2))
-    assert find_near_duplicates(one, lambda sample: frames[int(sample.frame[1:])]) == []
-    pairs = find_near_duplicates(two, lambda sample: frames[int(sample.frame[1:])])
-    assert len(pairs) >= 7  # of 9
-    assert all(first[:4] != second[:4] for first, second, _ in pairs)
-    assert [distance for *_, distance in pairs] == sorted(distance for *_, distance in pairs)
-
-
 def test_the_guard_names_the_pairs_across_subsets_and_warns_of_others(different, caplog):
     images = different | {PAIR[1]: CHANGES["darker"](different[PAIR[0]])}
     load = {sample: images[sample.key] for sample in SAMPLES}.__getitem__
@@ -90,15 +75,6 @@ def test_the_guard_names_the_pairs_across_subsets_and_warns_of_others(different,
         PAIR
     ]
     assert "one patient under two names? First: P007_S1_F0001 and P099_S1_F0001" in caplog.text
-
-
-def test_distances_are_those_of_scipy():
-    rng = np.random.default_rng(1)
-    hashes, patients = rng.random((60, 256)) < 0.5, rng.integers(0, 20, 60)
-    expected = np.round(cdist(hashes, hashes, "hamming") * 256)
-    others = [(i, j) for i, j in combinations(range(60), 2) if patients[i] != patients[j]]
-    wanted = {pair: expected[pair] for pair in others if expected[pair] <= 120}
-    assert {(i, j): distance for i, j, distance in _near_hashes(hashes, patients, 120)} == wanted
 
 
 def test_real_images(shared_folder):
@@ -131,23 +107,20 @@ def test_one_listed_image_counts_for_its_whole_patient(samples, tmp_path, line, 
     assert pretraining_overlap("all", samples) == {sample.key for sample in samples}
 
 
-def test_equal_names_in_a_folder_for_each_patient(samples, tmp_path):
-    """p1/1.jpg is of another patient than p2/1.jpg: the folder must be there, and decides."""
+def test_files_that_tell_nothing_or_too_little(samples, tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(DataError, match=r"is no file\. Give none, all or a text file"):
+        pretraining_overlap(path, samples)
+    for text, message in (("LI_9_frame_1\n", "None of 1 lines of a.txt is an image"), ("李", "is not UTF-8")):
+        path.write_bytes(text.encode("gbk"))
+        with pytest.raises(DataError, match=message) as raised:
+            pretraining_overlap(path, samples)
+        assert "LI_" not in str(raised.value)
+    # p1/1.jpg is of another patient than p2/1.jpg: the folder must be there, and decides.
     samples = [replace(s, image_path=Path(f"/data/images/p{s.key[3]}/{s.key[-1]}.jpg")) for s in samples]
-    path = tmp_path / "trained.txt"
     path.write_text("images/p2/1.jpg\n")
     assert pretraining_overlap(path, samples) == {"P002_S1_F0001", "P002_S1_F0002"}
     for line in ("1.jpg", "images/elsewhere/1.jpg"):
         path.write_text(f"# seen\n{line}\n")
-        with pytest.raises(DataError, match=r"Line 2 of trained\.txt may mean images of 3 patients"):
+        with pytest.raises(DataError, match=r"Line 2 of a\.txt may mean images of 3 patients"):
             pretraining_overlap(path, samples)
-
-
-def test_files_that_tell_nothing(samples, tmp_path):
-    with pytest.raises(DataError, match=r"is no file\. Give none, all or a text file"):
-        pretraining_overlap(tmp_path / "a.txt", samples)
-    for text, message in (("LI_9_frame_1\n", "None of 1 lines of a.txt is an image"), ("李", "is not UTF-8")):
-        (tmp_path / "a.txt").write_bytes(text.encode("gbk"))
-        with pytest.raises(DataError, match=message) as raised:
-            pretraining_overlap(tmp_path / "a.txt", samples)
-        assert "LI_" not in str(raised.value)

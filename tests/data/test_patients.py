@@ -68,19 +68,16 @@ def test_both_eyes_of_a_child_are_one_patient():
     assert len({alias.patient for alias in pseudonyms(apart).values()}) == 4
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("(", "patient_pattern is not a regular expression"),
-        (r"(\d+)", "patient_pattern has no group (?P<patient>...)"),
-        (r"(?P<patient>\d+)", "finds no patient in 1 of 2 file names (first: number 1 in the order"),
-        (r"(?P<patient>\d*)", "finds no patient in 2 of 2 file names"),
-    ],
-)
-def test_bad_patterns(pattern, message):
-    with pytest.raises(DataError, match=re.escape(message)) as raised:
-        parse_by_pattern(["x1", "li ming"], pattern)
-    assert "ming" not in str(raised.value)
+def test_bad_patterns():
+    for pattern, message in {
+        "(": "patient_pattern is not a regular expression",
+        r"(\d+)": "patient_pattern has no group (?P<patient>...)",
+        r"(?P<patient>\d+)": "finds no patient in 1 of 2 file names (first: number 1 in the order",
+        r"(?P<patient>\d*)": "finds no patient in 2 of 2 file names",
+    }.items():
+        with pytest.raises(DataError, match=re.escape(message)) as raised:
+            parse_by_pattern(["x1", "li ming"], pattern)
+        assert "ming" not in str(raised.value)
 
 
 def test_which_names_may_be_shown():
@@ -89,8 +86,6 @@ def test_which_names_may_be_shown():
     assert [name for name in (*shown, *hidden) if is_impersonal(name)] == shown
     assert "ming" not in repr(parse_name("LI MING_frame_1")).lower()
 
-
-# ---- The alias file
 
 ZHANG = [f"{name}_frame_{i:06d}" for name in ("zhang_san", "ZHANGSAN2") for i in range(3)]
 WANG = [f"WANG_WEI({digit * 10})_1-2_3_0A1B2C3D_frame_00000{digit}" for digit in "12"]
@@ -148,19 +143,14 @@ HEADER = "file_name,patient\n"
 )
 def test_faults_name_the_line_and_nobody(tmp_path, text, message):
     path = tmp_path / "a.csv"
+    with pytest.raises(DataError, match="There is no alias file"):
+        read_aliases(path)
+    path.write_text("\ufefffile_name,patient\r\nx.png, LI MING \r\n", encoding="utf-8")
+    assert read_aliases(path) == [(2, "x.png", "LI MING")]
     path.write_bytes(text.encode("gbk"))
     with pytest.raises(DataError, match=rf"a\.csv {message}") as raised:
         identify(NAMES, aliases=path)
     assert not re.search("slide|ming|zhang", str(raised.value), re.IGNORECASE)
-
-
-def test_reading_an_alias_file(tmp_path):
-    for path in (tmp_path / "gone.csv", tmp_path):
-        with pytest.raises(DataError, match="There is no alias file"):
-            read_aliases(path)
-    path = tmp_path / "a.csv"
-    path.write_text("\ufefffile_name,patient\r\nx.png, LI MING \r\n", encoding="utf-8")
-    assert read_aliases(path) == [(2, "x.png", "LI MING")]
 
 
 def test_a_folder_for_each_patient_is_not_overlooked(tmp_path):

@@ -12,8 +12,6 @@ from vesselrl.data.polygons import (
     rasterise,
     read_polygon,
     read_run_lengths,
-    resize_mask,
-    scale_polygons,
 )
 from vesselrl.errors import DataError
 
@@ -34,19 +32,6 @@ def test_triangle_drawn_by_hand():
     above = rasterise([[0, 0, 4, 0, 4, 4]], (4, 4))
     assert below.astype(int).tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert (above == ~below).all()
-
-
-def test_agrees_with_the_angle_test_on_random_polygons():
-    """Turns of the outline around a point, by the sum of angles: another method than counting crossings."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        polygon = rng.uniform(-3, 15, (3, 2))
-        mask = rasterise([polygon], (12, 11))
-        for row, column in np.ndindex(mask.shape):
-            rays = polygon - [column + 0.5, row + 0.5]
-            steps = np.diff(np.arctan2(rays[[0, 1, 2, 0], 1], rays[[0, 1, 2, 0], 0]))
-            turns = ((steps + np.pi) % (2 * np.pi) - np.pi).sum() / (2 * np.pi)
-            assert mask[row, column] == (round(turns) != 0)
 
 
 def test_area_is_the_area_of_the_outline():
@@ -81,17 +66,6 @@ def test_round_trip_keeps_holes_borders_and_single_pixels_without_needless_point
     assert len(mask_to_polygons(np.pad(np.ones((10, 14), bool), 3))[0]) == 8  # four sides, four cut corners
     (polygon,) = mask_to_polygons(np.eye(3, dtype=bool))  # pixels that touch at a corner need no cut
     assert len(np.unique(polygon, axis=0)) == len(polygon)
-
-
-def test_scaling_back_and_forth():
-    polygon = np.random.default_rng(0).random((9, 2)) * 512
-    (wide,) = scale_polygons([polygon], (512, 512), (1024, 256))
-    assert np.allclose(wide, polygon * [2, 0.5])
-    mask = rasterise([curved_vessel(4)], (128, 128))
-    doubled = mask.repeat(2, 0).repeat(2, 1)
-    assert (resize_mask(doubled, mask.shape) == mask).all()
-    assert (resize_mask(mask, doubled.shape) == doubled).mean() > 0.99
-    assert not resize_mask(np.zeros((4, 4), bool), (8, 8)).any()
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,6 @@ def test_keys_are_unique_and_hold_no_name_and_no_id():
     assert sorted(alias.frame for alias in counted) == ["F0001", "F0001b", "F0002", "F0003"]
 
 
-# ---- The mapping file
-
-
 def test_the_file_is_private_ignored_by_git_and_complete(mapping, repository):
     before = keys(NAMES, mapping=mapping)
     assert before == keys(NAMES[::-1])  # the same on every machine
@@ -118,14 +115,6 @@ def test_numbers_do_not_follow_the_hashes_that_anyone_can_make(mapping):
     assert people != sorted(people, key=lambda person: hashlib.sha256(f"id:{person}".encode()).hexdigest())
     keys(NAMES[1:], mapping=other)
     assert [len(salt) for salt in {reading(mapping)["salt"], reading(other)["salt"]}] == [64, 64]
-
-
-def test_another_pattern_has_numbers_of_its_own(mapping):
-    names = [f"{name}_{eye}" for name in ("zhang", "li", "wang", "zhao", "sun", "chen") for eye in "LR"]
-    plain, pattern = keys(names, mapping=mapping), r"(?P<patient>[a-z]+)_"
-    by_name = keys(names, patient_pattern=pattern, mapping=mapping)
-    assert len(set(map(patient_of, plain.values()))) == 12
-    assert by_name == keys(names, patient_pattern=pattern) != plain == keys(names, mapping=mapping)
 
 
 def test_an_alias_keeps_the_numbers_of_the_others(mapping, aliases):

@@ -80,11 +80,12 @@ def test_planted_fault(tmp_path: Path, layout: str, name: str) -> None:
             assert (found[root.image(number).stem] == bars(number)).all()
 
 
-def test_records_are_written_flat_with_a_text_each(tmp_path: Path) -> None:
+def test_records_are_written_flat_with_a_text_each_and_those_of_one_image_joined(tmp_path: Path) -> None:
     root = write_root(tmp_path, "annotations")
     with edited(root.file) as content:
         mask = [[polygon] for polygon in content[0]["mask"]]
         content[0].update(mask=mask, text="artery", conversations=["kept"])
+        content.append(content[1] | {"mask": [[0, 60, 9, 60, 9, 64, 0, 64]]})
     repaired(root)
     records = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [record["image"] for record in records] == [f"{name}.png" for name in NAMES]
@@ -92,6 +93,9 @@ def test_records_are_written_flat_with_a_text_each(tmp_path: Path) -> None:
         assert len(record["text"]) == len(record["mask"]) > 0
         assert all(isinstance(value, float) for polygon in record["mask"] for value in polygon)
     assert (set(records[0]["text"]), records[0]["conversations"]) == ({"artery"}, ["kept"])
+    expected = bars(1)
+    expected[60:64, 0:9] = True
+    assert (masks(tmp_path / "out")[NAMES[1]] == expected).all()
 
 
 def test_images_are_written_upright_with_eight_bits(tmp_path: Path) -> None:
@@ -107,16 +111,6 @@ def test_images_are_written_upright_with_eight_bits(tmp_path: Path) -> None:
             assert image.mode == "L"
             assert not image.getexif()
         assert (load_image(sample) == before[sample.image_path.stem]).all()
-
-
-def test_two_records_of_one_image_are_joined(tmp_path: Path) -> None:
-    root = write_root(tmp_path, "annotations")
-    with edited(root.file) as content:
-        content.append(content[1] | {"mask": [[0, 60, 9, 60, 9, 64, 0, 64]]})
-    repaired(root)
-    expected = bars(1)
-    expected[60:64, 0:9] = True
-    assert (masks(tmp_path / "out")[NAMES[1]] == expected).all()
 
 
 def test_an_unreadable_mask_is_not_an_empty_one(tmp_path: Path) -> None:
@@ -175,23 +169,30 @@ def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path, aliases) -> Non
     assert set(keys(tmp_path / "out", aliases(one, three)).values()) == set(report.foreground)
 
 
-def test_a_folder_with_content_and_one_in_or_around_the_data_root_are_refused(tmp_path: Path) -> None:
-    root = write_root(tmp_path / "around", "masks").path
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    before = contents(tmp_path)
-    for out in (tmp_path / "out", tmp_path / "out" / "notes.txt", root, tmp_path / "around"):
-        with pytest.raises(DataError, match="exists and is not empty"):
-            repair_data(root, out)
-    with pytest.raises(DataError, match="overlaps the data root"):
-        repair_data(root, root / "out")
-    assert contents(tmp_path) == before
+def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    root = write_root(tmp_path / "around", "annotations")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    texts = (root.file.read_text(), re.sub(r"\[\[.*?\]\]", json.dumps([WHOLE]), root.file.read_text()), "[{")
+    for text, out, message in (
+        *[
+            (texts[0], out, "exists and is not empty")
+            for out in ("full", "full/notes.txt", "around/root", "around")
+        ],
+        (texts[0], "around/root/out", "overlaps the data root"),
+        (texts[1], "out", "no image is left with a label"),
+        (texts[2], "out", "not valid JSON"),
+    ):
+        root.file.write_text(text)
+        before = contents(tmp_path)
+        with pytest.raises(DataError, match=message):
+            repair_data(root.path, tmp_path / out)
+        assert contents(tmp_path) == before
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("what", ["copyfile", "save", "check_listing"])
-def test_a_full_disk_leaves_nothing_and_shows_no_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+def test_a_full_disk_leaves_nothing_and_shows_no_name(tmp_path: Path, monkeypatch, what: str) -> None:
     root = write_root(tmp_path, "annotations")
 
     def full(*args: object, **_: object) -> None:
@@ -206,17 +207,4 @@ def test_a_full_disk_leaves_nothing_and_shows_no_name(
         assert not [secret for secret in SECRETS if secret in str(caught.value)]
         assert caught.value.__suppress_context__
     assert contents(tmp_path) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
-
-
-def test_nothing_to_repair(tmp_path: Path) -> None:
-    root = write_root(tmp_path, "annotations")
-    with edited(root.file) as content:
-        for record in content:
-            record["mask"] = [WHOLE]
-    with pytest.raises(DataError, match="no image is left with a label"):
-        repair_data(root.path, tmp_path / "out")
-    root.file.write_text("[{")
-    with pytest.raises(DataError, match="not valid JSON"):
-        repair_data(root.path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
