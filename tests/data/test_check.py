@@ -303,7 +303,11 @@ def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, kind: str,
     assert set(report.foreground) == set(before.values())
 
 
-def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path, aliases) -> None:
+def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path) -> None:
+    def aliases(*rows: str) -> Path:
+        (tmp_path / "a.csv").write_text("\n".join(["file_name,patient", *rows]))
+        return tmp_path / "a.csv"
+
     root, (one, two, three) = write_root(tmp_path, "annotations"), (f"{name},x" for name in NAMES[:3])
     before = keys(root.path, aliases(one, two, three))
     root.set_outlines([[1, 1, 9, 1, 9]])

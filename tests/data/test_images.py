@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_formats import PERSON, SIZE, square, write_image, write_mask
+from tests.data.test_formats import PERSON, SIZE, square, write_image
 from vesselrl.data.images import read_mask, read_oddities
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.errors import DataError
@@ -19,14 +19,13 @@ def single(root: Path, image: Image.Image, name: str = "train_001.png", **option
     image.save(root / "images" / name, **options)
     # The tests with an orientation turn the image by a quarter.
     size = image.size[::-1] if "exif" in options else image.size
-    write_mask(root / "masks" / f"{Path(name).stem}.png", np.ones(size[::-1], bool))
-    (sample,) = find_samples(root)
-    return sample
+    return masked(root, Image.new("1", size, 1), f"{Path(name).stem}.png")
 
 
 def masked(root: Path, mask: Image.Image, name: str = "train_001.png") -> Sample:
-    """The one sample of a root with this mask file."""
-    write_image(root / "images" / f"{Path(name).stem}.png")
+    """The one sample of a root with this mask file, whose image may be there already."""
+    if not (root / "images").exists():
+        write_image(root / "images" / name)
     (root / "masks").mkdir(exist_ok=True)
     mask.save(root / "masks" / name)
     (sample,) = find_samples(root)
