@@ -116,16 +116,6 @@ def test_planted_fault(tmp_path: Path, layout: str, name: str) -> None:
             assert (found[root.image(number).stem] == bars(number)).all()
 
 
-def test_all_faults_of_a_root_are_named_at_once(tmp_path: Path) -> None:
-    root = write_root(tmp_path, "annotations")
-    root.set_outlines([[1, 1, 9], [1, 1, 9, 1, 9, 9], [1, 1, 9, 1, 99, 9], [5, 5]])
-    root.image(3).write_text("no image")
-    found = [(finding.code, finding.message.partition(" (")[0]) for finding in check(root).findings]
-    numbers = {"odd_length": 1, "outside_image": 1, "few_points": 1, "unreadable_image": 3}
-    assert [code for code, _ in found] == list(numbers)
-    assert all(text.startswith(f"annotations.json record {numbers[code]}") for code, text in found)
-
-
 def test_disagreement_is_measured_per_image_and_unused_polygons_are_warnings(tmp_path: Path) -> None:
     root, mask = write_root(tmp_path, "both"), bars(1)
     almost, moved = mask.copy(), np.roll(mask, 3, axis=0)

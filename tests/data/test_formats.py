@@ -82,14 +82,6 @@ def test_image_field_with_and_without_folder(tmp_path: Path) -> None:
     assert paths == {tmp_path / "images/a.png", tmp_path / "images/b.png", tmp_path / "elsewhere/c.png"}
 
 
-def test_points_are_skipped_with_a_counted_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = [record(f"{PERSON}.png", [[3, 3], SQUARE]), record("train_002.png", [[1, 1], [2, 2]])]
-    samples = find_samples(write_records(tmp_path, *records))
-    assert "polygon with fewer than 3 points, left out: 3, in 2 records" in caplog.text
-    assert "LI_MING" not in caplog.text
-    assert sorted(int(load_mask(sample).sum()) for sample in samples) == [0, 20]
-
-
 def shape(points: object = POINTS, kind: str | None = "polygon", **more: object) -> dict:
     return {"label": "artery", "points": points, "shape_type": kind, **more}
 

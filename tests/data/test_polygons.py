@@ -7,12 +7,7 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from tests.data.broken_roots import encode_mask
-from vesselrl.data.polygons import (
-    mask_to_polygons,
-    rasterise,
-    read_polygon,
-    read_run_lengths,
-)
+from vesselrl.data.polygons import mask_to_polygons, rasterise, read_polygon, read_run_lengths
 from vesselrl.errors import DataError
 
 

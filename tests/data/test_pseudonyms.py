@@ -1,4 +1,4 @@
-"""File names: whose they are, also by an alias file; pseudonyms that stay, and who may read the mapping file."""
+"""File names and alias files: whose an image is; pseudonyms that stay, and who may read the mapping file."""
 
 import hashlib
 import json

@@ -101,17 +101,17 @@ def test_the_built_in_data_is_that_of_the_earlier_results_and_drawn_once(tmp_pat
 
 
 def test_other_data_in_the_folder_is_an_error(tmp_path):
+    def refused(message, domain=TARGET, **settings):
+        with pytest.raises(FileExistsError, match=message):
+            write_dataset(root, domain, 1, 1, **dict(num_frames=1, size=64) | settings)
+
     root = write_dataset(tmp_path / "data", TARGET, 1, 1, 1, size=64)
-    with pytest.raises(FileExistsError, match="num_frames 1, not 2; seed 0, not 5"):
-        write_dataset(root, TARGET, 1, 1, 2, size=64, seed=5)
-    with pytest.raises(FileExistsError, match="holds other synthetic angiograms: domain"):
-        write_dataset(root, replace(TARGET, loops=3.0), 1, 1, 1, size=64)
+    refused("num_frames 1, not 2; seed 0, not 5", num_frames=2, seed=5)
+    refused("holds other synthetic angiograms: domain", replace(TARGET, loops=3.0))
     next((root / "images").iterdir()).unlink()
-    with pytest.raises(FileExistsError, match="holds 0 images where 1 were written"):
-        write_dataset(root, TARGET, 1, 1, 1, size=64)
+    refused("holds 0 images where 1 were written")
     (root / "synthetic.json").unlink()
-    with pytest.raises(FileExistsError, match=r"no synthetic\.json"):
-        write_dataset(root, TARGET, 1, 1, 1, size=64)
+    refused(r"no synthetic\.json")
     assert (root / "annotations.json").exists()
 
 
