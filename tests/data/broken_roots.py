@@ -27,7 +27,6 @@ def break_runs(root: DataRoot) -> None:
 
 FAULTS = broken_input.FAULTS | {
     "broken run lengths": (("rle",), break_runs),
-    "no texts": (("annotations", "nested"), lambda root: root.change(text=[])),
 }
 # The finding of each fault.
 CODES = {
@@ -37,7 +36,7 @@ CODES = {
     "odd length": "odd_length", "outside": "outside_image", "not finite": "bad_polygon",
     "larger image": "scaled_label", "other proportions": "label_size", "size of words": "label_size",
     "empty": "empty_mask", "all foreground": "all_foreground", "duplicate record": "duplicate_record",
-    "broken run lengths": "bad_rle", "no texts": "text_length", "text as a string": "text_string",
+    "broken run lengths": "bad_rle", "text as a string": "text_string",
     "too many texts": "text_length", "text of numbers": "bad_text",
     "disagreement": "disagreement", "soft mask": "non_binary_mask", "empty mask": "empty_mask",
     "white mask": "all_foreground", "inverted mask": "mostly_foreground", "double size": "scaled_label",

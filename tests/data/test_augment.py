@@ -1,4 +1,4 @@
-"""Augmentation: image and mask stay together, same numbers give the same image, thin vessels survive."""
+"""Augmentation: image and mask stay together, and the same numbers give the same image."""
 
 from dataclasses import replace
 
@@ -24,8 +24,6 @@ AMOUNTS = dict(
 ALONE = {name: Augmentation(**{name: amount}) for name, amount in AMOUNTS.items()}
 STRONG = AUGMENTATIONS["strong"]
 PLANS = ALONE | {name: AUGMENTATIONS[name] for name in ("light", "strong")}
-PLANS["mirror"] = replace(STRONG, border="mirror")
-SEEDS = range(15)
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +53,12 @@ def test_image_and_mask_stay_aligned(drawn, name):
     """The image is drawn from the mask, so what is bright in it must be the mask again."""
     _, mask = drawn
     plan, changed = PLANS[name], 0
-    for seed in SEEDS:
+    for seed in range(15):
         image, moved = augment(as_image(mask), mask, plan, seed, epoch=1, index=seed)
         assert (moved.dtype, moved.shape) == (bool, image.shape[:2])
         assert overlap(found(image), moved) > (0.99 if name in ALONE else 0.93)  # gamma widens soft edges
         changed += image.shape[:2] != mask.shape or (image != as_image(mask)).any()
-    assert changed >= len(SEEDS) / 2
+    assert changed >= 15 / 2
 
 
 def test_the_same_numbers_give_the_same_image(drawn):

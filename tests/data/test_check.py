@@ -12,7 +12,7 @@ from PIL import Image
 from tests.data import broken_roots
 from tests.data.broken_roots import CODES, NAMES, PAIR_LAYOUTS, PLANTED, Root, edited, write_root
 from tests.golden.broken_input import LAYOUTS, WHOLE, bars
-from vesselrl.data import records, repair
+from vesselrl.data import repair
 from vesselrl.data.check import DataReport, check_data, foreground_shares, render
 from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_image, load_mask
@@ -38,7 +38,6 @@ def check(root: Root) -> DataReport:
         readable, message = False, str(error)
     shown = report.to_json() + render(report, limit=0) + message
     assert not [secret for secret in broken_roots.SECRETS if secret in shown]
-    assert {finding.code for finding in report.findings} <= set(records.CODES)
     assert report.exit_code == (2 if any(f.severity == "error" for f in report.findings) else 0)
     assert json.loads(report.to_json())["exit_code"] == report.exit_code
     assert readable == (report.exit_code == 0)
@@ -160,8 +159,6 @@ STRANGE = (
     *(None, True, -1, 0, 1e308, 10**400, float("nan"), 2**63, "", "LI_MING", "../x", "\ud800", "a\0"),
     *([], [[]], {}, [1, 2, 3], [[1, 2]], [[[3, 4, 5, 6, 7, 8]]], {"size": [64, 64], "counts": "0000"}),
 )
-
-
 PARTS = (r'"[^"]*"(?=:)', r'"[^"]*"', r"\d[\d.]*", r"\[[^][]*\]", r"{[^{}]*}")
 
 
@@ -181,8 +178,7 @@ def test_mutations_are_reported_and_never_crash(tmp_path: Path, layout: str) -> 
         with edited(root.file) as content:
             for number, annotation in enumerate(content["annotations"]):
                 annotation["segmentation"] = broken_roots.encode_mask(bars(number))
-    text = root.file.read_text()
-    rng = random.Random(layout)
+    text, rng = root.file.read_text(), random.Random(layout)
     outcomes = {True: 0, False: 0}
     for number in range(75):
         broken = text
@@ -193,8 +189,7 @@ def test_mutations_are_reported_and_never_crash(tmp_path: Path, layout: str) -> 
             broken = text[:place] + chr(rng.randrange(32, 127)) + text[place + 1 :]
         root.file.write_text(broken)
         outcomes[check(root).exit_code == 0] += 1
-    # The mutations reach both outcomes.
-    assert min(outcomes.values()) > 2
+    assert min(outcomes.values()) > 2, "the mutations reach both outcomes"
 
 
 def test_the_check_writes_nothing_and_names_what_training_does(tmp_path: Path) -> None:
@@ -208,7 +203,6 @@ def test_the_check_writes_nothing_and_names_what_training_does(tmp_path: Path) -
     root.mask(2).write_text("no mask")  # only usable samples have a share
     report = check(root)
     assert sorted(report.foreground.values()) == sorted(bars(number).mean() for number in (0, 1, 3))
-    assert json.loads(report.to_json())["foreground"] == report.foreground
     assert foreground_shares(root.path) is None
 
 
@@ -294,17 +288,16 @@ def test_the_copy_has_the_pseudonyms_of_the_data_root(tmp_path: Path, kind: str,
 
 
 def test_an_alias_file_may_name_what_is_left_out(tmp_path: Path) -> None:
-    def aliases(*rows: str) -> Path:
-        (tmp_path / "a.csv").write_text("\n".join(["file_name,patient", *rows]))
-        return tmp_path / "a.csv"
-
-    root, (one, two, three) = write_root(tmp_path, "annotations"), (f"{name},x" for name in NAMES[:3])
-    before = keys(root.path, aliases(one, two, three))
+    root, csv = write_root(tmp_path, "annotations"), tmp_path / "a.csv"
+    csv.write_text("\n".join(["file_name,patient", *(f"{name},x" for name in NAMES[:3])]))
+    before = keys(root.path, csv)
+    assert check_data(root.path, patient_aliases=csv).counts["patients"] == 2
     root.set_outlines([[1, 1, 9, 1, 9]])
-    report = repair_data(root.path, tmp_path / "out", patient_aliases=aliases(one, two, three))
+    report = repair_data(root.path, tmp_path / "out", patient_aliases=csv)
     assert (report.exit_code, report.counts["images"], report.counts["patients"]) == (0, 3, 2)
     assert set(report.foreground) == {before[NAMES[number]] for number in (0, 2, 3)}
-    assert set(keys(tmp_path / "out", aliases(one, three)).values()) == set(report.foreground)
+    csv.write_text(csv.read_text().replace(f"{NAMES[1]},x\n", ""))
+    assert set(keys(tmp_path / "out", csv).values()) == set(report.foreground)
 
 
 def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -313,10 +306,9 @@ def test_what_is_refused_leaves_everything_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "full" / "notes.txt").write_text("mine")
     texts = (root.file.read_text(), re.sub(r"\[\[.*?\]\]", json.dumps([WHOLE]), root.file.read_text()), "[{")
     for text, out, message in (
-        *[
-            (texts[0], out, "exists and is not empty")
-            for out in ("full", "full/notes.txt", "around/root", "around")
-        ],
+        (texts[0], "full", "exists and is not empty"),
+        (texts[0], "full/notes.txt", "exists and is not empty"),
+        (texts[0], "around", "exists and is not empty"),
         (texts[0], "around/root/out", "overlaps the data root"),
         (texts[1], "out", "no image is left with a label"),
         (texts[2], "out", "not valid JSON"),

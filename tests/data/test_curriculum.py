@@ -57,11 +57,8 @@ def test_odd_masks_do_no_harm():
         one_pixel = np.zeros(shape, bool)
         assert measure(shaded(one_pixel), one_pixel) == Measures()
         one_pixel[-1, -1] = True
-        for mask in (
-            np.ones(shape, bool),
-            one_pixel,
-            one_pixel | (np.random.default_rng(0).random(shape) < 0.5),
-        ):
+        noise = np.random.default_rng(0).random(shape) < 0.5
+        for mask in (np.ones(shape, bool), one_pixel, one_pixel | noise):
             found = measure(shaded(mask), mask)
             assert found.width_px > 0
             assert 0 <= found.contrast <= 1 <= found.tortuosity < 10

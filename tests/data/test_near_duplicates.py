@@ -20,17 +20,15 @@ def make_sample(patient, frame=1):
     return Sample(Path(f"{key}.png"), None, (), f"record {key}", key, key[:4], key[:7], key[8:])
 
 
+SAMPLES = [make_sample(patient) for patient in (*range(1, 21), 99)]
+PAIR = ("P007_S1_F0001", "P099_S1_F0001")
+
+
 @pytest.fixture(scope="module")
 def different():
     """One frame of each of 20 synthetic patients, by key."""
-    return {
-        make_sample(patient).key: draw_sequence(TARGET, patient, 1, 1, size=256, seed=11)[0][0]
-        for patient in range(1, 21)
-    }
-
-
-SAMPLES = [make_sample(patient) for patient in (*range(1, 21), 99)]
-PAIR = ("P007_S1_F0001", "P099_S1_F0001")
+    frames = [draw_sequence(TARGET, patient, 1, 1, size=256, seed=11)[0][0] for patient in range(1, 21)]
+    return {sample.key: frame for sample, frame in zip(SAMPLES, frames, strict=False)}
 
 
 NOISE = np.random.default_rng(0).normal(0, 8, (256, 256, 3))
@@ -56,13 +54,11 @@ def test_one_image_under_two_patients_is_found_and_nothing_else(different, chang
 def test_the_guard_names_the_pairs_across_subsets_and_warns_of_others(different, caplog):
     images = different | {PAIR[1]: CHANGES["darker"](different[PAIR[0]])}
     load = {sample: images[sample.key] for sample in SAMPLES}.__getitem__
-    test, leaking, sound = SAMPLES[15:20], SAMPLES[:10], (*SAMPLES[:10], SAMPLES[20])
     named = r"1 pairs .* record P007_S1_F0001 \(train\) and record P099_S1_F0001 \(test\)\. .* alias file"
     with pytest.raises(DataError, match=named):
-        check_near_duplicates(Split(leaking, SAMPLES[10:15], SAMPLES[15:], seed=0), load)
-    assert [pair[:2] for pair in check_near_duplicates(Split(sound, SAMPLES[10:15], test, seed=0), load)] == [
-        PAIR
-    ]
+        check_near_duplicates(Split(SAMPLES[:10], SAMPLES[10:15], SAMPLES[15:], seed=0), load)
+    sound = Split([*SAMPLES[:10], SAMPLES[20]], SAMPLES[10:15], SAMPLES[15:20], seed=0)
+    assert [pair[:2] for pair in check_near_duplicates(sound, load)] == [PAIR]
     assert "one patient under two names? First: P007_S1_F0001 and P099_S1_F0001" in caplog.text
 
 

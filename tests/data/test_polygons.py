@@ -68,7 +68,6 @@ def test_round_trip_keeps_holes_borders_and_single_pixels_without_needless_point
     [
         (3, "polygon 1 is a number, not a list"),
         ([0, 0, 4, 0, 4], "polygon 1 has 5 coordinates, an odd number"),
-        ([0, 0, float("inf"), 0, 4, 4], "polygon 1 holds inf, not a finite number"),
         ([0, 0, 10**400, 0, 4, 4], "polygon 1 holds 100000000000, not a finite number"),
         ([0, 0, "Li Ming", 0, 4, 4], "polygon 1 holds a text, not a number"),
         ([0, 0, True, 0, 4, 4], "polygon 1 holds true or false, not a number"),
@@ -103,7 +102,6 @@ def test_run_lengths_agree_with_pycocotools():
     [
         ({"counts": "0P"}, "damaged or cut short"),
         ({"counts": "1"}, "do not fill the mask of 64×64 px"),
-        ({"counts": [4000, 97]}, "do not fill"),
         ({"counts": [4096.0]}, "other things than whole numbers"),
         ({"counts": None}, "'counts' is null"),
         ({"size": [64, 63]}, "the run-length mask has 63×64 px, its image 64×64 px"),

@@ -141,11 +141,9 @@ def test_stratified_subsets_have_more_equal_foreground(fold):
 def test_neither_order_nor_folder_nor_numbers_of_pseudonyms_decide(name, options):
     def subsets_of(order, root):
         samples = []
-        for number, patient in enumerate(order, start=1):
-            for frame in range(1 + patient % 3):
-                label, path = f"P{number:03d}", Path(root) / name.format(patient, frame)
-                key = f"{label}_S1_F{frame:04d}"
-                samples.append(Sample(path, None, (), key, key, label, f"{label}_S1", f"F{frame:04d}"))
+        for sample in make_samples([1 + patient % 3 for patient in order]):
+            patient, frame = order[int(sample.patient[1:]) - 1], int(sample.frame[1:])
+            samples.append(replace(sample, image_path=Path(root) / name.format(patient, frame)))
         subsets = (*sides(split_by_patient(samples, 5, **options)), take(samples, 9))
         return [[s.image_path.relative_to(root) for s in subset] for subset in subsets]
 
