@@ -12,12 +12,11 @@ from vesselrl.data.curriculum import Measures, measure, open_samples, rate_diffi
 Y, X = np.mgrid[:512, :512].astype(float)
 
 
-def shaded(mask, vessel=60, around=100):
-    return np.repeat(np.where(mask, vessel, around).astype(np.uint8)[:, :, None], 3, axis=2)
+def shaded(mask):
+    return np.repeat(np.where(mask, 60, 100).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def line(angle_deg, width):
-    """A straight vessel of 300 px through the centre."""
+def line(angle_deg, width):  # of 300 px through the centre
     cosine, sine = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
     along, across = cosine * (X - 256) + sine * (Y - 256), -sine * (X - 256) + cosine * (Y - 256)
     return (np.abs(across) < width / 2) & (np.abs(along) < 150)
@@ -27,7 +26,10 @@ def line(angle_deg, width):
 def test_a_straight_vessel(width):
     """Its width is found to about a pixel, and it is straight in every direction, staircase or not."""
     for angle in (0, 10, 22.5, 33, 45, 90, 120):
-        found = measure(shaded(line(angle, width)), line(angle, width))
+        mask = line(angle, width)
+        image = shaded(mask)
+        image[np.abs(Y - 256) + np.abs(X - 256) > 300] = 250  # a bright far field does not count
+        found = measure(image, mask)
         assert found.width_px == pytest.approx(width, abs=1.2)
         assert found.tortuosity == pytest.approx(1, abs=0.015)
         assert found.contrast == pytest.approx(40 / 255, abs=1e-4)
@@ -41,7 +43,6 @@ RING = np.abs(RADIUS - 100) < 2.5
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [(HALF_CIRCLE, math.pi / 2), (RING, math.pi / 2), (line(20, 5) | line(100, 5), 1)],
-    ids=["half circle", "ring", "cross"],  # the branches of the cross are measured one by one
 )
 def test_arc_over_chord_of_known_curves(mask, expected):
     found = measure(shaded(mask), mask)

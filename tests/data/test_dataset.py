@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from vesselrl.data import dataset as module
-from vesselrl.data.augment import get_augmentation
+from vesselrl.data.augment import augment, get_augmentation
 from vesselrl.data.check import foreground_shares
 from vesselrl.data.dataset import TILE_PX, VesselDataset, contact_sheet, write_contact_sheet
 from vesselrl.data.pseudonyms import pseudonyms
-from vesselrl.data.samples import find_samples
+from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
 from vesselrl.errors import DataError
 
@@ -77,13 +77,13 @@ def test_the_sheet_shows_what_the_first_epoch_does(tmp_path, angiograms, monkeyp
     with Image.open(path) as image:
         assert image.size[0] > TILE_PX
     split = split_by_patient(find_samples(angiograms), 3, shares=foreground_shares(angiograms))
-    dataset = VesselDataset(take(split.train, None, 3), get_augmentation(augmentation), seed=9)
+    samples, plan = take(split.train, None, 3), get_augmentation(augmentation)
     assert len(drawn) == len(split.train)  # a patient of validation or test is never shown
-    for index, (key, image, mask) in enumerate(drawn):
-        expected_image, expected_mask, sample = dataset.augmented(index, epoch=1)
+    for index, (sample, (key, image, mask)) in enumerate(zip(samples, drawn, strict=True)):
+        expected = augment(load_image(sample), load_mask(sample), plan, seed=9, epoch=1, index=index)
         assert key == sample.key
-        assert (image == expected_image).all()
-        assert (mask == expected_mask).all()
+        assert (image == expected[0]).all()
+        assert (mask == expected[1]).all()
 
 
 def test_two_patients_are_shown_without_a_split(tmp_path):
