@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib.figure
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.golden.broken_input import CODE, write_angiograms
 from vesselrl.launch import main
@@ -50,14 +51,9 @@ RUNS = {
     "embedded": f"{DATA} --model_path None --stage sft+rl --num_epochs 2 --max_train_samples 2 "
     "--max_val_samples 1",
 }
-
-
 # A reward that stops a training at one of its calls.
 COUNTING = """
-import math
-
-calls, last = 0, math.inf
-
+calls, last = 0, 1e9
 def score(pred, gt):
     global calls
     calls += 1
@@ -81,9 +77,8 @@ def call(options: str | list[str]) -> tuple[int | str, str, str]:
     lines = re.sub(r"[╭╮╰╯─│]+|-{3,}", " ", err.getvalue()).splitlines()
     said = [line for line in lines if line.startswith("error:")] or lines
     message = plain_text(" ".join(" ".join(said).split()))
-    # The parser lists choices in the order of a set.
-    choices = re.compile(r"(?<=Expected one of \()[^)]*")
-    message = choices.sub(lambda found: ", ".join(sorted(found[0].split(", "))), message)
+    choices = r"(?<=Expected one of \()[^)]*"  # the parser lists them in the order of a set
+    message = re.sub(choices, lambda found: ", ".join(sorted(found[0].split(", "))), message)
     return code, out.getvalue(), message
 
 
@@ -93,7 +88,6 @@ def plain_text(text: str) -> str:
 
 
 def failure(options: str | list[str]) -> dict[str, Any]:
-    """How a verb fails."""
     code, _, message = call(options)
     return {"code": code, "message": message}
 
@@ -126,20 +120,15 @@ def drawing(is_real: bool) -> Iterator[None]:
         else:
             Image.new("L", (1, 1)).save(target, format="png")
 
-    matplotlib.figure.Figure.savefig = real if is_real else empty
-    try:
+    with mock.patch.object(matplotlib.figure.Figure, "savefig", real if is_real else empty):
         yield
-    finally:
-        matplotlib.figure.Figure.savefig = real
 
 
 def read(path: Path | str) -> Any:
     """A JSON file without what time and machine put into it."""
     values = json.loads(plain_text(Path(path).read_text(encoding="utf-8")))
-    for name in ("provenance", "reward_time_share", "metric_spec", "about", "salt"):
-        if isinstance(values, dict):
-            values.pop(name, None)
-    return values
+    dropped = ("provenance", "reward_time_share", "metric_spec", "about", "salt")
+    return {k: v for k, v in values.items() if k not in dropped} if isinstance(values, dict) else values
 
 
 def metrics(folder: Path) -> dict[str, list]:
@@ -160,8 +149,8 @@ def table(path: Path | str) -> list[list]:
         except ValueError:
             return plain_text(text)
 
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        return [[value(cell) for cell in row] for row in csv.reader(file)]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [[value(cell) for cell in row] for row in csv.reader(lines)]
 
 
 def sha(*parts: Any) -> str:
@@ -175,20 +164,20 @@ def sha(*parts: Any) -> str:
 
 
 def pixels(path: Path | str) -> np.ndarray:
-    """The pixels of a picture file."""
     with Image.open(path) as image:
         return np.asarray(image)
 
 
 def weights(folder: Path) -> str:
     """Hash of all tensors of a folder of weights, with their names."""
-    parts: list[Any] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                parts += [name, str(tensor.dtype), tensor.float().numpy()]
-    return sha(*parts)
+    found = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    tensors = [(*pair, pair[1].float().numpy()) for one in found for pair in sorted(one.items())]
+    return sha(*(part for name, one, values in tensors for part in (name, one.dtype, values)))
+
+
+def pictures(folder: Path, *endings: str) -> dict[str, str]:
+    """Hashes of the pixels of all PNG files of a folder, and of those with other endings."""
+    return {name: sha(pixels(folder / name)) for name in files(folder) if name.endswith((".png", *endings))}
 
 
 def files(folder: Path) -> list[str]:
