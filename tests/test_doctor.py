@@ -56,9 +56,9 @@ FAULTS = {
     "no weights": ("weights", "", lambda path: [one.unlink() for one in path.glob("model*")],
                    r"holds no model\*\.safetensors"),
     "no config": ("config", "config.json", Path.unlink, r"^no config\.json.*llm_config\.hidden_size \d+"),
-    "config of another model": ("config", "", CHANGED, r"llm_config\.hidden_size is 6144, the tensors say \d+"),
-    "no [SEG]": ("tokenizer", "added_tokens.json", lambda path: path.write_text('{"<IMG_CONTEXT>": 350}'),
-                 r"\[SEG\]"),
+    "config of another model": ("config", "", CHANGED, "llm_config.hidden_size is 6144, the tensors say 48"),
+    "no [SEG]": ("tokenizer", "", lambda folder: [path.write_text(path.read_text().replace("[SEG]", "[GES]"))
+                                                  for path in folder.glob("*.json")], r"\[SEG\]"),
 } | {f"no {name}": ("tokenizer", name, Path.unlink, name) for name in doctor.TOKENIZER_FILES}  # fmt: skip
 
 
