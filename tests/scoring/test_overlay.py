@@ -29,23 +29,23 @@ OPENED = RING.copy()
 OPENED[:7, 13:16] = False  # a break though it stays one component
 
 
-@pytest.mark.parametrize(
-    ("pred", "truth", "breaks"),
-    [
-        (bar(), bar(), ()),
-        (np.zeros_like(bar()), bar(), ()),
-        *((bar(range(20, 20 + w)), bar(), ((10, 20 + (w - 1) // 2),)) for w in (1, 5, 21)),
-        (bar([*range(15, 20), *range(40, 45)]), bar(), ((10, 17), (10, 42))),
-        (bar(range(40, 60)), bar(), ()),  # ends early
-        (HOLE, bar(), ()),
-        (DETOUR, bar(), ()),
-        (FAR, bar(), ((10, 24),)),
-        (bar(), BRANCH, ()),  # a lost side branch
-        (CUT_BRANCH, BRANCH, ((5, 30),)),
-        (ROW & (np.arange(60) != 19), ROW, ((0, 19),)),  # at the border
-        (OPENED, RING, ((4, 14),)),
-    ],
-)
+BREAKS = [
+    (bar(), bar(), ()),
+    (np.zeros_like(bar()), bar(), ()),
+    *((bar(range(20, 20 + w)), bar(), ((10, 20 + (w - 1) // 2),)) for w in (1, 5, 21)),
+    (bar([*range(15, 20), *range(40, 45)]), bar(), ((10, 17), (10, 42))),
+    (bar(range(40, 60)), bar(), ()),  # ends early
+    (HOLE, bar(), ()),
+    (DETOUR, bar(), ()),
+    (FAR, bar(), ((10, 24),)),
+    (bar(), BRANCH, ()),  # a lost side branch
+    (CUT_BRANCH, BRANCH, ((5, 30),)),
+    (ROW & (np.arange(60) != 19), ROW, ((0, 19),)),  # at the border
+    (OPENED, RING, ((4, 14),)),
+]
+
+
+@pytest.mark.parametrize(("pred", "truth", "breaks"), BREAKS)
 def test_a_break_is_a_gap_in_a_vessel_found_on_both_sides(pred, truth, breaks):
     assert topology_errors(pred, truth).breaks == breaks
     flipped = topology_errors(pred.T, truth.T).breaks
