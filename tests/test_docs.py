@@ -114,15 +114,12 @@ def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.C
     assert not re.search(r"\|\s*\|$", section, re.MULTILINE), "an option has no comment"
 
 
-def test_the_reference_has_every_verb_rule_and_public_name() -> None:
+def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_row_per_run() -> None:
     assert {verb.split()[0] for verb in reference.VERBS} == set(cli.VERBS)
     codes = {name for name in first_column(read(DOCS / "diagnostics.md")) if "/" not in name}
     assert codes == {rule.code for rule in RULES} - {"correction"}
     names = set(re.findall(r"^## (\w+)$", reference.api(), re.MULTILINE))
     assert names == set(vesselrl.__all__) - {"__version__"}
-
-
-def test_the_ledger_has_one_row_per_run() -> None:
     rows = list(csv.DictReader((DOCS / "results.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["id"] for row in rows] == [f"R{number:03}" for number in range(1, len(rows) + 1)]
     assert {row["real_or_synthetic"] for row in rows} == {"real", "synthetic"}

@@ -13,10 +13,9 @@ WRAPPERS = {
     "train_lora_ppo.py": "train",
     "evaluate_lora.py": "evaluate",
     "evaluate_lora_model.py": "evaluate",
-    "inference_with_lora.py": "predict",
-    "merge_lora.py": "merge",
-    "compare_all_experiments.py": "compare",
 }
+WRAPPERS |= {"inference_with_lora.py": "predict", "merge_lora.py": "merge"}
+WRAPPERS["compare_all_experiments.py"] = "compare"
 SCRIPTS = ("install_dependencies.sh", "run_lora_ppo.sh", "run_tests.sh")
 VARIABLES = (
     "MODEL_PATH DATA_ROOT OUTPUT_DIR GPU LORA_RANK LORA_ALPHA LORA_DROPOUT MAX_TRAIN_SAMPLES MAX_VAL_SAMPLES"
@@ -24,7 +23,7 @@ VARIABLES = (
     " RECALL_WEIGHT TOPOLOGY_WEIGHT LENGTH_WEIGHT RECALL_TARGET PROMPT"
 ).split()
 
-# Stands in for .venv/bin/python: one line per argument, then the exit code asked for.
+# Both stand in for .venv/bin/python. One line per argument, then the exit code asked for:
 FAKE_PYTHON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nexit "${FAKE_EXIT:-0}"\n'
 
 
@@ -97,7 +96,7 @@ def test_every_shell_variable_becomes_an_option_before_those_typed(clone: Path, 
     assert len(list((tmp_path / "value of OUTPUT_DIR").glob("train_quick_*.log"))) == 1
 
 
-# Stands in for .venv/bin/python: notes what pip is asked for and pretends that it worked.
+# Notes what pip is asked for and pretends that it worked.
 FAKE_PIP = """#!/usr/bin/env bash
 asked="$*"
 case "$asked" in

@@ -53,7 +53,6 @@ def pseudonyms() -> dict:
 
 
 def drawn() -> dict:
-    """The synthetic data, by domain and layout."""
     found = {}
     kinds = ("target annotations 64", "target nested 96", "target masks 64", "source masks 128")
     for number, (domain, layout, size) in enumerate(kind.split() for kind in kinds):
@@ -67,7 +66,6 @@ def drawn() -> dict:
 
 
 def contact_sheets() -> dict:
-    """Pictures of `data show`, with and without augmentation."""
     ways = {augment: f"data --augment {augment}" for augment in ("none", "light", "strong")}
     ways |= {"seed": "data --augment strong --seed 5 --split_seed 8", "few": "angiograms --num_images 3"}
     found = {}
@@ -79,7 +77,6 @@ def contact_sheets() -> dict:
 
 
 def help_texts() -> dict:
-    """Options and defaults of every verb, and of the scripts at the root."""
     listed = re.findall(r"^  (\w+) ", call("--help")[1], re.M)
     found: dict[str, Any] = {"": call("--help")[0], "listed": listed}
     for verb in VERBS.split("|"):
@@ -188,7 +185,6 @@ def broken_roots() -> dict:
 
 
 def doctor() -> dict:
-    """Names and statuses of all checks."""
     found = {}
     shutil.copytree(bench.merged_model(), "ill")
     MODELS["missing tensor"](Path("ill"))

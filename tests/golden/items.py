@@ -46,7 +46,6 @@ def mask_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def reward_terms() -> dict:
-    """Every reward with every part of it."""
     made = {
         "default": vesselrl.MultiObjectiveReward(),
         "seed": vesselrl.MultiObjectiveReward(spec="seed"),
@@ -208,7 +207,6 @@ def evaluating() -> dict:
 
 
 def comparing() -> dict:
-    """Tables of `compare`, with and without a baseline."""
     names = ("rl", "sft", "both", "unet", "frangi", "embedded")
     for number, name in enumerate(names):
         shutil.copytree(run(name), f"compared/sa2va_lora_ppo_20200101_00000{number}", dirs_exist_ok=True)
@@ -228,7 +226,6 @@ def comparing() -> dict:
 
 
 def merging() -> dict:
-    """Merged models, their files and what merging says of them."""
     model, dice = bench.merged_model(), DECIMAL.findall(Path("merged.txt").read_text())
     found: dict[str, Any] = {"keep": {"files": files(model), "bits": weights(model), "dice": dice}}
     other = "--output_model merged16 --dtype bfloat16"
@@ -240,7 +237,6 @@ def merging() -> dict:
 
 
 def reports() -> dict:
-    """Numbers of the reports of runs."""
     names = ("sft", "constrained", "frangi")
     return {name: bench.numbers_of_report(run(name) / "report.md") for name in names}
 

@@ -141,8 +141,6 @@ def metrics(folder: Path) -> dict[str, list]:
 
 
 def table(path: Path | str) -> list[list]:
-    """A CSV file, numbers as numbers."""
-
     def value(text: str) -> str | float:
         try:
             return float(text)
@@ -262,7 +260,6 @@ def merged_model() -> Path:
 
 
 def prepare() -> None:
-    """The data that items share, in the working folder."""
     call("data draw --root data --num_patients 30 --num_sequences 1 --num_frames 1 --size 64")
     write_angiograms(Path("angiograms"))
     write_angiograms(Path("people"), with_people=True)

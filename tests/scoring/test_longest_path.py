@@ -43,7 +43,7 @@ def test_by_hand_on_a_bar(example, lost, expected):
     assert example.unbroken(pred, truth & False) == 0.0  # nothing to break
 
 
-def test_one_more_pixel_found_never_costs(example):
+def test_one_more_pixel_found_always_pays(example):
     pred, values = np.zeros_like(TRUTH), []
     for column in np.random.default_rng(0).permutation(np.arange(5, 105)):
         pred[10, column] = True

@@ -6,7 +6,6 @@ from scipy import ndimage
 from scipy.sparse.csgraph import minimum_spanning_tree
 from skimage.graph import MCP
 
-from vesselrl.scoring import postprocessing
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.topology import topology
 
@@ -119,13 +118,7 @@ def test_small_components_go_before_gaps_are_closed(faint: np.ndarray) -> None:
     assert np.array_equal(post.postprocess_for(faint)(faint > 0.5), post.mask(faint))
 
 
-def test_post_processing_is_as_asked_or_as_in_the_run() -> None:
-    settings, make = {"min_component_px": 12, "close_gaps": 0.1}, postprocessing.post_processing
-    assert make(settings, 0.4) == PostProcessing(0.4, 12, 0.1)
-    assert make(settings, min_component_px=0, close_gaps=0.0) == make({}) == PostProcessing()
-    changes = [PostProcessing(0.5, *rest).changes_masks for rest in ((1, 0), (2, 0), (0, 0.1))]
-    assert changes == [False, True, True]
-
+def test_settings_out_of_range_are_refused() -> None:
     wrong = {"threshold": (0.0, 85), "min_component_px": (-3,), "close_gaps": (-0.1, 1.0, float("nan"))}
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
         with pytest.raises(ValueError, match=f"{name} is {value}; give "):

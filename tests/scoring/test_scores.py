@@ -12,7 +12,6 @@ from scipy.spatial.distance import cdist
 from skimage.morphology import thin
 
 from tests.scoring.mask_edits import random_pairs
-from vesselrl.scoring import scores as module
 from vesselrl.scoring.scores import (
     TOLERANCE_PX,
     cached_truth,
@@ -171,20 +170,6 @@ def test_equal_content_shares_one_truth_and_other_content_does_not():
     np.testing.assert_array_equal(known.mask, BAR)  # its own copy
     assert cached_truth(FULL).mask.shape == (30, 40)
     assert cached_truth(FULL.reshape(40, 30)).mask.shape == (40, 30)
-
-
-def test_the_parts_of_a_truth_are_computed_once_and_only_when_asked_for(monkeypatch):
-    module.clear_truth_cache()
-    measured = []
-    for name in ("topology", "surface", "width_map"):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given, n=name, f=real: measured.append(n) or f(*given))
-    cached_truth(BAR)
-    assert measured == []
-    for shift in (0, 1, 2):
-        evaluation_scores(np.roll(BAR, shift, axis=0), BAR)
-    # each prediction's topology is measured too
-    assert sorted(measured) == ["surface", *["topology"] * 4, "width_map"]
 
 
 @pytest.mark.parametrize("num_threads", [1, 5, None])

@@ -90,19 +90,6 @@ def test_known_shapes(name):
     assert shape.length_px == 1 or name != "square"
 
 
-def test_path_length_by_hand():
-    """Thinning takes a corner that only fills a diagonal step; around a crossing the sides count alone."""
-    for mask, num_pixels, num_sides, num_diagonals in (
-        (lines([(5, 8), (14, 17)], width=1), 10, 0, 9),
-        (pixels((1, 1), (1, 2), (1, 3), (2, 3), (3, 3)), 4, 2, 1),
-        (pixels((1, 1), (1, 2), (2, 3), (2, 4)), 4, 2, 1),
-        (lines([(1, 8), (15, 8)], [(8, 1), (8, 15)], width=1), 29, 28, 0),
-    ):
-        shape = topology(mask)
-        assert shape.length_px == num_pixels
-        assert shape.path_length_px == pytest.approx(num_sides + num_diagonals * 2**0.5)
-
-
 def vessels(seed):
     """A few random curved strokes of 2 to 9 px, with breaks and specks."""
     rng = np.random.default_rng(seed)
