@@ -16,9 +16,8 @@ from tests.golden import workbench as bench
 from tests.golden.broken_input import FAULTS, LAYOUTS, MODELS, REWARDS, SETTINGS, write_root
 from tests.golden.workbench import DATA, RUNS, call, failure, files, pictures, read, run, sha
 
-SCRIPTS = (
-    "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora train_lora_ppo"
-)
+SCRIPTS = "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora "
+SCRIPTS += "train_lora_ppo"
 VERBS = "train|evaluate|predict|merge|compare|doctor|pretrain|data check|data show|data draw|bench scoring|"
 VERBS += "bench caching|bench learning|train --preset quick|train --preset full|train --preset debug|"
 VERBS += "train --resume_from x"

@@ -91,10 +91,8 @@ def masks() -> dict:
     for post in ((0.5, 0, 0.0), (0.3, 40, 0.0), (0.5, 20, 0.01), (0.7, 0, 0.05)):
         predictor = vesselrl.Predictor.from_pretrained(post=vesselrl.PostProcessing(*post))
         results = [predictor.predict(image) for image in images]
-        found[f"post {post}"] = {
-            "pixels": [int(one.mask.sum()) for one in results],
-            "bits": [sha(one.mask, one.probabilities, one.logits) for one in results],
-        }
+        bits = [sha(one.mask, one.probabilities, one.logits) for one in results]
+        found[f"post {post}"] = {"pixels": [int(one.mask.sum()) for one in results], "bits": bits}
         shares = (0.05, 0.5, 0.9, 0.99)
         quantiles = [np.quantile(one.probabilities, shares).round(4).tolist() for one in results]
         means = [round(float(one.logits.mean()), 3) for one in results]

@@ -56,8 +56,7 @@ def test_false_components_are_those_that_touch_no_truth():
     # apart with its centre at (3, 9); one diagonal component; one that grows out of the vessel
     pred = bar((), np.s_[2:5, 8:11], np.s_[[0, 1], [59, 58]], np.s_[12:15, 30])
     assert topology_errors(pred, bar()).false_pieces == ((0, 59), (3, 9))
-    against_nothing = topology_errors(pred, np.zeros_like(pred))
-    assert (against_nothing.breaks, len(against_nothing.false_pieces)) == ((), 3)
+    assert len(topology_errors(pred, np.zeros_like(pred)).false_pieces) == 3
 
 
 def test_the_colours_of_an_overlay():

@@ -14,7 +14,6 @@ CIRCLE = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
 
 def plain_topology(mask):
-    """The values of `numbers(mask)`, the slow way."""
     skeleton = thin(mask)
     framed = np.pad(skeleton, 1)
     around = np.stack([np.roll(framed, (-row, -column), (0, 1)) for row, column in CIRCLE])[:, 1:-1, 1:-1]
@@ -55,12 +54,6 @@ def rings(*centres):
     return canvas
 
 
-def pixels(*positions):
-    canvas = np.zeros((8, 8), np.uint8)
-    canvas[tuple(np.transpose(positions))] = 1
-    return canvas
-
-
 EMPTY = np.zeros((64, 64), np.uint8)
 # name: (mask, components, loops, ends, junctions); None = not a stable number
 KNOWN = {
@@ -75,8 +68,8 @@ KNOWN = {
     "figure of eight": (rings((22, 32), (38, 32)), 1, 3, 0, 2),
     "ring with a gap": (rings((32, 32)) * (np.arange(64) < 40), 1, 0, 2, 0),
     "frame on the border": (np.pad(np.zeros((58, 58)), 3, constant_values=1), 1, 1, 0, 0),
-    "four corners of a checkerboard": (pixels((3, 3), (3, 5), (5, 3), (5, 5), (4, 4)), 1, 0, 4, 1),
-    "diagonal pair of holes": (1 - pixels((3, 3), (4, 4)), 1, 2, None, None),
+    "four corners of a checkerboard": (np.pad(np.indices((3, 3)).sum(0) % 2 == 0, 3), 1, 0, 4, 1),
+    "diagonal pair of holes": (np.pad(np.eye(2) == 0, 3, constant_values=True), 1, 2, None, None),
 }
 
 
@@ -101,7 +94,7 @@ def vessels(seed):
 
 
 def draw_masks(num):
-    """Noise of any density and blobs, 1 to 23 px wide, never an even number, and a few trees."""
+    """Noise of any density and blobs, 1 to 23 px wide, and a few trees."""
     rng = np.random.default_rng(1)
     for i in range(num):
         noise = rng.random(2 * rng.integers(0, 12, size=2) + 1).astype(np.float32)
