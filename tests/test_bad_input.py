@@ -49,8 +49,8 @@ def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, cap
     """Trains with these options, checks how that failed and what it left, and returns the message."""
     monkeypatch.delenv("VESSELRL_TRACEBACK", raising=False)
     output = tmp_path / "output"
-    (output / EARLIER).parent.mkdir(parents=True)
-    (output / EARLIER).write_text("{}")
+    write_json(output / EARLIER, {})
+    earlier = digests(output)
 
     def train(may_have_begun: bool = False, **changes: object) -> str:
         options = {"model_path": tiny_checkpoint, "data_root": angiograms, "output_dir": output} | changes
@@ -62,13 +62,11 @@ def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, cap
         assert code == 1, err
         (line,) = err.splitlines()
         assert line.startswith("error: ")
-        assert "Traceback" not in out + err
         assert not PERSON.search(out + err + caplog.text)
         assert [digests(folder) for folder in inputs] == before
-        left = sorted(digests(output))
+        left = digests(output)
         assert not [name for name in left if "partial" in name or ".tmp" in name]
-        assert (output / EARLIER).read_text() == "{}"
-        assert may_have_begun or left == [EARLIER]
+        assert left.items() >= earlier.items() if may_have_begun else left == earlier
         return line
 
     return train
@@ -87,12 +85,9 @@ def lose_an_image(data: Path) -> None:
     pictures(data, "images")[3].unlink()
 
 
-def clear_masks(num: int | None = None, height: int = 64) -> Callable[[Path], None]:
-    def spoil(data: Path) -> None:
-        for path in pictures(data, "masks")[:num]:
-            Image.fromarray(np.zeros((height, 64), bool)).save(path)
-
-    return spoil
+def clear_masks(data: Path, num: int = 20, height: int = 64) -> None:
+    for path in pictures(data, "masks")[:num]:
+        Image.fromarray(np.zeros((height, 64), bool)).save(path)
 
 
 def drop_a_tensor(run: Path) -> None:
@@ -112,8 +107,6 @@ BAD_MODELS = {
     "missing shard": r"model_path lacks 1 of 2 shards.*model-00002-of-00002\.safetensors",
     "truncated": r"model_path/model\.safetensors cannot be read.*truncated",
     "no weights": r"model_path holds no model\*\.safetensors file",
-    "unknown tensor": "model_path does not fit.*1 unknown: bogus",
-    "missing tensor": r"model_path does not fit.*1 missing: projector\.0\.weight",
     "wrong shape": r"model_path does not fit.*1 wrong shape: mlp1\.0\.weight \(3,\)",
     "config without a field": r"model_path/config\.json.*vision_config.*hidden_size",
     "damaged config": r"model_path/config\.json is not valid JSON",
@@ -131,11 +124,12 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
                        "data_root holds no annotations: neither annotations.json nor masks/"),
     "missing image": ("data_root", lose_an_image,
                       r"annotations.json record 3 \(P\d{3}_S1_F0001\): its image is missing in images/"),
-    "mask of another size": ("data_root", clear_masks(1, 32), PLACE.format(1) + "the mask has 64×32 px"),
+    "mask of another size": ("data_root", lambda data: clear_masks(data, 1, 32),
+                             PLACE.format(1) + "the mask has 64×32 px"),
     # Only reading all of it shows the damage; that is done before training.
     "image that ends too early": ("data_root", lambda data: cut(pictures(data, "images")[4]),
                                   PLACE.format(5) + "image: the file is damaged"),
-    "empty masks": ("data_root", clear_masks(), "All 20 masks are empty"),
+    "empty masks": ("data_root", clear_masks, "All 20 masks are empty"),
     "truncated adapter": ("init_lora", lambda run: cut(run / WEIGHTS), f"{WEIGHTS} cannot be read"),
     "half adapter": ("init_lora", drop_a_tensor, f"{WEIGHTS} does not fit its .*: 1 tensors missing"),
     "no adapter type": ("init_lora", lambda run: (run / CONFIG).write_text("{}"), f"{CONFIG} describes"),
@@ -195,11 +189,10 @@ def test_a_learning_rate_of_0_is_no_success(refused: Callable, stage: str) -> No
 
 
 def test_some_masks_empty_is_a_warning(folders: dict, tmp_path: Path, caplog) -> None:
-    clear_masks(3)(folders["data_root"])
+    clear_masks(folders["data_root"], 3)
     config = TrainConfig.from_dict({"data_root": str(folders["data_root"])})
     assert prepare_data(config, RunFolder.create(tmp_path)).counts["found"] == 20
     assert "data check: empty mask: 3" in caplog.text
-    assert not PERSON.search(caplog.text)
 
 
 def test_in_a_process_of_its_own_and_with_a_traceback_for_whoever_asks(

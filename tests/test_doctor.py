@@ -9,64 +9,52 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from tests.golden.broken_input import change_json, cut, write_angiograms
+from tests.golden.broken_input import MODELS, change_json, write_angiograms
 from vesselrl import doctor
 
-FIRST, SECOND = SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+def replace_weights(model: Path) -> None:
+    (model / doctor.INDEX).write_text('{"weight_map": {"mlp1.0.weight": "model.safetensors"}}')
+    save_file({"something.else": np.zeros(3, np.float32)}, model / "model.safetensors")
 
 
-@pytest.fixture
-def model_folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A complete checkpoint folder of two shards."""
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
-    tensors = load_file(folder / "model.safetensors")
-    weight_map = {name: SHARDS[name.startswith("language_model.")] for name in tensors}
-    for shard in SHARDS:
-        save_file({name: t for name, t in tensors.items() if weight_map[name] == shard}, folder / shard)
-    (folder / doctor.INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "model.safetensors").unlink()
-    return folder
+ANOTHER = change_json("config.json", lambda config: config["llm_config"].update(hidden_size=6144))
+FAULTS = {
+    "missing shard": ("weights", MODELS["missing shard"], "00002-of-00002.safetensors is missing"),
+    "cut file": ("weights", MODELS["truncated"], "is broken or cut short"),
+    "no weights": ("weights", MODELS["no weights"], r"holds no model\*\.safetensors"),
+    "damaged index": ("weights", lambda model: (model / doctor.INDEX).write_text("{"), "cannot be read"),
+    "file of another model": ("weights", replace_weights, "lacks 1 tensors of the index, first mlp1"),
+    "no config": ("config", MODELS["no config"], r"^no config\.json.*llm_config\.hidden_size \d+"),
+    "config of another model": ("config", ANOTHER, "llm_config.hidden_size is 6144, the tensors say 48"),
+    "no [SEG]": ("tokenizer", lambda model: [path.write_text(path.read_text().replace("[SEG]", "[GES]"))
+                                             for path in model.glob("*.json")], r"\[SEG\]"),
+    **{f"no {name}": ("tokenizer", lambda model, name=name: (model / name).unlink(), name)
+       for name in doctor.TOKENIZER_FILES},
+}  # fmt: skip
 
 
-def test_a_complete_model_folder_is_ok(model_folder: Path, tiny_checkpoint: Path) -> None:
-    for folder, num_files in ((model_folder, 2), (tiny_checkpoint, 1)):
-        checks = doctor.check_model(folder)
-        assert [check.status for check in checks] == ["ok", "ok", "ok"], doctor.format_report(checks)
-        assert f"{num_files} files, " in doctor.format_report(checks)
-    shapes = doctor.check_weights(tiny_checkpoint)[1]
-    config, inferred = json.loads((tiny_checkpoint / "config.json").read_text()), doctor.infer_config(shapes)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_of_the_model_folder_is_named(tiny_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    name, spoil, said = FAULTS[kind]
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    checks = doctor.check_model(model)
+    assert [check.status for check in checks] == ["ok", "ok", "ok"], doctor.format_report(checks)
+    spoil(model)
+    (check,) = [check for check in doctor.check_model(model) if check.name == name]
+    assert check.status == "problem"
+    assert re.search(said, check.detail)
+
+
+def test_inferred_fields_agree_with_the_config(tiny_checkpoint: Path) -> None:
+    inferred = doctor.infer_config(doctor.check_weights(tiny_checkpoint)[1])
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
     assert len(inferred) == 8
     for name, value in inferred.items():
         section, field = name.split(".")
         assert config[section][field] == value, name
-
-
-CHANGED = change_json("config.json", lambda config: config["llm_config"].update(hidden_size=6144))
-OTHER = {"something.else": np.zeros(3, np.float32)}
-FAULTS = {
-    "missing shard": ("weights", SECOND, Path.unlink, "is missing"),
-    "cut shard": ("weights", FIRST, cut, "is broken or cut short"),
-    "shard of another model": ("weights", FIRST, lambda path: save_file(OTHER, path),
-                               r"lacks \d+ tensors of the index, first grounding_encoder\."),
-    "damaged index": ("weights", doctor.INDEX, lambda path: path.write_text("{"), "cannot be read"),
-    "no weights": ("weights", "", lambda path: [one.unlink() for one in path.glob("model*")],
-                   r"holds no model\*\.safetensors"),
-    "no config": ("config", "config.json", Path.unlink, r"^no config\.json.*llm_config\.hidden_size \d+"),
-    "config of another model": ("config", "", CHANGED, "llm_config.hidden_size is 6144, the tensors say 48"),
-    "no [SEG]": ("tokenizer", "", lambda folder: [path.write_text(path.read_text().replace("[SEG]", "[GES]"))
-                                                  for path in folder.glob("*.json")], r"\[SEG\]"),
-} | {f"no {name}": ("tokenizer", name, Path.unlink, name) for name in doctor.TOKENIZER_FILES}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_of_the_model_folder_is_named(model_folder: Path, kind: str) -> None:
-    name, file, spoil, said = FAULTS[kind]
-    spoil(model_folder / file)
-    (check,) = [check for check in doctor.check_model(model_folder) if check.name == name]
-    assert check.status == "problem"
-    assert re.search(said, check.detail)
 
 
 def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, repository: Path) -> None:

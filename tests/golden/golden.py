@@ -6,8 +6,8 @@
 `check` prints `equal ITEM`, or `DIFFERENT ITEM` with the first differences, and ends with 1 if anything
 differs that `MEANT` does not name. Everything is driven through what users see: verbs of the command line,
 files that they write, the public names of `vesselrl`, and `vesselrl.scoring.rewards`. Nothing else of the
-package is imported, so that modules may move. Charts are drawn in the run `sft` only: they take most of the
-time. Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
+package is imported, so that modules may move. Charts are not drawn: they take most of the time.
+Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
 
 Numbers agree up to 1e-6 relative or 1e-9 absolute, and are kept with eight digits. What stands below a key
 `bits` (hashes of trained weights and of predicted masks) and `machine` (state of the machine) holds on the
@@ -39,10 +39,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
+
+from matplotlib.figure import Figure
 
 import vesselrl
 from tests.golden.items import ITEMS
-from tests.golden.workbench import drawing, prepare
+from tests.golden.workbench import draw_nothing, prepare
 
 EXPECTED = Path(__file__).with_name("expected.json")
 # Differences on purpose since the recording: pattern of paths -> why.
@@ -113,7 +116,7 @@ def work(names: list[str]) -> Iterator[tuple[str, Any]]:
         prepare()
         for name in names:
             start = time.perf_counter()
-            with drawing(False):
+            with mock.patch.object(Figure, "savefig", draw_nothing):
                 value = rounded(ITEMS[name]())
             print(f"{time.perf_counter() - start:6.1f} s {name}", file=sys.stderr, flush=True)
             yield name, value

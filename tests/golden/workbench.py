@@ -8,13 +8,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import matplotlib.figure
 import numpy as np
 from PIL import Image
 from safetensors.torch import load_file
@@ -101,27 +98,19 @@ def run(name: str) -> Path:
 def train(name: str, options: str, code: int | str = 0) -> Path:
     """Trains with the debug preset; an exit code that is not the expected one ends the check."""
     output = f"runs/{name.replace(' ', '_')}"
-    with drawing(name == "sft"):
-        got, _, message = call(f"train --preset debug --output_dir {output} {options}")
+    got, _, message = call(f"train --preset debug --output_dir {output} {options}")
     if got != code:
         raise SystemExit(f"training {name} ended with {got}: {message}")
     (folder,) = (path for path in Path(output).iterdir() if STAMP.fullmatch(path.name))
     return folder
 
 
-@contextlib.contextmanager
-def drawing(is_real: bool) -> Iterator[None]:
-    """Replaces the drawing of charts, which costs seconds, by empty pictures."""
-    real = matplotlib.figure.Figure.savefig
-
-    def empty(self: Any, target: Any, **options: Any) -> None:
-        if options.get("format") == "svg":
-            target.write("<svg></svg>")
-        else:
-            Image.new("L", (1, 1)).save(target, format="png")
-
-    with mock.patch.object(matplotlib.figure.Figure, "savefig", real if is_real else empty):
-        yield
+def draw_nothing(self: Any, target: Any, **options: Any) -> None:
+    """Stands in for the drawing of charts, which costs seconds."""
+    if options.get("format") == "svg":
+        target.write("<svg></svg>")
+    else:
+        Image.new("L", (1, 1)).save(target, format="png")
 
 
 def read(path: Path | str) -> Any:

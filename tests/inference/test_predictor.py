@@ -135,9 +135,6 @@ def test_prompt_adapter_and_bfloat16_change_what_they_should(
     assert 0 < largest_gap(plain, half.predict(images[0])) < 0.1
 
 
-# ---- Files
-
-
 def save_picture(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(path)
@@ -150,15 +147,12 @@ def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
     prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32))
     row = module.write_prediction(grey, prediction, tmp_path, "heart")
     assert row == {"mask": str(tmp_path / "heart_mask.png"), "foreground": 2 / 6}
-    with Image.open(tmp_path / "heart_mask.png") as mask:
-        assert mask.mode == "L"
-        assert np.asarray(mask).tolist() == [[0, 0, 0], [255, 255, 0]]
-    with Image.open(tmp_path / "heart_probability.png") as probability:
-        assert probability.mode.startswith("I;16")
-        assert np.asarray(probability).tolist() == [[0, 16384, 32768], [49151, 65535, 1]]
-    with Image.open(tmp_path / "heart_overlay.png") as overlay:
-        assert (overlay.mode, overlay.size) == ("RGB", (3, 2))
-        assert (np.asarray(overlay)[1, 0] != 100).any()
+    names = ("mask", "probability", "overlay")
+    mask, probability, overlay = (np.asarray(Image.open(tmp_path / f"heart_{name}.png")) for name in names)
+    assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 0, 0], [255, 255, 0]])
+    assert (probability.dtype, probability.tolist()) == (np.uint16, [[0, 16384, 32768], [49151, 65535, 1]])
+    assert overlay.shape == (2, 3, 3)
+    assert (overlay[1, 0] != 100).any()
 
 
 def test_results_do_not_carry_the_name_of_a_person(predictor: Predictor, tmp_path: Path) -> None:
@@ -178,31 +172,25 @@ def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Pa
     for name in ("b.PNG", "a.png", "c.tiff", ".hidden.png", "sub/d.png"):
         save_picture(folder / name)
     (folder / "notes.txt").write_text("no picture")
-    out.mkdir(parents=True)
-    (out / "a_mask.png").write_text("old")
+    save_picture(out / "a_mask.png")  # an older one
     rows = list(predict_files(predictor, folder, out, lambda *numbers: calls.append(numbers)))
     assert [row["image"] for row in rows] == ["a.png", "b.PNG", "c.tiff"]
     assert calls == [(1, 3), (2, 3), (3, 3)]
     assert len(list(out.iterdir())) == 9
-    with Image.open(folder / "a.png") as picture, Image.open(out / "a_mask.png") as mask:
-        expected = predictor.predict(np.asarray(picture)).mask
-        assert (np.asarray(mask) == 255 * expected).all()
+    expected = predictor.predict(np.asarray(Image.open(folder / "a.png"))).mask
+    assert (np.asarray(Image.open(out / "a_mask.png")) == 255 * expected).all()
     assert rows[0]["foreground"] == pytest.approx(expected.mean())
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"), [("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")]
-)
-def test_an_unreadable_file_is_named_but_not_the_person(
-    predictor: Predictor, tmp_path: Path, name, shown
-) -> None:
-    save_picture(tmp_path / "in" / "001.png")
-    cut(save_picture(tmp_path / "in" / f"{name}.png"))
-    rows = predict_files(predictor, tmp_path / "in", tmp_path / "out")
-    assert next(rows)["image"] == "001.png"
-    with pytest.raises(DataError, match=f"^{shown}: the file is damaged(?!.*ZHANG)"):
-        next(rows)
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3  # the first image's, complete
+def test_an_unreadable_file_is_named_but_not_the_person(predictor: Predictor, tmp_path: Path) -> None:
+    for name, shown in (("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")):
+        save_picture(tmp_path / name / "001.png")
+        cut(save_picture(tmp_path / name / f"{name}.png"))
+        rows = predict_files(predictor, tmp_path / name, tmp_path / f"out of {shown}")
+        assert next(rows)["image"] == "001.png"
+        with pytest.raises(DataError, match=f"^{shown}: the file is damaged(?!.*ZHANG)"):
+            next(rows)
+        assert len(list((tmp_path / f"out of {shown}").glob("*.png"))) == 3  # the first image's, complete
 
 
 def test_unusable_folders_are_refused_before_anything_is_written(
