@@ -78,6 +78,10 @@ def test_every_file_and_link_named_exists() -> None:
     check(lambda page: {name for name in FILE.findall(code_of(page)) if not exists(page, name)})
     links = re.compile(r"\]\((?!\w+://)([^)#\s]+)")  # mkdocs build --strict looks at the anchors
     check(lambda page: {link for link in links.findall(read(page)) if not (page.parent / link).exists()})
+    listed = re.compile(r"^\d+\. `(?:\w+\.)?(\w+)` in `(.+?)`", re.MULTILINE)
+    calls = listed.findall(read(DOCS / "explanation" / "code-paths.md"))
+    assert [name for name, file in calls if f"def {name}(" not in (ROOT / file).read_text()] == []
+    assert 8 < len(calls) <= 16
 
 
 def test_every_import_command_and_option_exists() -> None:
@@ -130,9 +134,8 @@ def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_ro
 def debug_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of the command in docs/how-to/own-reward.md, with the function that is printed there."""
     page = "how-to/own-reward.md"
-    (tmp_path / "vessel_rewards.py").write_text(
-        next(b for b in blocks(page, "python") if "def few_loops" in b)
-    )
+    code = next(block for block in blocks(page, "python") if "def few_loops" in block)
+    (tmp_path / "vessel_rewards.py").write_text(code)
     setting, program, *arguments = shlex.split(next(b for b in blocks(page, "bash") if "--preset debug" in b))
     assert (setting, program) == ("PYTHONPATH=.", "vesselrl")
     monkeypatch.syspath_prepend(tmp_path)
