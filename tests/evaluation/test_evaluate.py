@@ -170,7 +170,7 @@ def test_flips_are_turned_back_and_averaged():
 
 
 def test_agreement_of_two_observers_by_hand(tmp_path):
-    """p1/001.png is another image than p2/001.png; the second observer saw half of the vessel in the first."""
+    """Images share a name; the second observer saw half of the vessel in the first, all in the others."""
     for number in (1, 2, 3):
         mask = np.arange(64).reshape(8, 8) // 8 == number
         half = mask & ((np.arange(8) < 4) | (number > 1))
