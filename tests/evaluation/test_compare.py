@@ -28,10 +28,6 @@ def order(result):
 
 
 def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path, caplog):
-    with pytest.raises(CompareError, match="There is no folder"):
-        find_runs(tmp_path / "missing")
-    with pytest.raises(CompareError, match="No run found"):
-        find_runs(tmp_path)
     write_run(tmp_path / "b", made(GOOD), made(BASE))
     write_run(tmp_path / "deeper" / "a", made(LUCKY))
     write_run(tmp_path / "c", None)
@@ -40,7 +36,6 @@ def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path, cap
     control.caveats[Caveat.CONTROL] = Caveat.CONTROL.text(model="Frangi filter", start="default settings")
     write_run(tmp_path / "d", control, made(BASE))
     folders = find_runs(tmp_path)
-    assert [folder.name for folder in folders] == ["b", "c", "d", "a"]
     runs, skipped = load_runs(folders)
     assert [(run.name, run.before is None) for run in runs] == [("b", False), ("d", True), ("a", True)]
     assert "did not finish" in skipped["c"]
@@ -59,23 +54,18 @@ def test_higher_score_without_proof_is_not_deployed(made):
     assert any("picked on these test images" in note for note in result.notes)
     lucky = compare_runs(runs[1:])
     assert lucky.deploy is None
-    assert "Keep the base before training: no run has a proven gain in dice (lucky: +0.068" in lucky.reason
-    good = compare_runs(runs[:1])
-    assert (good.deploy, good.rank_by, good.notes) == ("good", "dice", ())
-    line = good.lines[0]
+    assert "no run has a proven gain in dice (lucky: +0.068" in lucky.reason
+    (line,) = compare_runs(runs[:1]).lines
     assert (line["dice"], line["dice_gain"]) == (pytest.approx(0.748), pytest.approx(0.052))
     assert line["dice_gain_verdict"] == "better"
-    assert "Deploy good, because its dice is 0.052 higher than that of the base before train" in good.reason
 
 
 def test_the_reason_names_equal_runs_and_losses(made):
     near, far = [0.76, 0.77, 0.66, 0.84, 0.70], [0.80, 0.84, 0.69, 0.91, 0.77]
-    result = compare_runs([Run("a", made(GOOD), made(BASE)), Run("b", made(near), made(BASE))])
-    assert result.deploy == "a"
-    assert "cannot tell it from b" in result.reason
-    clear = compare_runs([Run("a", made(far), made(BASE)), Run("b", made(GOOD), made(BASE))])
-    assert clear.deploy == "a"
-    assert "cannot tell" not in clear.reason
+    for first, second, equal in ((GOOD, near, True), (far, GOOD, False)):
+        result = compare_runs([Run("a", made(first), made(BASE)), Run("b", made(second), made(BASE))])
+        assert result.deploy == "a"
+        assert ("cannot tell it from b" in result.reason) == equal
     before = made(BASE, recall=[0.80, 0.82, 0.85, 0.81, 0.86], beta0_error=[1, 2, 3, 4, 5])
     after = made(GOOD, recall=[0.75, 0.76, 0.80, 0.77, 0.79], beta0_error=[3, 5, 5, 6, 6])
     dear = compare_runs([Run("a", after, before)])
@@ -95,7 +85,6 @@ def test_p_values_are_adjusted_for_the_number_of_runs(made):
     assert 4 * p > 0.05 > p
     assert line["dice_gain_low"] == alone.lines[0]["dice_gain_low"] > 0  # the interval is not adjusted
     assert (line["dice_gain_verdict"], many.deploy) == ("", None)
-    assert "adjusted p = " in many.reason
 
 
 @pytest.mark.slow
@@ -124,7 +113,7 @@ def test_what_disqualifies_a_run(made):
     assert compare_runs([Run("a", leaky, made(BASE))]).notes[0].startswith("a: LEAKY: split by frame")
 
 
-def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path, caplog):
+def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path):
     human = made([0.99] * 5, reward=[9] * 5, reward_spec={"class": "B"})
     write_run(tmp_path / "a", made(GOOD, reward=GOOD, reward_spec={"class": "A"}))
     write_evaluation(tmp_path / "a" / "evaluation", "test_human_agreement", human)
@@ -133,21 +122,7 @@ def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path, caplog):
     line = result.lines[1]
     assert (line["dice"], line["dice_gain"], result.deploy) == (pytest.approx(0.99), None, None)
     assert math.isnan(line["reward"])  # another reward
-    other = Run("a", made(GOOD), human=made([0.99] * 5, truth="redrawn"))
-    assert order(compare_runs([other])) == ["a"]
-    assert "its human agreement is left out, the true masks of 5 images differ" in caplog.text
-
-
-def test_the_verb_chooses_a_seed_and_exits_2_for_mixed_lists(made, tmp_path, capsys):
-    for seed, gain in ((1, 0.0), (2, 0.01), (3, -0.02)):
-        dice = [value + gain + 0.001 * seed * k for k, value in enumerate(GOOD)]
-        write_run(tmp_path / f"seed_{seed}", made(dice), made(BASE))
-    assert main(["compare", "--output_dir", str(tmp_path)]) == 0
-    assert "Deploy seed_2, because its dice is 0.06" in capsys.readouterr().out
-    assert len((tmp_path / "comparison" / "comparison.csv").read_text().splitlines()) == 4
-    write_run(tmp_path / "seed_4", made(GOOD, truth="redrawn"))
-    assert main(["compare", "--output_dir", str(tmp_path)]) == 2
-    assert "seed_4 against seed_1: the true masks of 5 images differ" in capsys.readouterr().err
+    assert order(compare_runs([Run("a", made(GOOD), human=made(GOOD, truth="redrawn"))])) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -158,12 +133,16 @@ def test_the_verb_chooses_a_seed_and_exits_2_for_mixed_lists(made, tmp_path, cap
         ({"spec": {"version": 1, "skeleton": "zhang"}}, "skeleton is 'guo_hall' in a, 'zhang' in odd"),
     ],
 )
-def test_mixed_sets_are_refused_by_name(made, change, message):
+def test_mixed_sets_are_refused_by_name(made, tmp_path, change, message):
     odd = made(**{"dice": GOOD} | change)
     with pytest.raises(CompareError, match=message):
         compare_runs([Run("odd", odd), Run("a", made(GOOD)), Run("b", made(BASE))])
     with pytest.raises(CompareError, match="a, before against after: the "):
         compare_runs([Run("a", made(GOOD), odd)])
+    write_run(tmp_path / "a", made(GOOD))
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 0
+    write_run(tmp_path / "odd", odd)
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 2
 
 
 def test_named_baseline_and_different_bases(made):
@@ -173,10 +152,10 @@ def test_named_baseline_and_different_bases(made):
     assert compare_runs(runs[1:], baseline="control").deploy is compare_runs(runs).deploy is None
     with pytest.raises(CompareError, match="There is no run 'x'"):
         compare_runs(runs, baseline="x")
-    first = Run("a", made(GOOD), made(BASE))
-    notes = compare_runs([first, Run("b", made(GOOD), made([x - 0.1 for x in BASE]))]).notes
-    assert any("same base" in note for note in notes)
-    assert any("No difference for b" in note for note in compare_runs([first, Run("b", made(GOOD))]).notes)
+    others = [Run("a", made(GOOD), made(BASE)), Run("b", made(GOOD), made(LUCKY)), Run("c", made(GOOD))]
+    notes = " ".join(compare_runs(others).notes)
+    assert "same base" in notes
+    assert "No difference for c" in notes
 
 
 def test_the_metric_that_ranks(made):
@@ -191,8 +170,7 @@ def test_the_metric_that_ranks(made):
     assert (order(fewer), fewer.deploy) == (["two", "one"], "two")
     other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
     mixed = compare_runs([one, other])
-    assert mixed.rank_by == "dice"
-    assert "reward" not in mixed.metrics
+    assert (mixed.rank_by, "reward" in mixed.metrics) == ("dice", False)
     gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
     assert [line["metric"] for line in gains] == ["dice", "beta0_error", "length_ratio"]
     for runs, rank_by, message in (
