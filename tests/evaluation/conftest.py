@@ -9,7 +9,7 @@ from vesselrl.evaluation.results import Evaluation, summarise
 SPEC = {"version": 1, "skeleton": "guo_hall"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made() -> Callable[..., Evaluation]:
     """`made(dice, ...)` -> Evaluation with one image per patient unless `patients` says otherwise."""
 
