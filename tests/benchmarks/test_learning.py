@@ -1,7 +1,6 @@
 """The learning benchmark with pretended trainings: it resumes, test chooses nothing, and verdicts by hand."""
 
 import csv
-import itertools
 import json
 import re
 import shutil
@@ -63,23 +62,21 @@ class PretendedTraining:
     """In place of the subprocess: writes the few files of a run that the benchmark reads."""
 
     def __init__(self) -> None:
-        self.trained, self.resumed, self.numbers = [], [], itertools.count()
+        self.trained, self.resumed = [], []
         self.failing = self.killed = ""  # names of folders: exit code 3; a run without its last file
 
     def __call__(self, arguments: list[str], log_file: Path) -> int:
-        words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-        assert {name[2:] for name in words} <= {"resume_from", *TrainConfig().to_dict()}
-        run = Path(
-            words.get("--resume_from", log_file.parent / f"sa2va_lora_ppo_20261122_{next(self.numbers)}")
-        )
+        words, name = dict(zip(arguments[1::2], arguments[2::2], strict=True)), log_file.parent.name
+        assert {word[2:] for word in words} <= {"resume_from", *TrainConfig().to_dict()}
+        run = Path(words.get("--resume_from", log_file.parent / "sa2va_lora_ppo_20261122_135948"))
         run.mkdir(exist_ok=True)
-        self.trained.append(run.parent.name)
+        self.trained.append(name)
         self.resumed += [run] if "--resume_from" in words else []
         log_file.write_text("first line\nthe last words\n")
-        if run.parent.name not in (self.failing, self.killed):
+        if name not in (self.failing, self.killed):
             origin = {"git_commit": "0123456789abcdef", "device": "cpu", "cpu_count": 2}
             (run / "training_info.json").write_text(json.dumps({"provenance": origin}))
-        return 3 * (run.parent.name == self.failing)
+        return 3 * (name == self.failing)
 
 
 @pytest.fixture
@@ -127,23 +124,20 @@ def test_failures_stop_no_other_and_a_second_call_goes_on(training, folder, publ
     assert re.search(r"Failed: sft_cldice_seed42: exit code 3, see .*train.log \(the last words\)", err)
     assert "Failed: sft_rl_seed43: it ended without a training_info.json" in err
     assert "Left out: supervised then PPO, post-processed." in page
-    assert "| C7 best of C2 to C4" in page  # of those that are there
     training.trained, training.failing, training.killed = [], "", ""
     assert learning(**options) == 0
     assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed43"]
     assert [*folder.rglob("left_over")] == []
     assert (folder / "report.md").read_text() == report
-
-
-def test_nothing_is_removed_or_compared_unasked(training, folder, published) -> None:
+    # Nothing is removed or compared unasked.
     file = folder / "rl_seed43" / "arm.json"
     file.write_text(file.read_text().replace('"kl_coef": 0.01', '"kl_coef": 1.01'))
     with pytest.raises(RunError, match=r"kl_coef 1.01, now 0.01.*Delete that folder"):
-        learning(seeds=2, output_dir=str(folder.parent), data_root=str(published))
+        learning(**options)
     file.unlink()
     with pytest.raises(RunError, match="is not of this benchmark"):
-        learning(seeds=2, output_dir=str(folder.parent), data_root=str(published))
-    assert training.trained == []
+        learning(**options)
+    assert len(training.trained) == 2
 
 
 @pytest.mark.parametrize("half", ["test", pytest.param("train", marks=pytest.mark.slow)])
@@ -172,7 +166,6 @@ def test_the_report_has_every_method_verdict_and_ledger_row(folder, repository: 
     page = (folder / "report.md").read_text()
     assert all(f"| {method.label} |" in page for method in METHODS.values())
     assert "2 seeds, 16 image passes" in page  # 4 images x 2 epochs x 2 passes
-    assert (folder / "pareto.png").stat().st_size > 10_000
     verdicts = [line for line in page.splitlines() if line.startswith(("- E2", "- E3"))]
     assert len(verdicts) == 4 + 8  # E2 of four RL methods, E3 of each against C1 and C3
     assert verdicts[0].startswith("- E2, PPO, against C7 best of C2 to C4, post-processed: holds: ")
@@ -188,8 +181,6 @@ def test_the_published_halves_stay_apart(training, published, angiograms, tmp_pa
     stems = {s.image_path.stem for s in (*split.train, *split.val)}
     assert stems == {f"train_{number:03d}" for number in (1, 3, 4, 5, 6, 7, 8)}  # 2 is dropped
     assert (len(split.val), {s.image_path.stem[:5] for s in split.test}) == (3, {"test_"})
-    with pytest.raises(DataError, match=r"is of other images.*another --output_dir"):
-        prepare_split(suite._replace(num_val_patients=2), published, path)
     with pytest.raises(DataError, match="need train_"):
         prepare_split(suite, angiograms, path)
 
@@ -218,7 +209,6 @@ def found(**changes: tuple) -> dict[str, dict]:
         (None, "dice", (0.1, np.nan, np.nan), False),
         (None, "beta0", (-19.0, -30.0, -10.0), False),  # proven, but less than a fifth
         (None, "beta0", (-40.0, -90.0, 1.0), False),  # large, but not proven
-        (None, "beta0", (np.nan, np.nan, np.nan), False),
         (None, "length_error", (-0.05, -0.12, 0.001), False),
         (None, "length_error", (0.05, 0.01, 0.09), False),
         (None, "reward", (0.2, -0.001, 0.4), False),
@@ -242,11 +232,9 @@ def made(**columns: list[float]) -> Evaluation:
     """An evaluation of as many patients as there are values, all other scores 1."""
     rows = []
     for place, values in enumerate(zip(*columns.values(), strict=True)):
-        name = f"P{place}"
-        row = {"key": name, "patient": name, "sequence": name, "failed": False, "truth_hash": name}
-        rows.append(
-            row | dict.fromkeys([*COMPARED, "beta0_error"], 1.0) | dict(zip(columns, values, strict=True))
-        )
+        row = dict.fromkeys(("key", "patient", "sequence", "truth_hash"), f"P{place}") | {"failed": False}
+        row |= dict.fromkeys([*COMPARED, "beta0_error"], 1.0)
+        rows.append(row | dict(zip(columns, values, strict=True)))
     return summarise(rows, {"version": 1})
 
 
@@ -278,5 +266,3 @@ def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> N
     halves = compare(made(beta0_error=[10, 30, 300, 7]), made(beta0_error=[5, 15, 150, 3.5]))["beta0"]
     assert (halves["low"], halves["high"]) == pytest.approx((-50, -50))
     assert np.isnan(compare(made(beta0_error=[0, 0, 0, 1]), made(beta0_error=[1] * 4))["beta0"]["high"])
-    two = compare(made(beta0_error=[2, 3]), made(beta0_error=[1, 1]))["beta0"]
-    assert (two["difference"], np.isnan(two["high"])) == (pytest.approx(-60), True)
