@@ -11,7 +11,6 @@ from benchmarks import caching, pretrain, scoring
 from vesselrl.data.samples import find_samples
 from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import EMBEDDED, read_tensors
-from vesselrl.synthetic.dataset import TARGET
 
 
 def test_the_engine_is_much_faster_than_the_naive_way_and_gives_its_numbers() -> None:
@@ -48,15 +47,6 @@ def test_the_shipped_miniature_is_small_documented_and_of_the_published_geometry
     assert digest in (EMBEDDED / "README.md").read_text()
     config = Predictor.from_pretrained(device="cpu").model.config
     assert (config.sam2.image_size, config.tile_px) == (2 * 256, 256 * 448 // 512)
-
-
-@pytest.mark.slow
-def test_the_shipped_miniature_leaves_something_to_learn() -> None:
-    """Thin and broken on the target domain; the exact figures are in its model card."""
-    scores = pretrain.score_domain(Predictor.from_pretrained(device="cpu"), TARGET).summary["metrics"]
-    dice, recall, precision = (scores[name]["patient_mean"] for name in ("dice", "recall", "precision"))
-    assert 0.74 <= dice <= 0.82
-    assert 0.69 <= recall <= min(0.79, precision)
 
 
 def test_pretraining_repeats_and_writes_a_checkpoint(tmp_path: Path, monkeypatch) -> None:

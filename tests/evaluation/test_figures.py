@@ -109,6 +109,7 @@ def test_charts_draw_the_given_numbers():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second", "third", "no line"]
     assert axes.yaxis_inverted()  # the first line is on top
     text = figures.svg(figure, 'Runs <"&">')
+    assert text == figures.svg(figure, 'Runs <"&">')
     assert text.startswith('<svg role="img" aria-label="Runs &lt;&quot;&amp;&quot;&gt;"')
     assert ">first</text>" in text  # words stay words
 
