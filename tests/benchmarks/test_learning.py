@@ -16,7 +16,7 @@ from benchmarks import scores, trainings
 from benchmarks.learning import COMPARED, compare, decide, judge, learning, pooled
 from benchmarks.scores import MethodResult
 from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite, prepare_split
-from vesselrl.errors import DataError, RunError
+from vesselrl.errors import RunError
 from vesselrl.evaluation.results import Evaluation, read_extra, summarise, verdict
 from vesselrl.evaluation.words import metric_name
 from vesselrl.experiment.config import TrainConfig
@@ -62,18 +62,16 @@ class PretendedTraining:
     """In place of the subprocess: writes the few files of a run that the benchmark reads."""
 
     def __init__(self) -> None:
-        self.trained, self.resumed = [], []
-        self.failing = self.killed = ""  # names of folders: exit code 3; a run without its last file
+        self.trained, self.failing = [], ""  # names of folders; of one whose exit code is 3
 
     def __call__(self, arguments: list[str], log_file: Path) -> int:
         words, name = dict(zip(arguments[1::2], arguments[2::2], strict=True)), log_file.parent.name
         assert {word[2:] for word in words} <= {"resume_from", *TrainConfig().to_dict()}
         run = Path(words.get("--resume_from", log_file.parent / "sa2va_lora_ppo_20261122_135948"))
         run.mkdir(exist_ok=True)
-        self.trained.append(name)
-        self.resumed += [run] if "--resume_from" in words else []
+        self.trained.append((name, "--resume_from" in words))
         log_file.write_text("first line\nthe last words\n")
-        if name not in (self.failing, self.killed):
+        if name != self.failing:
             origin = {"git_commit": "0123456789abcdef", "device": "cpu", "cpu_count": 2}
             (run / "training_info.json").write_text(json.dumps({"provenance": origin}))
         return 3 * (name == self.failing)
@@ -99,35 +97,21 @@ def folder(training, published: Path, tmp_path_factory, kept={}) -> Path:  # noq
     return shutil.copytree(kept["output"], tmp_path_factory.mktemp("output") / "copy") / "synthetic"
 
 
-def kill(folder: Path, name: str) -> Path:
-    """Leaves a training as if killed: a run folder without its last file."""
-    (info,) = (folder / name).glob("*/training_info.json")
-    info.unlink()
-    return info.parent
-
-
 def test_failures_stop_no_other_and_a_second_call_goes_on(training, folder, published, capsys) -> None:
     options = {"seeds": 2, "output_dir": str(folder.parent), "data_root": str(published)}
-    report = (folder / "report.md").read_text()
-    run = kill(folder, "unet_seed42")  # cut off after a validation
-    (run / STATE_FILE).touch()
-    document = json.loads((run.parent / "arm.json").read_text())
-    del document["settings"]["kl_coef"]  # one that a newer version brings had its default before
-    (run.parent / "arm.json").write_text(json.dumps(document))
-    training.failing, training.killed = "sft_cldice_seed42", "sft_rl_seed43"
-    (kill(folder, training.failing) / "left_over").touch()
-    kill(folder, training.killed)
+    report, training.failing = (folder / "report.md").read_text(), "sft_cldice_seed42"
+    for name in ("unet_seed42", training.failing):  # as if killed
+        (info,) = (folder / name).glob("*/training_info.json")
+        info.unlink()
+    (next((folder / "unet_seed42").glob("sa2va*")) / STATE_FILE).touch()  # after a validation
     assert learning(**options) == 1
-    assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed43", "unet_seed42"]
-    assert training.resumed == [run]
-    err, page = capsys.readouterr().err, (folder / "report.md").read_text()
-    assert re.search(r"Failed: sft_cldice_seed42: exit code 3, see .*train.log \(the last words\)", err)
-    assert "Failed: sft_rl_seed43: it ended without a training_info.json" in err
-    assert "Left out: supervised then PPO, post-processed." in page
-    training.trained, training.failing, training.killed = [], "", ""
+    assert sorted(training.trained) == [("sft_cldice_seed42", False), ("unet_seed42", True)]
+    said = r"Failed: sft_cldice_seed42: exit code 3, see .*train.log \(the last words\)"
+    assert re.search(said, capsys.readouterr().err)
+    assert "Left out: C4 supervised with soft clDice" in (folder / "report.md").read_text()
+    training.trained, training.failing = [], ""
     assert learning(**options) == 0
-    assert sorted(training.trained) == ["sft_cldice_seed42", "sft_rl_seed43"]
-    assert [*folder.rglob("left_over")] == []
+    assert training.trained == [("sft_cldice_seed42", False)]
     assert (folder / "report.md").read_text() == report
     # Nothing is removed or compared unasked.
     file = folder / "rl_seed43" / "arm.json"
@@ -137,24 +121,22 @@ def test_failures_stop_no_other_and_a_second_call_goes_on(training, folder, publ
     file.unlink()
     with pytest.raises(RunError, match="is not of this benchmark"):
         learning(**options)
-    assert len(training.trained) == 2
+    assert len(training.trained) == 1
 
 
-@pytest.mark.parametrize("half", ["test", pytest.param("train", marks=pytest.mark.slow)])
-def test_choices_depend_on_validation_truths_alone(folder, published, tmp_path: Path, half: str) -> None:
+def test_choices_depend_on_validation_truths_alone(folder, published, tmp_path: Path) -> None:
     def choices(folder: Path) -> dict[str, tuple]:
         names = ("source", "threshold", "min_component_px", "close_gaps")
         files = folder.glob("*/test*.json")
         return {f"{p.parent.name}/{p.stem}": tuple(map(read_extra(p).get, names)) for p in files}
 
     changed = shutil.copytree(published, tmp_path / "changed")
-    for path in sorted((changed / "masks").glob(f"{half}_*.png")):
+    for path in sorted((changed / "masks").glob("test_*.png")):
         Image.fromarray(np.asarray(Image.open(path)) & (np.arange(48) % 4 == 0)[:, None]).save(path)
     learning(seeds=2, output_dir=str(tmp_path / "output"), data_root=str(changed))
     one, other = choices(folder), choices(tmp_path / "output" / "synthetic")
     assert len(one) == 2 * (12 + 2 * 4)  # every method, and C1 and C3 at the recall of four RL methods
-    moved = {name for name in one if one[name] != other[name]}
-    assert not moved if half == "test" else {"rl_post_seed42/test", "sft_tuned_seed42/test"} & moved
+    assert one == other
 
 
 def test_the_report_has_every_method_verdict_and_ledger_row(folder, repository: Path) -> None:
@@ -170,14 +152,11 @@ def test_the_report_has_every_method_verdict_and_ledger_row(folder, repository: 
     assert [(row["commit"][:7], row["seeds"]) for row in rows] == [("0123456", "42, 43")] * 5
 
 
-def test_the_published_halves_stay_apart(training, published, angiograms, tmp_path: Path) -> None:
-    suite, path = SUITES["synthetic"], tmp_path / "data_split.json"
-    split = prepare_split(suite, published, path)
+def test_the_published_halves_stay_apart(training, published, tmp_path: Path) -> None:
+    split = prepare_split(SUITES["synthetic"], published, tmp_path / "data_split.json")
     stems = {s.image_path.stem for s in (*split.train, *split.val)}
     assert stems == {f"train_{number:03d}" for number in (1, 3, 4, 5, 6, 7, 8)}  # 2 is dropped
     assert (len(split.val), {s.image_path.stem[:5] for s in split.test}) == (3, {"test_"})
-    with pytest.raises(DataError, match="need train_"):
-        prepare_split(suite, angiograms, path)
 
 
 def found(**changes: tuple) -> dict[str, dict]:
@@ -195,15 +174,12 @@ def found(**changes: tuple) -> dict[str, dict]:
     ("gap", "name", "values", "holds"),
     [
         (None, "dice", (0.01, -0.0051, 0.03), False),  # better on average, but not proven non-inferior
-        (None, "dice", (0.1, np.nan, np.nan), False),
         (None, "beta0", (-19.0, -30.0, -10.0), False),  # proven, but less than a fifth
         (None, "beta0", (-40.0, -90.0, 1.0), False),  # large, but not proven
         (None, "length_error", (-0.05, -0.12, 0.001), False),
-        (None, "length_error", (0.05, 0.01, 0.09), False),
         (None, "reward", (0.2, -0.001, 0.4), False),
         (None, "reward", (0.2, 0.001, 0.4), True),
         (0.0, "precision", (0.02, -0.01, 0.03), False),
-        (0.0, "precision", (-0.02, -0.03, -0.01), False),
         (0.009, "precision", (0.02, 0.01, 0.03), True),
         (-0.009, "topology_score", (0.02, 0.01, 0.03), True),
         (-0.011, "topology_score", (0.02, 0.01, 0.03), False),

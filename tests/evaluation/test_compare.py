@@ -26,24 +26,19 @@ def order(result):
     return [line["run"] for line in result.lines]
 
 
-def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path, caplog):
+def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path):
     write_run(tmp_path / "b", made(GOOD), made(BASE))
     write_run(tmp_path / "deeper" / "a", made(LUCKY))
     write_run(tmp_path / "c", None)
-    (tmp_path / "not_a_run").mkdir()
     control = made(GOOD)
     control.caveats[Caveat.CONTROL] = Caveat.CONTROL.text(model="Frangi filter", start="default settings")
     write_run(tmp_path / "d", control, made(BASE))
-    folders = find_runs(tmp_path)
-    runs, skipped = load_runs(folders)
+    runs, skipped = load_runs(find_runs(tmp_path))
     assert [(run.name, run.before is None) for run in runs] == [("b", False), ("d", True), ("a", True)]
     assert "did not finish" in skipped["c"]
-    assert "c left out" in caplog.text
-    with pytest.raises(CompareError, match="None of the 1 runs has a test result"):
-        load_runs([tmp_path / "c"])
     (tmp_path / "b" / "test_after.json").write_text("{")
     with pytest.raises(CompareError, match="Run b cannot be read"):
-        load_runs(folders)
+        load_runs(find_runs(tmp_path))
 
 
 def test_higher_score_without_proof_is_not_deployed(made):
@@ -137,8 +132,6 @@ def test_named_baseline_and_different_bases(made):
     result = compare_runs(runs, baseline="control")
     assert (result.deploy, list(result.gains)) == ("a", ["a"])
     assert compare_runs(runs[1:], baseline="control").deploy is compare_runs(runs).deploy is None
-    with pytest.raises(CompareError, match="There is no run 'x'"):
-        compare_runs(runs, baseline="x")
     others = [Run("a", made(GOOD), made(BASE)), Run("b", made(GOOD), made(LUCKY)), Run("c", made(GOOD))]
     notes = " ".join(compare_runs(others).notes)
     assert "same base" in notes
@@ -148,22 +141,20 @@ def test_named_baseline_and_different_bases(made):
 def test_the_metric_that_ranks(made):
     """The reward only if it means the same; lower is better ranks upward; no direction is refused."""
     columns = {"reward": [1.0, 2.0, 1.5, 3.0, 2.5], "length_ratio": [1] * 5, "beta0_error": [5, 6, 7, 8, 9]}
-    one = Run("one", made(GOOD, reward_spec={"class": "A"}, **columns))
     higher = columns | {"reward": [2.0, 3.0, 2.5, 4.0, 3.5], "beta0_error": [1, 2, 3, 3, 2]}
+    one = Run("one", made(GOOD, reward_spec={"class": "A"}, **columns))
     two = Run("two", made(BASE, reward_spec={"class": "A"}, **higher))
+    other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
     assert order(compare_runs([one, two])) == ["two", "one"]
-    assert order(compare_runs([one, two], rank_by="dice")) == ["one", "two"]
     fewer = compare_runs([one, two], baseline="one", rank_by="beta0_error")
     assert (order(fewer), fewer.deploy) == (["two", "one"], "two")
-    other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
     mixed = compare_runs([one, other])
-    assert (mixed.rank_by, "reward" in mixed.metrics) == ("dice", False)
+    assert (order(mixed), mixed.rank_by, "reward" in mixed.metrics) == (["one", "other"], "dice", False)
     gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
     assert [line["metric"] for line in gains] == ["dice", "beta0_error", "length_ratio"]
     for runs, rank_by, message in (
         ([one, other], "reward", "different rewards"),
         ([one, two], "length_ratio", "neither more nor less is better"),
-        ([one, two], "auc", "no such score"),
     ):
         with pytest.raises(CompareError, match=message):
             compare_runs(runs, rank_by=rank_by)

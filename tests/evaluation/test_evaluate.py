@@ -1,4 +1,4 @@
-"""Rows by hand, several masks of one prediction, test-time flips, a second observer, caveats."""
+"""Rows by hand, several masks of one prediction, test-time flips, a second observer."""
 
 import math
 from types import SimpleNamespace
@@ -8,10 +8,8 @@ import pytest
 from PIL import Image
 
 from vesselrl.data.samples import find_samples, load_mask
-from vesselrl.data.splits import split_by_patient
 from vesselrl.errors import DataError
 from vesselrl.evaluation.evaluate import (
-    caveats_of,
     describe_reward,
     evaluate,
     evaluate_masks,
@@ -19,7 +17,6 @@ from vesselrl.evaluation.evaluate import (
     second_observer,
     with_flips,
 )
-from vesselrl.evaluation.results import Caveat
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward
 
@@ -83,17 +80,13 @@ def test_the_hashes_follow_images_and_labels():
 
 
 def test_reward_is_a_column_and_described():
-    class AreaReward:
-        def __init__(self):
-            self.weight, self.custom = 0.5, max
+    def area(pred, gt):
+        assert pred.dtype == gt.dtype == bool
+        return 0.5 * float(pred.sum()), {"area": 1.0}
 
-        def __call__(self, pred, gt):
-            assert pred.dtype == gt.dtype == bool
-            return self.weight * float(pred.sum()), {"area": 1.0}
-
-    result = evaluate(predict, PICTURES, AreaReward(), load=load)
+    result = evaluate(predict, PICTURES, area, load=load)
     assert [row["reward"] for row in result.rows] == [4.0, 2.0, 0.0, 0.0]
-    assert result.reward_spec == {"class": "AreaReward", "weight": 0.5, "custom": "max"}
+    assert result.reward_spec == {"class": "area"}
     used, fresh = MultiObjectiveReward(recall_target=0.9), MultiObjectiveReward(recall_target=0.9)
     used(bar(0, 1), bar(0, 1))  # its use leaves no trace in the description
     assert describe_reward(used) == describe_reward(fresh) != describe_reward(MultiObjectiveReward())
@@ -188,12 +181,3 @@ def test_agreement_of_two_observers_by_hand(tmp_path):
     (folder / "p1" / "001.png").rename(folder / "001.png")
     with pytest.raises(DataError, match="the second observer has no mask of it"):
         second_observer(samples, folder)
-
-
-def test_caveats_of_a_split_and_of_a_base_that_has_seen_the_patients(angiograms):
-    samples = find_samples(angiograms)
-    assert caveats_of(split_by_patient(samples), samples) == {}
-    assert caveats_of(None, [], {"P001_S1_F0001"}) == {}
-    caveats = caveats_of(split_by_patient(samples, unit="frame"), samples, {samples[0].key, "other"})
-    assert list(caveats) == [Caveat.PATIENT_LEAKAGE, Caveat.PRETRAINING_OVERLAP]
-    assert "patients of 1 of 20 images" in caveats[Caveat.PRETRAINING_OVERLAP]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.cli import main
-from vesselrl.data.samples import find_samples, load_mask
+from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import CheckpointError, DataError, RunError
 from vesselrl.evaluation.held_out import evaluate_held_out
@@ -18,7 +18,6 @@ from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation
 from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
-from vesselrl.scoring.overlap import dice
 from vesselrl.training.train import train
 
 HELD_OUT = "vesselrl.evaluation.held_out"
@@ -96,15 +95,17 @@ def test_each_subset_is_that_of_the_run_also_for_a_copy_of_the_data(run, angiogr
 
 
 def test_where_no_split_tells_who_was_trained_on_the_result_says_so(run, angiograms, tmp_path):
-    alone = shutil.copytree(run / "best_lora", tmp_path / "alone" / "best_lora")
+    alone, other = (shutil.copytree(run / "best_lora", tmp_path / name / "best_lora") for name in "ab")
     fewer = Path(shutil.copytree(angiograms, tmp_path / "fewer"))
     for folder in ("images", "masks"):
         min((fewer / folder).iterdir()).unlink()
-    options = {"base_model": settings_of(run)["model_path"], "tune": False}
-    for weights, root in ((alone, angiograms), (run, fewer)):
-        done = evaluated(weights, data_root=root, output_dir=tmp_path / "out", **options)
+    options = {"base_model": settings_of(run)["model_path"], "tune": False, "output_dir": tmp_path / "out"}
+    for weights, root in ((alone, angiograms), (alone, angiograms), (run, fewer)):
+        done = evaluated(weights, data_root=root, **options)
         assert list(done.evaluation.caveats) == [Caveat.UNKNOWN_PATIENTS]
-    options |= {"data_root": angiograms, "output_dir": tmp_path / "b"}
+    options |= {"data_root": angiograms}
+    with pytest.raises(RunError, match="holds the evaluation of another model"):
+        evaluated(other, **options)
     result = evaluated(alone, split_file=run / "data_split.json", **options).evaluation
     assert (keys(result), result.caveats) == (keys(read_evaluation(run / "test_after.json")), {})
 
@@ -140,50 +141,42 @@ def test_a_debug_run_can_be_evaluated_again(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
-def test_masks_are_made_as_in_the_run_or_as_asked(run, angiograms, tmp_path, monkeypatch):
+def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiograms, tmp_path, monkeypatch):
     """A predictor with a bar of 0.9 that a faint stretch of 0.3 cuts in two."""
-    values = np.full((64, 64), 0.01, np.float32)
+    values, asked, load = np.full((64, 64), 0.01, np.float32), [], Predictor.from_pretrained
     values[30:34, 5:60], values[30:34, 30:35] = 0.9, 0.3
     monkeypatch.setattr(
         Predictor, "predict_batch",
         lambda self, images: [Prediction(self.post.mask(values), values, values) for _ in images],
     )  # fmt: skip
+    monkeypatch.setattr(
+        Predictor, "from_pretrained",
+        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
+    )  # fmt: skip
 
     def pixels(**options):
-        return {row["foreground"] * 64**2 for row in evaluated(run, **options).evaluation.rows}
+        rows = evaluated(run, **options).evaluation.rows
+        assert [row["reward"] for row in rows] == pytest.approx([10 * row["dice"] for row in rows])
+        return {row["foreground"] * 64**2 for row in rows}
 
     def predicted_pixels(*options):
-        image, base = next((angiograms / "images").iterdir()), settings_of(run)["model_path"]
+        image = next((angiograms / "images").iterdir())
         arguments = ["--image", str(image), "--lora_weights", str(run), "--base_model", base]
         assert main(["predict", *arguments, "--output_dir", str(tmp_path / "out"), *options]) == 0
         return int((np.asarray(Image.open(next((tmp_path / "out").glob("*_mask.png")))) > 0).sum())
 
+    base = settings_of(run, reward_type="simple_dice", prompt="Find the tree.")["model_path"]
     assert pixels(threshold=0.2) == {220}
     settings_of(run, close_gaps=0.2)
     assert pixels() == {predicted_pixels()} == {220}
     assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0")} == {200}
     assert pixels(close_gaps=0.35, min_component_px=150) == {0}  # 100 px on either side
+    assert {*asked} == {"Find the tree."}
+    predicted_pixels("--prompt", "Segment.")
+    assert asked[-1] == "Segment."
     settings_of(run, min_component_px=10**6)
     best = evaluated(run).tuning.curve.best
     assert (best.recall, best.threshold) == (0, 0.5)  # of masks as they are used
-
-
-def test_reward_and_question_are_those_of_the_run(run, angiograms, tmp_path, monkeypatch):
-    base = settings_of(run, reward_type="simple_dice", prompt="Find the coronary tree.")["model_path"]
-    asked, load = [], Predictor.from_pretrained
-    monkeypatch.setattr(
-        Predictor, "from_pretrained",
-        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
-    )  # fmt: skip
-    rows = evaluated(run, tune=False).evaluation.rows
-    assert [row["reward"] for row in rows] == pytest.approx([10 * row["dice"] for row in rows])
-    arguments = ["predict", "--base_model", base, "--output_dir", str(tmp_path / "out")]
-    arguments += ["--image", str(next((angiograms / "images").iterdir()))]
-    own, other = ["--lora_weights", str(run)], ["--prompt", "Segment."]
-    for options in ([], own, own + other):
-        assert main([*arguments, *options]) == 0
-    tree = "Find the coronary tree."
-    assert asked == [tree, "Please segment the blood vessel.", tree, "Segment."]
 
 
 def test_the_threshold_is_the_best_one_on_validation(run):
@@ -192,7 +185,6 @@ def test_the_threshold_is_the_best_one_on_validation(run):
     counts = json.loads((run / "data_split.json").read_text())["counts"]
     total = counts["test"] + counts["val"]
     assert told == [(done, total) for done in range(1, total + 1)]
-    assert str(read_evaluation(result.tuned_path)) == str(result.tuned)  # with its calibration
     curve = json.loads(result.curve_path.read_text())
     chosen = extra(result.tuned_path)["threshold"]
     assert chosen == curve["chosen"] == result.tuning.curve.best.threshold
@@ -200,28 +192,8 @@ def test_the_threshold_is_the_best_one_on_validation(run):
     assert curve["n_images"] == counts["val"]
     again = evaluated(run, threshold=chosen, tune=False, output_dir=run)
     assert scores(again.evaluation) == scores(result.tuned)
-    assert "chosen_on" not in extra(again.path)
+    assert again.path.name == f"{run.name}_{STEM}.json"  # in a folder for several runs
     assert curve["dice"][curve["thresholds"].index(chosen)] == max(curve["dice"])
-
-
-def test_post_processing_is_chosen_for_the_reward_on_validation(run, monkeypatch):
-    """A false speck of 25 px must go, a true piece of 52 px beyond a gap at 0.07 must stay and be joined."""
-
-    def predict(self, image):
-        values = np.where(image.mean(axis=2) < 115, 0.9, 0.0005).astype(np.float32)  # vessels are dark
-        values[:, 44:47] = np.minimum(values[:, 44:47], 0.07)
-        values[2:7, 2:7] = 0.95
-        return Prediction(values > 0.5, values, np.zeros_like(values))
-
-    monkeypatch.setattr(Predictor, "predict", predict)
-    result = evaluated(run, tune_post=True)
-    chosen = {"threshold": 0.5, "min_component_px": 40, "close_gaps": 0.001}  # of equal ones the first
-    three = (result.evaluation, result.tuned, result.tuned_post)  # a low threshold closes the gap, too
-    assert [{row["beta0_error"] for row in one.rows} for one in three] == [{2}, {1}, {0}]
-    assert min(row["dice"] for row in result.tuned_post.rows) > 0.99
-    assert extra(result.tuned_post_path).items() >= (chosen | {"chosen_on": "val"}).items()
-    again = evaluated(run, output_dir=run, tune=False, **chosen)
-    assert scores(again.evaluation) == scores(result.tuned_post)
 
 
 def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch, caplog):
@@ -243,41 +215,6 @@ def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch
     changed(lambda split: (split.train + split.val, (), split.test))
     assert evaluated(run).tuned is None
     assert "no validation images, and it is never chosen on test" in caplog.text
-
-
-def test_flips_and_a_second_observer_are_kept_apart(run, angiograms, tmp_path):
-    (tmp_path / "second").mkdir()
-    for file in (angiograms / "masks").iterdir():
-        mask = np.asarray(Image.open(file)).astype(bool)
-        Image.fromarray(np.roll(mask, 1, axis=0)).save(tmp_path / "second" / file.name)
-    plain = evaluated(run, second_masks=tmp_path / "second")
-    assert plain.human_path == run / "evaluation" / "test_human_agreement.json"
-    truths = {sample.key: load_mask(sample) for sample in find_samples(angiograms)}
-    for row in plain.human.rows:
-        assert row["dice"] == dice(np.roll(truths[row["key"]], 1, axis=0), truths[row["key"]])
-    before = plain.path.read_bytes()
-    flipped = evaluated(run, flips=True)
-    files = [path.stem for path in (flipped.path, flipped.tuned_path, flipped.curve_path)]
-    assert files == [f"{STEM}_flips{ending}" for ending in ("", "_tuned", "_thresholds")]
-    assert plain.path.read_bytes() == before
-    assert scores(flipped.evaluation) != scores(plain.evaluation)
-
-
-def test_results_of_several_models_do_not_replace_each_other(run, tmp_path):
-    names = [(folder, weights) for folder in (run.name, "second") for weights in ("best_lora", "final_lora")]
-    shutil.copytree(run, tmp_path / "second")
-    for folder, weights in names:
-        evaluated(tmp_path / folder / weights, output_dir=tmp_path / "both", tune=False)
-    expected = {f"{folder}_test_{weights}.json" for folder, weights in names}
-    assert {path.name for path in (tmp_path / "both").glob("*.json")} == expected
-    given = settings_of(run)
-    given = {"base_model": given["model_path"], "data_root": given["data_root"], "tune": False}
-    for name in ("one", "other"):  # adapters without a run
-        shutil.copytree(run / "best_lora", tmp_path / name / "best_lora")
-    for _ in range(2):
-        evaluated(tmp_path / "one" / "best_lora", **given, output_dir=tmp_path)
-    with pytest.raises(RunError, match="holds the evaluation of another model"):
-        evaluated(tmp_path / "other" / "best_lora", **given, output_dir=tmp_path)
 
 
 def test_what_cannot_be_evaluated_is_found_before_anything_is_predicted(run, tmp_path, monkeypatch):

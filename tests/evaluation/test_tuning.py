@@ -1,7 +1,6 @@
 """Threshold curve, calibration and grid of post-processing, against libraries and masks made one by one."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -149,12 +148,10 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     grid = PostProcessingGrid({PostProcessing(t, size): float(reward) for t, size, reward in rewards})
     assert grid.best() == (PostProcessing(0.5, 20), 5.0)  # of three, the threshold nearest to 0.5
     assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
-    closed = grid.rewards | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
-    closed = PostProcessingGrid(closed)
+    more = {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
+    closed = PostProcessingGrid(grid.rewards | more)
     assert closed.best() == (PostProcessing(0.5, 10, 0.2), 6.0)
     assert closed.best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
     assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
     equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
     assert equal.best()[0].min_component_px == 10
-    stored = json.loads(json.dumps(closed.to_json()))["candidates"]
-    assert {PostProcessing(*post): reward for *post, reward in stored} == closed.rewards
