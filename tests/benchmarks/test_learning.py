@@ -15,7 +15,7 @@ from scipy import ndimage
 from benchmarks import scores, trainings
 from benchmarks.learning import COMPARED, compare, decide, judge, learning, pooled
 from benchmarks.scores import MethodResult
-from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite, prepare_split
+from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite
 from vesselrl.errors import RunError
 from vesselrl.evaluation.results import Evaluation, read_extra, summarise, verdict
 from vesselrl.evaluation.words import metric_name
@@ -152,13 +152,6 @@ def test_the_report_has_every_method_verdict_and_ledger_row(folder, repository: 
     assert [(row["commit"][:7], row["seeds"]) for row in rows] == [("0123456", "42, 43")] * 5
 
 
-def test_the_published_halves_stay_apart(training, published, tmp_path: Path) -> None:
-    split = prepare_split(SUITES["synthetic"], published, tmp_path / "data_split.json")
-    stems = {s.image_path.stem for s in (*split.train, *split.val)}
-    assert stems == {f"train_{number:03d}" for number in (1, 3, 4, 5, 6, 7, 8)}  # 2 is dropped
-    assert (len(split.val), {s.image_path.stem[:5] for s in split.test}) == (3, {"test_"})
-
-
 def found(**changes: tuple) -> dict[str, dict]:
     """Lines of method minus control, (mean, low, high), that satisfy E2 but for the changes."""
     good = {"dice": (-0.002, -0.0049, 0.001), "beta0": (-20.0, -30.0, -5.0), "reward": (0.2, 0.05, 0.4)}
@@ -170,9 +163,8 @@ def found(**changes: tuple) -> dict[str, dict]:
     return lines
 
 
-@pytest.mark.parametrize(
-    ("gap", "name", "values", "holds"),
-    [
+def test_each_condition_turns_e2_over_and_e3_wants_a_gain_at_equal_recall() -> None:
+    for gap, name, values, holds in (
         (None, "dice", (0.01, -0.0051, 0.03), False),  # better on average, but not proven non-inferior
         (None, "beta0", (-19.0, -30.0, -10.0), False),  # proven, but less than a fifth
         (None, "beta0", (-40.0, -90.0, 1.0), False),  # large, but not proven
@@ -183,14 +175,12 @@ def found(**changes: tuple) -> dict[str, dict]:
         (0.009, "precision", (0.02, 0.01, 0.03), True),
         (-0.009, "topology_score", (0.02, 0.01, 0.03), True),
         (-0.011, "topology_score", (0.02, 0.01, 0.03), False),
-    ],
-)
-def test_each_condition_turns_e2_over_and_e3_wants_a_gain_at_equal_recall(gap, name, values, holds) -> None:
-    result, words = decide(found(**{name: values}), gap)
-    assert result == holds
-    if gap is None and not holds:  # nothing else is blamed
-        assert words.startswith(f"does not hold: {metric_name(name)} ")
-        assert ";" not in words
+    ):
+        result, words = decide(found(**{name: values}), gap)
+        assert result == holds, (name, values)
+        if gap is None and not holds:  # nothing else is blamed
+            assert words.startswith(f"does not hold: {metric_name(name)} ")
+            assert ";" not in words
 
 
 def made(**columns: list[float]) -> Evaluation:
@@ -203,15 +193,15 @@ def made(**columns: list[float]) -> Evaluation:
     return summarise(rows, {"version": 1})
 
 
-@pytest.mark.parametrize(("tuned", "best"), [(2.5, "sft_tuned"), (2.0, "sft_tuned"), (1.5, "sft")])
+@pytest.mark.parametrize(("tuned", "best"), [(2.0, "sft_tuned"), (1.5, "sft")])
 def test_seeds_are_judged_together(tuned: float, best: str) -> None:
     """The control of highest validation reward counts, of equal ones the last; recall gaps do not cancel."""
     rewards = {"sft": (1.0, 3.0), "sft_tuned": (tuned, tuned), "rl": (9.0, 9.0)}
     test = {n: made(precision=[1.2, 1.3, 1.3, 1.2] if n == "rl" else [1.0, 1.1, 1.05, 1.0]) for n in rewards}
-    results = {
-        name: [MethodResult(made(reward=[value] * 4), test[name], name, FIXED_POST) for value in values]
-        for name, values in rewards.items()
-    }
+    results = {}
+    for name, values in rewards.items():
+        vals = [made(reward=[value] * 4) for value in values]
+        results[name] = [MethodResult(val, test[name], name, FIXED_POST) for val in vals]
     for gap in (0.005, 0.03):
         verdicts = judge(results, {("rl", "base_tuned"): [(test["sft"], gap), (test["sft"], -gap)]})
         assert [*verdicts] == [("E2", "rl", best), ("E3", "rl", "base_tuned")]
@@ -221,13 +211,11 @@ def test_seeds_are_judged_together(tuned: float, best: str) -> None:
 
 
 def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> None:
-    """Means 25 and 15; a draw takes the same patients of both, so that halves have no spread."""
+    """Means 25 and 15; a draw takes the same patients of both."""
     line = compare(made(beta0_error=[20, 20, 40, 20]), made(beta0_error=[10, 20, 20, 10]))["beta0"]
     # An independent bootstrap of the ratio, widened by t(3) / z * sqrt(4 / 3), as every interval.
     pairs = np.array([(20, 10), (20, 20), (40, 20), (20, 10)], float)
     drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
     limits = -40 + 1.875 * (np.quantile(100 * drawn[:, 1] / drawn[:, 0] - 100, [0.025, 0.975]) + 40)
     assert (line["difference"], line["low"], line["high"]) == pytest.approx((-40, *limits), abs=3)
-    halves = compare(made(beta0_error=[10, 30, 300, 7]), made(beta0_error=[5, 15, 150, 3.5]))["beta0"]
-    assert (halves["low"], halves["high"]) == pytest.approx((-50, -50))
     assert np.isnan(compare(made(beta0_error=[0, 0, 0, 1]), made(beta0_error=[1] * 4))["beta0"]["high"])

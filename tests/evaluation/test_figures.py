@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.evaluation import figures
-from vesselrl.evaluation.figures import Case, choose_cases, curves_figure, plot_panels, write_cases
+from vesselrl.evaluation.figures import Case, choose_cases, curves_figure, write_cases
 from vesselrl.evaluation.report import read_cases
 
 
@@ -18,12 +18,8 @@ def write_lines(path, entries, end=""):
 
 
 def test_metrics_are_read_sorted_and_the_last_of_a_step_counts(tmp_path, caplog):
-    entries = [
-        {"step": 0, "val/dice": 0.7, "note": "text", "done": True},
-        {"step": 20, "val/dice": 0.8, "train/reward": float("nan")},
-        {"step": 10, "val/dice": 0.9},
-        {"step": 10, "val/dice": 0.75},
-    ]
+    entries = [{"step": 0, "val/dice": 0.7, "note": "text"}, {"step": 20, "val/dice": 0.8, "x": math.nan}]
+    entries += [{"step": 10, "val/dice": 0.9}, {"step": 10, "val/dice": 0.75}]
     series = figures.read_metrics(write_lines(tmp_path / "metrics.jsonl", entries, '{"step": 30, "val/di'))
     assert list(series) == ["val/dice"]
     assert [column.tolist() for column in series["val/dice"]] == [[0, 10, 20], [0.7, 0.75, 0.8]]
@@ -42,10 +38,31 @@ def case(key="P001_S1_F0001", **changes):
     return Case(**({"key": key, "image": image, "truth": truth, "before": before, "after": truth} | changes))
 
 
-def test_panels_show_errors_by_colour_and_mark_breaks_and_false_components(tmp_path):
+def test_best_median_and_worst_are_chosen_by_dice_from_different_patients(made):
+    nine = made([0.3, 0.9, 0.5, 0.1, 0.7, 0.8, 0.2, 0.6, 0.4], "ABCDEFGHI").rows
+    chosen = {"B_S1_F0001": "best", "C_S1_F0002": "median", "D_S1_F0003": "worst"}
+    assert choose_cases(nine, count=1) == chosen
+    chosen = choose_cases(made([0.99, 0.98, 0.97, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3], "AAABCDEEF").rows)
+    assert [key[0] for key, rank in chosen.items() if rank == "best"] == ["A", "B"]
+    assert [key for key, rank in chosen.items() if rank == "worst"] == ["E_S1_F0007", "F_S1_F0008"]
+
+
+def test_cases_are_stored_with_pictures_of_their_errors_scores_and_topology_errors(tmp_path):
+    for cases in ([], [case(), case()], [case("../x")], [case(".hidden")]):
+        with pytest.raises(ValueError, match="distinct keys"):
+            write_cases(tmp_path, cases)
+    assert read_cases(tmp_path) == []
+    right, wrong = case(before=case().truth, rank="best"), case("P2", after=case().before, rank="worst")
+    write_cases(tmp_path, [right, wrong, case("P3", before=None)])
+    stored = read_cases(tmp_path)
+    assert [one["file"] for one in stored] == ["cases/P001_S1_F0001.png", "cases/P2.png", "cases/P3.png"]
+    states = [state for one in stored for state in (one["before"], one["after"])]
+    found = [[state[name] for name in ("dice", "failed", "breaks", "false_pieces")] for state in states]
+    good, bad = [1.0, False, 0, 0], [pytest.approx(240 / 271), False, 1, 1]
+    assert found == [good, good, bad, bad, [0.0, True, 0, 0], good]
     shares = []
-    for panel in (case(before=case().truth), case(after=case().before)):
-        with Image.open(plot_panels([panel], tmp_path / "panels.png")) as picture:
+    for one in stored[:2]:
+        with Image.open(tmp_path / one["file"]) as picture:
             pixels = np.asarray(picture.convert("RGB")).astype(int)[: int(picture.height * 0.85)]
         red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
         yellow = (red > 200) & (green > 190) & (blue < 120)  # a break
@@ -54,34 +71,6 @@ def test_panels_show_errors_by_colour_and_mark_breaks_and_false_components(tmp_p
         shares.append((yellow.sum(), pale_blue.sum(), missed.sum()))
     assert shares[0] == (0, 0, 0)
     assert min(shares[1]) > 5
-
-
-def rows(scores, patients):
-    named = enumerate(zip(patients, scores, strict=True))
-    return [{"key": f"{name}{k}", "patient": name, "dice": score} for k, (name, score) in named]
-
-
-def test_best_median_and_worst_are_chosen_by_dice_from_different_patients():
-    made = rows([0.3, 0.9, 0.5, 0.1, 0.7, 0.8, 0.2, 0.6, 0.4], "ABCDEFGHI")
-    assert choose_cases(made, count=1) == {"B1": "best", "C2": "median", "D3": "worst"}
-    chosen = choose_cases(rows([0.99, 0.98, 0.97, 0.9, 0.8, 0.7, 0.2, 0.1, 0.3], "AAABCDEEF"))
-    assert [key for key, rank in chosen.items() if rank == "best"] == ["A0", "B3"]
-    assert [key for key, rank in chosen.items() if rank == "worst"] == ["E7", "F8"]
-
-
-def test_cases_are_stored_with_picture_scores_and_topology_errors(tmp_path):
-    for cases in ([], [case(), case()], [case("../x")], [case(".hidden")]):
-        with pytest.raises(ValueError, match="distinct keys"):
-            write_cases(tmp_path, cases)
-    assert read_cases(tmp_path) == []
-    path = write_cases(tmp_path, [case(rank="best"), case("P002_S1_F0001", before=None, rank="worst")])
-    first, second = read_cases(tmp_path)
-    assert (first["key"], first["rank"], first["side"]) == ("P001_S1_F0001", "best", "val")
-    states = [first["before"], first["after"], second["before"]]
-    found = [[state[name] for name in ("dice", "failed", "breaks", "false_pieces")] for state in states]
-    assert found == [[pytest.approx(240 / 271), False, 1, 1], [1.0, False, 0, 0], [0.0, True, 0, 0]]
-    names = {"cases.json", "P001_S1_F0001.png", "P002_S1_F0001.png"}
-    assert {file.name for file in path.parent.iterdir()} == names
 
 
 def test_charts_draw_the_given_numbers():

@@ -55,13 +55,3 @@ def test_before_after_table_by_hand(made):
     (line,) = before_after_table(before, made([0.5] * 4, recall=[0.2, 0.9, 0.5, 0.9]), ["recall"])
     assert line["after"] - line["before"] == pytest.approx(line["difference"])
     assert (line["before"], line["n_undefined"]) == (pytest.approx(0.8 / 3), 1)
-
-
-def test_other_sets_and_other_rewards_are_not_compared(made):
-    one, two = (made([0.5, 0.6, 0.7], reward=[1, 2, 3], reward_spec={"class": name}) for name in "AB")
-    assert [line["metric"] for line in before_after_table(one, two)] == ["dice"]
-    assert [line["metric"] for line in before_after_table(one, one)] == ["dice", "reward"]
-    with pytest.raises(ValueError, match="rewards cannot be compared"):
-        before_after_table(one, two, ["reward"])
-    with pytest.raises(ValueError, match="cannot be compared: the true masks of 3 images dif"):
-        before_after_table(one, made([0.5, 0.6, 0.7], truth="new"))
