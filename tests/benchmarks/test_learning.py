@@ -218,4 +218,3 @@ def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> N
     drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
     limits = -40 + 1.875 * (np.quantile(100 * drawn[:, 1] / drawn[:, 0] - 100, [0.025, 0.975]) + 40)
     assert (line["difference"], line["low"], line["high"]) == pytest.approx((-40, *limits), abs=3)
-    assert np.isnan(compare(made(beta0_error=[0, 0, 0, 1]), made(beta0_error=[1] * 4))["beta0"]["high"])

@@ -66,7 +66,6 @@ def test_the_reason_names_equal_runs_and_losses(made):
 
 
 def test_p_values_are_adjusted_for_the_number_of_runs(made):
-    # Proven alone, not when it is one of four tries.
     lone = [base + gain for base, gain in zip(BASE, [0.05, 0.06, 0.01, 0.012, 0.06], strict=True)]
     alone = compare_runs([Run("a", made(lone), made(BASE))])
     p = alone.gains["a"][0]["p"]

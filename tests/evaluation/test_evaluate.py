@@ -60,7 +60,6 @@ def test_scores_by_hand():
     assert 0 <= dice["low"] < dice["patient_mean"] < dice["high"] <= 1
     assert recall["patient_mean"] == pytest.approx((0.75 + 0) / 2)
     assert (recall["n_images"], recall["n_undefined"], recall["n_patients"]) == (3, 1, 2)
-    # A failed prediction is an empty mask and counted.
     assert (result.summary["n_failed"], result.too_many_failed) == (1, True)
     empty = evaluate(lambda image: predict(image) or SimpleNamespace(mask=EMPTY), PICTURES, load=load)
     assert str(empty.rows) == str(result.rows).replace("True", "False")

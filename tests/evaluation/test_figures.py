@@ -83,7 +83,6 @@ def test_charts_draw_the_given_numbers():
     drawn = [list(np.atleast_1d(line.get_xdata())) for line in axes.lines[1:]]
     assert drawn == [[0.1, 0.3], [0.2], [-0.2, -0.05], [-0.1], [0.0]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["first", "second", "third", "no line"]
-    assert axes.yaxis_inverted()  # the first line is on top
     text = figures.svg(figure, 'Runs <"&">')
     assert text == figures.svg(figure, 'Runs <"&">')
     assert text.startswith('<svg role="img" aria-label="Runs &lt;&quot;&amp;&quot;&gt;"')
@@ -95,12 +94,10 @@ def test_charts_draw_the_given_numbers():
     assert [[*line.get_ydata()] for line in left.lines[:3]] == [
         [*values] for values in list(curve.values())[2:]
     ]
-    assert [line.get_xdata()[0] for line in left.lines[3:]] == [0.5, 0.75]
     points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
     assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
 
     (axes,) = figures.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["P2", "P1"]
     assert [list(map(float, line.get_xdata())) for line in axes.lines[::3]] == [[0.5, 0.6], [0.8, 0.7]]
     bins = [{"predicted": 0.1, "observed": 0.3}, {"predicted": 0.9, "observed": 0.7}]
     (axes,) = figures.reliability_figure(bins).axes

@@ -3,7 +3,9 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -87,7 +89,9 @@ def test_each_subset_is_that_of_the_run_also_for_a_copy_of_the_data(run, angiogr
         evaluated(run)
 
 
-def test_where_no_split_tells_who_was_trained_on_the_result_says_so(run, angiograms, tmp_path):
+def test_where_no_split_tells_who_was_trained_on_the_result_says_so(run, angiograms, tmp_path, monkeypatch):
+    split = mock.Mock(side_effect=split_by_patient)
+    monkeypatch.setattr(f"{HELD_OUT}.split_by_patient", split)
     alone, other = (shutil.copytree(run / "best_lora", tmp_path / name / "best_lora") for name in "ab")
     fewer = Path(shutil.copytree(angiograms, tmp_path / "fewer"))
     for folder in ("images", "masks"):
@@ -96,6 +100,7 @@ def test_where_no_split_tells_who_was_trained_on_the_result_says_so(run, angiogr
     for weights, root in ((alone, angiograms), (alone, angiograms), (run, fewer)):
         done = evaluated(weights, data_root=root, **options)
         assert list(done.evaluation.caveats) == [Caveat.UNKNOWN_PATIENTS]
+        assert split.call_args.kwargs["shares"].keys() == {sample.key for sample in find_samples(root)}
     options |= {"data_root": angiograms}
     with pytest.raises(RunError, match="holds the evaluation of another model"):
         evaluated(other, **options)
@@ -120,7 +125,6 @@ def test_every_output_of_a_leaky_run_says_so(tiny_checkpoint, angiograms, tmp_pa
         assert "LEAKY" in capsys.readouterr().out
     caveats = read_evaluation(run / "evaluation" / f"{STEM}_tuned.json").caveats
     assert [*caveats] == [Caveat.PATIENT_LEAKAGE, Caveat.NEAR_DUPLICATES, Caveat.PRETRAINING_OVERLAP]
-    assert caveats[Caveat.NEAR_DUPLICATES] == "NEAR DUPLICATES: alike."
 
 
 @pytest.mark.slow
@@ -172,20 +176,24 @@ def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiogram
     assert (best.recall, best.threshold) == (0, 0.5)  # of masks as they are used
 
 
-def test_the_threshold_is_the_best_one_on_validation(run):
+def test_what_is_tuned_is_chosen_on_validation_and_flips_are_kept_apart(run):
     told = []
-    result = evaluated(run, lambda done, total: told.append((done, total)))
-    counts = json.loads((run / "data_split.json").read_text())["counts"]
-    total = counts["test"] + counts["val"]
+    result = evaluated(run, lambda done, total: told.append((done, total)), tune_post=True)
+    curve = json.loads(result.curve_path.read_text())
+    total = curve["n_images"] + len(result.evaluation.rows)
     assert told == [(done, total) for done in range(1, total + 1)]
-    curve, chosen = json.loads(result.curve_path.read_text()), read_extra(result.tuned_path)["threshold"]
-    assert chosen == curve["chosen"] == result.tuning.curve.best.threshold
-    assert curve["side"] == read_extra(result.tuned_path)["chosen_on"] == "val"
-    assert curve["n_images"] == counts["val"]
-    again = evaluated(run, threshold=chosen, tune=False, output_dir=run)
-    assert scores(again.evaluation) == scores(result.tuned)
+    assert curve["side"] == "val"
+    assert curve["dice"][curve["thresholds"].index(curve["chosen"])] == max(curve["dice"])
+    assert result.tuning.choices["tuned"].threshold == curve["chosen"]
+    for ending, post in result.tuning.choices.items():
+        path = getattr(result, f"{ending}_path")
+        assert read_extra(path).items() >= (asdict(post) | {"chosen_on": "val"}).items()
+        again = evaluated(run, tune=False, output_dir=run, **asdict(post))
+        assert scores(again.evaluation) == scores(read_evaluation(path)) != scores(result.evaluation)
     assert again.path.name == f"{run.name}_{STEM}.json"  # in a folder for several runs
-    assert curve["dice"][curve["thresholds"].index(chosen)] == max(curve["dice"])
+    flipped = evaluated(run, flips=True, tune=False)
+    assert flipped.path.stem == f"{STEM}_flips"
+    assert scores(flipped.evaluation) != scores(result.evaluation)
 
 
 def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch, caplog):

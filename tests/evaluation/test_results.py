@@ -47,9 +47,7 @@ def test_before_after_table_by_hand(made):
     assert 0 < dice["low"] < 0.055 < dice["high"]
     assert beta0["difference"] == pytest.approx(-3.25)
     assert before_after_table(after, before, ["dice"])[0]["verdict"] == "worse"
-    (chance,) = before_after_table(made([0.7, 0.7, 0.7, 0.7]), made([0.9, 0.6, 0.75, 0.65]))
-    assert chance["low"] < 0 < chance["high"]
-    assert chance["verdict"] == ""
+    assert before_after_table(made([0.7] * 4), made([0.9, 0.6, 0.75, 0.65]))[0]["verdict"] == ""
     # An image undefined in one counts in neither, so that the difference adds up.
     before = made([0.5] * 4, recall=[0.1, math.nan, 0.3, 0.4])
     (line,) = before_after_table(before, made([0.5] * 4, recall=[0.2, 0.9, 0.5, 0.9]), ["recall"])

@@ -14,6 +14,7 @@ from vesselrl.evaluation.tuning import (
     PostProcessingGrid,
     PredictedImage,
     ThresholdCurve,
+    Tuning,
     calibration,
     count_pixels,
     counts_by_threshold,
@@ -98,7 +99,6 @@ def test_calibration_by_hand_and_by_scikit_learn():
     bins = calibration(sum(count_pixels(*one) for one in pictures))["bins"]
     assert [line["observed"] for line in bins] == pytest.approx(observed, abs=2e-3)
     assert [line["predicted"] for line in bins] == pytest.approx(predicted, abs=2e-3)
-    assert sum(line["pixels"] for line in bins) == truth.size
     for wrong in (-0.1, 1.5, np.nan):
         with pytest.raises(ValueError, match="not logits"):
             count_pixels(np.full((2, 2), wrong), np.zeros((2, 2), bool))
@@ -146,5 +146,8 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     assert closed.best() == (PostProcessing(0.5, 10, 0.2), 6.0)
     assert closed.best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
     assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
+    curve = ThresholdCurve((CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
+    choices = {"tuned": PostProcessing(0.4, 7), "tuned_post": PostProcessing(0.5, 10, 0.2)}
+    assert Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices
     equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
     assert equal.best()[0].min_component_px == 10
