@@ -34,8 +34,7 @@ def crossing_lines(side: int, count: int = 2) -> TrainBatch:
         noise = np.random.default_rng(k).integers(0, 30, (side, side, 3))
         images.append((170 - 90 * truth[..., None] + noise).astype(np.uint8))
         truths.append(truth)
-    keys = [f"P00{k}_S1_F0001" for k in range(count)]
-    return TrainBatch(keys, images, truths, [topology(truth) for truth in truths])
+    return TrainBatch(["a", "b"][:count], images, truths, [topology(truth) for truth in truths])
 
 
 def make_update(tiny_checkpoint, reward: Reward | None = None, rate: float = 1e-3, **settings) -> PPOUpdate:
@@ -47,45 +46,38 @@ def make_update(tiny_checkpoint, reward: Reward | None = None, rate: float = 1e-
     return PPOUpdate(policy, optimizer, reward or MultiObjectiveReward(), SETTINGS.with_(**settings))
 
 
-def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+def snapshot(update: PPOUpdate) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in update.policy.peft_model.state_dict().items()}
 
 
-def changed(before: dict[str, torch.Tensor], module: torch.nn.Module) -> set[str]:
-    return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
-
-
-def without_times(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+def changed(before: dict[str, torch.Tensor], update: PPOUpdate) -> set[str]:
+    return {name for name, tensor in snapshot(update).items() if not torch.equal(before[name], tensor)}
 
 
 # ---- On the real model classes
 
 
-def test_ppo_changes_lora_weights_and_nothing_else_and_repeats_with_its_seed(tiny_checkpoint) -> None:
-    update, again = make_update(tiny_checkpoint), make_update(tiny_checkpoint)
-    before = snapshot(update.policy.peft_model)
-    metrics = update.step(crossing_lines(64))
-    names = changed(before, update.policy.peft_model)
-    assert all(".lora_" in name for name in names)
-    # Every component moves; the two hyper-networks of candidates that were not chosen have no gradient.
-    still = {n for n in update.policy.trainable if ".lora_B." in n} - names
-    assert all("output_hypernetworks_mlps" in name for name in still)
-    for part in (".lm.", "text_hidden_fcs", "mask_decoder", "vision_encoder"):
-        assert any(part in name for name in names), part
-    assert metrics["train/grad_norm"] > 0
-    assert without_times(again.step(crossing_lines(64))) == without_times(metrics)
-    assert changed(snapshot(update.policy.peft_model), again.policy.peft_model) == set()
-
-
-def test_supervised_changes_lora_weights_and_nothing_else(tiny_checkpoint) -> None:
-    policy = make_update(tiny_checkpoint).policy
-    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=1e-3)
-    before = snapshot(policy.peft_model)
-    SupervisedUpdate(policy, optimizer, SETTINGS).step(crossing_lines(64))
-    names = changed(before, policy.peft_model)
-    assert names
-    assert all(".lora_" in name for name in names)
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_a_step_changes_lora_weights_and_nothing_else_and_repeats_with_its_seed(
+    tiny_checkpoint, stage
+) -> None:
+    found = []
+    for _ in range(2):
+        update = make_update(tiny_checkpoint)
+        before, policy = snapshot(update), update.policy
+        step = update.step if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS).step
+        metrics = step(crossing_lines(64))
+        names = changed(before, update)
+        assert all(".lora_" in name for name in names)
+        # Every component moves; the two hyper-networks of candidates that were not chosen have no gradient.
+        still = {n for n in policy.trainable if ".lora_B." in n} - names
+        assert all("output_hypernetworks_mlps" in name for name in still)
+        for part in (".lm.", "text_hidden_fcs", "mask_decoder", "vision_encoder"):
+            assert any(part in name for name in names), part
+        assert metrics["train/grad_norm"] > 0
+        found.append((snapshot(update), {k: v for k, v in metrics.items() if not k.startswith("time/")}))
+    assert found[0][1] == found[1][1]
+    assert changed(found[0][0], update) == set()
 
 
 def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
@@ -97,10 +89,10 @@ def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
             return {"topology": 0.5}
 
     update = make_update(tiny_checkpoint, Constant())
-    before = snapshot(update.policy.peft_model)
+    before = snapshot(update)
     for _ in range(3):
         metrics = update.step(crossing_lines(64))
-    assert changed(before, update.policy.peft_model) == set()
+    assert changed(before, update) == set()
     assert metrics["train/zero_variance_groups"] == 1.0
     assert metrics["train/grad_norm"] == 0.0
 
@@ -122,36 +114,57 @@ def test_first_pass_has_ratio_one_and_no_divergence(tiny_checkpoint) -> None:
 # ---- The self-checks find what they are for
 
 
-def test_dropout_during_rl_is_caught(tiny_checkpoint) -> None:
-    update = make_update(tiny_checkpoint)
-    update.policy.peft_model.eval = lambda: update.policy.peft_model.train()  # somebody turns dropout on
-    for name, module in update.policy.peft_model.named_modules():
+def turn_dropout_on(update: PPOUpdate) -> None:
+    model = update.policy.peft_model
+    model.eval = model.train
+    for name, module in model.named_modules():
         if name.endswith("lora_dropout"):
             module["default"] = torch.nn.Dropout(0.5)
-    with torch.no_grad():
-        for name, parameter in update.policy.trainable.items():
-            if ".lora_B." in name:
-                parameter.add_(0.1)
-    with pytest.raises(LearningError, match="ratio before the first update"):
-        update.step(crossing_lines(64))
+    for name, parameter in update.policy.trainable.items():
+        parameter.data += 0.1 * (".lora_B." in name)
 
 
-def test_another_reference_or_equal_samples_are_caught(tiny_checkpoint, monkeypatch) -> None:
+def detach_forward_pass(update: PPOUpdate) -> None:
+    """The prototype trained through functions under no_grad."""
+    update.policy.model.encode_image = torch.no_grad()(update.policy.model.encode_image)
+
+
+def move_reference(update: PPOUpdate) -> None:
+    update.policy.reference_logits = lambda *_: [torch.full((64, 64), 5.0)] * 2
+
+
+def blind(update: PPOUpdate) -> None:
+    model = update.policy.model
+    states = model.seg_states(update.policy.prepare(crossing_lines(64).images))
+    model.seg_states = lambda inputs: states[: len(inputs.sizes)]
+
+
+def stop_moving(update: PPOUpdate) -> None:
+    update.optimizer.param_groups[0]["lr"] = 0.0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "num_images", "message"),
+    [
+        (turn_dropout_on, 2, "ratio before the first update"),
+        (move_reference, 2, "KL to the reference"),
+        (detach_forward_pass, 2, r"received no gradient.*vision_encoder"),
+        (stop_moving, 2, "adapter has moved by 0"),
+        (blind, 2, "does not see the image"),
+        (blind, 1, "does not see the image"),  # as in the preset full
+    ],
+)
+def test_a_spoilt_training_is_caught(tiny_checkpoint, spoil, num_images: int, message: str) -> None:
     update = make_update(tiny_checkpoint)
-    monkeypatch.setattr(update.policy, "reference_logits", lambda *_: [torch.full((64, 64), 5.0)] * 2)
-    with pytest.raises(LearningError, match="KL to the reference"):
-        update.step(crossing_lines(64))
+    spoil(update)
+    with pytest.raises(LearningError, match=message):
+        update.step(crossing_lines(64, num_images))
+
+
+def test_equal_samples_and_gradients_of_frozen_weights_are_caught(tiny_checkpoint, monkeypatch) -> None:
+    update = make_update(tiny_checkpoint)
     monkeypatch.setattr(ppo, "sample_masks", lambda logits, count, *_: torch.stack([logits > 0] * count))
     with pytest.raises(LearningError, match="All 3 sampled masks"):
-        update.step(crossing_lines(64))
-
-
-def test_a_detached_forward_pass_is_caught(tiny_checkpoint, monkeypatch) -> None:
-    """The prototype trained through functions under no_grad."""
-    update = make_update(tiny_checkpoint)
-    encode = update.policy.model.encode_image
-    monkeypatch.setattr(update.policy.model, "encode_image", torch.no_grad()(encode))
-    with pytest.raises(LearningError, match=r"received no gradient.*vision_encoder"):
         update.step(crossing_lines(64))
     frozen = next(p for p in update.policy.peft_model.parameters() if not p.requires_grad)
     frozen.grad = torch.zeros_like(frozen)
@@ -159,56 +172,21 @@ def test_a_detached_forward_pass_is_caught(tiny_checkpoint, monkeypatch) -> None
         update.policy.check_gradients()
 
 
-def test_a_learning_rate_of_zero_is_caught(tiny_checkpoint) -> None:
-    with pytest.raises(LearningError, match="adapter has moved by 0"):
-        make_update(tiny_checkpoint, rate=0.0).step(crossing_lines(64))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_language_model_that_does_not_see_the_image_stops_the_run(tiny_checkpoint, count) -> None:
-    """Also where a step has a single image, as in the preset full."""
-    update = make_update(tiny_checkpoint)
-    batch = crossing_lines(64, count)
-    blind = update.policy.model.seg_states(update.policy.prepare(batch.images))
-    update.policy.model.seg_states = lambda inputs: blind[: len(inputs.sizes)]
-    with pytest.raises(LearningError, match="does not see the image"):
-        update.step(batch)
-
-
 # ---- On a toy: a table of logits is the whole policy
 
 
-class ToyPolicy(torch.nn.Module):
-    """The interface of MaskPolicy around one table of logits."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.table = torch.nn.Parameter(logits.clone())
-        self.trainable = {"table": self.table}
-        self.reference = logits
-        self.model = SimpleNamespace(device=torch.device("cpu"))
-
-    @property
-    def peft_model(self):
-        return self
-
-    def prepare(self, images):
-        return None
-
-    def decode(self, inputs, keys):
-        return DecodedMasks(self.table[None, None, None], torch.zeros(1, 1, 1))
-
-    def logits(self, decoded, choice, inputs):
-        return [decoded.logits[0, 0, 0]]
-
-    def reference_logits(self, inputs, keys, choice):
-        return [self.reference]
-
-
 def toy_update(logits: torch.Tensor, reward: Reward, rate: float = 0.0, **settings) -> PPOUpdate:
-    policy = ToyPolicy(logits)
-    optimizer = torch.optim.Adam([policy.table], lr=rate)
-    update = PPOUpdate(policy, optimizer, reward, SETTINGS.with_(**settings))
+    table = torch.nn.Parameter(logits.clone())
+    policy = SimpleNamespace(
+        trainable={"table": table},
+        model=SimpleNamespace(device=torch.device("cpu")),
+        peft_model=torch.nn.Identity(),
+        prepare=lambda images: None,
+        decode=lambda inputs, keys: DecodedMasks(table[None, None, None], torch.zeros(1, 1, 1)),
+        logits=lambda decoded, choice, inputs: [decoded.logits[0, 0, 0]],
+        reference_logits=lambda inputs, keys, choice: [logits],
+    )
+    update = PPOUpdate(policy, torch.optim.Adam([table], lr=rate), reward, SETTINGS.with_(**settings))
     update.checked = True  # a table has no adapters to look at
     return update
 
@@ -221,15 +199,11 @@ def toy_rewards(seed: int, updates: int = 50) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_reward_rises_on_a_toy(seed: int) -> None:
+def test_reward_rises_on_a_toy_and_not_when_credit_is_shuffled(seed: int, monkeypatch) -> None:
+    """The same credit given to random pixels teaches nothing: the rise is the reward's doing."""
     rewards = toy_rewards(seed)
     assert rewards[0] == 0.0
     assert np.mean(rewards[-5:]) > 9.0
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_reward_does_not_rise_when_credit_is_shuffled(seed: int, monkeypatch) -> None:
-    """The same credit given to random pixels teaches nothing: what rises above is the reward's doing."""
     rng = np.random.default_rng(seed)
     assign = ppo.assign_credit
 
@@ -262,7 +236,7 @@ def test_structure_credit_alone_connects_a_broken_vessel() -> None:
     update = toy_update(logits, reward, 0.05, num_samples=6, num_regions=4)
     for _ in range(60):
         update.step(batch)
-    after = update.policy.table.detach()
+    after = update.policy.trainable["table"].detach()
     assert [topology((table > 0).numpy()).num_components for table in (logits, after)] == [2, 1]
 
 
