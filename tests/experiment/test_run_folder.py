@@ -5,21 +5,15 @@ import json
 import math
 import subprocess
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import run_folder
-from vesselrl.experiment.run_folder import (
-    RunFolder,
-    check_writable,
-    file_sha256,
-    git_commit,
-    provenance,
-)
+from vesselrl.experiment.run_folder import RunFolder, check_writable, file_sha256, git_commit
 
 
 @pytest.fixture
@@ -37,7 +31,9 @@ def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path:
 
 
 @pytest.mark.parametrize("below", [".", "a/b"])
-def test_a_file_in_place_of_the_output_folder(tmp_path: Path, below: str) -> None:
+def test_a_file_in_place_of_the_output_folder_or_no_permission(
+    tmp_path: Path, below: str, monkeypatch
+) -> None:
     file = tmp_path / "output"
     file.write_text("kept")
     with pytest.raises(RunError, match=r"give another --output_dir"):
@@ -45,9 +41,6 @@ def test_a_file_in_place_of_the_output_folder(tmp_path: Path, below: str) -> Non
     with pytest.raises(RunError, match=r"output is a file\. Give another --output_dir"):
         check_writable(file / below)
     assert file.read_text() == "kept"
-
-
-def test_a_place_without_permission(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match=f"no permission in {tmp_path}"):
         check_writable(tmp_path / "new")
@@ -57,11 +50,7 @@ def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch) -> None:
     run.write_json("info.json", {"old": 1})
     with pytest.raises(TypeError):
         run.write_json("info.json", {"new": object()})
-
-    def interrupted(source: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.os, "replace", interrupted)
+    monkeypatch.setattr(run_folder.os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         run.write_json("info.json", {"new": 2})
     assert json.loads((run.path / "info.json").read_text()) == {"old": 1}
@@ -87,22 +76,6 @@ def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
-def test_provenance_names_command_code_packages_and_machine(monkeypatch) -> None:
-    monkeypatch.setattr(run_folder, "_PACKAGES", ("numpy", "no-such-package"))
-    monkeypatch.setattr(run_folder, "git_commit", lambda: "abc+")
-    origin = json.loads(json.dumps(provenance(["vesselrl", "train"], "cpu")))
-    names = "command git_commit date python packages platform cpu_count device".split()
-    assert sorted(origin) == sorted(names)
-    assert [origin[name] for name in names[:2]] == [["vesselrl", "train"], "abc+"]
-    assert origin["packages"] == {"numpy": version("numpy"), "no-such-package": None}
-    assert datetime.fromisoformat(origin["date"]).tzinfo is not None
-
-
-def git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def test_git_commit_says_whether_files_were_changed(tmp_path: Path, monkeypatch) -> None:
     package = tmp_path / "clone" / "package"
     package.mkdir(parents=True)
@@ -113,16 +86,20 @@ def test_git_commit_says_whether_files_were_changed(tmp_path: Path, monkeypatch)
     for name in ("GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(name, raising=False)
     assert git_commit() is None  # outside git
-    git(package, "init", "--quiet")
-    git(package, "add", "runs.py")
-    git(package, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "first")
-    commit = git(package, "rev-parse", "HEAD")
+
+    def git(words: str) -> str:
+        command = ["git", "-C", str(package), *words.split()]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for words in ("init -q", "add runs.py", "-c user.name=a -c user.email=a@b commit -q -m first"):
+        git(words)
+    commit = git("rev-parse HEAD")
     assert git_commit() == commit
     (package / "results.txt").write_text("a file that git does not know")
     assert git_commit() == commit
     file.write_text("x = 2\n")
     assert git_commit() == f"{commit}+"
-    git(package, "add", "runs.py")
+    git("add runs.py")
     assert git_commit() == f"{commit}+"
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None

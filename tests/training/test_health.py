@@ -16,15 +16,7 @@ from tests.training.runs import metrics_of, train_debug
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, TrainConfig
 from vesselrl.training import supervised
-from vesselrl.training.health import (
-    FLAT_VALIDATIONS,
-    MAX_CORRECTIONS,
-    RULES,
-    WINDOW,
-    Health,
-    Issue,
-    clip_gradients,
-)
+from vesselrl.training.health import MAX_CORRECTIONS, RULES, WINDOW, Health, Issue, clip_gradients
 from vesselrl.training.setup import warm_cosine
 from vesselrl.training.train import TrainResult
 
@@ -53,14 +45,11 @@ class Toy:
     def restore(self, values: torch.Tensor) -> None:
         self.weight.data.copy_(values)
 
-    def run(self, metrics: Iterable[dict[str, float] | Exception], first: int = 1) -> list[Issue]:
+    def run(self, metrics: Iterable[dict[str, float]], first: int = 1) -> list[Issue]:
         """Takes a step with each of the metrics, as train.py does; returns the issues."""
         for step, figures in enumerate(metrics, start=first):
             self.weight.data += 1
             self.optimizer.state[self.weight] = {"step": 1}
-            if isinstance(figures, Exception):
-                self.health.roll_back(step, str(figures))
-                figures = {}
             self.health.after_step(step, figures)
         return self.issues
 
@@ -75,12 +64,9 @@ class Toy:
         return [issue for issue in self.issues if issue.code == "correction"]
 
 
-def noisy(count: int, metrics: dict[str, float] = HEALTHY) -> list[dict[str, float]]:
-    """The metrics over `count` steps, 10 % up and down in turn."""
-    return [{name: value * (0.9, 1.1)[k % 2] for name, value in metrics.items()} for k in range(count)]
-
-
-# ---- Reports
+def noisy(count: int) -> list[dict[str, float]]:
+    """Healthy metrics over `count` steps, 10 % up and down in turn."""
+    return [{name: value * (0.9, 1.1)[k % 2] for name, value in HEALTHY.items()} for k in range(count)]
 
 
 def diagnose(change: Callable[[float, dict[str, float]], dict[str, float]]) -> list[Issue]:
@@ -92,36 +78,30 @@ def diagnose(change: Callable[[float, dict[str, float]], dict[str, float]]) -> l
     return Toy().run(steps, first=0)
 
 
-def far_without_gain(p: float, m: dict[str, float]) -> dict[str, float]:
-    return {"train/kl_ref": 30 + 30 * p, "train/reward": 3.4 - p}
-
-
-def topology_pays(p: float, m: dict[str, float]) -> dict[str, float]:
-    terms = {"dice": -p, "topology": p}
-    return {f"train/reward/{name}": m[f"train/reward/{name}"] + rise for name, rise in terms.items()}
-
-
 # Code, metrics of a run or scores of its validations, words of the symptom and of the advice.
 SYMPTOMS = [
-    ("masks_earn_the_same", lambda p, m: {"train/zero_variance_groups": 0.8}, "80%", "--temperature"),
+    # A policy that is sure and right; it is not corrected.
+    ("masks_earn_the_same", lambda p, m: {"train/zero_variance_groups": 1.0, "train/dice": 0.8 + 0.2 * p},
+     "100%", "--temperature"),
     ("masks_look_alike", lambda p, m: {"train/entropy": 0.1}, "0.1 nats", "--entropy_coef"),
     ("masks_look_alike", lambda p, m: {"train/reward_std": 0.05 if p < 0.4 else 0.001}, "0.001", "--temp"),
     ("policy_jumps", lambda p, m: {"train/approx_kl": 9.0}, "9", "--learning_rate"),
     ("clipped_everywhere", lambda p, m: {"train/clipfrac": 0.7}, "70%", "--num_passes"),
-    ("drifts_without_gain", far_without_gain, "kl_ref", "--kl_coef"),
+    ("drifts_without_gain", lambda p, m: {"train/kl_ref": 30, "train/reward": 3.4 - p}, "30", "--kl_coef"),
     ("stands_still", lambda p, m: {"train/kl_ref": 3e-9, "train/approx_kl": -4e-9}, "3e-09", "--lora_scope"),
     ("gradient_vanishes", lambda p, m: {"train/grad_norm": 3e-6}, "3e-06", "--lora_scope"),
     ("gradient_explodes", lambda p, m: {"train/grad_norm": 400.0}, "400 times", "--learning_rate"),
     ("foreground_runs_away", lambda p, m: {"train/foreground": 1 + 1.5 * p}, "bloat", "--precision_weight"),
     ("foreground_runs_away", lambda p, m: {"train/foreground": 1 - 0.7 * p}, "shrink", "--recall_weight"),
-    ("one_term_pays", topology_pays, "topology term has risen", "--dice_weight"),
+    ("one_term_pays", lambda p, m: {"train/reward/topology": 0.6 + p, "train/reward/dice": 4 - p},
+     "topology term has risen", "--dice_weight"),
     ("below_start", [{"reward": 2.9}], "2.900", "--learning_rate"),
-    ("flat", [{"reward": 3.4}] + [{"reward": 3.38}] * FLAT_VALIDATIONS, "3.380", "--learning_rate"),
+    ("flat", [{"reward": 3.4}] + [{"reward": 3.38}] * 4, "3.380", "--learning_rate"),
     ("gaming", [{"reward": 3.6, "dice": 0.75}], "0.780 to 0.750", "--dice_weight"),
     ("trading", [{"reward": 3.6, "recall": 0.7}], "recall has fallen from 0.770 to 0.7", "--recall_weight"),
     ("trading", [{"reward": 3.6, "precision": 0.75}], "precision has fallen", "--precision_weight"),
     ("trading", [{"reward": 3.6, "cldice": 0.71}], "cldice has fallen", "--topology_weight"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("code", "history", "words", "option"), SYMPTOMS)
@@ -130,7 +110,6 @@ def test_a_symptom_is_reported_once_in_words_with_an_option_that_exists(
 ) -> None:
     if callable(history):
         (issue,) = diagnose(history)
-        assert issue.step >= WINDOW - 1
     else:
         (issue,) = Toy().validate(*history, history[-1])
     assert issue.code == code
@@ -144,45 +123,6 @@ def test_every_rule_has_a_history_here() -> None:
     assert {rule.code for rule in RULES} == {*(code for code, *_ in SYMPTOMS), "correction"}
 
 
-SILENT = {
-    "gains": lambda p, m: {f"train/{k}": m[f"train/{k}"] + p * gain for k, gain in
-                           {"reward": 1, "reward/dice": 0.6, "reward/topology": 0.3, "kl_ref": 13}.items()},
-    "one noisy step": lambda p, m: {"train/approx_kl": 1e6, "train/kl_ref": 1e6, "train/grad_norm": 1e9,
-                                    "train/clipfrac": 1.0} if 0.5 < p < 0.52 else {},
-    # Images that differ by 2 in their Dice term; it falls by 0.3 while topology clearly rises.
-    "noise of the images": lambda p, m: {"train/reward/dice": 4 + 2 * (-1) ** round(59 * p) - 0.3 * p,
-                                         "train/reward/topology": m["train/reward/topology"] + p},
-    # An area that hardly shrinks; one that was wrong and comes nearer, or not.
-    "smaller": lambda p, m: {"train/foreground": 1 - 0.2 * p},
-    "empty": lambda p, m: {"train/foreground": 0.0},
-    "nearer": lambda p, m: {"train/foreground": 5 - 3 * p},
-    # The reward's meaning changes from step to step.
-    "a moving multiplier": lambda p, m: topology_pays(p, m) | {"train/price/recall": p},
-    "the same, far": lambda p, m: far_without_gain(p, m) | {"train/price/recall": p},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SILENT)
-def test_a_healthy_run_says_nothing(name: str) -> None:
-    assert diagnose(SILENT[name]) == []
-
-
-@pytest.mark.parametrize("name", ["precision", "recall", "cldice"])
-def test_a_small_trade_says_nothing(name: str) -> None:
-    small = [
-        {"reward": 3.1 + 0.1 * k, "dice": 0.78 + 0.004 * k, name: START[name] - 0.004 * k} for k in range(8)
-    ]
-    assert Toy().validate(*small) == []
-
-
-def test_a_symptom_that_cleared_is_reported_again() -> None:
-    jumps = [(step // (2 * WINDOW)) % 2 == 0 for step in range(6 * WINDOW)]
-    found = Toy().run([{"train/approx_kl": 9.0 if jump else 0.1} for jump in jumps], first=0)
-    assert [issue.step for issue in found] == [WINDOW - 1, 4 * WINDOW + WINDOW // 2]
-
-
-# ---- Corrections
-
 BAD = {
     "jump": {"train/approx_kl": 50.0},
     "distance": {"train/kl_ref": 1000.0},
@@ -193,6 +133,40 @@ BAD = {
     "dice_fall": {"train/dice": 0.5},
     "reward_fall": {"train/greedy_reward": -2.0},
 }
+SILENT = {
+    "gains": lambda p, m: {f"train/{k}": m[f"train/{k}"] + p * gain for k, gain in
+                           {"reward": 1, "reward/dice": 0.6, "reward/topology": 0.3, "kl_ref": 13}.items()},
+    "a bad step": lambda p, m: {k: v for one in BAD.values() for k, v in one.items() if 0.5 < p < 0.52},
+    # Images that differ by 2 in their Dice term; it falls by 0.3 while topology clearly rises.
+    "noise of the images": lambda p, m: {"train/reward/dice": 4 + 2 * (-1) ** round(59 * p) - 0.3 * p,
+                                         "train/reward/topology": m["train/reward/topology"] + p},
+    # An area that hardly shrinks; one that was wrong and comes nearer, or not.
+    "smaller": lambda p, m: {"train/foreground": 1 - 0.2 * p},
+    "empty": lambda p, m: {"train/foreground": 0.0},
+    "nearer": lambda p, m: {"train/foreground": 6 - 4 * p},
+    "PPO's loss": lambda p, m: {"train/loss": 0.3 + p},
+    # The reward's meaning changes from step to step.
+    "a moving multiplier": lambda p, m: {"train/reward/topology": 0.6 + p, "train/reward/dice": 4 - p,
+                                         "train/kl_ref": 30, "train/reward": 3.4 - p,
+                                         "train/greedy_reward": 3.5 - 9 * p, "train/price/recall": p},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_a_healthy_run_says_nothing_and_is_left_alone(name: str) -> None:
+    assert diagnose(SILENT[name]) == []
+
+
+def test_a_small_trade_says_nothing() -> None:
+    for name in ("precision", "recall", "cldice"):
+        small = [{"reward": 3.1 + 0.1 * k, name: START[name] - 0.004 * k} for k in range(8)]
+        assert Toy().validate(*small) == []
+
+
+def test_a_symptom_that_cleared_is_reported_again() -> None:
+    jumps = [(step // (2 * WINDOW)) % 2 == 0 for step in range(6 * WINDOW)]
+    found = Toy().run([{"train/approx_kl": 9.0 if jump else 0.1} for jump in jumps], first=0)
+    assert [issue.step for issue in found] == [WINDOW - 1, 4 * WINDOW + WINDOW // 2]
 
 
 @pytest.mark.parametrize("symptom", BAD)
@@ -204,28 +178,6 @@ def test_a_severe_symptom_takes_the_run_back_to_where_it_was_good(symptom: str) 
     assert "step 60" in correction.advice
     assert toy.weight.item() == 3 * WINDOW + (5 * WINDOW - correction.step)
     assert toy.health.rate_factor == 0.5
-
-
-LEFT_ALONE = {
-    "healthy": noisy(100),
-    "a bad step": [*noisy(50), HEALTHY | {k: v for one in BAD.values() for k, v in one.items()}, *noisy(9)],
-    "far too large at the start": noisy(5, HEALTHY | {"train/foreground": 6.0})
-    + noisy(60, HEALTHY | {"train/foreground": 4.0}),
-    "PPO's loss": [HEALTHY | {"train/loss": 0.3}] * 40 + [HEALTHY | {"train/loss": 1.2}] * 40,
-    "a reward whose multipliers move": [
-        *noisy(40), *[HEALTHY | BAD["reward_fall"] | {"train/price/recall": 9.0}] * 40
-    ],
-    "sure and right": [*noisy(40), *[HEALTHY | {"train/zero_variance_groups": 1.0, "train/dice": 1.0}] * 40],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LEFT_ALONE)
-def test_other_runs_are_left_alone(name: str) -> None:
-    toy = Toy()
-    toy.run(LEFT_ALONE[name])
-    assert toy.corrections == []
-    assert toy.weight.item() == len(LEFT_ALONE[name])
-    assert toy.health.rate_factor == 1
 
 
 # A supervised run has only a loss. With one image per step the first area is one image's: infinite, for one
@@ -257,25 +209,13 @@ def test_a_fall_of_the_validation_dice_is_a_symptom(dice: float, corrections: in
     assert len(toy.corrections) == corrections  # the last weights stay as they were validated
 
 
-@pytest.mark.parametrize("cut", [3 * WINDOW + 5, 4 * WINDOW + 5, 5 * WINDOW])
-def test_after_an_interruption_the_run_is_taken_back_as_without_it(cut: int) -> None:
-    metrics = noisy(4 * WINDOW) + [HEALTHY | BAD["jump"]] * WINDOW + noisy(WINDOW)
-    whole, before, after = Toy(), Toy(), Toy()
-    whole.run(metrics)
-    before.run(metrics[:cut])
-    after.restore(before.values())
-    after.health.load_state_dict(before.health.state_dict())
-    after.run(metrics[cut:], cut + 1)
-    assert len(whole.corrections) == 2  # the bad steps, and their last few among healthy ones
-    assert before.issues + after.issues == whole.issues
-    assert after.values() == whole.values()
-    assert after.health.state_dict() == whole.health.state_dict()
-
-
 def test_a_run_that_goes_wrong_again_and_again_stops_with_advice() -> None:
     toy = Toy()
+    for step in range(MAX_CORRECTIONS):
+        toy.run(noisy(3), step)
+        toy.health.roll_back(step, "The loss is nan.")
     with pytest.raises(LearningError, match=r"6 times.*The loss is nan.*--learning_rate"):
-        toy.run([NotFiniteError("The loss is nan.")] * (MAX_CORRECTIONS + 1))
+        toy.health.roll_back(99, "The loss is nan.")
     assert toy.health.num_corrections == len(toy.issues) == MAX_CORRECTIONS
     assert toy.health.rate_factor == 0.5**MAX_CORRECTIONS
     assert toy.weight.item() == 0
@@ -291,9 +231,6 @@ def test_a_gradient_whose_norm_is_no_number_is_refused(spoilt: float) -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     assert clip_gradients([weight], 1.0) == 5
     assert weight.grad.tolist() == pytest.approx([0.6, 0.8])
-
-
-# ---- In a training
 
 
 def sanity_run(output: Path, monkeypatch: pytest.MonkeyPatch, steps: int, **changes: object) -> TrainResult:

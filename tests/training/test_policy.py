@@ -1,5 +1,6 @@
 """Sampled masks keep every pixel's probability; kept outputs of frozen parts are the computed ones."""
 
+import contextlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,11 +15,9 @@ from vesselrl.training import policy as policy_module
 from vesselrl.training.checkpoint import tensor_hash, with_values
 from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks, weights_hash
 
-# ---- Sampling
 
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("correlation_px", [0.0, 1.0, 3.0])
@@ -30,9 +29,7 @@ def test_every_pixel_keeps_its_probability(correlation_px: float, temperature: f
     wanted = torch.sigmoid(logits / temperature)
     error = (wanted * (1 - wanted) / 4000).sqrt()
     assert bool(((masks.float().mean(0) - wanted).abs() < 5 * error).all())
-    same = sample_masks(logits, 4000, correlation_px, temperature, generator())
-    assert torch.equal(masks, same)
-    assert not torch.equal(masks, sample_masks(logits, 4000, correlation_px, temperature, generator(1)))
+    assert torch.equal(masks, sample_masks(logits, 4000, correlation_px, temperature, generator()))
 
 
 def test_neighbours_move_together_and_strangers_do_not() -> None:
@@ -44,9 +41,6 @@ def test_neighbours_move_together_and_strangers_do_not() -> None:
     assert correlation(field, (12, 12), (12, 13)) == pytest.approx(np.exp(-1 / 16), abs=0.02)
     assert abs(correlation(field, (12, 12), (0, 0))) < 0.08
     assert abs(correlation(gaussian_field(3000, (4, 4), 0.0, generator()), (0, 0), (0, 1))) < 0.08
-
-
-# ---- The policy
 
 
 @pytest.fixture
@@ -74,9 +68,9 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
         assert torch.equal(first, ref)
         assert float((first - moved).norm() / first.norm()) > 0.1
     before = policy.values()
-    with pytest.raises(ZeroDivisionError), with_values(policy, policy.start):
+    with contextlib.suppress(RuntimeError), with_values(policy, policy.start):
         assert all(torch.equal(p, policy.start[name]) for name, p in policy.trainable.items())
-        1 / 0  # noqa: B018
+        raise RuntimeError
     assert all(torch.equal(p, before[name]) for name, p in policy.trainable.items())
 
 
@@ -118,8 +112,6 @@ def test_a_frozen_part_does_not_feel_its_neighbours(tiny_checkpoint, images) -> 
     assert torch.equal(alone.seg_states(one, ["b"])[0], together.seg_states(both, ["a", "b"])[1])
 
 
-# ---- Kept features
-
 PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
 
 
@@ -139,7 +131,6 @@ def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path, 
     assert store.fetch("a", PIXELS, encoder) is first
     assert equal(FeatureStore(tmp_path, "model").fetch("another key", PIXELS, encoder), first)
     assert encoder.call_count == 1
-    assert [file.suffix for file in (tmp_path / "model").iterdir()] == [".safetensors"]
     FeatureStore(tmp_path, "other model").fetch("a", PIXELS, encoder)
     FeatureStore(tmp_path, "model").fetch("a", PIXELS + 1, encoder)
     full = FeatureStore(memory_bytes=10)
@@ -151,11 +142,10 @@ def test_a_full_disk_limit_is_said_once(tmp_path: Path, encoder: Mock, caplog) -
     store = FeatureStore(tmp_path, "model", disk_bytes=200)
     for key in range(3):  # 144 bytes each
         store.fetch(str(key), PIXELS + key, encoder)
-    assert len(list((tmp_path / "model").iterdir())) == 1
-    assert len([record for record in caplog.records if "limit" in record.message]) == 1
+    assert caplog.text.count("limit") == 1
     # What lies there from another run counts as well.
     FeatureStore(tmp_path, "model 2", disk_bytes=200).fetch("a", PIXELS, encoder)
-    assert not (tmp_path / "model 2").exists()
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(
@@ -169,11 +159,7 @@ def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(
     assert encoder.call_count == 2
     assert "computed again" in caplog.text
 
-    def full(tensors: dict, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(policy_module, "save_file", full)
+    monkeypatch.setattr(policy_module, "save_file", Mock(side_effect=OSError("No space left on device")))
     store = FeatureStore(tmp_path, "other")
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text
@@ -185,6 +171,4 @@ def test_hashes_see_values_shape_and_names() -> None:
     assert len({tensor_hash(PIXELS), tensor_hash(PIXELS + 1), tensor_hash(PIXELS.view(1, 3, 4, 1))}) == 3
     layer = torch.nn.Linear(2, 2)
     before = weights_hash(layer)
-    assert before == weights_hash(layer)
-    torch.nn.init.ones_(layer.bias)
-    assert weights_hash(layer) != before
+    assert before == weights_hash(layer) != weights_hash(torch.nn.Linear(2, 2))

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,11 +18,9 @@ from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
 from vesselrl.training.setup import RunData, prepare_data, staged_warm_cosine, warm_cosine
 
-# ---- Data
-
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
-    config = TrainConfig().with_(output_dir=str(tmp_path), **({"data_root": str(angiograms)} | options))
+    config = TrainConfig().with_(output_dir=str(tmp_path), data_root=str(angiograms), **options)
     return prepare_data(config, RunFolder.create(tmp_path))
 
 
@@ -34,29 +33,22 @@ def test_folds_test_every_image_once(angiograms: Path, tmp_path: Path) -> None:
     assert sum(map(len, tested)) == len(set.union(*tested)) == 20
 
 
-def test_an_adapter_without_its_run_is_a_caveat(finished_run: Path, angiograms: Path, tmp_path: Path) -> None:
+def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Path, tmp_path: Path) -> None:
     """Its training patients are unknown, so some may be in the new test subset."""
     alone = shutil.copytree(finished_run / "best_lora", tmp_path / "alone")
     data = prepared(tmp_path, angiograms, init_lora=str(alone), split_seed=7)
     assert list(data.test_caveats) == [Caveat.UNKNOWN_START]
     assert not prepared(tmp_path, angiograms, init_lora=str(finished_run), split_seed=7).test_caveats
+    for option in ({"fold": "2/5"}, {"split_unit": "frame"}):
+        with pytest.raises(DataError, match="goes on with that run's split"):
+            prepared(tmp_path, angiograms, init_lora=str(finished_run), **option)
     assert "U-Net" in prepared(tmp_path, angiograms, control="unet").test_caveats[Caveat.CONTROL]
-
-
-@pytest.mark.parametrize("option", [{"fold": "2/5"}, {"split_unit": "frame"}])
-def test_a_run_cannot_go_on_with_another_split(
-    finished_run: Path, angiograms: Path, tmp_path: Path, option: dict
-) -> None:
-    with pytest.raises(DataError, match="goes on with that run's split"):
-        prepared(tmp_path, angiograms, init_lora=str(finished_run), **option)
 
 
 def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(
     angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found(split: object, load: object) -> None:
-        raise DataError("2 pairs of images look like frames of one run.")
-
+    found = Mock(side_effect=DataError("2 pairs of images look like frames of one run."))
     monkeypatch.setattr("vesselrl.training.setup.check_near_duplicates", found)
     with pytest.raises(DataError, match="--near_duplicates allow"):
         prepared(tmp_path / "a", angiograms)
@@ -81,9 +73,6 @@ def test_a_given_split_is_used_as_it_is(angiograms: Path, tmp_path: Path) -> Non
     assert keys_of(data) == [{sample.key for sample in subset} for subset in subsets]
 
 
-# ---- Batches
-
-
 @pytest.fixture
 def dataset(angiograms: Path) -> VesselDataset:
     return VesselDataset(find_samples(angiograms)[:10])
@@ -93,9 +82,7 @@ def keys(source: BatchSource, epoch: int, skip: int = 0) -> list[str]:
     return [key for batch in source.epoch(epoch, skip) for key in batch.keys]
 
 
-def test_every_pass_shows_all_in_an_order_of_its_own_and_can_be_entered_anywhere(
-    dataset: VesselDataset,
-) -> None:
+def test_every_pass_has_an_order_of_its_own_and_can_be_entered_anywhere(dataset: VesselDataset) -> None:
     source = BatchSource(dataset, 3, 1, num_epochs=2, num_passes=lambda epoch: 3 if epoch == 1 else 1)
     first, second = keys(source, 1), keys(source, 2)
     assert source.num_steps == 3 * 4 + 4
@@ -122,9 +109,7 @@ def test_easy_images_come_first_and_all_are_open_in_the_second_half(dataset: Ves
     assert source.num_steps == sum(len(list(source.epoch(epoch))) for epoch in (1, 2, 3, 4))
 
 
-def test_augmentation_changes_picture_truth_and_topology_together_anew_in_every_pass(
-    angiograms: Path,
-) -> None:
+def test_augmentation_changes_image_truth_and_topology_anew_in_every_pass(angiograms: Path) -> None:
     dataset = VesselDataset(find_samples(angiograms)[:4], augmentation=get_augmentation("strong"), seed=3)
     source = BatchSource(dataset, 4, seed=3, num_passes=lambda epoch: 2)
     one, other = source.epoch(1)
@@ -134,9 +119,6 @@ def test_augmentation_changes_picture_truth_and_topology_together_anew_in_every_
     assert any(not np.array_equal(truth, later[key]) for key, truth in zip(one.keys, one.truths, strict=True))
     again = next(source.epoch(1))
     assert all(np.array_equal(a, b) for a, b in zip(one.images, again.images, strict=True))
-
-
-# ---- Learning rate
 
 
 def test_warm_up_then_half_a_cosine_to_zero_in_each_stage() -> None:

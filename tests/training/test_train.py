@@ -13,12 +13,6 @@ from vesselrl.evaluation.results import read_evaluation, read_extra
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.train import TrainResult
 
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
-INFO_KEYS = {
-    "args", "counts", "initial_metrics", "final_metrics", "best_metrics", "test_metrics", "best_val_dice",
-    "total_steps", "adapter_delta_norm", "grad_norm_max", "reward_time_share", "findings", "metric_spec",
-    "provenance",
-}  # fmt: skip
 BOUNDS = {"recall": 0.9, "precision": 0.7}  # of the constrained run: violated, and kept
 Run = Callable[..., TrainResult]
 
@@ -38,40 +32,10 @@ def split_of(result: TrainResult) -> dict[str, list[str]]:
     return json.loads((result.folder / "data_split.json").read_text())["samples"]
 
 
-# ---- The files of a run
-
-
-def test_run_folder_is_complete(result: TrainResult) -> None:
-    names = {path.name for path in result.folder.iterdir()}
-    assert {"config.json", "data_split.json", "metrics.jsonl", "curves.png", "panel.png", "tensorboard",
-            "val_before.json", "val_latest.json", "val_best.json", "test_before.json", "test_after.json",
-            "report.html", "report.md", "cases", "diagnosis.json"} <= names  # fmt: skip
-    for folder in ("best_lora", "final_lora", "checkpoint_epoch_1"):
-        assert {path.name for path in (result.folder / folder).iterdir()} == ADAPTER_FILES
-    assert not [name for name in names if "partial" in name]
-    assert b"train/contact_sheet" in next((result.folder / "tensorboard").iterdir()).read_bytes()
-
-
-def test_no_patient_is_in_two_subsets(result: TrainResult) -> None:
-    patients = [{key.split("_")[0] for key in keys} for keys in split_of(result).values()]
-    assert sum(map(len, patients)) == len(set.union(*patients)) == 10
-
-
-def test_training_info_has_the_promised_keys(result: TrainResult) -> None:
-    info = json.loads((result.folder / "training_info.json").read_text())
-    assert set(info) == INFO_KEYS
-    assert info["adapter_delta_norm"] > 0
-    assert info["grad_norm_max"] > 0
-    assert info["total_steps"] == 2
-    assert set(info["test_metrics"]) == {"before", "after"}
-    assert {"git_commit", "command", "packages", "device", "date"} <= set(info["provenance"])
-    train_counts = info["counts"]["train"]
-    assert train_counts["requested"] == train_counts["used"] == 4
-
-
 def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(
     result: TrainResult, run: Run
 ) -> None:
+    assert b"train/contact_sheet" in next((result.folder / "tensorboard").iterdir()).read_bytes()
     lines = metrics_of(result.folder)
     assert lines[0]["step"] == 0
     assert "val/dice" in lines[0]
@@ -79,6 +43,8 @@ def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(
     assert [line["step"] for line in lines if "train/reward" in line] == [1, 2]
     assert lines[1]["train/first_ratio_gap"] <= 1e-4
     assert lines[1]["train/reward_std"] > 0
+    assert result.info["total_steps"] == 2
+    assert result.info["grad_norm_max"] == max(line.get("train/grad_norm", 0) for line in lines) > 0
     again = run()
     assert metrics_of(again.folder) == lines
     assert same_weights(again.folder / "final_lora", result.folder / "final_lora")
@@ -91,47 +57,36 @@ def test_small_components_are_gone_and_without_any_gain_the_start_is_the_best(ru
         rows = read_evaluation(done.folder / f"{name}.json").rows
         assert [row["foreground"] for row in rows] == [0.0] * len(rows)
     assert read_extra(done.folder / "val_best.json") == {"step": 0}
-    assert {path.name for path in (done.folder / "best_lora").iterdir()} == ADAPTER_FILES
     assert not same_weights(done.folder / "best_lora", done.folder / "final_lora")
 
 
-# ---- Stages
-
-
 @pytest.fixture(scope="module")
-def two_stages(run: Run) -> tuple[TrainResult, list[int]]:
-    """A constrained run of six supervised steps and two of PPO, and the moments that PPO found at each."""
-    num_moments = []
-    step = PPOUpdate.step
+def two_stages(run: Run) -> tuple[list[dict], list[int]]:
+    """Metrics of a constrained run, six supervised steps and two of PPO; moments that PPO found at each."""
+    num_moments, step = [], PPOUpdate.step
 
     def looked_at(self: PPOUpdate, batch: TrainBatch) -> dict[str, float]:
         num_moments.append(len(self.optimizer.state))
         return step(self, batch)
 
+    settings = {"stage": "sft+rl", "num_epochs": 4, "num_passes": 1, "val_freq": 1, "learning_rate": 0.02}
+    settings |= {f"{name}_target": bound for name, bound in BOUNDS.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PPOUpdate, "step", looked_at)
-        done = run(
-            stage="sft+rl", num_epochs=4, num_passes=1, val_freq=1, learning_rate=0.02,
-            objective="constrained", **{f"{name}_target": bound for name, bound in BOUNDS.items()},
-        )  # fmt: skip
-    return done, num_moments
+        done = run(objective="constrained", **settings)
+    return metrics_of(done.folder), num_moments
 
 
 def test_each_stage_has_steps_a_rate_moments_and_a_reference_of_its_own(two_stages: tuple) -> None:
     """Supervised steps move the adapter far; PPO must still begin with ratio 1 and KL 0."""
-    done, num_moments = two_stages
-    steps = [line for line in metrics_of(done.folder) if "train/grad_norm" in line]
-    rates = {"sft": [], "rl": []}
-    for line in steps:
-        rates["rl" if "train/reward" in line else "sft"].append(line["train/learning_rate"])
-    assert [len(rates["sft"]), len(rates["rl"])] == [6, 2]
-    assert done.info["total_steps"] == len(steps)
-    assert done.info["adapter_delta_norm"] > 0
-    assert max(rates["sft"]) == 0.02
-    assert max(rates["rl"]) == pytest.approx(5e-4)
+    lines, num_moments = two_stages
+    steps = [line for line in lines if "train/epoch" in line]
+    assert ["train/reward" in line for line in steps] == [False] * 6 + [True] * 2
+    rates = [line["train/learning_rate"] for line in steps]
+    assert [max(rates[:6]), max(rates[6:])] == pytest.approx([0.02, 5e-4])
     assert num_moments[0] == 0  # those of the supervised loss are gone
     assert num_moments[1]
-    first = next(line for line in steps if "train/first_ratio_gap" in line)
+    first = next(line for line in lines if "train/first_ratio_gap" in line)
     assert first["train/first_ratio_gap"] <= 1e-4
     assert abs(first["train/kl_ref"]) <= 1e-6  # with a single pass it is measured before any update
 
@@ -139,7 +94,7 @@ def test_each_stage_has_steps_a_rate_moments_and_a_reference_of_its_own(two_stag
 def test_multipliers_follow_the_validation_before_ppo_and_each_one_since(two_stages: tuple) -> None:
     """By hand from the logged means; validations of the supervised stage but the last change none."""
     multipliers, validated, seen = dict.fromkeys(BOUNDS, 0.0), None, []
-    for line in metrics_of(two_stages[0].folder):
+    for line in two_stages[0]:
         if "val/dice" in line:
             validated = line
         if "train/price/recall" in line:
