@@ -13,7 +13,6 @@ from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
 from vesselrl.errors import LearningError
-from vesselrl.evaluation.compare import compare_runs, load_runs
 from vesselrl.experiment.config import get_preset
 from vesselrl.scoring.overlap import dice
 from vesselrl.training import train as training
@@ -156,19 +155,6 @@ def test_validation_does_not_choose_between_start_and_filter(
     assert done.info["test_metrics"]["after"]["dice"] == 0
 
 
-def test_controls_stand_in_one_table_with_a_run_but_have_no_base(
-    control_runs: dict[str, Path], finished_run: Path
-) -> None:
-    runs, skipped = load_runs([*control_runs.values(), finished_run])
-    assert skipped == {}
-    table = compare_runs(runs)
-    assert {line["run"] for line in table.lines} == {*CONTROLS, finished_run.name}
-    assert table.gains.keys() == {finished_run.name}
-    assert table.deploy not in CONTROLS
-    assert any("no test scores of a base model" in note for note in table.notes)
-    assert compare_runs(runs, baseline="frangi").gains.keys() == {"unet", finished_run.name}
-
-
 def test_loaded_controls_predict_what_the_run_scored(control_run: Path, angiograms: Path) -> None:
     model = load_control(control_run)
     rows = {row["key"]: row for row in json.loads((control_run / "test_after.json").read_text())["rows"]}
@@ -210,16 +196,10 @@ def test_soft_cldice_by_hand() -> None:
     assert soft_cldice_loss(logits, truth).tolist() == pytest.approx([3 / 17, 0], abs=1e-3)
 
 
-def test_soft_cldice_pulls_at_a_gap_sees_wide_vessels_and_needs_none() -> None:
-    truth, logits = torch.zeros(1, 16, 20), torch.full((1, 16, 20), -3.0)
-    truth[0, 8, 2:18] = 1
-    logits[0, 8, 2:18] = 3.0
-    logits[0, 8, 9:11] = -3.0
-    (pull,) = torch.autograd.grad(soft_cldice_loss(logits.requires_grad_(), truth).sum(), logits)
-    assert (pull[0, 8, 9:11] < 0).all()
-    assert torch.isfinite(mask_cldice_loss(logits, torch.zeros_like(truth))).all()
-    # 20 px wide, as wide as any vessel here: the erosions reach its middle, so a lost stretch is paid.
+def test_soft_cldice_sees_wide_vessels_and_needs_none() -> None:
+    """20 px wide, as wide as any vessel here: the erosions reach its middle, so a lost stretch is paid."""
     truth, logits = torch.zeros(1, 40, 60), torch.full((1, 40, 60), -40.0)
+    assert torch.isfinite(soft_cldice_loss(logits, truth)).all()
     truth[0, 10:30, 5:55] = 1
     logits[0, 10:30, 5:30] = 40.0
     assert 0.15 < float(soft_cldice_loss(logits, truth)) < 0.5

@@ -44,9 +44,6 @@ def credit_of(samples: np.ndarray, on: np.ndarray, reward, count: int, **post: f
     return result, result.overlap + result.structure
 
 
-# ---- Overlap: exact for every pixel
-
-
 @pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice", "recall_focused"])
 @pytest.mark.parametrize("spec", ["default", "seed"])
 def test_overlap_credit_is_exact(reward_type: str, spec: str) -> None:
@@ -62,9 +59,6 @@ def test_overlap_credit_is_exact(reward_type: str, spec: str) -> None:
             on[pixel], off[pixel] = True, False
             wanted = pytest.approx(total(on) - total(off), abs=1e-5)
             assert table[int(TRUTH[pixel]), int(mask[pixel])] == wanted
-
-
-# ---- Regions: flipped, post-processed, scored
 
 
 @pytest.mark.parametrize("reward_type", ["multi_objective", "simple_dice"])
@@ -162,9 +156,6 @@ def test_a_users_reward_earns_region_credit() -> None:
     assert not without.structure.any()
 
 
-# ---- Which regions
-
-
 def chosen(samples: np.ndarray, greedy: np.ndarray, count: int, seed: int = 0, on: np.ndarray | None = None):
     on = greedy.astype(np.float32) if on is None else on
     return choose_regions(samples, greedy, on, count, np.random.default_rng(seed))
@@ -225,9 +216,6 @@ def test_every_region_is_wholly_on_or_wholly_off(seed: int) -> None:
     assert all(len(np.unique(greedy[region])) == 1 for region in regions)
 
 
-# ---- Constraints in place of weights
-
-
 def test_constrained_overlap_is_dice_and_multiplier_times_score_above_the_bound() -> None:
     one = ConstrainedReward(MultiObjectiveReward(), {"recall": 0.8, "precision": 0.7})
     one.multipliers["precision"] = 2.0
@@ -237,10 +225,5 @@ def test_constrained_overlap_is_dice_and_multiplier_times_score_above_the_bound(
         "recall_floor": 0.0,  # a constraint without a multiplier
         "precision_floor": pytest.approx(2.0 * (0.75 - 0.7)),
     }
-    without = overlap_credit(one, 60, 20, 40)
-    one.multipliers["recall"] = 3.0
-    gain = overlap_credit(one, 60, 20, 40) - without
-    assert (gain[1] > 0).all()
-    assert not gain[0].any()  # recall does not see a false alarm
     structure = one.structure_terms(BROKEN, TRUTH, topology(TRUTH))
     assert structure == MultiObjectiveReward().structure_terms(BROKEN, TRUTH)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vesselrl.models.checkpoint import load_sa2va
-from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
+from vesselrl.models.lora import LORA_PRESETS, attach_lora
 from vesselrl.models.sa2va import ImageFeatures
 from vesselrl.training import policy as policy_module
-from vesselrl.training.checkpoint import tensor_hash, with_values
-from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks, weights_hash
+from vesselrl.training.checkpoint import with_values
+from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks
 
 
 def generator() -> torch.Generator:
@@ -48,9 +48,9 @@ def images() -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8))
 
 
-def make_policy(tiny_checkpoint, scope=("projector", "mask_decoder")) -> MaskPolicy:
+def make_policy(tiny_checkpoint) -> MaskPolicy:
     model, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(model, scope, LORA_PRESETS["medium"].projections, 4, 8)
+    peft_model = attach_lora(model, ("projector", "mask_decoder"), LORA_PRESETS["medium"].projections, 4, 8)
     return MaskPolicy(peft_model, processor, "Segment.")
 
 
@@ -89,18 +89,6 @@ def test_a_frozen_language_model_runs_once_per_image(tiny_checkpoint, images, mo
     policy.keys_repeat = False  # with augmentation the same key has other pixels in the next epoch
     second = policy.seg_prompts(policy.prepare(images[::-1]), ["a", "b"])
     assert float((first - second).norm() / first.norm()) > 1e-3
-
-
-def test_a_trainable_language_model_is_never_cached_and_sees_the_image(tiny_checkpoint, images) -> None:
-    """The prototype's models were blind: the image tokens never reached the language model."""
-    policy = make_policy(tiny_checkpoint, SCOPES)
-    inputs = policy.prepare(images)
-    straight = policy.seg_prompts(inputs, ["a", "b"])
-    straight.sum().backward()
-    assert any(".lm." in n and p.grad is not None and p.grad.any() for n, p in policy.trainable.items())
-    swapped = policy.seg_prompts(policy.prepare(images[::-1]), ["a", "b"])
-    assert float((straight - swapped).detach().norm() / straight.detach().norm()) > 1e-3
-    assert torch.allclose(straight.flip(0), swapped, atol=1e-6)
 
 
 @torch.no_grad()
@@ -142,7 +130,7 @@ def test_a_full_disk_limit_is_said_once(tmp_path: Path, encoder: Mock, caplog) -
     store = FeatureStore(tmp_path, "model", disk_bytes=200)
     for key in range(3):  # 144 bytes each
         store.fetch(str(key), PIXELS + key, encoder)
-    assert caplog.text.count("limit") == 1
+    assert caplog.text.count("its limit") == 1
     # What lies there from another run counts as well.
     FeatureStore(tmp_path, "model 2", disk_bytes=200).fetch("a", PIXELS, encoder)
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
@@ -164,11 +152,3 @@ def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text
     assert list((tmp_path / "other").iterdir()) == []
-
-
-def test_hashes_see_values_shape_and_names() -> None:
-    assert tensor_hash(PIXELS) == tensor_hash(PIXELS.clone())
-    assert len({tensor_hash(PIXELS), tensor_hash(PIXELS + 1), tensor_hash(PIXELS.view(1, 3, 4, 1))}) == 3
-    layer = torch.nn.Linear(2, 2)
-    before = weights_hash(layer)
-    assert before == weights_hash(layer) != weights_hash(torch.nn.Linear(2, 2))

@@ -46,35 +46,42 @@ def make_update(tiny_checkpoint, reward: Reward | None = None, rate: float = 1e-
     return PPOUpdate(policy, optimizer, reward or MultiObjectiveReward(), SETTINGS.with_(**settings))
 
 
-def snapshot(update: PPOUpdate) -> dict[str, torch.Tensor]:
+def weights(update: PPOUpdate) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in update.policy.peft_model.state_dict().items()}
 
 
-def changed(before: dict[str, torch.Tensor], update: PPOUpdate) -> set[str]:
-    return {name for name, tensor in snapshot(update).items() if not torch.equal(before[name], tensor)}
+def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
 def test_a_step_changes_lora_weights_and_nothing_else_and_repeats_with_its_seed(
     tiny_checkpoint, stage
 ) -> None:
+    small, large = crossing_lines(64, 1), crossing_lines(80, 1)  # sizes in a batch may differ
+    batch = TrainBatch(["a", "b"], *(getattr(small, name) + getattr(large, name)
+                                     for name in ("images", "truths", "topologies")))  # fmt: skip
     found = []
     for _ in range(2):
-        update = make_update(tiny_checkpoint)
-        before, policy = snapshot(update), update.policy
+        update = make_update(tiny_checkpoint, rate=0.1, num_passes=3)
+        before, policy = weights(update), update.policy
         step = update.step if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS).step
-        metrics = step(crossing_lines(64))
-        names = changed(before, update)
-        assert all(".lora_" in name for name in names)
-        # Every component moves; the two hyper-networks of candidates that were not chosen have no gradient.
-        still = {n for n in policy.trainable if ".lora_B." in n} - names
-        assert all("output_hypernetworks_mlps" in name for name in still)
-        for part in (".lm.", "text_hidden_fcs", "mask_decoder", "vision_encoder"):
-            assert any(part in name for name in names), part
-        assert metrics["train/grad_norm"] > 0
-        found.append((snapshot(update), {k: v for k, v in metrics.items() if not k.startswith("time/")}))
+        metrics = step(batch)
+        found.append((weights(update), {k: v for k, v in metrics.items() if not k.startswith("time/")}))
+    names = differ(before, weights(update))
+    assert all(".lora_" in name for name in names)
+    # Every component moves; the two hyper-networks of candidates that were not chosen have no gradient.
+    still = {n for n in policy.trainable if ".lora_B." in n} - names
+    assert all("output_hypernetworks_mlps" in name for name in still)
+    for part in (".lm.", "text_hidden_fcs", "mask_decoder", "vision_encoder"):
+        assert any(part in name for name in names), part
+    assert metrics["train/grad_norm"] > 0
     assert found[0][1] == found[1][1]
-    assert changed(found[0][0], update) == set()
+    assert differ(found[0][0], found[1][0]) == set()
+    if stage == "rl":  # old log-probabilities are those of the policy that sampled; later passes move away
+        assert metrics["train/first_ratio_gap"] <= 1e-4
+        assert metrics["train/ratio_gap"] > 1e-3
+        assert metrics["train/approx_kl"] > 0
 
 
 def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
@@ -86,26 +93,12 @@ def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
             return {"topology": 0.5}
 
     update = make_update(tiny_checkpoint, Constant())
-    before = snapshot(update)
+    before = weights(update)
     for _ in range(3):
         metrics = update.step(crossing_lines(64))
-    assert changed(before, update) == set()
+    assert differ(before, weights(update)) == set()
     assert metrics["train/zero_variance_groups"] == 1.0
     assert metrics["train/grad_norm"] == 0.0
-
-
-def test_first_pass_has_ratio_one_and_no_divergence(tiny_checkpoint) -> None:
-    """Old log-probabilities are those of the policy that sampled; later passes have moved away."""
-    small, large = crossing_lines(64, 1), crossing_lines(80, 1)  # sizes in a batch may differ
-    both = TrainBatch(["a", "b"], small.images + large.images, small.truths + large.truths,
-                      small.topologies + large.topologies)  # fmt: skip
-    first = make_update(tiny_checkpoint, num_passes=1).step(both)
-    assert first["train/first_ratio_gap"] <= 1e-4
-    assert abs(first["train/kl_ref"]) <= 1e-6
-    later = make_update(tiny_checkpoint, rate=0.1, num_passes=3).step(both)
-    assert later["train/first_ratio_gap"] <= 1e-4
-    assert later["train/ratio_gap"] > 1e-3
-    assert later["train/approx_kl"] > 0
 
 
 def spoil(update: PPOUpdate, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,14 +140,6 @@ def test_a_spoilt_training_is_caught(tiny_checkpoint, kind: str, message: str, m
     spoil(update, kind, monkeypatch)
     with pytest.raises(LearningError, match=message):
         update.step(crossing_lines(64, 1 if "one" in kind else 2))
-
-
-def test_a_frozen_weight_with_a_gradient_is_caught(tiny_checkpoint) -> None:
-    policy = make_update(tiny_checkpoint).policy
-    frozen = next(p for p in policy.peft_model.parameters() if not p.requires_grad)
-    frozen.grad = torch.zeros_like(frozen)
-    with pytest.raises(LearningError, match="1 frozen weights received a gradient"):
-        policy.check_gradients()
 
 
 def toy_update(logits: torch.Tensor, reward: Reward, rate: float = 0.0, **settings) -> PPOUpdate:

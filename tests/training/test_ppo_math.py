@@ -40,18 +40,6 @@ def gradient(logits: torch.Tensor, difference: torch.Tensor, action_weight: torc
     return free.grad
 
 
-def test_gradient_of_sampled_masks_is_the_policy_gradient() -> None:
-    """At ratio 1 the gradient is REINFORCE's with advantage (a - p) (R(on) - R(off))."""
-    logits = torch.randn(5, 7, requires_grad=True)
-    masks = (torch.rand(3, 5, 7) < 0.5).float()
-    difference = torch.randn(3, 5, 7)
-    policy = Bernoulli(logits=logits)
-    surprise = masks - policy.probs.detach()
-    reinforce = (policy.log_prob(masks) * surprise * difference).mean(0).sum()
-    wanted = torch.autograd.grad(-reinforce / REWARD_SCALE, logits)[0]
-    assert torch.allclose(gradient(logits, difference, masks), wanted, atol=1e-6)
-
-
 def test_all_actions_give_the_mean_over_many_samples() -> None:
     """The gradient with p in place of the sample is that of sampled masks on average: 200,000 samples."""
     logits, difference = torch.tensor([[-2.0, -0.3, 1.2]]), torch.tensor([[[1.5, -0.7, 0.4]]])
@@ -94,14 +82,12 @@ def test_diagnostics_by_hand() -> None:
 def test_log_probabilities_kl_and_entropy_agree_with_torch_distributions(temperature: float) -> None:
     now, ref = torch.randn(2, 6, 6) * 3
     variance = torch.full((6, 6), 0.25)
-    p, q = (Bernoulli(logits=logits / temperature) for logits in (now, ref))
-    off, on = action_logprobs(now, temperature)
-    assert torch.allclose(on, p.log_prob(torch.ones(6, 6)), atol=1e-5)
-    assert torch.allclose(off, p.log_prob(torch.zeros(6, 6)), atol=1e-5)
-    kl, entropy = (
-        bernoulli_kl(now, ref, variance, temperature),
-        ppo_math.bernoulli_entropy(now, variance, temperature),
-    )
+    # In 64 bits, because torch's own KL may be infinite in 32.
+    p, q = (Bernoulli(logits=logits.double() / temperature) for logits in (now, ref))
+    wanted = torch.stack([p.log_prob(torch.full((6, 6), action).double()) for action in (0.0, 1.0)])
+    assert torch.allclose(action_logprobs(now, temperature).double(), wanted, atol=1e-5)
+    kl = bernoulli_kl(now, ref, variance, temperature)
+    entropy = ppo_math.bernoulli_entropy(now, variance, temperature)
     assert float(kl) == pytest.approx(float(kl_divergence(p, q).sum() / 10), rel=1e-4)
     assert float(entropy) == pytest.approx(float(p.entropy().sum() / 10), rel=1e-4)
     kl = bernoulli_kl(now.requires_grad_(), now.detach(), variance, temperature)

@@ -16,7 +16,7 @@ from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
-from vesselrl.training.setup import RunData, prepare_data, staged_warm_cosine, warm_cosine
+from vesselrl.training.setup import RunData, prepare_data
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
@@ -56,14 +56,6 @@ def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(
     assert list(data.test_caveats) == [Caveat.NEAR_DUPLICATES]
 
 
-def test_several_errors_are_counted(angiograms: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(angiograms, tmp_path / "data")
-    for file in sorted((data / "images").iterdir())[:2]:
-        file.write_bytes(file.read_bytes()[:-2000])
-    with pytest.raises(DataError, match=r"the file is damaged.*first of 2 errors; `vesselrl data check"):
-        prepared(tmp_path / "run", data)
-
-
 def test_a_given_split_is_used_as_it_is(angiograms: Path, tmp_path: Path) -> None:
     samples = find_samples(angiograms)
     subsets = (samples[:6], samples[6:10], samples[10:14])  # two images of each patient
@@ -73,16 +65,12 @@ def test_a_given_split_is_used_as_it_is(angiograms: Path, tmp_path: Path) -> Non
     assert keys_of(data) == [{sample.key for sample in subset} for subset in subsets]
 
 
-@pytest.fixture
-def dataset(angiograms: Path) -> VesselDataset:
-    return VesselDataset(find_samples(angiograms)[:10])
-
-
 def keys(source: BatchSource, epoch: int, skip: int = 0) -> list[str]:
     return [key for batch in source.epoch(epoch, skip) for key in batch.keys]
 
 
-def test_every_pass_has_an_order_of_its_own_and_can_be_entered_anywhere(dataset: VesselDataset) -> None:
+def test_every_pass_has_an_order_of_its_own_and_can_be_entered_anywhere(angiograms: Path) -> None:
+    dataset = VesselDataset(find_samples(angiograms)[:10])
     source = BatchSource(dataset, 3, 1, num_epochs=2, num_passes=lambda epoch: 3 if epoch == 1 else 1)
     first, second = keys(source, 1), keys(source, 2)
     assert source.num_steps == 3 * 4 + 4
@@ -98,17 +86,6 @@ def test_every_pass_has_an_order_of_its_own_and_can_be_entered_anywhere(dataset:
     assert all(keys(source, 1, skip) == first[sum(sizes[:skip]) :] for skip in range(13))
 
 
-def test_easy_images_come_first_and_all_are_open_in_the_second_half(dataset: VesselDataset) -> None:
-    difficulties = [index / 9 for index in range(10)]
-    source = BatchSource(dataset, 2, seed=1, num_epochs=4, difficulties=difficulties)
-    seen = [set(keys(source, epoch)) for epoch in (1, 2, 3, 4)]
-    order = [sample.key for sample in dataset.samples]
-    assert seen[0] == set(order[: len(seen[0])])  # the easiest ones, and only they
-    assert 0 < len(seen[0]) < len(seen[1]) < 10
-    assert len(seen[2]) == len(seen[3]) == 10
-    assert source.num_steps == sum(len(list(source.epoch(epoch))) for epoch in (1, 2, 3, 4))
-
-
 def test_augmentation_changes_image_truth_and_topology_anew_in_every_pass(angiograms: Path) -> None:
     dataset = VesselDataset(find_samples(angiograms)[:4], augmentation=get_augmentation("strong"), seed=3)
     source = BatchSource(dataset, 4, seed=3, num_passes=lambda epoch: 2)
@@ -119,14 +96,3 @@ def test_augmentation_changes_image_truth_and_topology_anew_in_every_pass(angiog
     assert any(not np.array_equal(truth, later[key]) for key, truth in zip(one.keys, one.truths, strict=True))
     again = next(source.epoch(1))
     assert all(np.array_equal(a, b) for a, b in zip(one.images, again.images, strict=True))
-
-
-def test_warm_up_then_half_a_cosine_to_zero_in_each_stage() -> None:
-    # 10 steps of warm-up; step 55 is half way through the other 90.
-    assert [warm_cosine(step, 100, 0.1) for step in (0, 9, 10, 55)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
-    assert [warm_cosine(step, 10, 0.0) for step in (10, 11, 50)] == pytest.approx([0.0] * 3)
-    assert warm_cosine(0, 1, 0.05) == 1.0
-    stages = [(10, 2.0), (100, 0.1)]  # a peak of 2, then of 0.1
-    rates = [staged_warm_cosine(step, stages, 0.1) for step in (0, 1, 10, 19, 20, 65, 110, 200)]
-    assert rates == pytest.approx([2.0, 2.0, 0.01, 0.1, 0.1, 0.05, 0.0, 0.0])
-    assert staged_warm_cosine(9, stages, 0.1) < 0.1  # the first stage has all but ended
