@@ -30,17 +30,7 @@ def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path:
     assert list(runs[0].path.iterdir()) == []
 
 
-@pytest.mark.parametrize("below", [".", "a/b"])
-def test_a_file_in_place_of_the_output_folder_or_no_permission(
-    tmp_path: Path, below: str, monkeypatch
-) -> None:
-    file = tmp_path / "output"
-    file.write_text("kept")
-    with pytest.raises(RunError, match=r"give another --output_dir"):
-        RunFolder.create(file / below)
-    with pytest.raises(RunError, match=r"output is a file\. Give another --output_dir"):
-        check_writable(file / below)
-    assert file.read_text() == "kept"
+def test_a_place_without_permission(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match=f"no permission in {tmp_path}"):
         check_writable(tmp_path / "new")

@@ -1,7 +1,6 @@
 """The baselines: images and order of a run, a filter set on training masks alone, losses by hand."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from tests.training.runs import train_debug
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
-from vesselrl.errors import LearningError
 from vesselrl.experiment.config import get_preset
 from vesselrl.scoring.overlap import dice
 from vesselrl.training import train as training
@@ -92,27 +90,6 @@ def test_the_unet_takes_images_of_any_size(size: tuple[int, int]) -> None:
         with torch.no_grad():
             logits = model.net(((grey - grey.mean()) / grey.std())[None, None])[0, 0]
         assert np.allclose(prediction.logits, logits.numpy(), atol=1e-5)
-
-
-def test_order_and_passes_are_those_of_the_model(
-    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple] = []
-
-    def recorded(self: SupervisedUpdate, batch: TrainBatch) -> dict[str, float]:
-        seen.append((tuple(batch.keys), [image.tobytes() for image in batch.images]))
-        return {}
-
-    monkeypatch.setattr(SupervisedUpdate, "step", recorded)
-    settings = {"num_epochs": 2, "batch_size": 6, "num_passes": 3, "augment": "light", "val_freq": 100}
-    settings |= {"model_path": tiny_checkpoint, "data_root": angiograms, "max_train_samples": None}
-    for changes in ({"stage": "sft"}, {"control": "unet"}):
-        with pytest.raises(LearningError):  # no step was taken
-            train_debug(tmp_path, **settings, **changes)
-    num_steps = 2 * 3 * -(-16 // 6)
-    assert seen[:num_steps] == seen[num_steps:]
-    shown = Counter(key for keys, _ in seen for key in keys)
-    assert sorted(shown.values()) == [2 * 2 * 3] * 16  # runs x epochs x passes, as often as PPO looks at each
 
 
 def test_the_filter_is_set_on_training_masks_alone(control_runs: dict[str, Path], angiograms: Path) -> None:

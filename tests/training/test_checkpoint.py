@@ -151,6 +151,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("no state in it", "cannot be read"),
         ("of another version", "its version is 1"),
         ("not there", "first validation"),
+        ("finished", "has finished"),
         # Adapters begin with other random values, and there are fewer images.
         ("changed", "^The run cannot be resumed.*: training images, values of the adapters"),
     ],
@@ -173,6 +174,8 @@ def test_what_cannot_be_resumed_is_said_and_left_alone(
         (cut / "config.json").write_text(json.dumps(config))
     else:
         file.unlink()
+    if broken == "finished":
+        (cut / "training_info.json").write_text("{}")
     before = contents(cut)
     with pytest.raises(RunError, match=message) as error:
         training.resume(cut, [])
@@ -180,13 +183,9 @@ def test_what_cannot_be_resumed_is_said_and_left_alone(
     assert contents(cut) == before
 
 
-def test_a_state_comes_back_as_it_was_and_stays_until_a_new_one_is_complete(
-    tmp_path: Path, monkeypatch
-) -> None:
-    weight = torch.randn(3, 2)
-    plain = {"big": 2**100, "none": None, "text": "a", "nan": float("nan"), "tenth": 0.1}
-    tensors = {"column": weight[:, 0], "count": torch.tensor(7.0), "bits": torch.arange(5, dtype=torch.uint8)}
-    write_state(tmp_path, {"twice": [weight, {"inside": weight}], "plain": plain} | tensors)
+def test_a_state_stays_until_a_new_one_is_complete(tmp_path: Path, monkeypatch) -> None:
+    state = {"count": torch.tensor(7.0), "big": 2**100, "nan": float("nan"), "none": None}
+    write_state(tmp_path, state)
 
     def full_disk(tensors: dict, path: Path, metadata: dict) -> None:
         path.write_bytes(b"half of it")
@@ -196,21 +195,11 @@ def test_a_state_comes_back_as_it_was_and_stays_until_a_new_one_is_complete(
     with pytest.raises(RunError, match=r"No space left .* Make room, then go on with --resume_from"):
         write_state(tmp_path, {"count": torch.tensor(8.0)})
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
-    again = read_state(tmp_path)
-    assert torch.equal(again["twice"][0], weight)
-    assert again["twice"][1]["inside"] is again["twice"][0]
-    for name, tensor in tensors.items():
-        assert torch.equal(again[name], tensor)
-        assert again[name].dtype == tensor.dtype
-    assert str(again["plain"]) == str(plain)
+    assert str(read_state(tmp_path)) == str(state)
 
 
-@drawing(is_real=False)
-def test_the_command_line_resumes(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_takes_no_other_settings(cut: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(cut)
     assert cli.main(["train", "--resume_from", str(cut), "--num_epochs", "9"]) == 2
     assert "num_epochs" in capsys.readouterr().err
-    assert (cut / STATE_FILE).exists()
-    assert cli.main(["train", f"--resume_from={cut}"]) == 0
-    assert (cut / "report.html").exists()
-    assert cli.main(["train", "--resume_from", str(cut)]) == 1
-    assert "has finished" in capsys.readouterr().err
+    assert contents(cut) == before

@@ -1,5 +1,6 @@
 """Data of a run, its caveats, its batches in the same order for every stage, and the learning rate."""
 
+import json
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -38,7 +39,10 @@ def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Pa
     alone = shutil.copytree(finished_run / "best_lora", tmp_path / "alone")
     data = prepared(tmp_path, angiograms, init_lora=str(alone), split_seed=7)
     assert list(data.test_caveats) == [Caveat.UNKNOWN_START]
-    assert not prepared(tmp_path, angiograms, init_lora=str(finished_run), split_seed=7).test_caveats
+    data = prepared(tmp_path, angiograms, init_lora=str(finished_run), split_seed=7)
+    samples = json.loads((finished_run / "data_split.json").read_text())["samples"]
+    assert keys_of(data) == [set(samples[name]) for name in ("train", "val", "test")]
+    assert not data.test_caveats
     for option in ({"fold": "2/5"}, {"split_unit": "frame"}):
         with pytest.raises(DataError, match="goes on with that run's split"):
             prepared(tmp_path, angiograms, init_lora=str(finished_run), **option)

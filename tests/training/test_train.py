@@ -1,6 +1,5 @@
 """The whole training on a random miniature: the files of a run, that it repeats, and its stages."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from tests.training.runs import metrics_of, same_weights, train_debug
 from vesselrl.data.dataset import TrainBatch
-from vesselrl.evaluation.results import read_evaluation
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.train import TrainResult
 
@@ -26,10 +24,6 @@ def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="module")
 def result(run: Run) -> TrainResult:
     return run()
-
-
-def split_of(result: TrainResult) -> dict[str, list[str]]:
-    return json.loads((result.folder / "data_split.json").read_text())["samples"]
 
 
 def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(
@@ -96,24 +90,3 @@ def test_multipliers_follow_the_validation_before_ppo_and_each_one_since(two_sta
     # Two steps of PPO with a validation between: one multiplier rises up to its limit, the other stays.
     assert 0 < seen[0][0] < seen[1][0] == 20
     assert seen[0][1] == seen[1][1] == 0
-
-
-def test_a_start_keeps_its_split_and_ones_own_reward_can_be_seen_to_move(
-    result: TrainResult, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The function's values, in every validation, in the rows and in the tables; also at weight 0."""
-    code = "def half(pred, gt):\n    return 0.5 * float(pred[:, : pred.shape[1] // 2].mean())\n"
-    (tmp_path / "own_terms.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    own = {"reward_fn": "own_terms:half", "reward_fn_weight": 0.0}
-    done = run(init_lora=result.folder / "final_lora", seed=9, **own)
-    assert split_of(done) == split_of(result)
-    lines = metrics_of(done.folder)
-    # KL is measured to the adapter that the run started from, not to the bare base model.
-    first = next(line for line in lines if "train/first_ratio_gap" in line)
-    assert first["train/first_ratio_gap"] <= 1e-4
-    rows = read_evaluation(done.folder / "val_before.json").rows
-    assert all(0 < row["custom_score"] <= 0.5 for row in rows)
-    assert len([line for line in lines if "val/custom_score" in line]) >= 2
-    assert {table[-1]["metric"] for table in (done.validation, done.test)} == {"custom_score"}
-    assert "custom_score" not in result.info["initial_metrics"]
