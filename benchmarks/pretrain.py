@@ -1,5 +1,6 @@
 """Rebuilds the embedded miniature and its model card: supervised training on the synthetic source domain."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from benchmarks import run
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.evaluation.words import with_interval
-from vesselrl.experiment.run_folder import file_sha256, git_commit, write_text
+from vesselrl.experiment.run_folder import git_commit, write_text
 from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import EMBEDDED, load_tokenizer
 from vesselrl.models.config import read_config
@@ -67,7 +68,8 @@ def pretrain(output_model: str, num_steps: int = 500, seed: int = 0) -> int:
             logger.info("pretrain step %d/%d loss %.4f", step, num_steps, float(loss.detach()))
     write_miniature(folder, model.eval())
     labels = {"num_steps": num_steps, "seed": seed, "commit": git_commit(), "metrics": " | ".join(METRICS)}
-    labels |= {"sha256": file_sha256(folder / "model.safetensors"), "num_patients": len(UNSEEN_PATIENTS)}
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    labels |= {"sha256": digest, "num_patients": len(UNSEEN_PATIENTS)}
     card, predictor = CARD.format_map(labels), Predictor.from_pretrained(folder, device="cpu")
     for domain in (SOURCE, TARGET):
         found = score_domain(predictor, domain).summary["metrics"]

@@ -18,16 +18,7 @@ _HOME = {
     "load_sa2va": "vesselrl.models.checkpoint",
 }
 
-__all__ = [
-    "MultiObjectiveReward",
-    "PostProcessing",
-    "Predictor",
-    "RecallFocusedReward",
-    "SimpleDiceReward",
-    "__version__",
-    "get_reward_function",
-    "load_sa2va",
-]
+__all__ = sorted(["__version__", *_HOME])
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,6 @@
 """The command line: `vesselrl VERB [options]`.
 
-Parsing and printing only; every verb calls one function below it. Nothing heavy is imported before a verb
-needs it, so that `--help` is instant.
+Parsing and printing only; nothing heavy is imported before a verb needs it, so that `--help` is instant.
 """
 
 import inspect
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from vesselrl.training.train import TrainResult
 
 T = TypeVar("T")
+USAGE = "VERB [options]   (vesselrl VERB --help lists them)"
+Verb = Callable[[list[str]], int]
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
 OUT_OF_MEMORY = (
     "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
@@ -42,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or nothing comparable."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
+        print(usage(USAGE, VERBS))
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        print(f"Unknown verb {verb!r}.\n{usage()}", file=sys.stderr)
+        known = usage("VERB [options]   (vesselrl VERB --help lists them)", VERBS)
+        print(f"Unknown verb {verb!r}.\n{known}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "matplotlib", "PIL", "numba"):
@@ -65,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
 
 
-def usage() -> str:
-    """The verbs, one line each."""
-    lines = [f"  {name:9} {run.__doc__.splitlines()[0]}" for name, run in VERBS.items()]
-    return "usage: vesselrl VERB [options]   (vesselrl VERB --help lists them)\n\n" + "\n".join(lines)
+def usage(form: str, verbs: dict[str, Verb]) -> str:
+    """How to call the command, and its verbs or the parts of a verb, one line each."""
+    lines = [f"  {name:9} {run.__doc__.splitlines()[0]}" for name, run in verbs.items()]
+    return f"usage: vesselrl {form}\n\n" + "\n".join(lines)
 
 
 def run_train(rest: list[str]) -> int:
@@ -113,14 +114,10 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
-    settings = run_settings(find_run(args.lora_weights))
-    predictor = Predictor.from_pretrained(
-        args.base_model,
-        args.lora_weights,
-        use_bf16=args.use_bf16,
-        prompt=args.prompt or settings.get("prompt", DEFAULT_PROMPT),
-        post=post_processing(settings, args.threshold, args.min_component_px, args.close_gaps),
-    )
+    settings, weights = run_settings(find_run(args.lora_weights)), (args.base_model, args.lora_weights)
+    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
+    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
+    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
     with bar("predicting") as progress:
         rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))
     console.print(f"{len(rows)} images written to {args.output_dir}")
@@ -133,9 +130,8 @@ def run_merge(rest: list[str]) -> int:
     from vesselrl.inference.merge import merge
 
     done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
-    console.print(
-        f"{done['output']}: predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
-    )
+    same = f"predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
+    console.print(f"{done['output']}: {same}")
     return 0
 
 
@@ -156,7 +152,13 @@ def run_compare(rest: list[str]) -> int:
 
 def run_data(rest: list[str]) -> int:
     """Check a data set, show it, or draw a synthetic one: data check, data show, data draw."""
-    return run_part("data", {"check": check_data_set, "show": show_data_set, "draw": draw_data_set}, rest)
+    parts = {"check": check_data_set, "show": show_data_set, "draw": draw_data_set}
+    name = rest[0] if rest else ""
+    if name in parts:
+        return parts[name](rest[1:])
+    asked = name in ("-h", "--help")
+    print(usage("data PART [options]", parts), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
 
 
 def check_data_set(rest: list[str]) -> int:
@@ -165,9 +167,8 @@ def check_data_set(rest: list[str]) -> int:
     from vesselrl.data.check import check_data, render
     from vesselrl.data.repair import repair_data
 
-    names = (args.patient_pattern, args.patient_aliases)
-    look = partial(repair_data, args.data_root, args.fix) if args.fix else partial(check_data, args.data_root)
-    report = look(*names)
+    look, roots = (repair_data, [args.data_root, args.fix]) if args.fix else (check_data, [args.data_root])
+    report = look(*roots, args.patient_pattern, args.patient_aliases)
     print(report.to_json() if args.json else render(report))
     return report.exit_code
 
@@ -189,9 +190,7 @@ def draw_data_set(rest: list[str]) -> int:
     args = parse(options.DataDraw, rest, "data draw")
     from vesselrl.synthetic.dataset import SOURCE, TARGET, write_dataset
 
-    domain = {"source": SOURCE, "target": TARGET}[args.domain]
-    root = write_dataset(Path(args.root), domain, args.num_patients, args.num_sequences, args.num_frames,
-                         args.size, args.seed, args.layout)  # fmt: skip
+    root = write_dataset(**vars(args) | {"domain": {"source": SOURCE, "target": TARGET}[args.domain]})
     console.print(f"{args.num_patients * args.num_sequences * args.num_frames} images in {root}")
     return 0
 
@@ -206,7 +205,7 @@ def run_doctor(rest: list[str]) -> int:
     return int(any(check.status == "problem" for check in checks))
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
+VERBS: dict[str, Verb] = {
     "doctor": run_doctor,
     "data": run_data,
     "train": run_train,
@@ -217,20 +216,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def run_part(verb: str, parts: dict[str, Callable[[list[str]], int]], arguments: list[str]) -> int:
-    """Runs the part of a verb that the first argument names; without a known one it lists them and fails."""
-    name = arguments[0] if arguments else ""
-    if name in parts:
-        return parts[name](arguments[1:])
-    asked = name in ("-h", "--help")
-    lines = [f"  {part:9} {run.__doc__.splitlines()[0]}" for part, run in parts.items()]
-    text = f"usage: vesselrl {verb} PART [options]\n\n" + "\n".join(lines)
-    print(text, file=sys.stdout if asked else sys.stderr)
-    return 0 if asked else 2
-
-
 def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
-    """Options to one of the dataclasses above; the prototype's underscore names and hyphens both work."""
+    """Options to one of the dataclasses; the prototype's underscore names and hyphens both work."""
     given = {} if default is None else {"default": default}
     about = inspect.getdoc(run_train if kind is TrainConfig else kind)
     return tyro.cli(
@@ -239,20 +226,14 @@ def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = No
 
 
 def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --preset and the other arguments.
-
-    Raises:
-        ValueError: --preset without a value, or an unknown one.
-    """
+    """The value of --preset and the other arguments; no value, or an unknown one, is a ValueError."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name != "--preset":
-            continue
-        used = 1 if equals else 2
-        value = value if equals else next(iter(arguments[index + 1 : index + 2]), "")
-        if value not in PRESETS:
-            raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
-        return value, arguments[:index] + arguments[index + used :]
+        if name == "--preset":
+            value, used = (value, 1) if equals else (next(iter(arguments[index + 1 :]), ""), 2)
+            if value not in PRESETS:
+                raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
+            return value, arguments[:index] + arguments[index + used :]
     return None, arguments
 
 
@@ -275,11 +256,9 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     console.print(table)
     for caveat in result.evaluation.caveats.values():
         console.print(f"[bold]{caveat}[/bold]")
-    summary = result.evaluation.summary
-    console.print(
-        f"{summary['n_images']} images of {summary['n_patients']} patients, {summary['n_failed']} failed; "
-        f"{', '.join(str(path) for _, path in columns.values())}"
-    )
+    counts, paths = result.evaluation.summary, ", ".join(str(path) for _, path in columns.values())
+    found = "{n_images} images of {n_patients} patients, {n_failed} failed".format(**counts)
+    console.print(f"{found}; {paths}")
     console.print(f"Report: {result.report_path}")
 
 
@@ -290,11 +269,10 @@ def print_result(result: "TrainResult") -> None:
     for title, rows in (("validation", result.validation), ("test", result.test)):
         if not rows:
             continue
-        table = Table(
-            "metric", "before", "after", "difference", "95 % interval", "", title=f"{title}: patient means"
-        )
+        columns = ("metric", "before", "after", "difference", "95 % interval", "")
+        table = Table(*columns, title=f"{title}: patient means")
         for row in rows:
-            interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if not row["reason"] else row["reason"]
+            interval = row["reason"] or f"{row['low']:+.4f} to {row['high']:+.4f}"
             values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
             table.add_row(row["metric"], *values, interval, row["verdict"])
         console.print(table)

@@ -1,7 +1,6 @@
-"""Looks at machine, packages, model folder and data before a long run, and says what to do about problems.
+"""Looks at machine, packages, model folder and data before a long run, and changes nothing.
 
-Nothing here changes anything. torch, transformers and the data reader are imported only inside the check that
-needs them, so that a broken installation is reported instead of crashing the report.
+Heavy packages are imported inside the checks, so that a broken installation is reported and ends nothing.
 """
 
 import json
@@ -57,13 +56,10 @@ def diagnose(
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    checks = [Check("python", "ok", python), check_packages(), *check_processor()]
-    checks.append(check_disk(Path(output_dir)))
-    if model_path is not None:
-        checks += check_model(Path(model_path))
-    if data_root is not None:
-        checks.append(check_data(Path(data_root)))
-    return checks
+    checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
+    checks += [] if model_path is None else check_model(Path(model_path))
+    checks += [] if data_root is None else [check_data(Path(data_root))]
+    return [Check("python", "ok", python), *checks]
 
 
 def format_report(checks: list[Check]) -> str:
@@ -72,10 +68,8 @@ def format_report(checks: list[Check]) -> str:
     >>> print(format_report([Check("disk", "problem", "0.2 GB free in output", "Free some space.")]))
     problem  disk       0.2 GB free in output -> Free some space.
     """
-    return "\n".join(
-        f"{check.status:8} {check.name:10} {check.detail}" + (f" -> {check.todo}" if check.todo else "")
-        for check in checks
-    )
+    lines = (f"{c.status:8} {c.name:10} {c.detail}" + f" -> {c.todo}" * bool(c.todo) for c in checks)
+    return "\n".join(lines)
 
 
 def check_packages(pins: dict[str, str] | None = None) -> Check:
@@ -147,8 +141,8 @@ def check_disk(output_dir: Path) -> Check:
 def check_model(folder: Path) -> list[Check]:
     """Whether a checkpoint folder is complete: weights, config.json and tokenizer. No tensor is loaded."""
     if not folder.is_dir():
-        todo = "Give --model_path a Sa2VA checkpoint folder."
-        return [Check("model", "problem", f"{folder} does not exist", todo)]
+        advice = "Give --model_path a Sa2VA checkpoint folder."
+        return [Check("model", "problem", f"{folder} does not exist", advice)]
     weights, shapes = check_weights(folder)
     return [weights, check_config(folder, shapes), check_tokenizer(folder)]
 
@@ -159,21 +153,17 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
         listed = _read_object(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
     except (ValueError, OSError) as error:
         return Check("weights", "problem", f"{INDEX} cannot be read: {error}", COPY), {}
-    files = sorted(set(listed.values()) or {path.name for path in folder.glob("model*.safetensors")})
-    if not files:
+    if not (files := sorted(set(listed.values()) or {f.name for f in folder.glob("model*.safetensors")})):
         todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
         return Check("weights", "problem", f"{folder} holds no model*.safetensors", todo), {}
-
-    shapes: Shapes = {}
-    faults = []
+    shapes, faults = {}, []
     for name in files:
         try:
             found = _read_shapes(folder / name)
         except (ValueError, OSError) as error:
             faults.append(str(error))
             continue
-        lost = [tensor for tensor, file in listed.items() if file == name and tensor not in found]
-        if lost:
+        if lost := [tensor for tensor, file in listed.items() if file == name and tensor not in found]:
             faults.append(f"{name} lacks {len(lost)} tensors of the index, first {lost[0]}")
         shapes |= found
     if faults:
@@ -188,11 +178,9 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
     if not (folder / "config.json").is_file():
         fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
         known = f" The tensor shapes say: {fields}." if fields else ""
-        todo = (
-            "Take config.json from the model this one was trained from, or write it from these values; "
-            "heads, rope_theta and epsilon leave no trace in shapes."
-        )
-        return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
+        todo = "Take config.json from the model this one was trained from, or write it from these values"
+        limit = "heads, rope_theta and epsilon leave no trace in shapes."
+        return Check("config", "problem", f"no config.json in {folder}.{known}", f"{todo}; {limit}")
     try:
         from vesselrl.models.config import read_config
     except ImportError as error:
@@ -201,20 +189,13 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
         config = read_config(folder)
     except CheckpointError as error:
         return Check("config", "problem", str(error), "Copy config.json from the source again.")
-    values = {
-        f"{prefix}.{name}": part[name]
-        for prefix, part in (("vision_config", config.vision), ("llm_config", config.llm))
-        for name in ("num_hidden_layers", "hidden_size", "vocab_size")
-        if name in part
-    }
-    wrong = [
-        f"{name} is {values[name]}, the tensors say {seen}"
-        for name, seen in infer_config(shapes).items()
-        if values.get(name, seen) != seen
-    ]
-    if wrong:
-        todo = "This config.json belongs to another model; replace it."
-        return Check("config", "problem", "; ".join(wrong), todo)
+    parts, names = ("vision", "llm"), ("num_hidden_layers", "hidden_size", "vocab_size")
+    stated = {f"{part}_config.{name}": getattr(config, part).get(name) for part in parts for name in names}
+    values = {name: value for name, value in stated.items() if value is not None}
+    found = {name: seen for name, seen in infer_config(shapes).items() if values.get(name, seen) != seen}
+    if found:
+        wrong = "; ".join(f"{name} is {values[name]}, the tensors say {seen}" for name, seen in found.items())
+        return Check("config", "problem", wrong, "This config.json belongs to another model; replace it.")
     return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
@@ -226,8 +207,7 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
     """
     found = {field: shapes[name][axis] for field, (name, axis) in SHAPED.items() if name in shapes}
     for field, prefix in LAYERED.items():
-        layers = {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}
-        if layers:
+        if layers := {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}:
             found[field] = len(layers)
     return found
 
@@ -235,21 +215,18 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
 def check_tokenizer(folder: Path) -> Check:
     """Whether the tokenizer's files are there and know Sa2VA's own tokens."""
     copy = "Copy the tokenizer files from the source of the model."
-    missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in TOKENIZER_FILES if not (folder / name).is_file()]:
         return Check("tokenizer", "problem", f"{folder} lacks {', '.join(missing)}", copy)
-    known = set()
+    added = folder / "added_tokens.json"
     try:
-        if (folder / "added_tokens.json").is_file():
-            known |= set(_read_object(folder / "added_tokens.json"))
+        known = set(_read_object(added)) if added.is_file() else set()
         decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
         known |= {token["content"] for token in decoder.values()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
-    absent = [token for token in SPECIAL_TOKENS if token not in known]
-    if absent:
-        detail = f"does not know {', '.join(absent)}"
-        return Check("tokenizer", "problem", detail, f"This is no Sa2VA's. {copy}")
+    if absent := [token for token in SPECIAL_TOKENS if token not in known]:
+        todo = f"This is no Sa2VA's. {copy}"
+        return Check("tokenizer", "problem", f"does not know {', '.join(absent)}", todo)
     return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")
 
 

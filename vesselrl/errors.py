@@ -2,12 +2,9 @@
 
 
 class DataError(ValueError):
-    """A fault in the data: one line that says what is wrong, what was found and what to do.
+    """A fault in the data, with its `code`, a word of `vesselrl.data.records.CODES`.
 
     Messages name an image by its pseudonym or its place in a list, because file names carry patient names.
-
-    Attributes:
-        code: the kind of fault, one word of `vesselrl.data.records.CODES`.
     """
 
     def __init__(self, message: str, code: str = "unusable"):

@@ -1,7 +1,6 @@
 """Starts the command line, with the Python of .venv where the calling one lacks what vesselrl needs.
 
-`python train_lora_ppo.py` is often typed with the system's Python. This file therefore has to load in any
-Python 3 and with nothing installed.
+`python train_lora_ppo.py` is often typed with the system's: this has to load in a Python 3 with nothing else.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def test_p_values_are_adjusted_for_the_number_of_runs(made):
     # Proven alone, not when it is one of four tries.
     lone = [base + gain for base, gain in zip(BASE, [0.05, 0.06, 0.01, 0.012, 0.06], strict=True)]
     alone = compare_runs([Run("a", made(lone), made(BASE))])
-    p = alone.gains["a"][0]["p"]
+    p = alone.gains["a"]["dice"]["p"]
     assert (alone.deploy, alone.lines[0]["dice_gain_p_adjusted"]) == ("a", p)
     others = [Run(name, made(LUCKY), made(BASE)) for name in "bcd"]
     many = compare_runs([Run("a", made(lone), made(BASE)), *others])
@@ -194,7 +194,7 @@ def test_the_metric_that_ranks(made):
     assert mixed.rank_by == "dice"
     assert "reward" not in mixed.metrics
     gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
-    assert [line["metric"] for line in gains] == ["dice", "beta0_error", "length_ratio"]
+    assert list(gains) == ["dice", "beta0_error", "length_ratio"]
     for runs, rank_by, message in (
         ([one, other], "reward", "different rewards"),
         ([one, two], "length_ratio", "neither more nor less is better"),

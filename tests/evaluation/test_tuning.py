@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from vesselrl.evaluation.tuning import (
     PostProcessingGrid,
     PredictedImage,
     ThresholdCurve,
+    Tuning,
     calibration,
     count_pixels,
     counts_by_threshold,
@@ -192,5 +194,6 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
     equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
     assert equal.best()[0].min_component_px == 10
-    stored = json.loads(json.dumps(closed.to_json()))["candidates"]
+    tuning = Tuning(PostProcessing(), SimpleNamespace(n_images=3), closed)
+    stored = json.loads(json.dumps(tuning.grid_json()))["candidates"]
     assert {PostProcessing(*post): reward for *post, reward in stored} == closed.rewards

@@ -1,4 +1,4 @@
-"""Settings: flat names for groups, defaults of the prototype, refusals that name the option, stages."""
+"""Settings: flat names for groups, refusals that name the option, stages and rates."""
 
 import dataclasses
 import json

@@ -1,6 +1,5 @@
 """Run folders: unique, complete or absent, readable by any JSON reader, and where a result comes from."""
 
-import hashlib
 import json
 import math
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import run_folder
-from vesselrl.experiment.run_folder import RunFolder, check_writable, file_sha256, git_commit
+from vesselrl.experiment.run_folder import RunFolder, check_writable, git_commit
 
 
 @pytest.fixture
@@ -30,7 +29,10 @@ def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path:
     assert list(runs[0].path.iterdir()) == []
 
 
-def test_a_place_without_permission(tmp_path: Path, monkeypatch) -> None:
+def test_a_file_in_the_way_and_a_place_without_permission(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "output").write_text("kept")
+    with pytest.raises(RunError, match=r"output is a file\. Give another --output_dir"):
+        check_writable(tmp_path / "output" / "below")
     monkeypatch.setattr(run_folder.os, "access", lambda path, mode: False)
     with pytest.raises(RunError, match=f"no permission in {tmp_path}"):
         check_writable(tmp_path / "new")
@@ -58,12 +60,6 @@ def test_json_is_strict_and_whole_and_metrics_are_one_line_each(run: RunFolder) 
     assert (run.path / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "train/loss": 0.5}', '{"step": 2, "train/loss": null}'
     ]  # fmt: skip
-
-
-def test_file_sha256_reads_beyond_the_first_block(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 8193  # a little over 2 MiB
-    (tmp_path / "file").write_bytes(content)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_git_commit_says_whether_files_were_changed(tmp_path: Path, monkeypatch) -> None:

@@ -2,16 +2,20 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from tests.golden.workbench import drawing
+from tests.golden.workbench import draw_nothing
 from vesselrl.experiment.config import get_preset
 from vesselrl.training import train as training
 
+no_charts = mock.patch.object(Figure, "savefig", draw_nothing)  # charts cost seconds
 
-@drawing(is_real=False)
+
+@no_charts
 def train_debug(output: Path, **changes: object) -> training.TrainResult:
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
     return training.train(get_preset("debug", output_dir=str(output), **changes), ["vesselrl", "train"])

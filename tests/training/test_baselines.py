@@ -1,4 +1,4 @@
-"""The baselines: images and order of a run, a filter set on training masks alone, losses by hand."""
+"""The baselines: a U-Net that learns, a filter set on training masks alone, losses by hand."""
 
 import json
 from pathlib import Path
@@ -122,9 +122,7 @@ def test_the_filter_is_the_best_of_its_grid_on_the_training_images(angiograms: P
     assert dice(Frangi((2,)).predict(255 - image).mask, TRUTH) < 0.3
 
 
-def test_validation_does_not_choose_between_start_and_filter(
-    angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_does_not_choose_between_start_and_filter(angiograms, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(training, "best_frangi", lambda samples, progress: ((3,), 1e6))  # finds nothing
     done = train_debug(tmp_path, data_root=angiograms, control="frangi")
     for which in ("best", "final"):

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -105,9 +104,7 @@ SYMPTOMS = [
 
 
 @pytest.mark.parametrize(("code", "history", "words", "option"), SYMPTOMS)
-def test_a_symptom_is_reported_once_in_words_with_an_option_that_exists(
-    code: str, history: Any, words: str, option: str
-) -> None:
+def test_a_symptom_is_reported_once_with_options_that_exist(code, history, words, option) -> None:
     if callable(history):
         (issue,) = diagnose(history)
     else:
@@ -278,9 +275,7 @@ LONG = [pytest.mark.long, pytest.mark.timeout(7200)]  # run it with -m long
         pytest.param(2500, {"learning_rate": RATE, "model_path": None}, marks=LONG, id="embedded"),
     ],
 )
-def test_a_rate_that_is_far_too_high_is_corrected_or_stopped(
-    tmp_path, monkeypatch, steps: int, settings: dict
-) -> None:
+def test_a_rate_far_too_high_is_corrected_or_stopped(tmp_path, monkeypatch, steps, settings) -> None:
     """The first steps at a rate of 100 ruin any adapter; what is written is still numbers."""
     with contextlib.suppress(LearningError):  # it may come through slowed down, or stop
         sanity_run(tmp_path, monkeypatch, steps, **settings)

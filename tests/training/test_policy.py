@@ -117,9 +117,7 @@ def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path, 
     assert encoder.call_count == 1 + 2 + 2
 
 
-def test_a_limit_a_damaged_file_or_a_full_disk_is_said_and_no_end(
-    tmp_path: Path, encoder: Mock, monkeypatch, caplog
-) -> None:
+def test_a_limit_a_damaged_file_and_a_full_disk_are_said(tmp_path, encoder, monkeypatch, caplog) -> None:
     store = FeatureStore(tmp_path, "model", disk_bytes=200)
     expected, *_ = (store.fetch(str(key), PIXELS + key, encoder) for key in range(3))  # 144 bytes each
     assert caplog.text.count("its limit") == 1

@@ -1,4 +1,4 @@
-"""Data of a run, its caveats, its batches in the same order for every stage, and the learning rate."""
+"""Data of a run, its caveats, and its batches in an order of its own for every pass."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def test_folds_test_every_image_once(angiograms: Path, tmp_path: Path) -> None:
 
 
 def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Path, tmp_path: Path) -> None:
-    """Its training patients are unknown, so some may be in the new test subset."""
+    # Of an adapter without its run the training patients are unknown: some may be in the new test subset.
     alone = shutil.copytree(finished_run / "best_lora", tmp_path / "alone")
     data = prepared(tmp_path, angiograms, init_lora=str(alone), split_seed=7)
     assert list(data.test_caveats) == [Caveat.UNKNOWN_START]
@@ -49,9 +49,7 @@ def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Pa
     assert "U-Net" in prepared(tmp_path, angiograms, control="unet").test_caveats[Caveat.CONTROL]
 
 
-def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(
-    angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(angiograms, tmp_path, monkeypatch) -> None:
     found = Mock(side_effect=DataError("2 pairs of images look like frames of one run."))
     monkeypatch.setattr("vesselrl.training.setup.check_near_duplicates", found)
     with pytest.raises(DataError, match="--near_duplicates allow"):

@@ -1,4 +1,4 @@
-"""The whole training on a random miniature: the files of a run, that it repeats, and its stages."""
+"""The whole training on a random miniature: what it logs, that it repeats, and its stages."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +21,8 @@ def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPa
     return partial(train_debug, output, model_path=tiny_checkpoint, data_root=angiograms, learning_rate=1e-2)
 
 
-@pytest.fixture(scope="module")
-def result(run: Run) -> TrainResult:
-    return run()
-
-
-def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(
-    result: TrainResult, run: Run
-) -> None:
+def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(run: Run) -> None:
+    result, again = run(), run()
     assert b"train/contact_sheet" in next((result.folder / "tensorboard").iterdir()).read_bytes()
     lines = metrics_of(result.folder)
     assert lines[0]["step"] == 0
@@ -39,7 +33,6 @@ def test_metrics_start_before_the_first_update_and_repeat_with_the_seed(
     assert lines[1]["train/reward_std"] > 0
     assert result.info["total_steps"] == 2
     assert result.info["grad_norm_max"] == max(line.get("train/grad_norm", 0) for line in lines) > 0
-    again = run()
     assert metrics_of(again.folder) == lines
     assert same_weights(again.folder / "final_lora", result.folder / "final_lora")
 

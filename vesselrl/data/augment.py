@@ -41,9 +41,8 @@ class Augmentation:
 
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in fields(self)]
-        changed = {field.name: value for field, value in values if value != field.default}
-        words = [name if value is True else f"{name} {value}" for name, value in changed.items()]
-        return ", ".join(words) or "none"
+        changed = [(field.name, value) for field, value in values if value != field.default]
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in changed) or "none"
 
     @property
     def is_none(self) -> bool:
@@ -105,8 +104,7 @@ def augment(
     sigma = plan.blur_px * light.uniform() * min(mask.shape) / UNIT_PX
     if sigma >= 0.2:  # less is a kernel of one pixel
         image = cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
-    sigma = 255 * plan.noise * grain.uniform()
-    if sigma > 0:
+    if (sigma := 255 * plan.noise * grain.uniform()) > 0:
         noise = grain.standard_normal(mask.shape, dtype=np.float32) * np.float32(sigma)
         image = cv2.add(image, cv2.merge([noise, noise, noise]), dtype=cv2.CV_8U)
     return image, mask

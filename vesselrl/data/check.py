@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -30,7 +31,6 @@ from vesselrl.data.records import (
     Listing,
     Severity,
 )
-from vesselrl.errors import DataError
 from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
@@ -133,8 +133,8 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         findings.extend(result.findings)
     usable = [result for result in checked if result.sample is not None]
     _check_whole(listing, entries, usable, findings)
-    values, agreement = [result.agreement for result in checked if result.agreement is not None], None
-    if values:
+    agreement = None
+    if values := [result.agreement for result in checked if result.agreement is not None]:
         agreement = {"images": len(values), "mean": sum(values) / len(values), "lowest": min(values)}
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
@@ -142,13 +142,13 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
     if usable and not any(foreground.values()):
         text = f"All {len(usable)} masks are empty. Check that masks or polygons mark the vessels."
         findings.error("empty_mask", text)
-    num_from_files = sum(result.sample.mask_path is not None for result in usable)
+    num_files = sum(result.sample.mask_path is not None for result in usable)
     counts = {
         "images": len(usable),
         "patients": len({result.sample.patient for result in usable}),
         "sequences": len({result.sample.sequence for result in usable}),
-        "masks_from_files": num_from_files,
-        "masks_from_polygons": len(usable) - num_from_files,
+        "masks_from_files": num_files,
+        "masks_from_polygons": len(usable) - num_files,
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
@@ -159,8 +159,8 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
     """Reads one image and its label completely."""
     record, findings = entry.record(alias), Findings(file=entry.file)
     sample = samples.build_sample(entry, alias, findings)
-    mask_file = folder.shown(entry.mask_path) if entry.mask_path else entry.file
-    image_file = folder.shown(entry.image_path) if entry.image_path else entry.file
+    paths = (entry.image_path, entry.mask_path)
+    image_file, mask_file = (folder.shown(path) if path else entry.file for path in paths)
     file_of = dict.fromkeys(("unreadable_mask", "label_size", "scaled_label"), mask_file)
     file_of["unreadable_image"] = image_file
     findings[:] = [replace(item, file=file_of.get(item.code, item.file)) for item in findings]
@@ -175,11 +175,8 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
             content = repr(pixels.shape).encode() + pixels.tobytes()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     if sample is not None:
-        try:
+        with findings.catching(record, mask_file):
             mask = samples.load_mask(sample)
-        except DataError as error:
-            code = "unreadable_mask" if error.code == "unreadable_image" else error.code
-            findings.error(code, str(error), record, mask_file)
     if mask is None:
         return CheckedEntry(findings, entry.file, digest=digest)
     share = float(mask.mean())
@@ -216,8 +213,7 @@ def _compare_with_outlines(entry: Entry, mask: np.ndarray, record: str, findings
         findings.append(replace(item, severity="warning", message=message))
     if unused.of("error") or not outlines:
         return None
-    agreement = dice(rasterise(outlines, mask.shape), mask)
-    if agreement < MIN_AGREEMENT:
+    if (agreement := dice(rasterise(outlines, mask.shape), mask)) < MIN_AGREEMENT:
         findings.add("disagreement", record, dice=agreement)
     return agreement
 
@@ -235,14 +231,12 @@ def _check_whole(
         findings.add(code, listing.folder.shown(path), listing.folder.shown(path))
     first: dict[str, str] = {}
     for result in usable:
-        other = first.setdefault(result.digest, result.sample.record)
-        if other != result.sample.record:
+        if (other := first.setdefault(result.digest, result.sample.record)) != result.sample.record:
             findings.add("duplicate_image", result.sample.record, result.file, other=other)
     classes = set()
-    for entry in entries:
-        for name, part in (("shapes", "label"), ("annotations", "category_id")):
-            found = entry.content.get(name)
-            items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
-            classes |= {item[part] for item in items if isinstance(item.get(part), str | int)}
+    for entry, (name, part) in product(entries, (("shapes", "label"), ("annotations", "category_id"))):
+        found = entry.content.get(name)
+        items = [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+        classes |= {item[part] for item in items if isinstance(item.get(part), str | int)}
     if len(classes) > 1:
         findings.add("several_labels", count=len(classes))

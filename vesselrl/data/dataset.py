@@ -1,16 +1,15 @@
 """Samples as a torch data set, its batches in a seeded order, and a contact sheet."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
-from vesselrl.data.augment import Augmentation, get_augmentation
+from vesselrl.data.augment import AUGMENTATIONS, Augmentation, get_augmentation
 from vesselrl.data.augment import augment as augment_image
 from vesselrl.data.check import foreground_shares
 from vesselrl.data.curriculum import open_samples
@@ -20,7 +19,6 @@ from vesselrl.data.splits import split_by_patient, take
 from vesselrl.scoring.topology import Topology, topology
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
-UNCHANGED = get_augmentation("none")
 CACHE_BYTES = 2 * 1024**3  # limit of the memory for the pixels of a data set
 
 OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
@@ -29,14 +27,15 @@ _CAPTION_PX, _GAP_PX = 22, 6
 _PAPER, _INK = 255, (51, 51, 51)
 
 
-class VesselDataset(Dataset):
+class VesselDataset:
     """Items (image uint8 (H, W, 3), mask bool (H, W), sample) as they are in the files.
 
-    Images and masks stay in memory up to a limit, so that the second epoch reads no files. Every item is a
-    copy: changing it changes nothing here.
+    They stay in memory up to a limit, for the second epoch; every item is a copy.
     """
 
-    def __init__(self, samples: Sequence[Sample], augmentation: Augmentation = UNCHANGED, seed: int = 0):
+    def __init__(
+        self, samples: Sequence[Sample], augmentation: Augmentation = AUGMENTATIONS["none"], seed: int = 0
+    ):
         self.samples = tuple(samples)
         self.augmentation = augmentation
         self.seed = seed
@@ -61,11 +60,6 @@ class VesselDataset(Dataset):
         return *augment_image(image, mask, self.augmentation, self.seed, epoch, index), sample
 
 
-def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The indices 0 … n − 1 in a random order that depends on seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
-
-
 @dataclass(frozen=True)
 class TrainBatch:
     """B images with their truth; sizes may differ."""
@@ -76,6 +70,7 @@ class TrainBatch:
     topologies: list[Topology]  # of the truths
 
 
+@dataclass(eq=False)
 class BatchSource:
     """Batches of a data set, epoch by epoch, each pass over the data in another order.
 
@@ -83,22 +78,13 @@ class BatchSource:
     `open_samples`. The truth's topology is computed once, or anew where augmentation changes the truth.
     """
 
-    def __init__(
-        self,
-        dataset: VesselDataset,
-        batch_size: int,
-        seed: int,
-        num_epochs: int = 1,
-        difficulties: Sequence[float] | None = None,
-        num_passes: Callable[[int], int] = lambda epoch: 1,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_epochs = num_epochs
-        self.difficulties = difficulties
-        self.num_passes = num_passes
-        self._topologies: dict[str, Topology] = {}
+    dataset: VesselDataset
+    batch_size: int
+    seed: int
+    num_epochs: int = 1
+    difficulties: Sequence[float] | None = None
+    num_passes: Callable[[int], int] = lambda epoch: 1
+    _topologies: dict[str, Topology] = field(default_factory=dict, init=False)
 
     def num_batches(self, epoch: int) -> int:
         """Batches of one epoch, counted from 1."""
@@ -110,16 +96,14 @@ class BatchSource:
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
-        """Batches of one epoch, counted from 1, without the first `skip` of them.
-
-        The order depends on seed and epoch alone; the first pass is the same whatever the number of passes.
-        """
+        """Batches of one epoch, counted from 1, without the first `skip`."""
         opened = self._open(epoch)
         per_pass = self.num_batches(epoch) // self.num_passes(epoch)
         for number in range(skip // per_pass, self.num_passes(epoch)):
             # Like no other pass's, this number decides order and augmentation.
             one_pass = epoch + number * self.num_epochs
-            order = [opened[k] for k in epoch_order(len(opened), self.seed, one_pass)]
+            generator = np.random.default_rng([self.seed, one_pass])
+            order = [opened[k] for k in generator.permutation(len(opened)).tolist()]
             first = skip % per_pass if number == skip // per_pass else 0
             for start in range(first * self.batch_size, len(order), self.batch_size):
                 items = [self.dataset.augmented(k, one_pass) for k in order[start : start + self.batch_size]]
@@ -165,9 +149,8 @@ def write_contact_sheet(
 ) -> Path:
     """Writes a PNG with training images of a split, as the first epoch shows them.
 
-    It shows those that `--max_train_samples` would keep. With fewer than three patients there is no split,
-    and the images are chosen from all. `stratified`: whether the split is stratified by foreground, as for
-    all but the built-in data; `names`: patient_pattern and patient_aliases.
+    It shows those that `--max_train_samples` would keep, of fewer than three patients any. `stratified`: by
+    foreground, as for all but the built-in data; `names`: patient_pattern and patient_aliases.
     """
     samples = find_samples(data_root, **names)
     if len({sample.patient for sample in samples}) >= 3:

@@ -156,15 +156,12 @@ def _has_id(value: object, name: str) -> bool:
 
 
 def _read_annotation(annotation: dict, size: Size, where: str) -> list[Outline | None]:
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        return [polygons.read_run_lengths(segmentation, size, where)]
-    if isinstance(segmentation, list):
-        parts = [
-            polygons.read_polygon(part, size, f"{where}, part {n}") for n, part in enumerate(segmentation)
-        ]
-        return parts or [None]
-    fault = f"{where}: 'segmentation' is {describe(segmentation)}, not polygons or run lengths. Remove it."
+    found = annotation.get("segmentation")
+    if isinstance(found, dict):
+        return [polygons.read_run_lengths(found, size, where)]
+    if isinstance(found, list):
+        return [polygons.read_polygon(p, size, f"{where}, part {n}") for n, p in enumerate(found)] or [None]
+    fault = f"{where}: 'segmentation' is {describe(found)}, not polygons or run lengths. Remove it."
     raise DataError(fault, "bad_polygon")
 
 
@@ -175,8 +172,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
         json_folder = folder.image_folder
         if not any(json_folder.glob("*.json")):
             return None
-    files = [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]
-    if not files:
+    if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
         raise DataError(f"{folder.path} holds no annotations: json/ is empty. Fill it, or remove it.")
     by_name = {below(path, folder.image_folder): path for path in reversed(folder.images)}
     entries = []
@@ -186,8 +182,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
             content = records.read_json(file, place)
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise DataError(f"{place} has no list 'shapes', so it is no LabelMe file.", "bad_json")
-            image = by_name.get(name)
-            if image is None:
+            if (image := by_name.get(name)) is None:
                 with suppress(DataError):  # the path often holds the folders of another machine
                     written = str(content.get("imagePath")).replace("\\", "/").rsplit("/", 1)[-1]
                     image = folder.locate(written, "")[1]
@@ -244,12 +239,7 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
 
 
 def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
-    """`images/` and a folder of labels, with the endings in records.LABEL_ENDINGS.
-
-    images/a.jpg            and  masks/a_mask.png  or  masks/a.png
-    images/21_training.tif  and  1st_manual/21_manual1.gif      (DRIVE)
-    images/Image_01L.jpg    and  labels/Image_01L_1stHO.png     (CHASE_DB1)
-    """
+    """`images/` and a folder of labels, as DRIVE and CHASE_DB1: LABEL_FOLDERS and _ENDINGS of `records`."""
     if folder.label_folder is None:
         return None
     labels, path, images = f"{folder.label_folder.name}/", folder.path, folder.images
@@ -265,11 +255,7 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
 
 
 def read_flat_pairs(folder: DataFolder, _: Findings) -> Listing | None:
-    """Images with their labels beside them, in `images/` or in the data root itself.
-
-    Image_01L.jpg  and  Image_01L_1stHO.png
-    1.pgm          and  1_gt.pgm                (DCA1)
-    """
+    """Images with their labels beside them, in `images/` or in the data root itself, as DCA1."""
     place = folder.image_folder if folder.image_folder.is_dir() else folder.path
     endings = tuple(ending for ending in records.LABEL_ENDINGS if ending)
     kinds: dict[bool, list[Path]] = {True: [], False: []}

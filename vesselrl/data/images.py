@@ -32,7 +32,7 @@ _TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(
 
 def read_oddities(path: Path, record: str) -> dict[str, object]:
     """EXIF orientation or pixel format by the code of their finding, where they are odd; from the header."""
-    with _opened(path, record) as image:
+    with _opened(path, record, "unreadable_image") as image:
         # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
         args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
         formats = [image.mode, *(part for parts in args for part in parts if isinstance(part, str))]
@@ -47,9 +47,9 @@ def read_oddities(path: Path, record: str) -> dict[str, object]:
         return found
 
 
-def read_size(path: Path, record: str) -> tuple[int, int]:
-    """(width, height) in px of a file as it is shown, from its header alone."""
-    with _opened(path, record) as image:
+def read_size(path: Path, record: str, broken: str = "unreadable_image") -> tuple[int, int]:
+    """(width, height) in px of a file as it is shown, from its header alone; `broken`: code of that fault."""
+    with _opened(path, record, broken) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
@@ -60,7 +60,7 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
     Transparency is dropped. Grey of 16 bits is divided by its full range, whatever values it uses; more bits,
     and floating-point values, are refused.
     """
-    image = _read(path, record)
+    image = _read(path, record, "unreadable_image")
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
         low, high = values.min(), values.max()
@@ -75,13 +75,15 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def read_mask(source: Path | io.BytesIO, record: str, guess: bool = False) -> np.ndarray:
+def read_mask(
+    source: Path | io.BytesIO, record: str, guess: bool = False, broken: str = "unreadable_image"
+) -> np.ndarray:
     """A mask file as bool (H, W): 0 is background; 1, or 255, is vessel.
 
     Other values are refused, or taken with `guess`: of two with 0 among them the other is vessel, otherwise
     what is at least half as bright as the format can hold, in any colour channel.
     """
-    image = _read(source, record)
+    image = _read(source, record, broken)
     pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
     channels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     if image.mode in ("LA", "RGBA", "P"):
@@ -106,9 +108,9 @@ def read_mask(source: Path | io.BytesIO, record: str, guess: bool = False) -> np
     raise DataError(f"{record}: the mask {fault}. {advice}", "non_binary_mask")
 
 
-def _read(source: Path | io.BytesIO, record: str) -> Image.Image:
+def _read(source: Path | io.BytesIO, record: str, broken: str) -> Image.Image:
     """The decoded file, turned upright."""
-    with _opened(source, record) as image:
+    with _opened(source, record, broken) as image:
         turn = _TURNS.get(_orientation(image))
         return image.copy() if turn is None else image.transpose(turn)
 
@@ -123,7 +125,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
+def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Image.Image]:
     """An image file, open; Pillow's errors become a DataError without the path."""
     try:
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
@@ -132,10 +134,10 @@ def _opened(source: Path | io.BytesIO, record: str) -> Iterator[Image.Image]:
     except FileNotFoundError:
         code, fault = "missing_file", "missing. Restore it, or remove the record."
     except Image.UnidentifiedImageError:
-        code, fault = "unreadable_image", "not an image. Replace it, or remove the record."
+        code, fault = broken, "not an image. Replace it, or remove the record."
     except _BROKEN as error:
         what = getattr(error, "strerror", None) or error
-        code, fault = "unreadable_image", f"damaged ({what}). Replace it, or remove the record."
+        code, fault = broken, f"damaged ({what}). Replace it, or remove the record."
     else:
         return
     raise DataError(f"{record}: the file is {fault}", code) from None

@@ -29,10 +29,7 @@ _SIZE, _MAP_SIZE, _MAX_SHIFT = 256, 64, 6  # px; the shift in those of the map
 
 
 def find_near_duplicates(samples: Sequence[Sample], load: Callable[[Sample], np.ndarray]) -> list[Pair]:
-    """Pairs of images of different patients that are probably frames of one run, the nearest first.
-
-    `load` gives the image of a sample, uint8 (H, W, 3).
-    """
+    """Pairs of images (uint8 (H, W, 3)) of different patients, probably frames of one run, nearest first."""
     samples = sorted(samples, key=lambda sample: sample.key)
     if len(samples) < 2:
         return []
@@ -43,21 +40,20 @@ def find_near_duplicates(samples: Sequence[Sample], load: Callable[[Sample], np.
         hashes.append(hash_image(grey))
         maps.append(_vessel_map(grey))
     patients = np.unique([sample.patient for sample in samples], return_inverse=True)[1]
-    found = []
-    for one, other, distance in _near_hashes(np.stack(hashes), patients, MAX_DISTANCE):
-        if _correlation(maps[one], maps[other]) >= MIN_CORRELATION:
-            found.append((samples[one].key, samples[other].key, distance))
+    near = _near_hashes(np.stack(hashes), patients, MAX_DISTANCE)
+    alike = [(i, j, bits) for i, j, bits in near if _correlation(maps[i], maps[j]) >= MIN_CORRELATION]
+    found = [(samples[i].key, samples[j].key, bits) for i, j, bits in alike]
     return sorted(found, key=lambda pair: (pair[2], pair))
 
 
 def check_near_duplicates(split: Split, load: Callable[[Sample], np.ndarray]) -> list[Pair]:
     """The pairs in one subset, perhaps one patient under two names; pairs across subsets are a DataError."""
-    subset_of = {sample.key: subset for subset in SUBSETS for sample in getattr(split, subset)}
-    samples = {sample.key: sample for subset in SUBSETS for sample in getattr(split, subset)}
-    pairs = find_near_duplicates(list(samples.values()), load)
-    across = [pair[:2] for pair in pairs if subset_of[pair[0]] != subset_of[pair[1]]]
-    if across:
-        records = [[f"{samples[key].record} ({subset_of[key]})" for key in pair] for pair in across[:10]]
+    samples = [(subset, sample) for subset in SUBSETS for sample in getattr(split, subset)]
+    pairs = find_near_duplicates([sample for _, sample in samples], load)
+    subset_of = {sample.key: subset for subset, sample in samples}
+    if across := [pair[:2] for pair in pairs if subset_of[pair[0]] != subset_of[pair[1]]]:
+        shown = {sample.key: f"{sample.record} ({subset})" for subset, sample in samples}
+        records = [map(shown.get, pair) for pair in across[:10]]
         more = f"; and {len(across) - 10} more pairs" if len(across) > 10 else ""
         raise DataError(
             f"{len(across)} pairs of images of different patients look like frames of one run and are in "
@@ -111,9 +107,8 @@ def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> It
 def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[str]:
     """Keys of the samples of patients whose images the base model was trained on: no baseline there.
 
-    `choice` is "none", "all", or a text file with a file name (with or without folder and ending) or a key in
-    each line; empty lines, comments (#) and lines about other images do not count. Where images of several
-    patients share a file name, the folder in the line decides; a line that stays ambiguous is a DataError.
+    `choice` is "none", "all", or a text file with a file name (with or without folder and ending), a key or a
+    comment (#) per line. Of a name that several patients share, the folder decides, or it is a DataError.
     """
     if choice in ("none", "all"):
         return {sample.key for sample in samples} if choice == "all" else set()

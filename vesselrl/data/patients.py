@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ _EYE = re.compile(rf"(?P<case>(?:{_WORD}[-_ ]?)?\d{{1,6}})[-_ ]?(?P<eye>l|r)(?:e
 _MADE_UP = re.compile(r"SYNTH(?:_[A-J]+_frame_|[_^ ]*\(?\d{10}\)?[_ ]).*")
 
 ALIAS_HEADER = ["file_name", "patient"]
-_ENDINGS = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,8 +66,7 @@ def parse_name(name: str) -> Identity:
     plain = "" if match is None else _plain(match["name"])
     number = None if match is None else match.groupdict().get("id")
     if not plain and not number:
-        eye = _EYE.fullmatch(stem)
-        if eye is None:
+        if (eye := _EYE.fullmatch(stem)) is None:
             return Identity(f"file:{name}")
         return Identity(f"eyes:{folder}/{eye['case'].casefold()}", sequence=eye["eye"].casefold())
     sequence = re.sub(r"[\s_]+", "_", match["sequence"] or "").strip("_").casefold()
@@ -118,10 +117,8 @@ def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
     """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
-    if patient_pattern is not None:
-        found = parse_by_pattern(names, patient_pattern)
-    else:
-        found = {name: parse_name(name) for name in names}
+    is_usual = patient_pattern is None
+    found = {n: parse_name(n) for n in names} if is_usual else parse_by_pattern(names, patient_pattern)
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:
@@ -130,9 +127,8 @@ def identify(
     if num_shared := len(ids_of) - len(only_id):
         logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
     persons = {name: only_id.get(identity.person, identity.person) for name, identity in found.items()}
-    rows = []
-    if aliases is not None:
-        rows = read_aliases(aliases)
+    rows = [] if aliases is None else read_aliases(aliases)
+    if rows:
         persons = _join_persons(persons, only_id, rows, Path(aliases).name)
     texts = [*names, *(patient for *_, patient in rows)]
     impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
@@ -185,7 +181,6 @@ def _join_persons(
             what = f"{source} lines {lines[name]} and {line}"
             raise DataError(f"{what} give one image to two patients. Keep one.")
         lines.setdefault(name, line)
-
     parent: dict[str, str] = {}
     single: dict[str, str] = {}
 
@@ -200,8 +195,7 @@ def _join_persons(
             if one != other:
                 parent[other] = one
             continue
-        num_left = sum(other == person for other in persons.values()) - len(targets)
-        if num_left:
+        if num_left := sum(other == person for other in persons.values()) - len(targets):
             numbers = ", ".join(str(lines[name]) for name in list(targets)[:5])
             raise DataError(
                 f"{source} lines {numbers} give files that look like one person to several patients, and "
@@ -217,7 +211,7 @@ def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) ->
     if path.parts[0] == "images" and len(path.parts) > 1:
         path = path.relative_to("images")
     found = by_text.get(str(path), set())
-    if not found and path.suffix.lower() in _ENDINGS:
+    if not found and path.suffix.lower() in IMAGE_SUFFIXES:
         found = by_text.get(str(path.with_suffix("")), set())
     if len(found) != 1:
         what = f"means {len(found)} images" if found else "names no image of this data root"
@@ -227,8 +221,7 @@ def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) ->
 
 def _person_named(patient: str, known: set[str], names: Mapping[str, str]) -> str:
     """The person of other files that a patient's name or ID means, or a person of this name alone."""
-    number = re.search(r"(?<!\d)\d{10}(?!\d)", patient)
-    if number:
+    if number := re.search(r"(?<!\d)\d{10}(?!\d)", patient):
         return f"id:{number[0]}"
     name = f"name:{_plain(patient)}"
     candidates = (names.get(name, name), f"pattern:{patient}")

@@ -59,7 +59,6 @@ def _fill(mask: np.ndarray, points: np.ndarray) -> None:
     ends = np.roll(points, -1, axis=0)
     downwards = (points[:, 1] <= ends[:, 1])[:, None]
     top, bottom = np.where(downwards, points, ends), np.where(downwards, ends, points)
-
     # Rows whose centre line y satisfies top <= y < bottom: a vertex on the line counts once.
     first = np.clip(np.ceil(top[:, 1] - 0.5), 0, height).astype(np.int64)
     last = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, height).astype(np.int64)
@@ -68,7 +67,6 @@ def _fill(mask: np.ndarray, points: np.ndarray) -> None:
         return
     edge = np.repeat(np.arange(len(points)), num_rows)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows) + first[edge]
-
     # From each crossing to the right, inside and outside change places.
     share = (row + 0.5 - top[edge, 1]) / (bottom[edge, 1] - top[edge, 1])
     x = top[edge, 0] + share * (bottom[edge, 0] - top[edge, 0])

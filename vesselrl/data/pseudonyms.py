@@ -137,8 +137,7 @@ def _label_persons(earlier: Mapping[str, set[str]], salt: str, patients: dict[st
     others = earlier.keys() - result.keys()
     for person in sorted(others, key=lambda person: hashlib.sha256((salt + person).encode()).digest()):
         # Joined or renamed by an alias: its files keep the number that they had.
-        label = min(earlier[person] - taken, default=None)
-        if label is None:
+        if (label := min(earlier[person] - taken, default=None)) is None:
             number += 1
             label = f"P{number:03d}"
         taken.add(label)

@@ -1,7 +1,6 @@
 """Writes a repaired copy of a data root: what can be mended is, what cannot is left out and listed.
 
-The copy has upright 8-bit images, masks with two values in their size, and `annotations.json` where the data
-root had outlines. File names stay: they tell the patients apart.
+It has upright 8-bit images, masks of two values, outlines where it had some, and the same file names.
 """
 
 import json
@@ -84,8 +83,7 @@ def repair_data(
                 for file in item.files:
                     file.unlink()
                 item.findings.add("left_out", item.record, why=f"it has the pixels of {other.record}.")
-        contents = [item.content for item in written if item.content is not None]
-        if not contents:
+        if not (contents := [item.content for item in written if item.content is not None]):
             raise DataError(f"Nothing in {root} can be repaired: no image is left with a label that is sure.")
         if not listing.pairs:
             (copy / ANNOTATIONS).write_text(json.dumps(contents), encoding="utf-8")
@@ -94,8 +92,6 @@ def repair_data(
         report = check_listing(list_entries(copy, findings), aliases, findings)
         if report.exit_code:
             raise DataError(f"The repaired copy still has faults: {report.of('error')[0].message}")
-        if out.exists():
-            out.rmdir()
     done = [finding for item in written for finding in item.findings]
     return replace(report, root=out, findings=(*done, *report.findings))
 

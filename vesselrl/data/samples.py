@@ -1,8 +1,4 @@
-"""Samples of a data root: its images with their masks, under the pseudonyms of their patients.
-
-Messages name a record as `annotations.json record 17 (P003_S1_F0011)`, counted from 0, and a file by its name
-only where that is a number with an ordinary word: any other may be the name of a person.
-"""
+"""Samples of a data root: its images with their masks, under the pseudonyms of their patients."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -42,15 +38,8 @@ def find_samples(
 ) -> list[Sample]:
     """All samples of a data root, ordered by key; headers of images and masks are read, pixels are not.
 
-    Args:
-        data_root: folder in one of the layouts of `vesselrl.data.formats`.
-        patient_pattern: regular expression for the file names, with the group `patient` and, if there are
-            such parts, `sequence` and `frame`. Without it the names of angiography exports are understood
-            (see `vesselrl.data.patients`), and any other file is a patient of its own.
-        patient_aliases: CSV file with the columns `file_name` and `patient`.
-
-    Raises:
-        DataError: one line on what is wrong: no folder, no annotations, a record or a file that is broken.
+    Without `patient_pattern` and `patient_aliases` (see `vesselrl.data.patients`) the names of angiography
+    exports are understood, and any other file is a patient of its own. The first fault is a DataError.
     """
     findings = Findings(strict=True)
     listing = list_entries(Path(data_root), findings)
@@ -79,7 +68,8 @@ def load_mask(sample: Sample) -> np.ndarray:
     """The mask as bool (H, W) of the size of the image; an empty mask is valid."""
     width, height = read_size(sample.image_path, sample.record)
     if sample.mask_path is not None:
-        return resize_mask(read_mask(sample.mask_path, sample.record), (height, width))
+        mask = read_mask(sample.mask_path, sample.record, broken="unreadable_mask")
+        return resize_mask(mask, (height, width))
     return rasterise(sample.outlines, (height, width))
 
 
@@ -89,8 +79,7 @@ def different_images(
     """The entries without those whose image, or name of an image, an earlier one has, which is an error."""
     first_of: dict[str, Entry] = {}
     for entry in listing.entries:
-        first = first_of.setdefault(entry.name, entry)
-        if first is entry:
+        if (first := first_of.setdefault(entry.name, entry)) is entry:
             yield entry
             continue
         record = entry.record(aliases[entry.name])
@@ -111,10 +100,7 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
             raise DataError(f"{record}: {fault}", "missing_image")
         size = read_size(entry.image_path, f"{record}: image")
         if entry.mask_path is not None:
-            try:
-                mask_size = read_size(entry.mask_path, f"{record}: mask")
-            except DataError as error:
-                raise DataError(str(error), "unreadable_mask") from None
+            mask_size = read_size(entry.mask_path, f"{record}: mask", "unreadable_mask")
             _check_size("mask", mask_size, size, record, findings)
         elif entry.read_label is None:
             fault = "has no 'mask', and masks/ has no file for it. Add one of the two."
@@ -123,8 +109,8 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
             outlines = read_outlines(entry, size, record, findings)
     if len(findings.of("error")) > num_errors:
         return None
-    names = (alias.key, alias.patient, alias.sequence, alias.frame)
-    return Sample(entry.image_path, entry.mask_path, outlines, record, *names)
+    where = (entry.image_path, entry.mask_path, outlines, record)
+    return Sample(*where, alias.key, alias.patient, alias.sequence, alias.frame)
 
 
 def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> tuple[Outline, ...]:

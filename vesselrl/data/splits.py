@@ -71,17 +71,12 @@ def split_by_patient(
     """Divides samples into training, validation and test by patient, whatever their order.
 
     The patients are shuffled; test, then validation, take or give back one patient after the other as long as
-    that brings their number of samples nearer to their share; the others are for training.
+    that brings their number of samples nearer to their share (`ratios`: train, val, test, with the sum 1);
+    the others are for training. Fewer than three patients, or too few for k folds, are a DataError.
 
-    Args:
-        samples: samples of at least three patients; fewer, or too few for k folds, are a DataError.
-        seed: seed of the shuffle.
-        ratios: shares of train, val and test, with the sum 1; of the first two with `fold`.
-        shares: foreground share by key of every sample: of 200 shuffles, the one whose subsets have the most
-            equal mean share is taken, among those whose sizes are within 2 % of the best.
-        fold: (i, k) with i from 1: every patient is in the test subset of one of the k folds; validation
-            takes its share of the rest.
-        unit: "patient"; or "frame", which ignores patients, warns, and marks the split as leaky.
+    With `shares`, foreground shares by key, the shuffle of 200 is taken whose subsets have the most equal
+    means, among those whose sizes are within 2 % of the best. `fold` is (i, k) with i from 1: every patient
+    is tested in one of k folds. The unit "frame" ignores patients, warns, and marks the split as leaky.
     """
     if unit == "frame":
         logger.warning("%s. Use its results for nothing but a comparison with such results.", LEAKY)
@@ -178,8 +173,7 @@ def _best(
     divide: Callable[[list[str], Mapping[str, int], Mapping[str, float]], Assignment] = _take_turns,
 ) -> Assignment:
     """The division of the first shuffle, or of the shuffle that makes foreground shares most equal."""
-    generator, order = random.Random(seed), list(sizes)
-    candidates = []
+    generator, order, candidates = random.Random(seed), list(sizes), []
     for _ in range(1 if foreground is None else NUM_SHUFFLES):
         generator.shuffle(order)
         candidates.append(divide(list(order), sizes, targets))
@@ -192,9 +186,8 @@ def _best(
     def size_gap(found: Assignment) -> float:
         return max(abs(sum(map(sizes.__getitem__, found[x])) - targets[x]) for x in targets)
 
-    limit = min(map(size_gap, candidates)) + SIZE_TOLERANCE * sum(sizes.values())
+    limit, overall = min(map(size_gap, candidates)) + SIZE_TOLERANCE * sum(sizes.values()), mean(sizes)
     fit = [found for found in candidates if size_gap(found) <= limit]
-    overall = mean(sizes)
     return min(fit, key=lambda found: max(abs(mean(names) - overall) for names in found.values()))
 
 
@@ -247,8 +240,7 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
         raise DataError(f"{path.name} is not a split that this program wrote. Make a new split.") from None
     advice = "Restore the data, or make a new split and train again."
     by_key = {sample.key: sample for sample in samples}
-    missing = [key for subset in SUBSETS for key in keys[subset] if key not in by_key]
-    if missing:
+    if missing := [key for subset in SUBSETS for key in keys[subset] if key not in by_key]:
         what = f"{path.name} lists {len(missing)} samples that the data root does not have"
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise DataError(f"{what}: {', '.join(missing[:5])}{more}. {advice}")
@@ -281,10 +273,9 @@ def _shared_patients(split: Split) -> dict[str, list[str]]:
 
 
 def take(samples: Sequence[Sample], n: int | None, seed: int = 42) -> list[Sample]:
-    """The first n samples, or all, in an order that goes round the patients, so that few show many patients.
+    """The first n samples, or all, in an order that goes round the patients, and round their sequences.
 
-    Within a patient it goes round the sequences, in shuffled frames. A larger n adds to the samples of a
-    smaller one, and the order of `samples` does not matter.
+    A larger n adds to the samples of a smaller one, and the order of `samples` does not matter.
     """
     if n is not None and n < 1:
         raise ValueError(f"n is {n}. Ask for at least 1 sample, or for None to take all.")

@@ -1,4 +1,4 @@
-"""Compares finished runs in one table and decides which one to deploy. Needs no torch.
+"""Compares finished runs in one table and decides which one to deploy.
 
 Paired differences to the baseline; p values adjusted for the number of runs (Holm), per metric.
 """
@@ -19,10 +19,9 @@ from vesselrl.evaluation.statistics import SIGNIFICANT, holm
 logger = logging.getLogger(__name__)
 
 OWN_BASE = "the base before training"
-DEFAULT_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
-# Per run the lines of `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
-Gains = dict[str, list[dict[str, Any]]]
+# Run -> metric -> line of `before_after_table`, with `p_adjusted` for the number of runs and `verdict` by it.
+Gains = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Comparison:
     # rank, run, counts, and per metric mean, interval and gain; last "human agreement", whose rank is "".
     lines: list[dict[str, Any]]
     gains: Gains
-    # Name of a run, or None for "keep the baseline", and the sentence that says why.
-    deploy: str | None
+    deploy: str | None  # name of a run, or None for "keep the baseline"
     reason: str
     n_images: int
     n_patients: int
@@ -94,16 +92,15 @@ def compare_runs(
 ) -> Comparison:
     """Ranks runs on their test scores and compares each with a baseline (None: its own base before training).
 
-    They are ranked by "reward" if all were scored by one, else "dice". Metrics that some run lacks, and the
-    reward where runs differ in it, are left out. `skipped` is shown in the report.
+    They are ranked by "reward" if all were scored by one, else "dice". What some run lacks is left out.
     """
     _check_comparable(runs)
     rank_by = _rank_metric(runs, rank_by)
     by_name = {run.name: run for run in runs}
     if baseline is not None and baseline not in by_name:
         raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
-    metrics = tuple(name for name in DEFAULT_METRICS if all(name in run.after.metrics for run in runs))
-    metrics = tuple(name for name in metrics if name != "reward" or _one_reward(runs))
+    shared = [name for name in results.HEADLINE if all(name in run.after.metrics for run in runs)]
+    metrics = tuple(name for name in shared if name != "reward" or _one_reward(runs))
     metrics = metrics if rank_by in metrics else (rank_by, *metrics)
 
     def loss(run: Run) -> float:
@@ -117,7 +114,8 @@ def compare_runs(
             shared = [name for name in metrics if name in reference.metrics]
             if reference.reward_spec != run.after.reward_spec:
                 shared = [name for name in shared if name != "reward"]
-            gains[run.name] = before_after_table(reference, run.after, shared)
+            table = before_after_table(reference, run.after, shared)
+            gains[run.name] = {line["metric"]: line for line in table}
     _adjust_for_runs(gains)
     ranked = sorted(runs, key=loss)
     lines = [_line(run.name, run.after, metrics, gains, rank) for rank, run in enumerate(ranked, start=1)]
@@ -126,10 +124,6 @@ def compare_runs(
     choice = _choose(ranked, gains, rank_by, against)
     counted = [runs[0].after.summary[name] for name in ("n_images", "n_patients")]
     return Comparison(rank_by, metrics, against, lines, gains, *choice, *counted, skipped or {}, notes)
-
-
-def _gain_of(gains: Gains, run: str, metric: str) -> dict[str, Any] | None:
-    return next((line for line in gains.get(run, ()) if line["metric"] == metric), None)
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
@@ -169,26 +163,22 @@ def _one_reward(runs: Sequence[Run]) -> bool:
 
 def _adjust_for_runs(gains: Gains) -> None:
     """Adds `p_adjusted` to every line (Holm over the runs, per metric) and judges `verdict` by it."""
-    for metric in {line["metric"] for table in gains.values() for line in table}:
-        lines = [line for table in gains.values() for line in table if line["metric"] == metric]
+    for metric in {metric for table in gains.values() for metric in table}:
+        lines = [table[metric] for table in gains.values() if metric in table]
         for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True):
             line["p_adjusted"] = p
             line["verdict"] = results.verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
 
 
 def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) -> tuple[str | None, str]:
-    """Names the run to deploy, or None for the baseline, and says why and at what cost.
-
-    A run qualifies if its split leaks no patients, at most 5 % of its predictions failed, and its gain by the
-    ranking metric is proven (adjusted p < 0.05); of those the best patient mean is taken.
-    """
-    why_not = {run.name: _why_not(run, _gain_of(gains, run.name, rank_by)) for run in ranked}
+    """Names the run to deploy, the first with a proven gain, or None for the baseline, and why."""
+    why_not = {run.name: _why_not(run, gains.get(run.name, {}).get(rank_by)) for run in ranked}
     qualified = [run for run in ranked if not why_not[run.name]]
     if not qualified:
         reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items() if name != baseline)
         reasons = reasons or "there is no other run"
         return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({reasons})."
-    winner, gain = qualified[0], _gain_of(gains, qualified[0].name, rank_by)
+    winner, gain = qualified[0], gains[qualified[0].name][rank_by]
     reason = (
         f"Deploy {winner.name}, because its {rank_by} is {abs(gain['difference']):.3f} "
         f"{'higher' if gain['difference'] > 0 else 'lower'} than that of {baseline} "
@@ -197,7 +187,7 @@ def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) ->
     )
     if len(qualified) > 1:
         reason += f", and it ranks first of {len(qualified)} runs with a proven gain"
-    worse = [line for line in gains[winner.name] if line["verdict"] == "worse"]
+    worse = [line for line in gains[winner.name].values() if line["verdict"] == "worse"]
     if losses := ", ".join(f"{line['metric']} {line['difference']:+.3f}" for line in worse):
         reason += f". It pays for that: clearly worse are {losses}"
     reason += "."
@@ -209,7 +199,7 @@ def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) ->
 
 
 def _why_not(run: Run, gain: dict[str, Any] | None) -> str:
-    """Why a run does not qualify; "" if it does."""
+    """Why a run does not qualify: failed predictions, leaking patients, no proven gain; "" if it does."""
     if run.after.too_many_failed:
         failed, images = run.after.summary["n_failed"], run.after.summary["n_images"]
         return f"{failed} of {images} predictions failed, more than {results.MAX_FAILED_SHARE:.0%}"
@@ -236,7 +226,7 @@ def _line(
     line: dict[str, Any] = {"rank": rank, "run": run}
     line |= {name: summary[name] for name in ("n_images", "n_patients", "n_failed")}
     for name in metrics:
-        score, gain = summary["metrics"].get(name, {}), _gain_of(gains, run, name) or {}
+        score, gain = summary["metrics"].get(name, {}), gains.get(run, {}).get(name, {})
         line |= {name: score.get("patient_mean", math.nan)}
         line |= {f"{name}_{end}": score.get(end, math.nan) for end in ("low", "high")}
         line |= {f"{name}_gain": gain.get("difference")}

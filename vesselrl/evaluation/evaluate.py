@@ -34,6 +34,7 @@ FLIPS = tuple((slice(None, None, y), slice(None, None, x)) for y in (None, -1) f
 
 # Image uint8 (H, W, 3) -> object with `.mask`, bool (H, W), or None = failed.
 Predict = Callable[[np.ndarray], Any]
+Pairs = Iterable[tuple[np.ndarray | None, np.ndarray]]  # predicted (None = failed) and true masks
 Load = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 Progress = Callable[[int, int], None]
 
@@ -52,17 +53,10 @@ def evaluate(
     caveats: Mapping[Caveat, str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Predicts and scores one image after the other.
+    """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
-    Args:
-        predict: image uint8 (H, W, 3) -> object with `.mask`, bool (H, W), or None = failed.
-        samples: anything with `key`, `patient`, `sequence` (pseudonyms), each key once.
-        reward: its value is the column `reward`, that of a user's own function the column `custom_score`.
-        load: sample -> (image, true mask).
-        caveats: stored with the result.
-        progress: called with (images done, images in all) after every image.
-
-    An exception raised by `predict` or `load` is passed on: a crash is not a failed prediction.
+    `samples` have `key`, `patient`, `sequence`, each key once. A reward gives the column `reward`, a user's
+    own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total).
     """
     predicted = predict_each(predict, samples, load, progress)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
@@ -88,21 +82,14 @@ def predict_each(
 
 
 def evaluate_masks(
-    samples: Sequence[Sample],
-    pairs: Iterable[tuple[np.ndarray | None, np.ndarray]],
-    reward: Reward | None = None,
-    caveats: Mapping[Caveat, str] | None = None,
+    samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = None, caveats: Mapping | None = None
 ) -> Evaluation:
-    """Scores pairs of predicted (None = failed) and true masks, one pair per sample."""
+    """Scores one pair of masks per sample."""
     rows = score_rows(samples, pairs, reward)
     return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=caveats)
 
 
-def score_rows(
-    samples: Sequence[Sample],
-    pairs: Iterable[tuple[np.ndarray | None, np.ndarray]],
-    reward: Reward | None = None,
-) -> list[dict[str, Any]]:
+def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = None) -> list[dict[str, Any]]:
     """Scores one row per sample; a failed prediction (None) counts as an empty mask."""
     rows = []
     for sample, (mask, truth) in zip(samples, pairs, strict=True):
@@ -156,8 +143,7 @@ def evaluate_variants(
 ) -> dict[str, Evaluation]:
     """Predicts every image once and scores the masks that several variants of post-processing make of it.
 
-    `post` ("" in the result) is applied to the predictor's masks, whose threshold it has, `variants` to its
-    `.probabilities`.
+    `post` ("" in the result) is applied to the predictor's masks, `variants` to its `.probabilities`.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *variants)}
     counted, failed = 0, []
@@ -216,8 +202,7 @@ def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sampl
         record = f"{sample.record}: second observer"
         size, image_size = read_size(path, record), read_size(sample.image_path, sample.record)
         if size != image_size:
-            (w, h), (width, height) = size, image_size
-            sizes = f"the mask has {w}×{h} px, its image {width}×{height} px"
+            sizes = "the mask has {}×{} px, its image {}×{} px".format(*size, *image_size)
             raise DataError(f"{record}: {sizes}. Bring the mask to that size (nearest neighbour).")
         others.append(replace(sample, mask_path=path, outlines=(), record=record))
     return others
@@ -227,9 +212,8 @@ def caveats_of(
     split: Split | None, samples: Sequence[Sample], seen: Collection[str] = ()
 ) -> dict[Caveat, str]:
     """Collects the caveats of results on samples of a split; `seen` are keys that the base was trained on."""
-    leaky = split is not None and split.is_leaky
-    caveats = {Caveat.PATIENT_LEAKAGE: Caveat.PATIENT_LEAKAGE.text()} if leaky else {}
-    caveats |= read_caveats(() if split is None else split.caveats)
+    caveats = {Caveat.PATIENT_LEAKAGE: Caveat.PATIENT_LEAKAGE.text()} if split and split.is_leaky else {}
+    caveats |= read_caveats(split.caveats if split else ())
     if num_seen := sum(sample.key in seen for sample in samples):
         overlap = Caveat.PRETRAINING_OVERLAP
         caveats[overlap] = overlap.text(seen=num_seen, total=len(samples))

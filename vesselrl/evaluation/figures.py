@@ -175,10 +175,7 @@ def nearest(values: Sequence[float], wanted: float) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
-    """Reads a metrics.jsonl: key -> (steps, values), steps ascending, values finite.
-
-    A step logged twice, as after a resume, keeps its last value. A last line that a crash cut off is skipped.
-    """
+    """Reads a metrics.jsonl: key -> (steps, values), steps ascending, values finite; the last of a step."""
     series: dict[str, dict[int, float]] = {}
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
@@ -208,10 +205,7 @@ def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> Path:
 
 
 def curves_figure(metrics_jsonl_path: Path) -> "Figure":
-    """The curves of a run: reward, its terms, validation scores, loss, KL, clipped share, gradient norm.
-
-    Panels without data are left out, and the loss of PPO. Training values are pale, the mean strong.
-    """
+    """The curves of a run as `PANELS` lists them, training values pale, their running mean strong."""
     series = read_metrics(metrics_jsonl_path)
     if "train/reward" in series:
         series.pop("train/loss", None)  # of PPO: its size says nothing about learning
@@ -259,7 +253,6 @@ class Case:
     before: np.ndarray | None
     after: np.ndarray | None
     rank: str = ""  # one of RANKS, as from `choose_cases`
-    subset: str = "val"
 
 
 def _judge(mask: np.ndarray | None, truth: np.ndarray) -> tuple[np.ndarray, float, Any]:
@@ -352,7 +345,7 @@ def write_cases(folder: Path, cases: Sequence[Case]) -> Path:
     for case in cases:
         plot_panels([case], path.with_name(f"{case.key}.png"))
         file = f"{CASES_FOLDER}/{case.key}.png"
-        described.append({"key": case.key, "rank": case.rank, "side": case.subset, "file": file})
+        described.append({"key": case.key, "rank": case.rank, "side": "val", "file": file})
         for state, mask in (("before", case.before), ("after", case.after)):
             _, score, errors = _judge(mask, case.truth)
             numbers = {"breaks": len(errors.breaks), "false_pieces": len(errors.false_pieces)}

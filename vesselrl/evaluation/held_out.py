@@ -5,7 +5,7 @@ For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -40,30 +40,23 @@ logger = logging.getLogger(__name__)
 class HeldOutResult:
     """Results of one model, each with the JSON file that holds it; None: not asked for, or not possible."""
 
-    # At the threshold asked for.
-    evaluation: Evaluation
+    evaluation: Evaluation  # at the threshold asked for
     path: Path
-    # All results on one HTML page; Markdown lies beside it.
-    report_path: Path
-    # Of the same predictions, as chosen on validation.
-    tuned: Evaluation | None = None
+    report_path: Path  # all results on one HTML page; Markdown lies beside it
+    tuned: Evaluation | None = None  # of the same predictions, as chosen on validation
     tuned_path: Path | None = None
     tuned_post: Evaluation | None = None
     tuned_post_path: Path | None = None
     tuning: Tuning | None = None
     curve_path: Path | None = None
-    # The second observer against the first.
-    human: Evaluation | None = None
+    human: Evaluation | None = None  # the second observer against the first
     human_path: Path | None = None
 
 
 def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
-    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and a report.
-
-    Where the results lie in the folder of a finished run, the run's own report is written anew.
-    """
+    """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and reports."""
     if options.split not in ("test", "val", "train", "all"):
         raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
     if options.tune_post and not options.tune:
@@ -86,7 +79,12 @@ def evaluate_held_out(
     total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
     tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
-    tuning = tune(_predicted_images(predict, validation, tell), post, asked) if validation else None
+    predicted = evaluate.predict_each(predict, validation, progress=tell)
+    images = (
+        PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
+        for sample, (prediction, truth) in zip(validation, predicted, strict=True)
+    )
+    tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
     done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
@@ -99,8 +97,8 @@ def evaluate_held_out(
     if tuning:
         results["curve_path"] = folder / f"{name}_thresholds.json"
         write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
-    if tuning and tuning.grid:
-        write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
+        if tuning.grid:
+            write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
         results["human"] = evaluate.evaluate_masks(samples, pairs, reward)
@@ -113,12 +111,6 @@ def evaluate_held_out(
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(**results)
-
-
-def _predicted_images(predict: Predict, samples: list[Sample], tell: Progress | None) -> Iterator:
-    predicted = evaluate.predict_each(predict, samples, progress=tell)
-    for sample, (prediction, truth) in zip(samples, predicted, strict=True):
-        yield PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
 
 
 def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:

@@ -21,7 +21,6 @@ from vesselrl.experiment.run_folder import write_text
 if TYPE_CHECKING:
     from vesselrl.evaluation.compare import Comparison
 
-STEP_METRICS = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 PATIENT_METRICS = ("dice", "cldice", "recall", "precision")
 SHOWN_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BEST, HUMAN = "test_best_lora", "test_human_agreement"
@@ -220,7 +219,7 @@ def _training(path: Path) -> dict[str, Any] | None:
     series = read_metrics(path) if path.is_file() else {}
     if not any(key.startswith(("train/", "val/")) for key in series):
         return None
-    metrics = [metric for metric in STEP_METRICS if f"val/{metric}" in series]
+    metrics = [metric for metric in results.HEADLINE if f"val/{metric}" in series]
     points = {metric: dict(zip(*map(list, series[f"val/{metric}"]), strict=True)) for metric in metrics}
     steps = sorted({step for values in points.values() for step in values})
     rows = [(str(step), *(number(metric, points[metric].get(step)) for metric in metrics)) for step in steps]
@@ -343,7 +342,7 @@ def evaluation_page(path: Path) -> dict[str, Any]:
 def comparison_page(comparison: "Comparison") -> dict[str, Any]:
     """The values of comparison.j2."""
     metrics, lines = comparison.metrics, comparison.lines
-    gains = {run: {one["metric"]: one for one in table} for run, table in comparison.gains.items() if table}
+    gains = {run: table for run, table in comparison.gains.items() if table}
     ranking, differences = [], []
     for line in lines:
         scores = [with_interval(m, line[m], line[f"{m}_low"], line[f"{m}_high"]) for m in metrics]

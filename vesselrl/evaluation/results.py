@@ -1,7 +1,4 @@
-"""The result of an evaluation: rows, patient-level summary, caveats, JSON and CSV files, before/after table.
-
-Hashes of image list and labels and the metric specification keep results of different sets apart.
-"""
+"""The result of an evaluation: rows, summary by patients, caveats, JSON and CSV files, before/after table."""
 
 import csv
 import hashlib
@@ -28,6 +25,7 @@ UNIT_METRICS = frozenset(
 LOWER_IS_BETTER = frozenset({"beta0_error", "beta1_error", "hd95", "length_error"})
 UNBOUNDED = frozenset({"reward", "custom_score"})
 NO_DIRECTION = frozenset({"length_ratio", "foreground"})
+HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 COUNTED = ("n_images", "n_patients", "n_undefined", "reason")
 MAX_FAILED_SHARE = 0.05
 
@@ -75,16 +73,12 @@ class Evaluation:
     rows: tuple[dict[str, Any], ...]
     # n_images, n_patients, n_failed, metrics: name -> image_mean, patient_mean (the headline), its Interval.
     summary: dict[str, Any]
-    # sha256 over the sorted keys, and over the keys with the hash of each true mask.
-    image_list_hash: str
-    label_hash: str
+    image_list_hash: str  # sha256 over the sorted keys
+    label_hash: str  # sha256 over the keys with the hash of each true mask
     metric_spec: dict[str, Any]
-    # Definition of the reward; rewards of unequal specs are not compared.
-    reward_spec: dict[str, Any] | None = None
-    # Of the predicted probabilities; None if only masks were scored.
-    calibration: dict[str, Any] | None = None
-    # Reasons to distrust the scores, each with its sentence.
-    caveats: dict[Caveat, str] = field(default_factory=dict)
+    reward_spec: dict[str, Any] | None = None  # rewards of unequal ones are not compared
+    calibration: dict[str, Any] | None = None  # of the probabilities; None if only masks were scored
+    caveats: dict[Caveat, str] = field(default_factory=dict)  # reasons to distrust the scores
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -167,8 +161,7 @@ def before_after_table(
 
     Each has `metric`, `before`, `after` (means over the images defined in both), `difference`, the fields of
     its `Difference` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
-    By default all columns of both are compared, `reward` and `custom_score` only if they mean the same.
-    ValueError if the sets differ, or `reward` is asked for and differs.
+    By default these are all columns of both that mean the same. ValueError if sets or rewards differ.
     """
     if mismatch := set_mismatch(before, after, "before", "after"):
         raise ValueError(f"The evaluations cannot be compared: {mismatch}. Evaluate both on the same set.")

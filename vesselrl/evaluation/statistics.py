@@ -1,8 +1,8 @@
 """Patient-level statistics: means over patients, bootstrap intervals, paired differences.
 
-Frames of one patient resemble each other, so the patient is the unit: means over patients of per-patient
-means, and a bootstrap of whole patients. Its percentile interval is too narrow with few patients (of nominal
-95 %, 75 % hold the mean of 3), so it is stretched; then 93 to 96 % hold it (very skewed data: 88 to 91 %).
+The patient is the unit: means over patients of per-patient means, and a bootstrap of whole patients. Its
+percentile interval is too narrow with few patients (of nominal 95 %, 75 % hold the mean of 3), so it is
+stretched; then 93 to 96 % hold it (very skewed data: 88 to 91 %).
 """
 
 import math
@@ -16,6 +16,7 @@ from scipy.special import ndtri, stdtrit
 MIN_PATIENTS = 3
 DRAWS = 2000
 SIGNIFICANT = 0.05
+Rows = Sequence[Mapping]  # with `key`, `patient` and metrics
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,9 @@ class Interval:
     mean: float
     low: float
     high: float
-    # Of what entered the mean; images left out because their value is nan (recall without any true vessel).
     n_images: int
     n_patients: int
-    n_undefined: int = 0
+    n_undefined: int = 0  # images left out because their value is nan (recall without any true vessel)
     reason: str = ""
     resampled: np.ndarray | None = field(default=None, repr=False, compare=False)
 
@@ -37,7 +37,6 @@ class Interval:
 class Difference(Interval):
     """The paired difference after - before of one metric, with its two-sided p value, not adjusted."""
 
-    metric: str = ""
     p: float = math.nan
 
     @property
@@ -81,14 +80,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Mean over patients of per-patient means, with its stretched patient-cluster bootstrap interval.
 
-    `values` and `patients` have one entry per image; nan is left out and counted. The interval is cut to
-    `bounds`, the possible range of the mean.
-
-    >>> interval = bootstrap_interval([0.6, 0.7, 0.8, 0.9], ["P001", "P002", "P003", "P004"])
-    >>> round(interval.mean, 2), interval.low < 0.75 < interval.high
-    (0.75, True)
-    >>> bootstrap_interval([0.6, 0.7], ["P001", "P001"]).reason
-    'only 1 patient: an interval needs at least 3'
+    One value and one patient per image; nan is left out and counted. The interval is cut to `bounds`.
     """
     if n < 100 or not 0 < level < 1:
         raise ValueError(f"Bootstrap needs n >= 100 and 0 < level < 1: got n={n}, level={level}.")
@@ -98,7 +90,9 @@ def bootstrap_interval(
     counted = (len(patients) - num_undefined, num_patients, num_undefined)
     mean = float(means.mean()) if num_patients else math.nan
     if num_patients < MIN_PATIENTS:
-        return Interval(mean, math.nan, math.nan, *counted, _too_few(num_patients))
+        found = f"only {num_patients} patient{'' if num_patients == 1 else 's'}"
+        reason = f"{found}: an interval needs at least {MIN_PATIENTS}"
+        return Interval(mean, math.nan, math.nan, *counted, reason)
     if np.ptp(means) == 0:
         reason = "every patient has the same value: no spread to judge by"
         return Interval(mean, mean, mean, *counted, reason)
@@ -107,11 +101,6 @@ def bootstrap_interval(
     limits = _stretched_limits(resampled, mean, num_patients, level)
     low, high = (float(limit) for limit in np.clip(limits, *bounds))
     return Interval(mean, low, high, *counted, resampled=resampled)
-
-
-def _too_few(num_patients: int) -> str:
-    plural = "" if num_patients == 1 else "s"
-    return f"only {num_patients} patient{plural}: an interval needs at least {MIN_PATIENTS}"
 
 
 def _stretched_limits(resampled: np.ndarray, mean: float, num_patients: int, level: float) -> tuple:
@@ -150,33 +139,24 @@ def _p_value(resampled: np.ndarray, mean: float, num_patients: int) -> float:
 
 
 def paired_difference(
-    before_rows: Sequence[Mapping],
-    after_rows: Sequence[Mapping],
-    metric: str,
-    n: int = DRAWS,
-    seed: int = 0,
-    level: float = 0.95,
+    before_rows: Rows, after_rows: Rows, metric: str, n: int = DRAWS, seed: int = 0, level: float = 0.95
 ) -> Difference:
     """Mean over patients of after - before on the same images, with its patient-cluster bootstrap interval.
 
-    Rows (with `key`, `patient` and the metric) are paired by their key, in any order; an image undefined
-    (nan or None) in either is left out and counted. Both must hold the same images, each once.
+    Rows of the same images are paired by `key`; one undefined in either is left out and counted.
     """
     patients, before, after = _paired(before_rows, after_rows, metric)
     interval = bootstrap_interval(after - before, patients, n, seed, level)
     usable = interval.resampled is not None
     p = _p_value(interval.resampled, interval.mean, interval.n_patients) if usable else math.nan
-    return Difference(**vars(interval), metric=metric, p=p)
+    return Difference(**vars(interval), p=p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values: rejecting those below 0.05 errs at all in at most 5 % of the families.
 
     The k-th smallest of m is multiplied by m - k + 1, raised to the one before it where it is lower, and cut
-    to 1. nan (no test was possible) stays nan and is not counted in m.
-
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
+    to 1. nan (no test) stays nan and is not counted in m.
     """
     adjusted = np.array(p_values, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(adjusted))
@@ -203,9 +183,7 @@ def check_unique(keys: Sequence[str]) -> None:
             raise ValueError(f"Image {key} occurs twice among {len(keys)} images. Evaluate each image once.")
 
 
-def _paired(
-    before_rows: Sequence[Mapping], after_rows: Sequence[Mapping], metric: str
-) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _paired(before_rows: Rows, after_rows: Rows, metric: str) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Patient, value before and value after of every image, in the order of the keys."""
     for rows in (before_rows, after_rows):
         check_unique([row["key"] for row in rows])

@@ -34,13 +34,8 @@ GAP_LEVELS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Counts the pixels of one image, both (H, W), by probability; the counts of several images add up.
 
-    Returns:
-        Float64 (3, 100): vessel pixels, background pixels, sum of probabilities. Column k holds probabilities
-        in (k/100, (k+1)/100], column 0 also 0.
-
-    >>> vessel, background, _ = count_pixels(np.array([[0.0, 0.25, 0.995]]), np.array([[False, True, True]]))
-    >>> np.flatnonzero(vessel).tolist(), np.flatnonzero(background).tolist()
-    ([24, 99], [0])
+    The rows of the result, float64 (3, 100), are vessel pixels, background pixels and the sum of
+    probabilities; column k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
     """
     values = np.asarray(probabilities, dtype=np.float32)
     if values.shape != truth.shape:
@@ -58,8 +53,7 @@ def calibration(counted: np.ndarray, num_failed: int = 0) -> dict[str, Any]:
     """Reliability curve and expected calibration error over the pixels of a set of images.
 
     Bin b of 10 holds n_b pixels with probabilities in (b/10, (b+1)/10], of mean p_b and a share v_b of true
-    vessel: expected calibration error = sum over b of n_b / n * |p_b - v_b|, nan without pixels. A model that
-    leaves the background alone, most of an image, has a small error; the curve (`bins`) says more.
+    vessel: expected calibration error = sum over b of n_b / n * |p_b - v_b|, nan without pixels.
     """
     vessel, background, probability = counted.reshape(3, CALIBRATION_BINS, -1).sum(axis=2)
     pixels = vessel + background
@@ -173,7 +167,7 @@ class PostProcessingGrid:
     def best(
         self, min_component_px: int | None = None, close_gaps: float | None = None
     ) -> tuple[PostProcessing, float]:
-        """The candidate of highest reward, and that reward; of those with the size and level given, if any.
+        """The candidate of highest reward, and that reward, of those with the size and level given, if any.
 
         Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
         """
@@ -184,10 +178,6 @@ class PostProcessingGrid:
         }
         best = max(ranks, key=ranks.__getitem__)
         return best, self.rewards[best]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON: lists of threshold, size, level and reward."""
-        return {"candidates": [[*astuple(post), reward] for post, reward in self.rewards.items()]}
 
 
 def score_postprocessing(
@@ -226,12 +216,9 @@ def score_postprocessing(
 class Tuning:
     """Scores of one model on validation images by post-processing, and the choices made from them."""
 
-    # How masks are made without tuning.
-    post: PostProcessing
-    # By threshold, with the rest of `post`.
-    curve: ThresholdCurve
-    # By threshold, smallest component and closing of gaps; None: not asked for.
-    grid: PostProcessingGrid | None
+    post: PostProcessing  # how masks are made without tuning
+    curve: ThresholdCurve  # by threshold, with the rest of `post`
+    grid: PostProcessingGrid | None  # by threshold, smallest component and closing of gaps, if asked for
 
     @property
     def choices(self) -> dict[str, PostProcessing]:
@@ -243,15 +230,12 @@ class Tuning:
         """Every candidate of the grid with its reward, and the choice."""
         best, reward = self.grid.best()
         chosen = {"side": "val", "chosen": asdict(best), "chosen_by": "mean over patients of the reward"}
-        return chosen | {"reward": reward, "n_images": self.curve.n_images} | self.grid.to_json()
+        candidates = [[*astuple(post), each] for post, each in self.grid.rewards.items()]
+        return chosen | {"reward": reward, "n_images": self.curve.n_images, "candidates": candidates}
 
 
 def tune(images: Iterable[PredictedImage], post: PostProcessing, reward: Reward | None) -> Tuning:
-    """Scores the masks that post-processing could make of validation images.
-
-    With a reward, threshold, smallest component and closing of gaps are chosen for it together; only then are
-    the images kept, so they had better come one by one.
-    """
+    """Scores the masks that post-processing could make of validation images, which a reward alone keeps."""
     counted, patients, kept, num_failed = [], [], [], 0
     for image in images:
         counted.append(counts_by_threshold(image.filled, image.truth, post))

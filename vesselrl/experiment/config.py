@@ -5,7 +5,7 @@ Field names are the command line's options, without their groups; the comment ov
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -57,10 +57,7 @@ class DataSettings:
     @property
     def fold_numbers(self) -> tuple[int, int] | None:
         """(i, k) of `fold`."""
-        if self.fold is None:
-            return None
-        number, _, count = self.fold.partition("/")
-        return int(number), int(count)
+        return self.fold and tuple(map(int, self.fold.split("/")))
 
 
 @dataclass(frozen=True)
@@ -249,16 +246,11 @@ class TrainConfig:
         return cls().with_(**{name: value for name, value in values.items() if name in known})
 
     def with_(self, **changes: object) -> "TrainConfig":
-        """A copy with some settings changed, by their names without groups.
-
-        Raises:
-            TypeError: there is no such setting.
-        """
+        """A copy with some settings changed, by their names without groups; an unknown one is a TypeError."""
         changes = {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()}
         groups = {}
-        for group in fields(self):
-            old = getattr(self, group.name)
-            groups[group.name] = replace(old, **{k: changes.pop(k) for k in asdict(old) if k in changes})
+        for name, old in vars(self).items():
+            groups[name] = replace(old, **{k: changes.pop(k) for k in vars(old) if k in changes})
         if changes:
             raise TypeError(f"There are no settings called {', '.join(changes)}.")
         return replace(self, **groups)
@@ -284,9 +276,8 @@ class TrainConfig:
         """The peak learning rate of `sft` or `rl`."""
         if self.optim.stage != "sft+rl" or stage == "sft":
             return self.peak_learning_rate
-        if self.optim.rl_learning_rate is not None:
-            return self.optim.rl_learning_rate
-        return RL_RATE_SHARE * self.peak_learning_rate
+        own = self.optim.rl_learning_rate
+        return RL_RATE_SHARE * self.peak_learning_rate if own is None else own
 
     def stage_of_epoch(self, epoch: int, num_epochs: int) -> str:
         """`sft` or `rl` for one of `num_epochs` epochs, counted from 1; a sanity run has more than given."""
@@ -303,6 +294,12 @@ class TrainConfig:
         return self.ppo.num_passes if self.stage_of_epoch(epoch, num_epochs) == "sft" else 1
 
 
+def is_fold(text: str) -> bool:
+    """Whether a text is a fold, i/k with 1 <= i <= k and k >= 2."""
+    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    return numbers is not None and int(numbers[1]) <= int(numbers[2]) >= 2
+
+
 # Settings, the condition on a value that is given, and the advice; nan meets no condition.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_epochs batch_size num_passes log_freq val_freq save_freq num_workers max_train_samples "
@@ -314,26 +311,16 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
     ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
-    ("fold", lambda v: is_fold(v), "give a share such as 1/5, up to 5/5"),
+    ("fold", is_fold, "give a share such as 1/5, up to 5/5"),
     ("dice_floor", lambda v: 0 <= v <= 1, "give a Dice from 0 to 1"),
 )  # fmt: skip
-
-
-def is_fold(text: str) -> bool:
-    """Whether a text is a fold, i/k with 1 <= i <= k and k >= 2."""
-    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    return numbers is not None and int(numbers[1]) <= int(numbers[2]) >= 2
 
 
 def _contradictions(c: TrainConfig) -> dict[str, bool]:
     """Messages, and whether what they complain of is so."""
     optim, split_file, epochs = c.optim, c.data.split_file, c.optim.num_epochs
     own_split = bool(c.data.fold or c.model.init_lora or c.data.split_unit != "patient")
-    two_stages, is_control, stage = (
-        optim.stage == "sft+rl",
-        optim.control is not None,
-        f"--stage {optim.stage}",
-    )
+    two_stages, is_control, stage = optim.stage == "sft+rl", bool(optim.control), f"--stage {optim.stage}"
     supervised = optim.control == "unet" or (not is_control and optim.stage != "rl")
     return {
         "--split_file says who is in which subset. Leave out --fold, --split_unit and --init_lora.":
@@ -380,11 +367,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def get_preset(name: str, **changes: object) -> TrainConfig:
-    """A preset with some settings changed.
-
-    Raises:
-        ValueError: unknown name; the message lists those that exist.
-    """
+    """A preset with some settings changed; an unknown name is a ValueError that lists those that exist."""
     if name not in PRESETS:
         raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
     return PRESETS[name].with_(**changes)

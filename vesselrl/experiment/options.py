@@ -1,7 +1,4 @@
-"""The options of every verb but `train`, whose options are `TrainConfig`.
-
-Field names are the command line's options; a comment over each says what it does.
-"""
+"""The options of every verb but `train`, by field; a comment over each says what it does."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

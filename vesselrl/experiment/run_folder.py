@@ -1,6 +1,5 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
-import hashlib
 import json
 import math
 import os
@@ -10,7 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,25 @@ PREFIX = "sa2va_lora_ppo_"
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
+@dataclass(eq=False)
 class RunFolder:
     """`OUTPUT_DIR/sa2va_lora_ppo_<YYYYmmdd_HHMMSS>` and the files in it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
 
     @classmethod
     def create(cls, output_dir: str | Path) -> "RunFolder":
-        """A new, empty run folder named by the time of day.
-
-        Raises:
-            RunError: the folder cannot be written to.
-        """
-        base = Path(output_dir)
-        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        """A new, empty run folder named by the time of day; a RunError where none can be made."""
+        base, stamp = Path(output_dir), datetime.now().strftime("%Y%m%d_%H%M%S")
         for suffix in ("", *(f"_{k}" for k in range(2, 100))):
             path = base / f"{PREFIX}{stamp}{suffix}"
             try:
                 path.mkdir(parents=True)
-            except FileExistsError:
-                if base.is_dir():
-                    continue
-                raise RunError(f"Output folder {base} is a file; give another --output_dir.") from None
             except OSError as error:
-                raise RunError(
-                    f"Cannot write to the output folder {base} ({error.strerror or error}); "
-                    "give another --output_dir."
-                ) from None
+                if path.is_dir():
+                    continue
+                fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
+                raise RunError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
@@ -87,11 +79,7 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
 
 
 def run_settings(run: Path | None) -> dict[str, Any]:
-    """The flat settings that a run was trained with; empty without a run.
-
-    Raises:
-        RunError: its config.json is damaged.
-    """
+    """The flat settings that a run was trained with, empty without a run; damaged ones are a RunError."""
     if run is None or not (run / "config.json").exists():
         return {}
     try:
@@ -132,11 +120,7 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Finds out whether a folder can be made or written to, and changes nothing.
-
-    Raises:
-        RunError: a file stands in its place, or the permission is missing.
-    """
+    """A RunError where a folder can be neither made nor written to; changes nothing."""
     place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
     if not place.is_dir():
         raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
@@ -155,29 +139,15 @@ def strict(value: object) -> object:
     return value
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def provenance(argv: list[str], device: str) -> dict:
     """Where a result comes from: command, commit, versions, machine."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
     return {
         "command": argv,
         "git_commit": git_commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: package and package.version for name, package in found.items()},
         "platform": f"{sys.platform} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "device": device,
@@ -186,15 +156,10 @@ def provenance(argv: list[str], device: str) -> dict:
 
 def git_commit() -> str | None:
     """Commit of the checkout this package runs from, with `+` when files were changed; None outside git."""
-    folder = Path(__file__).parent
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, check=True, timeout=30,
-        ).stdout.strip()  # fmt: skip
+        commit = git(["git", "rev-parse", "HEAD"], timeout=10).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"], timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")

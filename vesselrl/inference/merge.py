@@ -22,15 +22,8 @@ def merge(
     """Writes base model plus adapter, added in float32, as a new folder in the official layout.
 
     The copy is loaded again and appears under its name only when it predicts what base and adapter predict.
-
-    Args:
-        base_model: checkpoint folder; None is the embedded miniature.
-        lora_weights: adapter or run folder.
-        output_model: new folder.
-        dtype: keep (each tensor as in the base), float32 or bfloat16.
-
-    Returns:
-        `output`, `verified_dice` (smallest over the test pictures) and `max_probability_gap`.
+    `dtype`: keep (each tensor as in the base), float32 or bfloat16. Gives `output`, `verified_dice` (smallest
+    over the test pictures) and `max_probability_gap`.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"--dtype {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
@@ -53,12 +46,12 @@ def merge(
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 
-def _test_pictures(side: int, count: int = 2) -> list[np.ndarray]:
+def _test_pictures(side: int) -> list[np.ndarray]:
     """Dark branching lines on a noisy ground, enough to give masks with many borders."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side] / side
     pictures = []
-    for _ in range(count):
+    for _ in range(2):
         picture = 170 + 30 * np.sin(3 * x + 2 * y) + rng.normal(0, 6, (side, side))
         for _ in range(6):
             offset, slope, bend = rng.uniform(0.1, 0.9), rng.uniform(-1, 1), rng.uniform(-0.5, 0.5)

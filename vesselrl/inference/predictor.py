@@ -14,6 +14,7 @@ from scipy.special import expit
 from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
 from vesselrl.data.patients import is_impersonal, names_a_person
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
+from vesselrl.data.records import list_images
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import check_writable
 from vesselrl.models.checkpoint import load_sa2va
@@ -52,12 +53,9 @@ class Predictor:
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
-        Args:
-            base_model: checkpoint folder; None is the embedded miniature.
-            lora_weights: adapter folder such as RUN/best_lora; a run folder means its best_lora.
-            device: `cpu`, `cuda` or `cuda:1`; None takes a GPU when there is one.
-            use_bf16: vision tower and language model in bfloat16; SAM2 stays in float32.
-            **kwargs: prompt, post.
+        Without `base_model` it is the embedded miniature; `lora_weights` is an adapter or a run folder, which
+        means its best_lora. Without `device` a GPU is taken when there is one. With `use_bf16` vision tower
+        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt and post.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
@@ -89,19 +87,6 @@ def adapter_folder(path: Path) -> Path:
     return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
 
 
-def find_images(path: Path) -> list[Path]:
-    """The image file itself, or the images of a folder by name."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
-    found = (file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    files = sorted(file for file in found if not file.name.startswith("."))
-    if not files:
-        raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
-    return files
-
-
 def predict_files(
     predictor: Predictor, path: Path, output_dir: Path, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[dict]:
@@ -109,21 +94,19 @@ def predict_files(
 
     A pseudonym stands for a stem that names a person; only `patients.mapping.json` in the output folder says
     which file it is. Files of the same name are replaced. `progress` takes (images done, images in all).
-
-    Yields:
-        One dict per image: `image` (file name), `foreground` (share of pixels, 0 to 1), `mask` (path).
+    Yields `image` (file name), `foreground` (share of pixels, 0 to 1) and `mask` (path) of each.
     """
-    files = find_images(path)
+    if not path.exists():
+        raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
+    if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
+        raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
     stems = [file.stem for file in files]
     # Messages call a file by its name where that says nothing about a person, else by its place.
-    shown = [
-        file.name if is_impersonal(file.stem) else f"image {place} of {len(files)} in name order"
-        for place, file in enumerate(files, start=1)
-    ]
+    places = (f"image {place} of {len(files)} in name order" for place in range(1, len(files) + 1))
+    shown = [f.name if is_impersonal(f.stem) else place for f, place in zip(files, places, strict=True)]
     if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
-        first = shown[stems.index(twice[0])]
-        fault = f"{len(twice)} file names differ only by their ending"
-        raise DataError(f"{fault}: {first} and the next; rename one of each.")
+        fault = f"{len(twice)} file names differ only by their ending: {shown[stems.index(twice[0])]}"
+        raise DataError(f"{fault} and the next; rename one of each.")
     check_writable(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     people = [stem for stem in stems if names_a_person(stem)]

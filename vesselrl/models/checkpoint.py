@@ -1,7 +1,6 @@
-"""Official Sa2VA checkpoint folders to a native model and back; strict, safetensors only.
+"""Official Sa2VA checkpoint folders to a native model and back; safetensors only, no code of theirs is run.
 
 Every official tensor is used, known to be unused, or an error, and every native one is filled, or an error.
-The names of both sides are a table in the model's module. Nothing here runs code from the checkpoint.
 """
 
 import re
@@ -81,11 +80,9 @@ def load_sa2va(
 ) -> tuple[Sa2VA, Sa2VAProcessor]:
     """Loads a model, without gradients, and its processor; a CheckpointError names what is at fault.
 
-    Args:
-        path: folder with config.json, safetensors shards and tokenizer files; None is the embedded miniature.
-        device: where the model goes.
-        dtype: of vision tower, projector and language model; SAM2 and its prompt projection stay float32.
-        sam2: SAM2's dimensions, overriding the side-car.
+    `path` is a folder with config.json, safetensors shards and tokenizer files, or None for the embedded
+    miniature; `dtype` that of vision tower, projector and language model: SAM2 and its prompt projection stay
+    float32; `sam2` overrides the dimensions in the side-car.
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
@@ -106,8 +103,7 @@ def load_sa2va(
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the checkpoint's tokenizer without running its code."""
     needed = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    missing = ", ".join(name for name in needed if not (folder / name).exists())
-    if missing:
+    if missing := ", ".join(name for name in needed if not (folder / name).exists()):
         raise CheckpointError(f"{folder} lacks the tokenizer files {missing}. Copy them from the source.")
     try:
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
@@ -124,13 +120,11 @@ def shard_files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
         names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            lacks = f"lacks {len(missing)} of {len(names)} shards named in {index.name}"
-            raise CheckpointError(f"{folder} {lacks}: {', '.join(missing)}.")
+        if missing := [name for name in names if not (folder / name).exists()]:
+            lacks = f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}"
+            raise CheckpointError(f"{lacks}: {', '.join(missing)}.")
         return [folder / name for name in names]
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+    if not (files := sorted(folder.glob("model*.safetensors"))):
         raise CheckpointError(f"{folder} holds no model*.safetensors file; pickled weights are not read.")
     return files
 
@@ -176,14 +170,10 @@ def native_state(
         if got != shape:
             wrong.append(f"{official_names(name)[0]} {got} (model {name}: {shape})")
     problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
-    if any(problems.values()):
-        listed = [
-            f"{len(names)} {label}: {'; '.join(names[:3])}" for label, names in problems.items() if names
-        ]
-        raise CheckpointError(
-            f"{source} does not fit its config.json. {' | '.join(listed)}. "
-            "Check that config.json, sam2_config.json and the shards come from one model."
-        )
+    listed = [f"{len(names)} {kind}: {'; '.join(names[:3])}" for kind, names in problems.items() if names]
+    if listed:
+        advice = "Check that config.json, sam2_config.json and the shards come from one model."
+        raise CheckpointError(f"{source} does not fit its config.json. {' | '.join(listed)}. {advice}")
     return state
 
 
@@ -216,10 +206,7 @@ def save_sa2va(model: Sa2VA, folder: Path) -> None:
 
 
 def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
-    """Copies a checkpoint with the model's weights in place of its own, shard by shard.
-
-    Other files and unused tensors are copied unchanged; without a `dtype` each tensor keeps its own.
-    """
+    """Copies a checkpoint with the model's weights for its own, in `dtype` or in that of each tensor."""
     shards = shard_files(source)
     needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
     if free < needed * 1.05:

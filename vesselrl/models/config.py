@@ -42,13 +42,10 @@ class Sam2Dimensions:
         """Reads the side-car's JSON object; unknown or missing fields are errors."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
-            raise CheckpointError(
-                f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; "
-                f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}."
-            )
+            fault = f"missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}"
+            raise CheckpointError(f"{SAM2_SIDECAR} must have exactly the fields {sorted(names)}; {fault}.")
         for name, value in values.items():
-            is_list = isinstance(value, list)
-            wants_list = isinstance(getattr(cls, name), tuple)
+            is_list, wants_list = isinstance(value, list), isinstance(getattr(cls, name), tuple)
             if is_list != wants_list or any(type(n) is not int for n in (value if is_list else [value])):
                 kind = "a list of whole numbers" if wants_list else "a whole number"
                 raise CheckpointError(f"{SAM2_SIDECAR} has {name} = {value!r}; {kind} is needed.")
@@ -72,12 +69,9 @@ class Sam2Dimensions:
             "backbone_feature_sizes": [[size // s, size // s] for s in (4, 8, 16)],
             "fpn_hidden_size": self.hidden_size,
         }
-        decoder = {"mlp_dim": self.decoder_mlp_dim, "iou_head_hidden_dim": self.iou_head_hidden_dim}
-        return Sam2Config(
-            vision_config=vision,
-            prompt_encoder_config=hidden | {"image_size": size},
-            mask_decoder_config=hidden | decoder,
-        )
+        heads = {"mlp_dim": self.decoder_mlp_dim, "iou_head_hidden_dim": self.iou_head_hidden_dim}
+        prompts, decoder = hidden | {"image_size": size}, hidden | heads
+        return Sam2Config(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
 @dataclass(frozen=True)
@@ -159,8 +153,7 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
             needs = f"{source}: `{section}` needs whole numbers for {wrong}"
             raise CheckpointError(f"{needs}. Is this a Sa2VA of the InternVL family?")
     vision, llm = values["vision_config"], values["llm_config"]
-    architecture = (llm.get("architectures") or ["?"])[0]
-    if architecture != "Qwen2ForCausalLM":
+    if (architecture := (llm.get("architectures") or ["?"])[0]) != "Qwen2ForCausalLM":
         supported = "Qwen2ForCausalLM (Sa2VA-InternVL3 2B, 8B, 14B; Sa2VA 1B, 4B)"
         raise CheckpointError(f"{source} names the language model {architecture!r}; choose a {supported}.")
     for name, expected in _SUPPORTED.items():

@@ -61,11 +61,8 @@ def target_modules(model: nn.Module, scope: Collection[str], projections: Iterab
     check_scope(scope)
     patterns = (f"{re.escape(prefix)}({pattern})" for prefix, pattern in (_PARTS[name] for name in scope))
     wanted = re.compile("|".join(patterns).replace("PROJECTIONS", "|".join(projections)))
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and wanted.fullmatch(name)
-    ]
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return [name for name in layers if wanted.fullmatch(name)]
 
 
 def attach_lora(
@@ -86,28 +83,22 @@ def attach_lora(
 def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> PeftModel:
     """Puts a saved adapter on a model; a CheckpointError says why the two do not fit."""
     check_adapter(folder)
-    config = read_json_object(folder / "adapter_config.json")
-    targets = config.get("target_modules")
-    if config.get("peft_type") != "LORA" or not isinstance(targets, list) or not targets:
-        raise CheckpointError(
-            f"{folder / 'adapter_config.json'} describes no LoRA of vesselrl (peft_type "
-            f"{config.get('peft_type')!r}); give an adapter that vesselrl has trained."
-        )
+    source, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = read_json_object(source)
+    kind, targets = config.get("peft_type"), config.get("target_modules")
+    if kind != "LORA" or not isinstance(targets, list) or not targets:
+        fault = f"{source} describes no LoRA of vesselrl (peft_type {kind!r})"
+        raise CheckpointError(f"{fault}; give an adapter that vesselrl has trained.")
     if absent := sorted(set(targets) - {name for name, _ in model.named_modules()}):
-        raise CheckpointError(
-            f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}; "
-            "it was trained on another base model."
-        )
+        fault = f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}"
+        raise CheckpointError(f"{fault}; it was trained on another base model.")
     # PEFT fills missing tensors at random and ignores unknown ones; here both are errors.
-    file = folder / "adapter_model.safetensors"
     found = {name for name, _ in read_shard(file)}
     expected = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
     if found != expected:
         missing, unknown = sorted(expected - found), sorted(found - expected)
-        raise CheckpointError(
-            f"{file} does not fit its adapter_config.json: {len(missing)} tensors missing, {len(unknown)} "
-            f"unknown, such as {(missing + unknown)[0]}. Copy the folder again."
-        )
+        count = f"{len(missing)} tensors missing, {len(unknown)} unknown, such as {(missing + unknown)[0]}"
+        raise CheckpointError(f"{file} does not fit its adapter_config.json: {count}. Copy the folder again.")
     model.requires_grad_(False)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
@@ -121,9 +112,8 @@ def check_adapter(folder: Path) -> None:
     """Refuses a folder without the files of an adapter with a CheckpointError."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).exists():
-            raise CheckpointError(
-                f"{folder} has no {name}; give a run's best_lora, final_lora or checkpoint_epoch_N folder."
-            )
+            advice = "give a run's best_lora, final_lora or checkpoint_epoch_N folder"
+            raise CheckpointError(f"{folder} has no {name}; {advice}.")
 
 
 def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
@@ -165,10 +155,8 @@ def trainable_counts(peft_model: PeftModel) -> dict[str, int]:
 
 def adapter_delta_norm(peft_model: PeftModel, start: dict[str, Tensor]) -> float:
     """Euclidean distance of all trainable values from a stored start."""
-    squares = [
-        (parameter.detach() - start[name]).double().square().sum()
-        for name, parameter in adapter_parameters(peft_model).items()
-    ]
+    trained = adapter_parameters(peft_model).items()
+    squares = [(value.detach() - start[name]).double().square().sum() for name, value in trained]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
@@ -198,9 +186,7 @@ class _Folded:
         return functional.conv2d(x, weight, layer.bias, *geometry)
 
 
-_FOLDED = {
-    layer: type(f"Folded{layer.__name__}", (_Folded, layer), {}) for layer in (lora.Linear, lora.Conv2d)
-}
+_FOLDED = {kind: type(f"Folded{kind.__name__}", (_Folded, kind), {}) for kind in (lora.Linear, lora.Conv2d)}
 
 
 def fold_adapters(peft_model: PeftModel) -> None:

@@ -85,10 +85,8 @@ class Sa2VAProcessor:
     """Turns images and one prompt into `Sa2VAInputs`."""
 
     def __init__(self, config: Sa2VAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.image_token_id = self._special_id(IMAGE_TOKEN)
-        self.seg_token_id = self._special_id(SEG_TOKEN)
+        self.config, self.tokenizer = config, tokenizer
+        self.image_token_id, self.seg_token_id = map(self._special_id, (IMAGE_TOKEN, SEG_TOKEN))
 
     def __call__(
         self, images: list[np.ndarray], prompt: str = DEFAULT_PROMPT, answer: str = ANSWER
@@ -132,8 +130,6 @@ class Sa2VAProcessor:
     def _special_id(self, token: str) -> int:
         ids = self._encode(token)
         if len(ids) != 1:
-            raise CheckpointError(
-                f"The tokenizer splits {token!r} into {len(ids)} tokens and is no Sa2VA's. "
-                "Copy the tokenizer files of the checkpoint again."
-            )
+            fault = f"The tokenizer splits {token!r} into {len(ids)} tokens and is no Sa2VA's"
+            raise CheckpointError(f"{fault}. Copy the tokenizer files of the checkpoint again.")
         return ids[0]

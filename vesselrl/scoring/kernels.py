@@ -184,12 +184,8 @@ def distances_to_border(border, positions):
 def voronoi_labels(candidates, labels, steps):
     """Label each candidate with the component that is the fewest steps away; find where labels meet.
 
-    Such meetings suffice for the shortest paths between all components (Mehlhorn 1988).
-
-    Args:
-        candidates: int32 (N,), flat positions in reading order.
-        labels: flat int32 with a border of 0, components from 1 on, 0 elsewhere.
-        steps: to the eight neighbours.
+    Such meetings suffice for the shortest paths between all components (Mehlhorn 1988). `candidates` are flat
+    positions, int32 (N,), in reading order; `labels` is flat int32 with a border of 0, components from 1 on.
 
     Returns:
         The label of each candidate (0: none reaches it), the candidate through which it was reached (-1: from

@@ -55,11 +55,11 @@ def as_mask(mask: Any, name: str = "mask") -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def as_mask_pair(pred: Any, truth: Any, number: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Return both masks as of `as_mask`; a ValueError for two sizes names them by their `number`."""
-    pred, truth = as_mask(pred, f"pred{number}"), as_mask(truth, f"truth{number}")
+def as_mask_pair(pred: Any, truth: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return both masks as of `as_mask`; a ValueError for two sizes."""
+    pred, truth = as_mask(pred, "pred"), as_mask(truth, "truth")
     if pred.shape != truth.shape:
-        sizes = f"prediction{number} {pred.shape}, truth{number} {truth.shape} (H, W)"
+        sizes = f"prediction {pred.shape}, truth {truth.shape} (H, W)"
         raise ValueError(f"masks differ in size: {sizes}. Resize the prediction to the size of the truth.")
     return pred, truth
 

@@ -43,8 +43,8 @@ class TopologyErrors(NamedTuple):
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
     """Find the breaks and the false components of a prediction; both masks are bool or 0/1 (H, W).
 
-    A break is a stretch of the true centreline that is missed although the vessel is found on both sides of
-    it, and the sides are not joined within REACH. A false component touches no true pixel.
+    A break is a missed stretch of the true centreline with found vessel on both sides that are not joined
+    within REACH. A false component touches no true pixel.
     """
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton

@@ -93,9 +93,9 @@ class LowThresholdMask:
         self._half_width = cv2.distanceTransform(self._mask.astype(np.uint8), cv2.DIST_L2, 5)
 
     def bridges(self, mask: np.ndarray) -> tuple[np.ndarray, int]:
-        """Label the bridges beyond a mask, bool (H, W), from 1 to n: int32 (H, W) with 0 elsewhere, and n.
+        """Label the connected parts of the centreline outside a mask, as wide as this one is there, 1 to n.
 
-        A bridge is a connected part of the centreline outside `mask`, as wide as this mask is there.
+        Returns int32 (H, W) with 0 elsewhere, and n.
         """
         centrelines = self._skeleton & ~mask
         count, parts = cv2.connectedComponents(centrelines.astype(np.uint8), connectivity=8)

@@ -48,12 +48,10 @@ class Reward:
         _check_range(-math.inf, math.inf, custom_weight=self.custom_weight)
 
     def __call__(self, pred: Any, gt: Any, gt_topology: Topology | None = None) -> tuple[float, dict]:
-        """Score one prediction against its truth, both bool or 0/1 (H, W).
+        """Score one prediction against its truth, both bool or 0/1 (H, W): the reward and its details.
 
-        Returns:
-            The reward, and a dict with dice, recall, precision (in [0, 1]; where the truth is empty recall is
-            1 in spec "default" and 0 in "seed"), every weighted term as `<name>_term`, and what the custom
-            function returned as custom_score. The terms add up to the reward.
+        These are dice, recall, precision (in [0, 1]; recall of an empty truth is 1 in spec "default" and 0 in
+        "seed"), the weighted terms as `<name>_term`, which add up to the reward, and the custom_score.
         """
         pred, gt = overlap.as_mask_pair(pred, gt)
         tp, fp, fn, _ = overlap.counts(pred, gt)

@@ -2,9 +2,6 @@
 
 import functools
 import math
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +17,10 @@ TOLERANCE_PX: float = METRIC_SPEC["nsd_tolerance_px"]
 def score_mask(pred: Any, truth: Any, truth_topology: Topology | None = None) -> dict[str, float]:
     """Score one predicted mask, bool or 0/1 (H, W): overlap, centreline and topology.
 
-    Returns:
-        dice, iou, recall, precision, specificity, cldice, tprec, tsens: in [0, 1];
-        beta0_error, beta1_error: absolute difference in the number of connected components and of loops;
-        length_ratio: centreline length of the prediction over that of the truth;
-        foreground: share of the image that the prediction covers.
-        nan stands for "has no meaning": recall of an empty truth, length_ratio of a non-empty prediction to
-        an empty truth, specificity without background. Leave nan out of means and say how many; JSON: null.
+    dice, iou, recall, precision, specificity, cldice, tprec, tsens: in [0, 1]; beta0_error, beta1_error:
+    absolute differences in the number of connected components and of loops; foreground: share of the image
+    that the prediction covers. nan means undefined: recall of an empty truth, length_ratio of a non-empty
+    prediction to an empty truth, specificity without background.
     """
     pred, truth = as_mask_pair(pred, truth)
     truth_shape = topology(truth) if truth_topology is None else truth_topology
@@ -42,18 +36,12 @@ def score_mask(pred: Any, truth: Any, truth_topology: Topology | None = None) ->
     }
 
 
-def cldice(pred: Any, truth: Any) -> float:
-    """Centreline Dice in [0, 1], the harmonic mean of tprec and tsens (Shit et al., CVPR 2021).
-
-    tprec is the share of the predicted centreline inside the truth, tsens the share of the true centreline
-    inside the prediction. Never use it alone: an all-foreground mask can score 1.
-    """
-    pred, truth = as_mask_pair(pred, truth)
-    return cldice_scores(pred, truth, topology(pred), topology(truth))["cldice"]
-
-
 def cldice_scores(pred: np.ndarray, truth: np.ndarray, pred_shape: Topology, truth_shape: Topology) -> dict:
-    """cldice, tprec and tsens of two bool masks whose topologies are known; both empty 1, one empty 0."""
+    """Centreline Dice, the harmonic mean of tprec and tsens (Shit et al., CVPR 2021); both empty 1, one 0.
+
+    tprec is the share of the predicted centreline inside the truth, tsens that of the true one inside the
+    prediction. Never use it alone: an all-foreground mask can score 1.
+    """
     if pred_shape.length_px == 0 or truth_shape.length_px == 0:
         agree = float(pred_shape.length_px == truth_shape.length_px)
         return {"cldice": agree, "tprec": agree, "tsens": agree}
@@ -76,9 +64,8 @@ def length_ratio(pred: Topology, truth: Topology) -> float:
 def width_map(truth: Any, skeleton: np.ndarray | None = None) -> np.ndarray:
     """Width class of every pixel of a truth: 0 background, 1 thin, 2 medium, 3 thick; uint8 (H, W).
 
-    A centreline pixel is as wide as the largest disc that fits into the truth and covers it: thick from a
-    diameter of 9 px, medium from 5 px. Every other pixel of the truth takes the class of the centreline pixel
-    nearest to it, so the rough edge of a thick vessel is not called thin. Outside the image is background.
+    A centreline pixel is as wide as the largest disc inside the truth that covers it: thick from a diameter
+    of 9 px, medium from 5 px. Every other pixel of the truth takes the class of the nearest of them.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -147,11 +134,10 @@ def border_of(mask: np.ndarray) -> np.ndarray:
 
 
 def surface_scores(pred: Any, truth: Surface, tolerance_px: float = TOLERANCE_PX) -> dict[str, float]:
-    """HD95 and normalised surface Dice of one prediction, bool or 0/1 (H, W).
+    """HD95 and normalised surface Dice of one prediction, bool or 0/1 (H, W), as in `METRIC_SPEC`.
 
-    hd95 is the larger of the two directed 95th percentiles, in pixels: 0 for two empty masks, the diagonal of
-    the image for exactly one. nsd is the share of both borders within `tolerance_px` of the other one, in
-    [0, 1]: 1 for two empty masks, 0 for exactly one.
+    hd95, in px, is 0 for two empty masks, the diagonal of the image for exactly one; nsd, in [0, 1], is then
+    1 and 0.
     """
     from vesselrl.scoring.kernels import distances_to_border
 
@@ -214,37 +200,3 @@ def evaluation_scores(pred: Any, truth: Any) -> dict[str, float]:
     cached = cached_truth(truth)
     scores = score_mask(pred, truth, cached.topology) | surface_scores(pred, cached.surface)
     return scores | recall_by_width(pred, cached.widths)
-
-
-# ---- Many masks over threads: the compiled kernels, NumPy and OpenCV release the GIL while they work ----
-
-
-def score_masks(
-    preds: Sequence[Any], truths: Sequence[Any], *, evaluation: bool = False, num_threads: int | None = None
-) -> list[dict[str, float]]:
-    """Score N predictions, bool or 0/1 (H, W), against their truths, in their order.
-
-    Each gets its `score_mask`, or with `evaluation` its `evaluation_scores`, which are several times slower.
-    """
-    if len(preds) != len(truths):
-        raise ValueError(f"got {len(preds)} predictions for {len(truths)} truths. Pass one truth for each.")
-    pairs = [
-        as_mask_pair(pred, truth, f" {i}") for i, (pred, truth) in enumerate(zip(preds, truths, strict=True))
-    ]
-
-    def score(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        return evaluation_scores(*pair) if evaluation else score_mask(*pair, cached_truth(pair[1]).topology)
-
-    return in_threads(score, pairs, num_threads=num_threads)
-
-
-def in_threads(function: Callable, *arguments: Sequence[Any], num_threads: int | None = None) -> list:
-    """`[function(a, b, ...) for a, b, ... in zip(*arguments)]` over threads, by default one per core."""
-    if num_threads is None:
-        num_threads = min(8, os.cpu_count() or 1)
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
-    if num_threads == 1:
-        return [function(*values) for values in zip(*arguments, strict=True)]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(function, *arguments))

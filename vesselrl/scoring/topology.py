@@ -37,8 +37,8 @@ def topology(mask: Any) -> Topology:
 def prototype_topology(mask: Any) -> Topology:
     """Measure a mask the way the prototype's reward did (spec "seed").
 
-    Zhang-Suen skeleton, components of the skeleton, and as junction every single skeleton pixel with three
-    or more neighbours, so one crossing counts several times. The border mirrors the image.
+    Zhang-Suen skeleton, its components, and every skeleton pixel with three or more neighbours as a junction.
+    The border mirrors the image.
     """
     from skimage.morphology import skeletonize
 

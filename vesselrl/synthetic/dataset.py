@@ -81,15 +81,13 @@ def write_dataset(
     seed: int = 0,
     layout: str = "annotations",
 ) -> Path:
-    """Writes a data set, complete or not at all, or reuses the same one if it is there.
+    """Writes a data set, complete or not at all, or reuses the same one; anything else is a FileExistsError.
 
     Every layout has `images/*.jpg`, quality 95, and `synthetic.json` with the settings; besides,
 
     - annotations: `annotations.json` with flat polygons, and `masks/<stem>_mask.png` (0/255);
     - nested: `annotations.json` with polygons one level deeper and the text as one string; no `masks/`;
     - masks: `masks/<stem>.png` (0/255).
-
-    Anything else in `root` is a FileExistsError that names the settings that differ.
     """
     counts = {"num_patients": num_patients, "num_sequences": num_sequences, "num_frames": num_frames}
     if layout not in LAYOUTS:
@@ -112,13 +110,11 @@ def write_dataset(
         for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
             frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
             stems = _stems(seed, patient, sequence, num_frames)
-            for (image, mask), stem in zip(frames, stems, strict=True):
-                records.append(_write_frame(partial, layout, image, mask, stem))
+            drawn = zip(frames, stems, strict=True)
+            records += [_write_frame(partial, layout, *frame, stem) for frame, stem in drawn]
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-        if root.exists():
-            root.rmdir()
     return root
 
 
@@ -133,8 +129,7 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     if different:
         there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)
         raise FileExistsError(f"{root} holds other synthetic angiograms: {there}. {advice}")
-    num_found = len(list((root / "images").glob("*.jpg")))
-    if num_found != num_images:
+    if (num_found := len(list((root / "images").glob("*.jpg")))) != num_images:
         raise FileExistsError(f"{root} holds {num_found} images where {num_images} were written. {advice}")
 
 
@@ -191,11 +186,9 @@ def _generator(seed: int, domain: Domain, *numbers: int) -> Rng:
 
 def _prepare(domain: Domain, patient: int, sequence: int, size: int, seed: int) -> tuple[list[Vessel], Style]:
     """The tree of the patient in the view of a sequence, and its appearance: what all frames share."""
-    patient_rng = _generator(seed, domain, patient)
+    patient_rng, rng = _generator(seed, domain, patient), _generator(seed, domain, patient, sequence)
     anatomy = grow_tree(patient_rng, domain.width_px, domain.branching, domain.tortuosity, domain.loops)
-    mirror = patient_rng.random() < 0.3
-    rng = _generator(seed, domain, patient, sequence)
-    tree = project(rng, anatomy, mirror=mirror)
+    tree = project(rng, anatomy, mirror=patient_rng.random() < 0.3)
     return tree, choose_style(domain, tree[0], patient_rng, rng, size)
 
 

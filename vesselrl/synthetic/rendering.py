@@ -250,8 +250,7 @@ def compose(style: Style, vessels: np.ndarray, rng: Rng) -> np.ndarray:
     behind = _moved(style.background, rng.normal(0, 1.0, 2) * scale)  # it drifts by breathing
     light = style.brightness * np.exp(-(behind + style.contrast * vessels))
     light = cv2.GaussianBlur(light.astype(np.float32), (0, 0), max(style.blur_px * scale, 0.3))
-    length = style.motion_blur_px * scale
-    if length >= 1.2:
+    if (length := style.motion_blur_px * scale) >= 1.2:
         reach, cosine, sine = int(np.ceil(length / 2)), np.cos(style.motion_angle), np.sin(style.motion_angle)
         y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
         across, down = np.abs(-sine * x + cosine * y), np.abs(cosine * x + sine * y)

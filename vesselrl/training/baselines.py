@@ -1,7 +1,6 @@
 """Baselines in place of the model: a small U-Net from random weights, and the Frangi filter.
 
-Both see one grey image: the green channel, which is the whole image where it is grey and the channel with the
-strongest vessels where it is not.
+Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
 
 import json
@@ -32,8 +31,7 @@ UNET_FEATURES = (8, 16, 32, 64, 64, 8)
 UNET_MULTIPLE = 16  # px; four halvings
 UNET_SMALLEST = 32  # px; below that the deepest level has one pixel and nothing to normalise with
 
-# The few choices of a filter: standard deviations of its Gaussians in px, a third of a vessel's width or so.
-# The first is the start.
+# The choices of a filter, first its start: standard deviations of Gaussians in px, about a third of a vessel.
 SIGMAS = ((2, 3), (2,), (3,), (2, 3, 4))
 DEFAULT_VESSELNESS = 0.05
 _FLOOR = 1e-6  # of the vesselness, so that every logit is finite

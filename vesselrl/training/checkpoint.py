@@ -1,8 +1,7 @@
 """Resuming: an interrupted training goes on as if nothing had happened.
 
-All that its next steps depend on lies in one file of the run folder: tensors as safetensors, numbers as JSON
-in the header. It is written at every validation and deleted when the run has finished. Data, model and
-settings are not in it; that they are the same is checked by fingerprints.
+All that its next steps depend on lies in one file of the run folder, from the first validation to the end:
+tensors as safetensors, numbers as JSON in the header. Data, model and settings are checked by fingerprints.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from vesselrl.errors import RunError
 from vesselrl.experiment.run_folder import atomic_write
@@ -54,10 +54,7 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes FOLDER/resume.safetensors, or raises RunError; an older one stays until the new one is complete.
-
-    The state is dicts with keys of text, lists, plain values and tensors, in each other as wanted.
-    """
+    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises RunError."""
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
     path = folder / STATE_FILE
@@ -65,9 +62,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
         with atomic_write(path) as partial:
             save_file(tensors, partial, {"format": "pt", "version": STATE_VERSION, "state": plain})
     except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path} cannot be written ({error}). Make room, then go on with --resume_from {folder}."
-        ) from None
+        advice = f"Make room, then go on with --resume_from {folder}."
+        raise RunError(f"{path} cannot be written ({error}). {advice}") from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -105,14 +101,12 @@ def restore_random_state(state: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state[f"cuda{k}"], k)
 
 
-def moments(optimizer: torch.optim.Optimizer, model: Model) -> dict[str, dict[str, Tensor]]:
+def moments(optimizer: Optimizer, model: Model) -> dict[str, dict[str, Tensor]]:
     """State of the optimizer for each parameter, by the parameter's name."""
     return {name: dict(optimizer.state[p]) for name, p in model.trainable.items() if p in optimizer.state}
 
 
-def restore_moments(
-    optimizer: torch.optim.Optimizer, model: Model, kept: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Restores the state of the optimizer."""
     optimizer.state.clear()
     for name, state in kept.items():
@@ -143,10 +137,8 @@ def check_fingerprint(before: Mapping[str, str], now: Mapping[str, str]) -> None
     labels["start"] = "values of the adapters before the first step (another model, seed or version)"
     changed = [label for name, label in labels.items() if before.get(name) != now[name]]
     if changed:
-        raise RunError(
-            f"The run cannot be resumed, because these have changed since: {', '.join(changed)}. Put them "
-            "back, or start anew."
-        )
+        fault = f"The run cannot be resumed, because these have changed since: {', '.join(changed)}"
+        raise RunError(f"{fault}. Put them back, or start anew.")
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

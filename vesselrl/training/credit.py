@@ -1,15 +1,13 @@
 """Counterfactual credit assignment: R(on) - R(off) of every pixel of one image, in units of the reward.
 
 This difference reward (Wolpert & Tumer 2002) is taken in the mask that is used: greedy (probability above
-0.5), then post-processed. Sampled masks score lower in everything, so that a target for recall looks missed
-in them when it is met: difference rewards taken in them make a policy bloat.
+0.5), then post-processed. Taken in sampled masks, which miss a target for recall that the used one meets, it
+makes a policy bloat.
 
-Overlap terms depend on pixel counts, so the effect of one pixel is exact for all pixels at the price of
-four evaluations. Topology, length and a user's own reward have no such form. For them, connected regions
-are flipped one at a time, the mask is post-processed again and scored anew. What a region earns beyond its
-pixels' overlap is shared evenly among its pixels, so that the credit of a region adds up to what flipping
-it is worth. A bridge that saves a cut-off vessel from removal earns all of that vessel; a speck that is
-removed anyway, or a gap that is closed anyway, is left out.
+Overlap terms depend on pixel counts, so four evaluations give the exact effect of every pixel. For topology,
+length and a user's own reward, connected regions are flipped one at a time, and the mask is post-processed
+and scored anew. What a region earns beyond its pixels' overlap is shared evenly among them, so that its
+credit adds up to what flipping it is worth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,8 +37,7 @@ class Credit:
     """Difference rewards of one image, and the scores of its K sampled masks."""
 
     overlap: np.ndarray  # (H, W) float32, R(on) - R(off) of the overlap terms, exact
-    # (H, W) float32, per pixel, what a region's flip changes in the reward beyond its pixels' overlap; the
-    # mean over the scored regions that hold the pixel, 0 outside them.
+    # (H, W) float32, what a region's flip changes beyond its pixels' overlap, per pixel; mean over regions.
     structure: np.ndarray
     rewards: np.ndarray  # (K,) of the sampled masks
     terms: dict[str, np.ndarray]  # name -> (K,) weighted terms of these
@@ -56,10 +53,8 @@ class ConstrainedReward:
         maximise   the reward's Dice and structure terms (topology, length, the user's own)
         subject to mean recall, precision and Dice on validation patients >= their lower bounds
 
-    Every validation is one step of dual ascent: a multiplier rises by the violation, or falls, down to 0,
-    by what the mean lies above its bound. So nobody has to guess weights: a constraint that holds costs
-    nothing. Training images would not do: the model has seen them, and meets bounds on them that it misses
-    on other patients.
+    Every validation is one step of dual ascent: a multiplier rises by the violation, or falls, down to 0, by
+    what the mean lies above its bound. Training images would not do: the model has seen them.
     """
 
     reward: Reward  # its other overlap terms give way to the constraints
@@ -150,16 +145,13 @@ def overlap_credit(reward: Reward | ConstrainedReward, tp: int, fp: int, fn: int
     def total(tp: int, fp: int, fn: int) -> float:
         return float(sum(reward.overlap_terms(tp, fp, fn).values()))
 
-    table = np.zeros((2, 2), np.float32)
     present = total(tp, fp, fn)
-    if fn:
-        table[1, 0] = total(tp + 1, fp, fn - 1) - present
-    if tp:
-        table[1, 1] = present - total(tp - 1, fp, fn + 1)
-    table[0, 0] = total(tp, fp + 1, fn) - present
-    if fp:
-        table[0, 1] = present - total(tp, fp - 1, fn)
-    return table
+    background = total(tp, fp + 1, fn) - present, present - total(tp, fp - 1, fn) if fp else 0
+    vessel = (
+        total(tp + 1, fp, fn - 1) - present if fn else 0,
+        present - total(tp - 1, fp, fn + 1) if tp else 0,
+    )
+    return np.array([background, vessel], np.float32)
 
 
 def choose_regions(
@@ -168,9 +160,8 @@ def choose_regions(
     """Up to `count` boolean masks (H, W) to flip, each connected, and wholly on or off in the greedy mask.
 
     Up to half are bridges, where the mask at a lower threshold crosses a gap or goes beyond an end; of the
-    rest half are connected components of the greedy mask, half sample-greedy differences: a bump, a hole, a
-    twig. A component that holds more than half of the mask is the tree itself and is left alone. What one
-    kind does not use, the next may.
+    rest half are components of the greedy mask with at most half of its pixels, half sample-greedy
+    differences: a bump, a hole, a twig. What one kind does not use, the next may.
     """
     if count == 0:
         return []

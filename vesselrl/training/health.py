@@ -1,10 +1,9 @@
 """Health of a training: one list of rules over its metrics, and the action when one of them finds a symptom.
 
 A rule measures the severity of a symptom over a window of steps, or over the validations. Above its `report`
-threshold the issue goes to the log and to diagnosis.json; docs/diagnostics.md lists them all. At its
-`roll_back` threshold the run returns to the last good weights with half the learning rate; after
-MAX_CORRECTIONS of these it stops. The thresholds were set on finished trainings of the miniature, far outside
-of what those that gained have shown.
+threshold the issue goes to the log and to diagnosis.json (docs/diagnostics.md); at its `roll_back` threshold
+the run returns to the last good weights with half the learning rate, at most MAX_CORRECTIONS times. The
+thresholds lie far outside of what trainings of the miniature that gained have shown.
 """
 
 import math
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.training.checkpoint import Model
@@ -44,10 +44,7 @@ class Issue(NamedTuple):
 
 @dataclass
 class History:
-    """The first and the latest WINDOW values of every metric, and the scores of all validations.
-
-    A step without some metric (a supervised one has no reward) leaves that metric's values as they are.
-    """
+    """The first and the latest WINDOW values of every metric, and the scores of all validations."""
 
     first: dict[str, list[float]] = field(default_factory=dict)
     latest: dict[str, list[float]] = field(default_factory=dict)
@@ -55,24 +52,16 @@ class History:
     validations: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Adds the `train/` metrics of a step, except those whose meaning changes from step to step.
-
-        These are the reward while the multipliers of the constrained objective move, and the loss of PPO.
-        """
+        """Adds the `train/` metrics of a step, but no reward while multipliers move, and no loss of PPO."""
         multipliers_move = any(name.startswith("train/price/") for name in metrics)
         for key, value in metrics.items():
             name = key.removeprefix("train/")
-            hidden = (
-                "reward" in name if multipliers_move else name == "loss" and "train/policy_loss" in metrics
-            )
+            of_ppo = name == "loss" and "train/policy_loss" in metrics
+            hidden = of_ppo or (multipliers_move and "reward" in name)
             if name != key and not hidden:
                 self.first[name] = [*self.first.get(name, ()), value][:WINDOW]
                 self.latest[name] = [*self.latest.get(name, ()), value][-WINDOW:]
                 self.since_roll_back[name] = self.since_roll_back.get(name, 0) + 1
-
-    def has_window(self, names: str) -> bool:
-        """Whether there are WINDOW values of all these metrics."""
-        return all(len(self.latest.get(name, ())) == WINDOW for name in names.split())
 
     def mean(self, name: str) -> float:
         """Mean of the latest values."""
@@ -230,17 +219,12 @@ RULES = (
 class Health:
     """Applies the rules to every step and validation of a run: it reports, corrects, and stops.
 
-    An issue is noted once; again only after a window of steps (or one validation) without it. Whether weights
-    were good shows only afterwards: they are kept as a candidate, and count as good once another window of
-    steps has passed without a symptom.
+    An issue is noted once; again only after a window of steps (or one validation) without it. Weights are a
+    candidate at first, and count as good once another window of steps has passed without a symptom.
     """
 
     def __init__(
-        self,
-        model: Model,
-        optimizer: torch.optim.Optimizer | None,
-        max_grad_norm: float,
-        note: Callable[[Issue], None],
+        self, model: Model, optimizer: Optimizer | None, max_grad_norm: float, note: Callable[[Issue], None]
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -253,26 +237,18 @@ class Health:
         self.last_seen: dict[str, int] = {}
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of a step, none where its loss or gradient was not finite.
-
-        Raises:
-            LearningError: the run went wrong once more than it may.
-        """
+        """Takes the metrics of a step, none where its loss or gradient was not finite."""
         norm = metrics.get("train/grad_norm")
         excess = {} if norm is None else {"train/excess_grad_norm": norm / self.max_grad_norm}
         self.history.add({**metrics, **excess})
-        severity = self._apply(
-            [r for r in RULES if r.metrics and self.history.has_window(r.metrics)], step, WINDOW
-        )
+        known = {name for name, values in self.history.latest.items() if len(values) == WINDOW}
+        rules = [rule for rule in RULES if rule.metrics and known.issuperset(rule.metrics.split())]
+        severity = self._apply(rules, step, WINDOW)
         if severity < HEALTHY and step >= self.candidate[0] + WINDOW:
             self.good, self.candidate = self.candidate, (step, self.model.values())
 
     def after_validation(self, step: int, scores: Mapping[str, float], is_last: bool = False) -> None:
-        """Takes the mean scores of a validation; the weights of the last one stay as they were validated.
-
-        Raises:
-            LearningError: the run went wrong once more than it may.
-        """
+        """Takes the mean scores of a validation; the weights of the last one stay as they were validated."""
         self.history.validations.append(dict(scores))
         self._apply([r for r in RULES if not r.metrics and not (is_last and r.roll_back)], step, 0)
 
@@ -302,11 +278,7 @@ class Health:
         return worst[0]
 
     def roll_back(self, step: int, symptom: str) -> None:
-        """Returns to the last good weights with half the learning rate.
-
-        Raises:
-            LearningError: it has been done MAX_CORRECTIONS times already.
-        """
+        """Returns to the last good weights with half the learning rate, or raises LearningError."""
         good_step, values = self.good
         self.model.restore(values)
         self.optimizer.zero_grad(set_to_none=True)
@@ -339,13 +311,23 @@ class Health:
         vars(self).update(state, history=History(**state["history"]))
 
 
-# ---- Checks that stop a run with a LearningError
+# ---- A step, with checks that stop a run with a LearningError
 
 
-def check_finite(loss: Tensor) -> None:
-    """Refuses a loss that is nan or infinite."""
+def take_step(model: Model, optimizer: Optimizer, loss: Tensor, max_norm: float, is_first: bool) -> float:
+    """Updates the weights by the gradient of a loss, clipped to a norm, and returns the norm that it had.
+
+    A loss or a gradient that is not finite is refused, and a first gradient that misses a weight.
+    """
     if not bool(torch.isfinite(loss.detach()).all()):
         raise NotFiniteError(f"The loss is {float(loss.detach())}: --learning_rate is probably too high.")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if is_first:
+        model.check_gradients()
+    norm = clip_gradients(model.trainable.values(), max_norm)
+    optimizer.step()
+    return norm
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 from rich import progress
 from rich.console import Console
 
@@ -41,7 +40,7 @@ class Monitor:
         self.issues: list[Issue] = []
         self._reward_s = self._step_s = 0.0
         purge_step = None if resumed_at is None else resumed_at + 1
-        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
+        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
         self._wandb = None
         if config.run.use_wandb:
             import wandb
@@ -61,7 +60,7 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self._board.close()
+        self.board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -69,7 +68,7 @@ class Monitor:
         """Stores any metrics."""
         self.run.append_metrics({"step": step, **metrics})
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            self.board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
@@ -88,10 +87,6 @@ class Monitor:
         """Stores the mean scores of a validation."""
         self.log(step, {f"val/{name}": value for name, value in scores.items()})
         logger.info("validation at step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-
-    def log_image(self, name: str, image: np.ndarray) -> None:
-        """Stores a picture, uint8 (H, W, 3), with the TensorBoard files."""
-        self._board.add_image(name, image, 0, dataformats="HWC")
 
     def note(self, issue: Issue) -> None:
         """Writes an issue to the log, as a warning, and to diagnosis.json."""

@@ -1,9 +1,7 @@
 """Sa2VA as a stochastic policy over masks.
 
-The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbouring
-pixels are sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose
-whole twigs instead of specks while every pixel keeps its own probability. Log-probabilities are therefore
-per pixel.
+The action is a whole mask. Each pixel is on with probability sigmoid(logit / temperature), and neighbours are
+sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose whole twigs.
 """
 
 import hashlib
@@ -36,9 +34,8 @@ GIB = 1024**3
 class FeatureStore:
     """Features of the frozen image encoder by image, on the CPU: in memory first, then in files.
 
-    A file is named after the model (`weights_hash`) and the pixels, so a changed model or image never meets
-    an old value, and runs side by side share the folder. `disk_bytes` limits it, files of other models
-    included; without a folder there is memory only.
+    A file is named after the model (`weights_hash`) and the pixels, so runs share the folder. `disk_bytes`
+    limits it, files of other models included; without a folder there is memory only.
     """
 
     def __init__(
@@ -57,10 +54,7 @@ class FeatureStore:
                 self._disk_left -= path.stat().st_size if path.is_file() else 0
 
     def fetch(self, key: str, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
-        """Features of one image, from memory, from a file, or computed and kept.
-
-        `key` always stands for the same pixels (1, 3, S, S) within this run.
-        """
+        """Features of one image, kept or computed; within a run a key stands for the same (1, 3, S, S)."""
         if key in self._memory:
             return self._memory[key]
         file = self.folder / f"{tensor_hash(pixels)}.safetensors" if self.folder else None
@@ -103,10 +97,7 @@ class FeatureStore:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version.
-
-    The same weights give other last bits on another device or with another torch.
-    """
+    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
     lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
     lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -115,22 +106,15 @@ def weights_hash(module: nn.Module) -> str:
 class MaskPolicy:
     """A Sa2VA with trainable adapters: images in, mask logits at native size out.
 
-    Outputs of frozen parts never change for an image. They are computed once and kept: the [SEG] state
-    where the language model is frozen, the features where the image encoder is. Frozen parts see one image
-    at a time, so that a kept value is the computed one to the last bit, whatever else is in the batch.
-    `keys_repeat` is False where a key does not always stand for the same pixels, as with augmentation; then
-    nothing is kept beyond one batch.
+    Outputs of frozen parts are kept for each image: the [SEG] state where the language model is frozen, the
+    features where the image encoder is. Frozen parts see one image at a time, so that a kept value is the
+    computed one to the last bit. Without `keys_repeat`, as with augmentation, nothing is kept beyond a batch.
     """
 
     kind = "lora"
 
     def __init__(
-        self,
-        peft_model: PeftModel,
-        processor: Sa2VAProcessor,
-        prompt: str,
-        store: FeatureStore | None = None,
-        keys_repeat: bool = True,
+        self, peft_model: PeftModel, processor: Sa2VAProcessor, prompt: str, keys_repeat: bool = True
     ) -> None:
         self.peft_model = peft_model
         self.model: Sa2VA = peft_model.get_base_model()
@@ -141,7 +125,7 @@ class MaskPolicy:
         self.counts = trainable_counts(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
-        self.store = store
+        self.store: FeatureStore | None = None
         self.keys_repeat = keys_repeat
         self.start = self.values()
         self.reference_values = self.start
@@ -184,8 +168,8 @@ class MaskPolicy:
     def check_gradients(self) -> None:
         """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
 
-        LoRA's first matrix has none while the second is zero, so the second one is looked at. Of the
-        decoder's hyper-networks only that of the chosen candidate mask has one.
+        LoRA's first matrix has none while the second is zero; of the decoder's hyper-networks only that of
+        the chosen candidate mask has one.
         """
         parameters = self.peft_model.named_parameters()
         strays = [name for name, p in parameters if p.grad is not None and not p.requires_grad]
@@ -221,10 +205,8 @@ class MaskPolicy:
         if not self.encoder_is_frozen:
             return self.model.encode_image(inputs.sam_pixels)
         with torch.no_grad():
-            images = [
-                self._frozen_features(pixels[None], key)
-                for pixels, key in zip(inputs.sam_pixels, keys, strict=True)
-            ]
+            pairs = zip(inputs.sam_pixels.split(1), keys, strict=True)
+            images = [self._frozen_features(*pair) for pair in pairs]
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
     def _frozen_features(self, pixels: Tensor, key: str) -> ImageFeatures:
@@ -237,16 +219,12 @@ class MaskPolicy:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
             return self.model.seg_prompts(inputs)
-        states = self.seg_states(inputs, keys).to(next(self.model.text_hidden_fcs.parameters()).dtype)
-        return self.model.text_hidden_fcs(states)
-
-    def seg_states(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
-        """(B, P, hidden): the frozen language model's state at [SEG], kept for each key."""
         with torch.no_grad():
             for index, key in enumerate(keys):
                 if key not in self._states:
                     self._states[key] = self.model.seg_states(inputs.image(index)).cpu()
-        return torch.cat([self._states[key] for key in keys]).to(self.model.device)
+        projector, states = self.model.text_hidden_fcs, torch.cat([self._states[key] for key in keys])
+        return projector(states.to(self.model.device, next(projector.parameters()).dtype))
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
@@ -260,10 +238,7 @@ class MaskPolicy:
         self._reference.clear()
 
     def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
-        """Native-size logits of the reference policy; its low-resolution masks are kept for each image.
-
-        The candidates are those that the current policy chose, so that a changed choice is no divergence.
-        """
+        """Native-size logits of the reference policy for the current policy's choice of candidates."""
         if any(key not in self._reference for key in keys):
             with torch.no_grad(), with_values(self, self.reference_values):
                 decoded = self.decode(inputs, keys)
@@ -277,9 +252,8 @@ def sample_masks(
 ) -> Tensor:
     """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
-    (H, W) logits give (K, H, W) bool masks. `correlation_px` is the deviation of the Gaussian that smooths
-    the random field, 0 for independent pixels. The generator is on the CPU, so that a seed gives the same
-    masks on every device.
+    (H, W) logits give (K, H, W) bool masks, the same ones on every device as the generator is on the CPU.
+    `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
     """
     field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
     # P(field < quantile of p) = p for a standard normal field.

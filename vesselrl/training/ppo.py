@@ -1,7 +1,4 @@
-"""One PPO update on a batch of images: sample masks, score them, credit pixels, clipped passes.
-
-Left out on purpose, because an episode is a single mask: returns over time, a value network and generalised
-advantage estimation. The order of a step:
+"""One PPO update on a batch of images, without value network and GAE: an episode is a single mask.
 
 1. encode the images and decode their mask logits (this pass also serves the first update);
 2. sample K correlated masks per image, keep the per-pixel log-probabilities of both actions;
@@ -17,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
@@ -27,7 +25,7 @@ from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
-from vesselrl.training.health import check_finite, check_moved, clip_gradients
+from vesselrl.training.health import check_moved, take_step
 from vesselrl.training.policy import MaskPolicy, sample_masks
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
@@ -43,20 +41,10 @@ class Sampled(NamedTuple):
     variance: Tensor  # (H, W)
 
 
-class Rollout(NamedTuple):
-    """The sampled masks of a batch."""
-
-    images: list[Sampled]
-    metrics: dict[str, float]  # of the log
-    reward_varies: bool  # whether any pixel earned anything
-
-
 class PPOUpdate:
     """PPO steps: policy, optimizer, reward, random generators and the threads that score masks."""
 
-    def __init__(
-        self, policy: MaskPolicy, optimizer: torch.optim.Optimizer, reward: Reward, config: TrainConfig
-    ) -> None:
+    def __init__(self, policy: MaskPolicy, optimizer: Optimizer, reward: Reward, config: TrainConfig) -> None:
         self.policy = policy
         self.optimizer = optimizer
         is_constrained = config.ppo.objective == "constrained"
@@ -92,12 +80,14 @@ class PPOUpdate:
             for number in range(self.settings.num_passes):
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                update = self._update(logits, images, reference)
+                loss, update = self._loss(logits, images, reference)
+                norm = take_step(policy, self.optimizer, loss, self.max_grad_norm, is_first=not self.checked)
                 if number == 0:
                     metrics["train/first_ratio_gap"] = update["ratio_gap"]
                 if not self.checked:
                     check_moved(policy.distance(policy.reference_values))
                     self.checked = True
+            update |= {"loss": float(loss.detach()), "grad_norm": norm}
             metrics |= {f"train/{name}": value for name, value in update.items()}
         else:
             # Nothing to learn from: an update would only add weight decay and noise.
@@ -106,20 +96,20 @@ class PPOUpdate:
         return metrics
 
     @torch.no_grad()
-    def collect(self, batch: TrainBatch, logits: list[Tensor]) -> Rollout:
-        """Samples, scores and credits K masks per image."""
+    def collect(
+        self, batch: TrainBatch, logits: list[Tensor]
+    ) -> tuple[list[Sampled], dict[str, float], bool]:
+        """Samples, scores and credits K masks per image; also their metrics, and whether any pixel earned."""
         s = self.settings
-        masks = [
-            sample_masks(one, s.num_samples, s.correlation_px, s.temperature, self.generator)
-            for one in logits
-        ]
+        sampling = (s.num_samples, s.correlation_px, s.temperature, self.generator)
+        masks = [sample_masks(one, *sampling) for one in logits]
         started = time.perf_counter()
         credits = self._credit(batch, masks, logits)
         metrics = {"time/reward": time.perf_counter() - started} | rollout_metrics(credits)
         if self.constrained:
             metrics |= {f"train/price/{name}": value for name, value in self.constrained.multipliers.items()}
         images = [self._sampled(*one) for one in zip(logits, masks, credits, strict=True)]
-        return Rollout(images, metrics, any(c.overlap.any() or c.structure.any() for c in credits))
+        return images, metrics, any(c.overlap.any() or c.structure.any() for c in credits)
 
     def _credit(self, batch: TrainBatch, masks: list[Tensor], logits: list[Tensor]) -> list[Credit]:
         samples = [one.cpu().numpy() for one in masks]
@@ -142,28 +132,13 @@ class PPOUpdate:
         variance = ppo_math.bernoulli_variance(logits, s.temperature)
         return Sampled(masks, old_logprobs, difference, action_weight, variance)
 
-    def _update(
-        self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]
-    ) -> dict[str, float]:
-        """One optimizer step on the rollout."""
-        loss, metrics = self._loss(logits, images, reference)
-        check_finite(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if not self.checked:
-            self.policy.check_gradients()
-        norm = clip_gradients(self.policy.trainable.values(), self.max_grad_norm)
-        self.optimizer.step()
-        return metrics | {"loss": float(loss.detach()), "grad_norm": norm}
-
     def _loss(
         self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
         s, total, rows = self.settings, 0.0, []
         for now, image, ref in zip(logits, images, reference, strict=True):
-            policy = ppo_math.clipped_policy_loss(
-                ppo_math.action_logprobs(now, s.temperature), *image[1:], s.clip
-            )
+            logprobs = ppo_math.action_logprobs(now, s.temperature)
+            policy = ppo_math.clipped_policy_loss(logprobs, *image[1:], s.clip)
             kl = ppo_math.bernoulli_kl(now, ref, image.variance, s.temperature)
             entropy = ppo_math.bernoulli_entropy(now, image.variance, s.temperature)
             total = total + policy.loss + s.kl_coef * kl - s.entropy_coef * entropy
@@ -180,10 +155,9 @@ class PPOUpdate:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
         policy, masks = self.policy, rollout[0][0].masks
         if bool((masks[1:] == masks[:1]).all()):
-            raise LearningError(
-                f"All {len(masks)} sampled masks of the first image are equal: the policy is completely sure "
-                "of every pixel. Raise --temperature or --num_samples."
-            )
+            fault = f"All {len(masks)} sampled masks of the first image are equal"
+            sure = "the policy is completely sure of every pixel. Raise --temperature or --num_samples."
+            raise LearningError(f"{fault}: {sure}")
         _, metrics = self._loss(again, *rollout)
         if metrics["ratio_gap"] > TOLERANCE:
             raise LearningError(
@@ -205,11 +179,6 @@ class PPOUpdate:
                 "language model does not see the image. Check that <image> is in --prompt and that the "
                 "tokenizer belongs to the checkpoint."
             )
-
-    def update_multipliers(self, means: Mapping[str, float]) -> None:
-        """Takes the mean scores of a validation, for the constrained objective."""
-        if self.constrained:
-            self.constrained.update_multipliers(means)
 
     def state_dict(self) -> dict[str, Any]:
         """Self-checks, reference policy, random generators and multipliers."""

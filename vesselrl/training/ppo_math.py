@@ -1,9 +1,8 @@
 """Tensor maths of PPO for a policy of independent Bernoulli pixels; H x W pixels, K sampled masks.
 
-One episode is one step (an image, a mask, a reward), so there are no returns to discount and no value head:
-the counterfactual advantage is its own baseline. The policy loss is a sum over pixels in units of the
-reward, so that an image weighs as much as there is to gain on it. Divergences and entropy are divided by
-the Bernoulli variance 4p(1-p) summed over pixels, because confident pixels carry none.
+The policy loss is a sum over pixels in units of the reward, so that an image weighs as much as there is to
+gain on it. Divergences and entropy are divided by the Bernoulli variance 4p(1-p) summed over pixels, because
+confident pixels carry none.
 """
 
 from typing import NamedTuple
@@ -42,14 +41,9 @@ def action_logprobs(logits: Tensor, temperature: float) -> Tensor:
 def inverse_probability_weighted(difference: Tensor, on: Tensor, floor: float = 0.02) -> Tensor:
     """Difference reward over the probability q of the action that it favours, p where positive, else 1 - p.
 
-    The gradient of a Bernoulli pixel, p (1 - p) (R(on) - R(off)), vanishes where the policy is sure, and so
-    exactly where it is sure and wrong. Weighted by 1 / q it becomes (1 - q) (R(on) - R(off)): the gradient of
-    the log-likelihood of the better action. What is right already still learns nothing.
-
-    Args:
-        difference: (H, W), R(on) - R(off).
-        on: (H, W), probability of on under the old policy.
-        floor: smallest q, so that one pixel's advantage stays bounded.
+    A Bernoulli pixel's gradient, p (1 - p) (R(on) - R(off)), vanishes where the policy is sure and wrong.
+    Weighted by 1 / q it becomes (1 - q) (R(on) - R(off)): the gradient of the log-likelihood of the better
+    action. Both are (H, W), `on` is p under the old policy; `floor`, the smallest q, bounds the advantage.
     """
     return difference / torch.where(difference > 0, on, 1 - on).clamp(min=floor)
 
@@ -66,9 +60,7 @@ def clipped_policy_loss(
 
     A is the counterfactual advantage (COMA, Foerster et al. 2018), what an action earns more than the old
     policy does on average: (1 - p) (R(on) - R(off)) for on, -p (R(on) - R(off)) for off. With p as
-    `action_weight` the loss sums over both actions, which is the all-action policy gradient (Asadi et al.
-    2017; expected policy gradients, Ciosek & Whiteson 2018): the expectation over sampled actions, without
-    their variance.
+    `action_weight` this is the all-action policy gradient (Asadi et al. 2017; Ciosek & Whiteson 2018).
 
     Args:
         logprobs: (2, H, W) under the current policy, with gradient.

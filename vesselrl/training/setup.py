@@ -24,7 +24,7 @@ from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
 from vesselrl.errors import DataError
-from vesselrl.evaluation.evaluate import caveats_of
+from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, find_run
@@ -90,9 +90,8 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
         counts[name] = {"requested": requested, "available": available, "used": len(used)}
     counts |= {"split_unit": split.unit, "test_seen_by_base": sum(sample.key in seen for sample in test)}
     own = {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
-    return RunData(
-        train, val, test, counts, *(caveats_of(split, subset, seen) | own for subset in (val, test))
-    )
+    caveats = (caveats_of(split, subset, seen) | own for subset in (val, test))
+    return RunData(train, val, test, counts, *caveats)
 
 
 def check_before_training(config: TrainConfig) -> DataReport:
@@ -144,24 +143,21 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
 
 
 def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
-    """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json.
-
-    A sanity run has epochs enough for `SANITY_STEPS` batches, without augmentation or curriculum.
-    """
+    """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json."""
     batch_size, seed, num_epochs = config.optim.batch_size, config.optim.seed, config.optim.num_epochs
     if config.run.sanity_overfit:
         num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
-        passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
+    passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
+    if config.run.sanity_overfit:  # without augmentation or curriculum
         return BatchSource(VesselDataset(data.train), batch_size, seed, num_epochs, num_passes=passes)
     plan = get_augmentation(config.data.augment)
     logger.info("augmentation: %s", plan)
     difficulties = None
     if config.data.curriculum:
-        table = difficulty_table(data.train, lambda sample: (load_image(sample), load_mask(sample)))
+        table = difficulty_table(data.train, load_pixels)
         run.write_json("difficulty.json", table)
         difficulties = [table[sample.key]["difficulty"] for sample in data.train]
     dataset = VesselDataset(data.train, augmentation=plan, seed=seed)
-    passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
@@ -187,12 +183,10 @@ def new_folder(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFol
 
 def make_model(config: TrainConfig, device: str) -> Model:
     """The Sa2VA with adapters, or a baseline in its place."""
-    if config.optim.control == "frangi":
-        return Frangi()
-    if config.optim.control == "unet":
-        torch.manual_seed(config.optim.seed)
-        return UNet(device)
-    return load_policy(config, device)
+    if config.optim.control is None:
+        return load_policy(config, device)
+    torch.manual_seed(config.optim.seed)
+    return UNet(device) if config.optim.control == "unet" else Frangi()
 
 
 def make_updates(

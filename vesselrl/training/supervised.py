@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.training.checkpoint import Model
-from vesselrl.training.health import check_finite, check_moved, clip_gradients
+from vesselrl.training.health import check_moved, take_step
 
 # Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
 SKELETON_ITERATIONS = 10
@@ -35,9 +36,8 @@ def mask_cldice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Half `mask_loss`, half MONAI's soft-clDice loss; shapes as for `mask_loss`.
 
     Soft clDice is 2 * tprec * tsens / (tprec + tsens), where tprec is the share of the prediction's soft
-    skeleton inside the truth and tsens that of the truth's inside the prediction, both with 1 added above
-    and below. One half is the largest weight that Shit et al. (clDice, 2021) use, and favours connectivity
-    most; they add it to soft Dice, here it is added to BCE + soft Dice.
+    skeleton inside the truth and tsens the reverse, both with 1 added above and below. One half is the
+    largest weight that Shit et al. (clDice, 2021) use, and favours connectivity most.
     """
     from monai.losses import SoftclDiceLoss
 
@@ -62,7 +62,7 @@ class SupervisedUpdate:
     def __init__(
         self,
         model: Model,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         config: TrainConfig,
         flips: np.random.Generator | None = None,
     ) -> None:
@@ -86,13 +86,7 @@ class SupervisedUpdate:
             for one, truth in zip(logits, truths, strict=True)
         ]
         loss = torch.cat(losses).mean()
-        check_finite(loss)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if not self.checked:
-            self.model.check_gradients()
-        norm = clip_gradients(self.model.trainable.values(), self.max_grad_norm)
-        self.optimizer.step()
+        norm = take_step(self.model, self.optimizer, loss, self.max_grad_norm, is_first=not self.checked)
         if not self.checked:
             check_moved(self.model.distance())
             self.checked = True

@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.data.samples import Sample
 from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
-from vesselrl.evaluation.results import Evaluation, before_after_table, evaluation_from_json, write_evaluation
+from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
@@ -37,8 +37,6 @@ from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
-
-HEADLINE = ("reward", "dice", "recall", "precision", "cldice", "beta0_error", "length_ratio")
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,18 @@ class Training:
         images = map(VesselDataset, (self.data.val, self.data.test))
         self.pixels = {s.key: (dataset, k) for dataset in images for k, s in enumerate(dataset.samples)}
 
+    def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image and truth of a validation or test sample."""
+        dataset, index = self.pixels[key]
+        return dataset[index][:2]
+
 
 def train(
     config: TrainConfig, argv: list[str], console: Console | None = None, resume_from: Path | None = None
 ) -> TrainResult:
-    """Runs one training, or goes on with an interrupted one.
+    """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
-    Args:
-        config: all settings.
-        argv: the command line, stored as provenance.
-        console: for progress bars; None shows none.
-        resume_from: folder of the interrupted run, whose settings `config` are; see `resume`.
+    `argv` is the command line, stored as provenance; without a console there are no progress bars.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
@@ -106,7 +105,8 @@ def train(
         # 2. Validate before the first update: the starting adapter is the first `best_lora`.
         if state is None:
             if (sheet := t.run.path / setup.SHEET_FILE).exists():
-                t.monitor.log_image("train/contact_sheet", np.asarray(Image.open(sheet)))
+                pixels = np.asarray(Image.open(sheet))
+                t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
             validate(t)
         else:
             restore(t, state)
@@ -128,9 +128,8 @@ def train(
 def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
-    On a CPU it ends with the values that it would have had without the interruption; with several images per
-    step, up to the rounding of the reference policy's masks, which depend on their neighbours in the batch.
-    Raises as `train` does, and RunError where the run has finished, or images or model have changed since.
+    On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
+    RunError where the run has finished, or images or model have changed since.
     """
     return train(TrainConfig.from_dict(run_settings(folder)), argv, console, resume_from=folder)
 
@@ -182,20 +181,15 @@ def validate(t: Training, is_last: bool = False) -> None:
     if t.best is None or means["reward"] > headline(t.best)["reward"]:
         keep_best(t, t.step, t.latest)
     name = "val_before" if t.step == 0 else "val_latest"
-    write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+    results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
     t.health.after_validation(t.step, means, is_last)
 
 
 def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
     """Scores the model as it is on the `val` or `test` images."""
-
-    def load(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        dataset, index = t.pixels[sample.key]
-        return dataset[index][:2]
-
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
-    progress = t.monitor.bar(label)
-    return evaluate(partial(predict, t), samples, t.reward, load=load, caveats=caveats, progress=progress)
+    shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
+    return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
@@ -207,15 +201,15 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
     """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
-    metrics = evaluation.summary["metrics"]
-    return {name: metrics[name]["patient_mean"] for name in (*HEADLINE, "custom_score") if name in metrics}
+    metrics, names = evaluation.summary["metrics"], (*results.HEADLINE, "custom_score")
+    return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
     """Makes the present weights the best."""
     t.best_step, t.best, t.best_values = step, result, t.model.values()
     t.model.save(t.run.path / f"best_{t.model.kind}")
-    write_evaluation(t.run.path, "val_best", result, {"step": step})
+    results.write_evaluation(t.run.path, "val_best", result, {"step": step})
 
 
 # ---- 3. Steps
@@ -264,8 +258,8 @@ def run_epochs(t: Training) -> None:
 
 def update_multipliers(t: Training, stage: str) -> None:
     """Updates the Lagrange multipliers of the constrained objective from the latest validation."""
-    if stage == "rl":
-        t.updates[stage].update_multipliers(headline(t.latest))
+    if stage == "rl" and (constrained := t.updates[stage].constrained):
+        constrained.update_multipliers(headline(t.latest))
 
 
 def fit_filter(t: Training) -> None:
@@ -301,10 +295,8 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
     t.provenance = earlier | {"resumed": resumed}
     t.monitor.load_state_dict(state["monitor"])
-    source = t.run.path / STATE_FILE
-    t.before, best, t.latest = (
-        evaluation_from_json(state[f"evaluation_{name}"], source) for name in ("before", "best", "latest")
-    )
+    read = partial(results.evaluation_from_json, source=t.run.path / STATE_FILE)
+    t.before, best, t.latest = (read(state[f"evaluation_{name}"]) for name in ("before", "best", "latest"))
     with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
         keep_best(t, state["best_step"], best)
     t.model.restore(state["values"])
@@ -319,11 +311,7 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 
 
 def check_learned(t: Training) -> None:
-    """Refuses a run that has ended exactly where it began.
-
-    Raises:
-        LearningError: it has.
-    """
+    """Raises LearningError for a run that has ended exactly where it began."""
     if t.num_steps and t.model.distance() == 0:
         raise LearningError(
             f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
@@ -338,7 +326,8 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
         with with_values(t.model, values):
             tested[name] = evaluate_subset(t, "test", f"test {name}")
-        write_evaluation(t.run.path, f"test_{name}", tested[name], {"threshold": 0.5, "run": t.run.name})
+        extra = {"threshold": 0.5, "run": t.run.name}
+        results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
     return tested
 
 
@@ -347,9 +336,7 @@ def draw(t: Training) -> None:
     plot_curves(t.run.path / "metrics.jsonl", t.run.path / "curves.png")
     cases = []
     for key, rank in choose_cases(t.best.rows).items():
-        dataset, index = t.pixels[key]
-        image, truth, _ = dataset[index]
-        masks = []
+        (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
             with with_values(t.model, values):
                 masks.append(predict(t, image).mask)
@@ -380,7 +367,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     write_run_report(t.run.path)
     (t.run.path / STATE_FILE).unlink(missing_ok=True)
     names = tuple(headline(t.before))
-    validation = before_after_table(t.before, t.best, names)
-    test = before_after_table(tested["before"], tested["after"], names) if tested else []
+    validation = results.before_after_table(t.before, t.best, names)
+    test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
     caveats = dict.fromkeys((*t.data.val_caveats.values(), *t.data.test_caveats.values()))
     return TrainResult(t.run.path, validation, test, info, tuple(caveats))
