@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from vesselrl import doctor
 from vesselrl.doctor import Check
 
+INDEX = "model.safetensors.index.json"
 LLM = "language_model.model."
 TENSORS = {
     "vision_model.embeddings.patch_embedding.weight": (48, 3, 14, 14),
@@ -39,7 +40,7 @@ def model_folder(tmp_path: Path) -> Path:
         part = {k: np.zeros(shape, np.float32) for k, shape in TENSORS.items() if k.startswith(prefix)}
         save_file(part, folder / name)
         weight_map |= dict.fromkeys(part, name)
-    write(folder / doctor.INDEX, {"weight_map": weight_map})
+    write(folder / INDEX, {"weight_map": weight_map})
     write(folder / "vocab.json", {"a": 0})
     (folder / "merges.txt").write_text("#version: 0.2\n")
     write(folder / "tokenizer_config.json", {})
@@ -98,7 +99,7 @@ FAULTS = {
     "cut shard": ("weights", FIRST, truncate, "is broken or cut short"),
     "shard of another model": ("weights", FIRST, lambda path: save_file(OTHER, path),
                                "lacks 3 tensors of the index, first vision_model."),
-    "damaged index": ("weights", doctor.INDEX, lambda path: path.write_text("{"), "cannot be read"),
+    "damaged index": ("weights", INDEX, lambda path: path.write_text("{"), "cannot be read"),
     "config of another model": ("config", "config.json", change_hidden_size,
                                 "llm_config.hidden_size is 6144, the tensors say 64"),
     "no [SEG]": ("tokenizer", "added_tokens.json", lambda path: write(path, {"<IMG_CONTEXT>": 350}), "[SEG]"),
@@ -115,7 +116,7 @@ def test_a_fault_of_the_model_folder_is_named(model_folder: Path, kind: str) -> 
 
 
 def test_a_single_file_needs_no_index(model_folder: Path) -> None:
-    for path in [*model_folder.glob("*.safetensors"), model_folder / doctor.INDEX]:
+    for path in [*model_folder.glob("*.safetensors"), model_folder / INDEX]:
         path.unlink()
     assert "holds no model*.safetensors" in find(doctor.check_model(model_folder), "weights").detail
     save_file({k: np.zeros(s, np.float32) for k, s in TENSORS.items()}, model_folder / "model.safetensors")
