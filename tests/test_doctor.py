@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from vesselrl import doctor
 from vesselrl.doctor import Check
 
+LFS = "version https://git-lfs.github.com/spec/v1\n"
 INDEX = "model.safetensors.index.json"
 LLM = "language_model.model."
 TENSORS = {
@@ -92,6 +93,13 @@ def change_hidden_size(path: Path) -> None:
     path.write_text(path.read_text().replace('"hidden_size": 64', '"hidden_size": 6144'))
 
 
+def spoil_a_value(shard: Path) -> None:
+    """One of 7,488 values."""
+    tensors = load_file(shard)
+    tensors["vision_model.encoder.layers.1.mlp.fc1.weight"][40, 7] = 3e33
+    save_file(tensors, shard)
+
+
 FIRST, SECOND = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
 OTHER = {"something.else": np.zeros(3, np.float32)}
 FAULTS = {
@@ -99,6 +107,10 @@ FAULTS = {
     "cut shard": ("weights", FIRST, truncate, "is broken or cut short"),
     "shard of another model": ("weights", FIRST, lambda path: save_file(OTHER, path),
                                "lacks 3 tensors of the index, first vision_model."),
+    "a flipped bit": ("weights", FIRST, spoil_a_value, "layers.1.mlp.fc1.weight holds values"),
+    "a pointer": ("weights", FIRST, lambda path: path.write_text(LFS), "only a Git LFS pointer"),
+    "index that leaves": ("weights", INDEX, lambda path: write(path, {"weight_map": {"a": "../b"}}),
+                          "names '../b', which is no file"),
     "damaged index": ("weights", INDEX, lambda path: path.write_text("{"), "cannot be read"),
     "config of another model": ("config", "config.json", change_hidden_size,
                                 "llm_config.hidden_size is 6144, the tensors say 64"),
@@ -113,6 +125,21 @@ def test_a_fault_of_the_model_folder_is_named(model_folder: Path, kind: str) -> 
     check = find(doctor.check_model(model_folder), name)
     assert check.status == "problem"
     assert said in check.detail
+
+
+def test_large_tensors_are_sampled_at_both_ends_and_a_tokenizer_may_be_one_file(model_folder: Path) -> None:
+    large = np.zeros((300, 1000), np.float32)
+    for row, status in ((0, "problem"), (299, "problem"), (150, "problem"), (60, "ok")):
+        large[:] = 0
+        large[row, 3] = np.nan
+        save_file({"vision_model.large": large}, model_folder / "model-3.safetensors")
+        write(model_folder / INDEX, {"weight_map": {"vision_model.large": "model-3.safetensors"}})
+        assert find(doctor.check_model(model_folder), "weights").status == status
+    for name in (*doctor.TOKENIZER_FILES, "added_tokens.json"):
+        (model_folder / name).unlink()
+    tokens = [{"id": k, "content": token} for k, token in enumerate(doctor.SPECIAL_TOKENS)]
+    write(model_folder / "tokenizer.json", {"added_tokens": tokens})
+    assert find(doctor.check_model(model_folder), "tokenizer").status == "ok"
 
 
 def test_a_single_file_needs_no_index(model_folder: Path) -> None:

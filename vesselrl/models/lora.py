@@ -115,7 +115,7 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
         raise CheckpointError(f"{file} does not fit its adapter_config.json: {count}. Copy the folder again.")
     for target in targets:  # before PEFT makes matrices of a rank that may be absurd
         stated = config.rank_pattern.get(target, config.r)
-        found = len(tensors[f"{target}.lora_A.weight"])
+        found = next(iter(tensors[f"{target}.lora_A.weight"].shape), 0)
         if found != stated:
             fault = f"{folder}: {target} has rank {found}, its adapter_config.json says {stated}"
             raise CheckpointError(f"{fault}. Copy the folder again.")
