@@ -33,4 +33,4 @@ class LearningError(RunError):
 
 
 class NotFiniteError(LearningError):
-    """A loss or a gradient is nan or infinite; the weights are still those of before this update."""
+    """A loss, a gradient or a prediction is nan or infinite; no weight was changed by it."""

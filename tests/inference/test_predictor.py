@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.golden.broken_input import cut
-from vesselrl.errors import DataError, RunError
+from vesselrl.errors import DataError, NotFiniteError, RunError
 from vesselrl.inference import predictor as module
 from vesselrl.inference.predictor import Prediction, Predictor, predict_files
 from vesselrl.models.processing import Sa2VAInputs
@@ -45,6 +45,15 @@ def test_sizes_types_and_probabilities(predictor: Predictor, images: list[np.nda
         far = Predictor(ShiftedModel(predictor.model, 1e4), predictor.processor).predict(images[0])
     assert not far.probabilities.any()
     assert not far.mask.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_output_that_is_no_number_is_no_empty_mask(
+    predictor: Predictor, images: list[np.ndarray], value: float
+) -> None:
+    broken = Predictor(ShiftedModel(predictor.model, value), predictor.processor)
+    with pytest.raises(NotFiniteError, match="The model gives no numbers for 4096 of 4096 pixels"):
+        broken.predict(images[0])
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.71])

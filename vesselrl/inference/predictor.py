@@ -15,7 +15,7 @@ from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
 from vesselrl.data.patients import is_impersonal, names_a_person
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.records import list_images
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.run_folder import check_writable
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
@@ -75,10 +75,19 @@ class Predictor:
         cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
         for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+            check_finite(logits)
             probabilities = expit(logits)
             mask = self.post.postprocess_for(probabilities)(logits > cut)
             results.append(Prediction(mask, probabilities, logits))
         return results
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Refuses an output that would pass for an empty mask: nan is not above any threshold."""
+    if not np.isfinite(logits).all():
+        count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
+        advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
+        raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
 
 
 def adapter_folder(path: Path) -> Path:

@@ -20,7 +20,7 @@ from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, write_json
-from vesselrl.inference.predictor import Prediction
+from vesselrl.inference.predictor import Prediction, check_finite
 
 BEST = "best_control"
 FILE = "control.json"
@@ -188,4 +188,5 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
 
 
 def _prediction(logits: np.ndarray) -> Prediction:
+    check_finite(logits)
     return Prediction(logits > 0, expit(logits), logits)

@@ -192,6 +192,14 @@ def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
     return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
 
 
+def predict_or_empty(t: Training, image: np.ndarray) -> np.ndarray:
+    """The mask to draw; a failed prediction, of which the log has told, is drawn as what it counts as."""
+    try:
+        return predict(t, image).mask
+    except NotFiniteError:
+        return np.zeros(image.shape[:2], bool)
+
+
 def predict(t: Training, image: np.ndarray) -> Prediction:
     """Segments one image, with the run's post-processing."""
     prediction = t.model.predict(image)
@@ -339,7 +347,7 @@ def draw(t: Training) -> None:
         (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
             with with_values(t.model, values):
-                masks.append(predict(t, image).mask)
+                masks.append(predict_or_empty(t, image))
         cases.append(Case(key, image, truth, *masks, rank))
     plot_panels(cases, t.run.path / "panel.png")
     write_cases(t.run.path, cases)
