@@ -1,5 +1,6 @@
 """Data of a run, its caveats, its batches in the same order for every stage, and the learning rate."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,17 @@ def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(
         prepared(tmp_path / "a", angiograms)
     data = prepared(tmp_path / "b", angiograms, near_duplicates="allow")
     assert list(data.test_caveats) == [Caveat.NEAR_DUPLICATES]
+
+
+def test_frames_that_are_a_patient_each_are_said_aloud(
+    angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(angiograms, tmp_path / "data")
+    for file in sorted(root.rglob("*.png")):  # to SANA_000001
+        file.rename(file.with_name(re.sub(r"ZHANG_(\w+)\(.*_(\d+)\.png", r"\g<1>_\g<2>.png", file.name)))
+    data = prepared(tmp_path, root)
+    assert list(data.test_caveats) == [Caveat.UNCLEAR_PATIENTS]
+    assert "PATIENTS: Frames that count as a patient each: 20 of 20 patients have one image" in caplog.text
 
 
 def test_several_errors_are_counted(angiograms: Path, tmp_path: Path) -> None:
