@@ -188,6 +188,13 @@ def test_copies_of_one_picture_never_lie_on_two_sides(tmp_path: Path, pattern: s
         assert sum(map(len, sides)) == len(set.union(*sides)) == 12
 
 
+def test_an_alias_file_does_not_part_copies_of_one_picture(tmp_path: Path) -> None:
+    aliases = tmp_path / "aliases.csv"
+    aliases.write_text("file_name,patient\n7,a\n7_flip,b\n8,c\n")
+    found, _ = identify(["7", "7_flip", "8"], aliases=aliases)
+    assert found["7"].person == found["7_flip"].person != found["8"].person
+
+
 def codes(root, **options):
     return Counter(finding.code for finding in check_data(root, **options).findings)
 
