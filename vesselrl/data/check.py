@@ -67,10 +67,10 @@ class DataReport:
         return 2 if self.of("error") else 0
 
     def to_json(self) -> str:
-        """Everything, as a JSON object."""
+        """Everything, as a JSON object; near duplicates are among the findings."""
         severities = {severity: len(self.of(severity)) for severity in get_args(Severity)}
         values = {"data_root": str(self.root), "exit_code": self.exit_code, "severities": severities}
-        values |= {name: value for name, value in asdict(self).items() if name != "root"}
+        values |= {k: value for k, value in asdict(self).items() if k not in ("root", "near_duplicates")}
         return json.dumps(values, indent=1)
 
 
