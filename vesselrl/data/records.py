@@ -59,6 +59,14 @@ _KINDS = {
     "duplicate_record": "second record of one image",
     "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
     "split may put the same image into two subsets.",
+    "near_duplicate": "image that looks like one of another patient|, {other}: frames of one run? Give both "
+    "the same patient in an alias file (file_name,patient), or remove one of the two.",
+    "lone_frames": "frames that count as a patient each|: {count} of {patients} patients have one image, and "
+    "the names of these differ in a number or a hash only, in {groups} groups. If a group is a patient, "
+    "frames of one patient may be in training and test: give --patient_pattern, such as "
+    r"'^(?P<patient>.+?)[-_ ]*\d+$', or --patient_aliases.",
+    "one_patient": "images that all count as one patient|: {count}. A training needs three patients: give "
+    "--patient_pattern for the part of the file name that tells them apart, or --patient_aliases.",
     "patients": "patients cannot be told apart|. Each of {images} images counts as a patient of its own, but "
     "{shared} of them share {folders} sub-folders. If a folder is a patient, give --patient_pattern "
     "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets.",

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
 
+from vesselrl.data.file_names import copy_groups
 from vesselrl.data.patients import parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
@@ -81,6 +82,7 @@ def split_by_patient(
     if unit == "frame":
         logger.warning("%s. Use its results for nothing but a comparison with such results.", LEAKY)
     groups = _group_in_order(samples, "key" if unit == "frame" else "patient")
+    groups = _join_copies(groups, samples) if unit == "frame" else groups
     what = f"The data has {len(groups)} {'image' if unit == 'frame' else 'patient'}s"
     if len(groups) < 3:
         advice = "" if unit == "frame" else " Add patients, or give a patient_pattern that tells them apart."
@@ -95,6 +97,20 @@ def split_by_patient(
     subsets = [tuple(chain.from_iterable(own)) for own in members]
     means = tuple(sum(shares[s.key] for s in subset) / len(subset) for subset in subsets) if shares else None
     return Split(*subsets, seed, tuple(ratios), unit, fold and tuple(fold), means)
+
+
+def _join_copies(
+    groups: dict[Hashable, list[Sample]], samples: Sequence[Sample]
+) -> dict[Hashable, list[Sample]]:
+    """Puts the copies of one source picture into the first of their groups, which hold an image each."""
+    names = [path.with_suffix("").as_posix() for path in relative_paths(samples)]
+    key_of = {name: sample.key for name, sample in zip(names, samples, strict=True)}
+    place = {key: number for number, key in enumerate(groups)}
+    joined = dict(groups)
+    for copies in copy_groups(names):
+        first, *others = sorted((key_of[name] for name in copies), key=place.__getitem__)
+        joined[first] = list(chain(joined[first], *(joined.pop(key) for key in others)))
+    return joined
 
 
 def _assign(

@@ -35,6 +35,10 @@ class Caveat(Enum):
 
     PATIENT_LEAKAGE = "LEAKY: split by frame, so that frames of one patient are on several sides."
     NEAR_DUPLICATES = "NEAR DUPLICATES: images of different patients on two sides of the split look alike."
+    UNCLEAR_PATIENTS = (
+        "UNCLEAR PATIENTS: file names look like those of frames, but images count as a patient each, so that "
+        "frames of one patient may be on several sides."
+    )
     UNKNOWN_START = (
         "UNKNOWN START: --init_lora has no data_split.json beside it, so its adapter may have been trained "
         "on the patients of this test."

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from vesselrl.data.augment import get_augmentation
-from vesselrl.data.check import DataReport, check_data
+from vesselrl.data.check import PATIENT_CODES, DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
 from vesselrl.data.dataset import BatchSource, VesselDataset, contact_sheet
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
-from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
 from vesselrl.errors import DataError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
@@ -107,6 +107,9 @@ def check_before_training(config: TrainConfig) -> DataReport:
         kinds = Counter(finding.code for finding in warnings)
         listed = ", ".join(f"{CODES[code]}: {number}" for code, number in kinds.items())
         logger.warning("data check: %s (%s lists them)", listed, hint)
+        for finding in warnings:
+            if finding.code in PATIENT_CODES:
+                logger.warning("PATIENTS: %s", finding.message)
     return report
 
 
@@ -130,9 +133,11 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
         split = split if init_lora is None else replace(split, caveats=(Caveat.UNKNOWN_START.text(),))
     for caveat in split.caveats:
         logger.warning(caveat)
-    if data.data_root and not split.is_leaky:
+    if report is not None and not split.is_leaky:
+        if {finding.code for finding in report.findings} & {*PATIENT_CODES}:
+            split = replace(split, caveats=(*split.caveats, Caveat.UNCLEAR_PATIENTS.text()))
         try:
-            check_near_duplicates(split, load_image)
+            check_near_duplicates(split, report.near_duplicates)
         except DataError as error:
             if data.near_duplicates == "stop":
                 raise DataError(f"{error} Or accept them with --near_duplicates allow.") from None
