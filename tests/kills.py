@@ -32,6 +32,7 @@ RUNS = {
     "sft, batches of 2, frozen encoder": SHORT | {"stage": "sft", "batch_size": 2} | FROZEN,
     "sft, augmented, curriculum": SHORT | {"stage": "sft", "augment": "light", "curriculum": True},
     "rl": SHORT | {"stage": "rl"},
+    "rl, batches of 2": SHORT | {"stage": "rl", "batch_size": 2},
     "rl, frozen encoder": SHORT | {"stage": "rl"} | FROZEN,
     "rl, augmented": SHORT | {"stage": "rl", "augment": "light"},
     "sft+rl": SHORT | {"stage": "sft+rl", "lora_dropout": 0.1},
