@@ -18,26 +18,15 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "breaks.json"
-COPIED = ("vesselrl", "tests", "benchmarks", "docs", "pyproject.toml")
 
 
 def copy_repository(folder: Path) -> None:
     """Copies what the tests need; real data beside the clone stays reachable."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, folder)
+    for name in ("vesselrl", "tests", "benchmarks", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
     if (shared := ROOT.parent / "shared").is_dir():
         (folder.parent / "shared").symlink_to(shared)
-
-
-def run_tests(folder: Path, tests: list[str]) -> subprocess.CompletedProcess:
-    """Runs tests in the copy, with the copy's package."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def try_break(entry: dict[str, str]) -> str:
@@ -51,10 +40,15 @@ def try_break(entry: dict[str, str]) -> str:
         if text.count(entry["old"]) != 1:
             return f"the line stands {text.count(entry['old'])} times in {entry['file']}, it must stand once"
         file.write_text(text.replace(entry["old"], entry["new"]), encoding="utf-8")
-        done = run_tests(folder, [entry["test"]])
-        if done.returncode == 1:
-            return "red"
-        return f"pytest ended with {done.returncode}: {' '.join(done.stdout.splitlines()[-1:])}"
+        command = [sys.executable, *"-m pytest -q -x -p no:cacheprovider -m".split(), "", entry["test"]]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, **options, check=False)
+        return (
+            "red"
+            if done.returncode == 1
+            else f"pytest ended with {done.returncode}: {' '.join(done.stdout.splitlines()[-1:])}"
+        )
 
 
 def main(words: list[str]) -> int:

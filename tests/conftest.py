@@ -3,15 +3,10 @@
 import os
 
 # Before torch, transformers or matplotlib is imported anywhere.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "MPLBACKEND": "Agg",
-    "WANDB_MODE": "disabled",
-}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+os.environ |= {"MPLBACKEND": "Agg", "WANDB_MODE": "disabled"}
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-import ipaddress
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +22,6 @@ hypothesis.settings.load_profile("vesselrl")
 
 @pytest.fixture(scope="session")
 def repository() -> Path:
-    """The root of the clone."""
     return ROOT
 
 
@@ -42,25 +36,16 @@ def shared_folder() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
-    """Let tests reach this machine only."""
     connect = socket.socket.connect
 
     def connect_here(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and not is_loopback(address[0]):
+        if self.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):
             raise RuntimeError(f"A test tried to reach {address[0]}; tests must not need a network.")
         connect(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_here)
         yield
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def check(missing: Callable[[Path], set[str]], pages: list[Path] = PAGES) -> Non
     assert {page.name: names for page in pages if (names := missing(page))} == {}
 
 
-def test_every_file_named_exists() -> None:
+def test_every_file_and_link_named_exists() -> None:
     # A name without a folder may be a module, or a file that a run writes.
     modules = list(ROOT.glob("vesselrl/**/*.py"))
     loose = {path.name for path in modules} | first_column(read(DOCS / "reference" / "run-folder.md"))
@@ -76,11 +76,12 @@ def test_every_file_named_exists() -> None:
         return not is_ours or any((place / name).exists() for place in (ROOT, ROOT / "vesselrl", page.parent))
 
     check(lambda page: {name for name in FILE.findall(code_of(page)) if not exists(page, name)})
-
-
-def test_every_link_leads_somewhere() -> None:
     links = re.compile(r"\]\((?!\w+://)([^)#\s]+)")  # mkdocs build --strict looks at the anchors
     check(lambda page: {link for link in links.findall(read(page)) if not (page.parent / link).exists()})
+    listed = re.compile(r"^\d+\. `(?:\w+\.)?(\w+)` in `(.+?)`", re.MULTILINE)
+    calls = listed.findall(read(DOCS / "explanation" / "code-paths.md"))
+    assert [name for name, file in calls if f"def {name}(" not in (ROOT / file).read_text()] == []
+    assert 8 < len(calls) <= 16
 
 
 def test_every_import_command_and_option_exists() -> None:
@@ -98,13 +99,10 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "help", "no_"}, pages)
 
 
-def test_every_shell_variable_is_named() -> None:
+def test_every_shell_variable_is_named_and_the_readme_begins_with_a_command() -> None:
     script = (ROOT / "run_lora_ppo.sh").read_text(encoding="utf-8")
     (names,) = re.findall(r"^for name in (.+?); do$", script.replace("\\\n", ""), re.MULTILINE)
     assert set(names.split()) - set(SPAN.findall(read(DOCS / "from-rlsa2va.md"))) == set()
-
-
-def test_the_readme_is_short_and_begins_with_a_command() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert next(number for number, line in enumerate(lines, start=1) if line.startswith("bash ")) <= 12
     assert len(lines) <= 110
@@ -120,41 +118,35 @@ def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.C
     assert not re.search(r"\|\s*\|$", section, re.MULTILINE), "an option has no comment"
 
 
-def test_the_reference_has_every_verb_rule_and_public_name() -> None:
+def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_row_per_run() -> None:
     assert {verb.split()[0] for verb in reference.VERBS} == set(cli.VERBS)
     codes = {name for name in first_column(read(DOCS / "diagnostics.md")) if "/" not in name}
     assert codes == {rule.code for rule in RULES} - {"correction"}
     names = set(re.findall(r"^## (\w+)$", reference.api(), re.MULTILINE))
     assert names == set(vesselrl.__all__) - {"__version__"}
-
-
-def test_the_ledger_has_one_row_per_run() -> None:
     rows = list(csv.DictReader((DOCS / "results.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["id"] for row in rows] == [f"R{number:03}" for number in range(1, len(rows) + 1)]
     assert {row["real_or_synthetic"] for row in rows} == {"real", "synthetic"}
     assert all(value and len(value) < 1500 for row in rows for value in row.values())
 
 
-@pytest.fixture(scope="module")
-def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def debug_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run folder of the command in docs/how-to/own-reward.md, with the function that is printed there."""
-    page, folder = "how-to/own-reward.md", tmp_path_factory.mktemp("docs")
-    (folder / "vessel_rewards.py").write_text(next(b for b in blocks(page, "python") if "def few_loops" in b))
+    page = "how-to/own-reward.md"
+    code = next(block for block in blocks(page, "python") if "def few_loops" in block)
+    (tmp_path / "vessel_rewards.py").write_text(code)
     setting, program, *arguments = shlex.split(next(b for b in blocks(page, "bash") if "--preset debug" in b))
     assert (setting, program) == ("PYTHONPATH=.", "vesselrl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        assert cli.main([*arguments, "--output_dir", str(folder / "output")]) == 0
-    return next((folder / "output").glob("sa2va_lora_ppo_*"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main([*arguments, "--output_dir", str(tmp_path / "output")]) == 0
+    return next((tmp_path / "output").glob("sa2va_lora_ppo_*"))
 
 
-def test_the_first_example_of_the_rewards_reaches_the_maximum_it_states() -> None:
+def test_the_first_examples_reach_what_they_state(tmp_path: Path) -> None:
     exec(blocks("rewards.md", "python")[0], names := {})
     assert names["total"] == pytest.approx(6.15)
     assert {"dice", "recall", "precision", "dice_term", "recall_term"} <= names["details"].keys()
-
-
-def test_the_records_shown_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations.json").write_text(*blocks("data.md", "json"))
     Image.fromarray(np.zeros((64, 96), np.uint8)).save(tmp_path / "images" / "frame_001.jpg")

@@ -13,10 +13,9 @@ WRAPPERS = {
     "train_lora_ppo.py": "train",
     "evaluate_lora.py": "evaluate",
     "evaluate_lora_model.py": "evaluate",
-    "inference_with_lora.py": "predict",
-    "merge_lora.py": "merge",
-    "compare_all_experiments.py": "compare",
 }
+WRAPPERS |= {"inference_with_lora.py": "predict", "merge_lora.py": "merge"}
+WRAPPERS["compare_all_experiments.py"] = "compare"
 SCRIPTS = ("install_dependencies.sh", "run_lora_ppo.sh", "run_tests.sh")
 VARIABLES = (
     "MODEL_PATH DATA_ROOT OUTPUT_DIR GPU LORA_RANK LORA_ALPHA LORA_DROPOUT MAX_TRAIN_SAMPLES MAX_VAL_SAMPLES"
@@ -24,7 +23,7 @@ VARIABLES = (
     " RECALL_WEIGHT TOPOLOGY_WEIGHT LENGTH_WEIGHT RECALL_TARGET PROMPT"
 ).split()
 
-# Stands in for .venv/bin/python: one line per argument, then the exit code asked for.
+# Both stand in for .venv/bin/python. One line per argument, then the exit code asked for:
 FAKE_PYTHON = '#!/usr/bin/env bash\nprintf "%s\\n" "$@"\nexit "${FAKE_EXIT:-0}"\n'
 
 
@@ -34,25 +33,19 @@ def run(command: list, cwd: Path, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_only_the_known_scripts_stand_at_the_root(repository: Path) -> None:
+def test_only_wrappers_of_verbs_and_scripts_that_stop_at_errors_stand_at_the_root(repository: Path) -> None:
     found = {path.name for pattern in ("*.py", "*.sh") for path in repository.glob(pattern)}
     assert found == {*WRAPPERS, *SCRIPTS}
-
-
-@pytest.mark.parametrize(("name", "verb"), WRAPPERS.items())
-def test_a_wrapper_is_its_verb_and_nothing_else(repository: Path, name: str, verb: str) -> None:
-    assert (repository / name).read_text() == (
-        f'"""Old name for `vesselrl {verb}`; every option is passed on unchanged."""\n\n'
-        "import sys\n\nfrom vesselrl.launch import main\n\n"
-        'if __name__ == "__main__":\n'
-        f'    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
-    )
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_is_valid_bash_and_stops_at_errors(repository: Path, name: str) -> None:
-    assert subprocess.run(["bash", "-n", repository / name], check=False).returncode == 0
-    assert "set -euo pipefail" in (repository / name).read_text()
+    for name, verb in WRAPPERS.items():
+        assert (repository / name).read_text() == (
+            f'"""Old name for `vesselrl {verb}`; every option is passed on unchanged."""\n\n'
+            "import sys\n\nfrom vesselrl.launch import main\n\n"
+            'if __name__ == "__main__":\n'
+            f'    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
+        )
+    for name in SCRIPTS:
+        assert subprocess.run(["bash", "-n", repository / name], check=False).returncode == 0
+        assert "set -euo pipefail" in (repository / name).read_text()
 
 
 def write_python(folder: Path, code: str) -> None:
@@ -72,12 +65,15 @@ def clone(tmp_path: Path, repository: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", [[], ["fast"], ["--help"]])
-def test_an_unknown_mode_gives_usage_and_exit_2(clone: Path, tmp_path: Path, arguments: list[str]) -> None:
-    done = run(["bash", clone / "run_lora_ppo.sh", *arguments], tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Usage: bash run_lora_ppo.sh quick|full" in done.stderr
+def test_the_exit_code_is_that_of_usage_or_python_or_a_failed_install(clone: Path, tmp_path: Path) -> None:
+    for arguments in ([], ["fast"], ["--help"]):
+        done = run(["bash", clone / "run_lora_ppo.sh", *arguments], tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Usage: bash run_lora_ppo.sh quick|full" in done.stderr
+    assert run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, FAKE_EXIT="7").returncode == 7
+    (clone / "install_dependencies.sh").write_text("exit 3\n")
+    done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
 
 
 def test_options_arrive_whole_from_any_directory(clone: Path, tmp_path: Path) -> None:
@@ -100,31 +96,7 @@ def test_every_shell_variable_becomes_an_option_before_those_typed(clone: Path, 
     assert len(list((tmp_path / "value of OUTPUT_DIR").glob("train_quick_*.log"))) == 1
 
 
-def test_the_exit_code_is_that_of_python_or_of_a_failed_install(clone: Path, tmp_path: Path) -> None:
-    assert run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path, FAKE_EXIT="7").returncode == 7
-    (clone / "install_dependencies.sh").write_text("exit 3\n")
-    done = run(["bash", clone / "run_lora_ppo.sh", "quick"], tmp_path)
-    assert (done.returncode, done.stdout) == (3, "")
-
-
-@pytest.fixture
-def installer(repository: Path, tmp_path: Path) -> list:
-    for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
-        shutil.copy(repository / name, tmp_path)
-    return ["bash", tmp_path / "install_dependencies.sh"]
-
-
-def test_install_refuses_an_unknown_extra_and_an_old_python(installer: list, tmp_path: Path) -> None:
-    done = run([*installer, "gpu"], tmp_path)
-    assert done.returncode == 2
-    assert "unknown argument 'gpu'" in done.stderr
-    done = run(installer, tmp_path, PYTHON="no-such-python")
-    assert done.returncode == 1
-    assert "no Python 3.11 or newer" in done.stderr
-    assert not (tmp_path / ".venv").exists()
-
-
-# Stands in for .venv/bin/python: notes what pip is asked for and pretends that it worked.
+# Notes what pip is asked for and pretends that it worked.
 FAKE_PIP = """#!/usr/bin/env bash
 asked="$*"
 case "$asked" in
@@ -135,20 +107,26 @@ esac
 
 
 @pytest.fixture
-def install(installer: list, tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs the script with these arguments and variables; gives the lines that pip got."""
-    write_python(tmp_path, FAKE_PIP)
+def install(repository: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs the script with these arguments and variables; the lines that pip got, or what went wrong."""
+    for name in ("install_dependencies.sh", "constraints.txt", "pyproject.toml"):
+        shutil.copy(repository / name, tmp_path)
+    log = tmp_path / "pip.log"
 
     def call(*arguments: str, code: int = 0, **variables: str) -> list[str]:
-        (tmp_path / "pip.log").write_text("")
-        done = run([*installer, *arguments], Path("/"), **variables)
+        log.write_text("")
+        done = run(["bash", tmp_path / "install_dependencies.sh", *arguments], Path("/"), **variables)
         assert done.returncode == code, done.stderr
-        return (tmp_path / "pip.log").read_text().splitlines()
+        return (log.read_text() or done.stderr).splitlines()
 
     return call
 
 
-def test_install_asks_for_torch_alone_and_before_the_rest(install: Callable, tmp_path: Path) -> None:
+def test_install_refuses_what_is_unknown_and_asks_for_torch_first(install: Callable, tmp_path: Path) -> None:
+    assert "unknown argument 'gpu'" in install("gpu", code=2)[0]
+    assert "no Python 3.11 or newer" in install(code=1, PYTHON="no-such-python")[0]
+    assert not (tmp_path / ".venv").exists()
+    write_python(tmp_path, FAKE_PIP)
     asked = install("dev")
     assert asked == ["setuptools", "torch==2.13.0", "--no-build-isolation --editable .[dev]"]
     constraints = (tmp_path / ".venv" / "vesselrl_constraints.txt").read_text().splitlines()
@@ -156,6 +134,7 @@ def test_install_asks_for_torch_alone_and_before_the_rest(install: Callable, tmp
 
 
 def test_install_works_only_where_something_changed(install: Callable, tmp_path: Path) -> None:
+    write_python(tmp_path, FAKE_PIP)
     assert install(code=4, FAKE_EXIT="4") == ["setuptools"]  # a failure is not taken for a finished one
     assert install() != []
     assert install() == install("--quiet") == []
@@ -163,48 +142,28 @@ def test_install_works_only_where_something_changed(install: Callable, tmp_path:
     assert install("dev") == install() == []
     with (tmp_path / "constraints.txt").open("a") as file:
         file.write("one-more==1.0\n")
-    assert install() != []
-
-
-def test_install_remembers_another_torch(install: Callable) -> None:
     assert install()[1] == "torch==2.13.0"
     assert install(VESSELRL_TORCH="torch==2.12.0")[1] == "torch==2.12.0"
     assert install() == []
-    assert install("dev")[1] == "torch==2.12.0"
+    assert install("dev")[1] == "torch==2.12.0"  # it is remembered
 
 
-@pytest.fixture
-def bare_clone(clone: Path, repository: Path) -> Path:
+def test_a_bare_python_hands_over_to_the_venv_or_says_what_to_run(
+    clone: Path, repository: Path, tmp_path: Path
+) -> None:
     (clone / "vesselrl").mkdir()
     for name in ("vesselrl/__init__.py", "vesselrl/__main__.py", "vesselrl/launch.py", "train_lora_ppo.py"):
         shutil.copy(repository / name, clone / name)
-    return clone
-
-
-def test_a_bare_python_hands_over_to_the_one_of_the_venv(bare_clone: Path, tmp_path: Path) -> None:
-    script = bare_clone / "train_lora_ppo.py"
+    script, python = clone / "train_lora_ppo.py", clone / ".venv" / "bin" / "python"
     done = run([sys.executable, "-S", script, "--prompt", "two words"], tmp_path, FAKE_EXIT="5")
     assert done.returncode == 5
     assert done.stdout.splitlines() == ["-S", str(script), "--prompt", "two words"]
-
-
-def test_without_a_usable_venv_one_line_says_what_to_run(bare_clone: Path, tmp_path: Path) -> None:
-    python = bare_clone / ".venv" / "bin" / "python"
     python.unlink()
     python.symlink_to(Path(sys.executable).resolve())  # it lacks the packages, and is tried only once
     for _ in range(2):
-        done = run([sys.executable, "-S", bare_clone / "train_lora_ppo.py"], tmp_path)
+        done = run([sys.executable, "-S", script], tmp_path)
         assert done.returncode == 1
         (line,) = done.stderr.splitlines()
-        assert "lacks" in line
-        assert "torch" in line
-        assert f"bash {bare_clone / 'install_dependencies.sh'}" in line
-        shutil.rmtree(bare_clone / ".venv", ignore_errors=True)
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_every_old_name_answers_help(repository: Path, tmp_path: Path, name: str) -> None:
-    done = run([sys.executable, repository / name, "--help"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "--" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+        said = ("lacks", "torch", f"bash {clone / 'install_dependencies.sh'}")
+        assert [words for words in said if words not in line] == []
+        shutil.rmtree(clone / ".venv", ignore_errors=True)

@@ -11,11 +11,10 @@ from pycocotools import mask as pycocotools_mask
 
 from tests.golden import broken_input
 from tests.golden.broken_input import LAYOUTS, PAIRS, DataRoot
-from tests.golden.broken_input import draw_mask as draw_mask  # for tests of pseudonyms
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import mask_to_polygons
 
-PERSONS = ("LI_MING", "ZHAO_WEI", "WANG_FANG", "CHEN_JING")
+PERSONS = ("CHEN_JING", "LI_MING", "WANG_FANG", "ZHAO_WEI")
 SECRETS = (*PERSONS, *(f"123456789{number}" for number in range(4)))
 NAMES = tuple(f"{name}(123456789{k})_1-2_3_0A1B2C3D_frame_00000{k}" for k, name in enumerate(PERSONS))
 PAIR_LAYOUTS = tuple(PAIRS)
@@ -28,7 +27,6 @@ def break_runs(root: DataRoot) -> None:
 
 FAULTS = broken_input.FAULTS | {
     "broken run lengths": (("rle",), break_runs),
-    "no texts": (("annotations", "nested"), lambda root: root.change(text=[])),
 }
 # The finding of each fault.
 CODES = {
@@ -36,10 +34,9 @@ CODES = {
     "extra": "extra_image", "same pixels": "duplicate_image", "16 bits": "sixteen_bit_image",
     "RGBA": "alpha_image", "turned": "rotated_image", "single point": "few_points",
     "odd length": "odd_length", "outside": "outside_image", "not finite": "bad_polygon",
-    "larger image": "scaled_label",
-    "other proportions": "label_size", "size of words": "label_size", "empty": "empty_mask",
-    "all foreground": "all_foreground", "duplicate record": "duplicate_record",
-    "broken run lengths": "bad_rle", "no texts": "text_length", "text as a string": "text_string",
+    "larger image": "scaled_label", "other proportions": "label_size", "size of words": "label_size",
+    "empty": "empty_mask", "all foreground": "all_foreground", "duplicate record": "duplicate_record",
+    "broken run lengths": "bad_rle", "text as a string": "text_string",
     "too many texts": "text_length", "text of numbers": "bad_text",
     "disagreement": "disagreement", "soft mask": "non_binary_mask", "empty mask": "empty_mask",
     "white mask": "all_foreground", "inverted mask": "mostly_foreground", "double size": "scaled_label",
@@ -73,8 +70,7 @@ class Root(DataRoot):
         if self.layout in ("coco", "rle"):
             return f"coco.json image {number}"
         if self.layout in ("labelme", "masks"):
-            order = 5 if number == 4 else sorted(NAMES).index(NAMES[number]) + 1
-            return f"{'json' if self.layout == 'labelme' else 'images'}/ file {order} in name order"
+            return f"{'json' if self.layout == 'labelme' else 'images'}/ file {number + 1} in name order"
         shown = self.image(number).relative_to(self.path).as_posix()
         return shown if is_impersonal(Path(shown).stem) else f"images/ file {number + 1} in name order"
 

@@ -1,4 +1,4 @@
-"""Augmentation: image and mask stay together, same numbers give the same image, thin vessels survive."""
+"""Augmentation: image and mask stay together, and the same numbers give the same image."""
 
 from dataclasses import replace
 
@@ -15,7 +15,6 @@ from vesselrl.data.augment import (
     augment,
     get_augmentation,
 )
-from vesselrl.scoring.topology import topology
 from vesselrl.synthetic.dataset import SOURCE, draw_sequence
 
 AMOUNTS = dict(
@@ -24,12 +23,7 @@ AMOUNTS = dict(
 )  # fmt: skip
 ALONE = {name: Augmentation(**{name: amount}) for name, amount in AMOUNTS.items()}
 STRONG = AUGMENTATIONS["strong"]
-PLANS = ALONE | {
-    "light": AUGMENTATIONS["light"],
-    "strong": STRONG,
-    "mirror": replace(STRONG, border="mirror"),
-}
-SEEDS = range(15)
+PLANS = ALONE | {name: AUGMENTATIONS[name] for name in ("light", "strong")}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +53,12 @@ def test_image_and_mask_stay_aligned(drawn, name):
     """The image is drawn from the mask, so what is bright in it must be the mask again."""
     _, mask = drawn
     plan, changed = PLANS[name], 0
-    for seed in SEEDS:
+    for seed in range(15):
         image, moved = augment(as_image(mask), mask, plan, seed, epoch=1, index=seed)
         assert (moved.dtype, moved.shape) == (bool, image.shape[:2])
         assert overlap(found(image), moved) > (0.99 if name in ALONE else 0.93)  # gamma widens soft edges
         changed += image.shape[:2] != mask.shape or (image != as_image(mask)).any()
-    assert changed >= len(SEEDS) / 2
+    assert changed >= 15 / 2
 
 
 def test_the_same_numbers_give_the_same_image(drawn):
@@ -99,11 +93,8 @@ def test_flips_and_quarter_turns_are_exact(drawn):
     """Each result is one of the eight ways to lay a colour image down, and all eight occur."""
     image, mask = drawn
     image = np.stack([image[:, :, 0], 255 - image[:, :, 0], image[:, :, 0] // 2], axis=2)
-    ways = {}
-    for step in (1, -1):
-        for turns in range(4):
-            way = np.rot90(image[:, ::step], turns)
-            ways[way.shape, way.tobytes()] = np.rot90(mask[:, ::step], turns)
+    lain = [(np.rot90(image[:, ::s], n), np.rot90(mask[:, ::s], n)) for s in (1, -1) for n in range(4)]
+    ways = {(way.shape, way.tobytes()): expected for way, expected in lain}
     seen = set()
     for index in range(60):
         turned, moved = augment(image, mask, Augmentation(flips=True, quarter_turns=True), 0, 1, index)
@@ -113,82 +104,18 @@ def test_flips_and_quarter_turns_are_exact(drawn):
     assert len(seen) == 8
 
 
-@pytest.mark.parametrize("angle", [-40, -7, 3, 25])
-def test_rotation_against_scipy(drawn, angle):
-    image, _ = drawn
-    places = _source_places(image.shape[:2], np.deg2rad(angle), 1, 0, np.random.default_rng(0))
-    ours = _read(image, places, "mirror")[:, :, 0].astype(float)
-    theirs = ndimage.rotate(image[:, :, 0].astype(float), angle, reshape=False, order=1, mode="mirror")
-    assert np.abs(ours - theirs).mean() < 0.5
-    assert np.abs(ours - theirs).max() < 8  # places are rounded to 1/32 px
+def test_rotation_against_scipy(drawn):
+    grey = drawn[0][:, :, 0]
+    for angle in (-40, -7, 3, 25):
+        places = _source_places(grey.shape, np.deg2rad(angle), 1, 0, None)
+        theirs = ndimage.rotate(grey.astype(float), angle, reshape=False, order=1, mode="mirror")
+        error = np.abs(_read(grey, places, "mirror") - theirs)
+        assert error.mean() < 0.5
+        assert error.max() < 8  # places are rounded to 1/32 px
 
 
-def test_scale_and_angle_keep_to_their_range():
-    """A disc beside the centre: its area gives the factor, its direction the angle."""
-    y, x = np.mgrid[:201, :201] - 100
-    disc = (x - 40) ** 2 + y**2 <= 20**2
-    angles, factors = [], []
-    for index in range(60):
-        _, moved = augment(as_image(disc), disc, Augmentation(rotation_deg=30, scale=1.3), 0, 1, index)
-        near = moved & (x**2 + y**2 < 90**2)  # without mirror images
-        row, column = ndimage.center_of_mass(near)
-        angles.append(np.rad2deg(np.arctan2(100 - row, column - 100)))
-        factors.append((near.sum() / disc.sum()) ** 0.5)
-        assert np.hypot(row - 100, column - 100) == pytest.approx(40 * factors[-1], rel=0.05)
-    assert -31 < min(angles) < -20 < 20 < max(angles) < 31
-    assert 1 / 1.32 < min(factors) < 0.85 < 1.18 < max(factors) < 1.32
-
-
-def test_elastic_bending_never_folds():
-    """The map keeps its orientation everywhere (positive Jacobian), and reaches no further than it says."""
-    identity = _source_places((512, 640), 0, 1, 0, np.random.default_rng(0))
-    for seed in range(10):
-        places = _source_places((512, 640), 0, 1, 12, np.random.default_rng(seed))
-        (x_down, x_right), (y_down, y_right) = (np.gradient(places[..., axis]) for axis in (0, 1))
-        assert (x_right * y_down - x_down * y_right).min() > 0.1
-        assert 6 < np.abs(places - identity).max() < 1.6 * 12  # cubic interpolation overshoots
-
-
-def test_a_thin_vessel_survives_rotation_there_and_back():
-    """A winding vessel of 3 px; the nearest neighbour would lose more of it and fray its edge."""
-    y, x = np.mgrid[:256, :256]
-    width = 3 * np.hypot(1, 0.8 * np.cos(x / 15))  # as seen along a column
-    vessel = (np.abs(y - 128 - 12 * np.sin(x / 15)) < width / 2) & (x > 50) & (x < 206)
-    scores, ends = [], []
-    for angle in np.deg2rad(np.arange(-43, 45, 4)):
-        ours = nearest = vessel
-        for turn in (angle, -angle):
-            places = _source_places((256, 256), turn, 1, 0, None)
-            ours = _read(ours.view(np.uint8) * np.uint8(255), places, "mirror") >= 128
-            nearest = cv2.remap(nearest.view(np.uint8), places, None, cv2.INTER_NEAREST) > 0
-            ends.append((topology(ours).num_ends, topology(nearest).num_ends))
-        scores.append((overlap(ours, vessel), overlap(nearest, vessel)))
-    (score, score_nearest), (num_ends, num_ends_nearest) = np.mean(scores, axis=0), np.mean(ends, axis=0)
-    assert topology(vessel).num_ends == 2
-    assert score > max(0.975, score_nearest)
-    assert num_ends < 2.3 < num_ends_nearest
-
-
-def test_changes_of_grey():
-    """Noise has the spread it says, contrast keeps the mean, gamma the order."""
-    flat, empty = np.full((200, 200, 3), 120, np.uint8), np.zeros((200, 200), bool)
-    spreads = [augment(flat, empty, Augmentation(noise=0.1), 0, 1, k)[0][:, :, 0].std() for k in range(40)]
-    assert min(spreads) < 6 < 20 < max(spreads) < 26
-    ramp = np.repeat(np.tile(np.arange(30, 170, dtype=np.uint8), (140, 1))[:, :, None], 3, axis=2)
-    empty = np.zeros((140, 140), bool)
-    for index in range(20):
-        steeper, _ = augment(ramp, empty, Augmentation(contrast=1.3), 0, 1, index)
-        assert steeper.mean() == pytest.approx(ramp.mean(), abs=1)
-        assert 1 / 1.32 < steeper.std() / ramp.std() < 1.32
-        curved = augment(ramp, empty, Augmentation(gamma=1.5), 0, 1, index)[0][0, :, 0]
-        assert (np.diff(curved.astype(int)) >= 0).all()
-        gamma = np.log(curved[34] / 255) / np.log(64 / 255)  # read off another grey
-        assert curved[70] == pytest.approx(255 * (100 / 255) ** gamma, abs=1.5)
-
-
-def test_plans_have_names(drawn):
+def test_the_plan_that_changes_nothing_and_unknown_ones(drawn):
     assert [plan.is_none for plan in AUGMENTATIONS.values()] == [True, False, False]
-    assert str(STRONG).startswith("flips, quarter_turns, rotation_deg 25, ")
     assert all(a is b for a, b in zip(augment(*drawn, get_augmentation("none"), 0, 1, 0), drawn, strict=True))
     with pytest.raises(ValueError, match=r"augment is 'weak'\. Choose one of none, light, strong\."):
         get_augmentation("weak")

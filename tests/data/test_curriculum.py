@@ -1,98 +1,66 @@
 """Difficulty: what is measured on a truth, how it is ranked, and which samples an epoch may use."""
 
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vesselrl.data.curriculum import Measures, difficulty_table, measure, open_samples, rate_difficulty
+from vesselrl.data.curriculum import Measures, measure, open_samples, rate_difficulty
 
 Y, X = np.mgrid[:512, :512].astype(float)
 
 
-def shaded(mask, vessel=60, around=100):
-    return np.repeat(np.where(mask, vessel, around).astype(np.uint8)[:, :, None], 3, axis=2)
+def shaded(mask):
+    return np.repeat(np.where(mask, 60, 100).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def line(angle_deg, width):
-    """A straight vessel of 300 px through the centre."""
+def line(angle_deg, width):  # of 300 px through the centre
     cosine, sine = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
     along, across = cosine * (X - 256) + sine * (Y - 256), -sine * (X - 256) + cosine * (Y - 256)
     return (np.abs(across) < width / 2) & (np.abs(along) < 150)
 
 
-@pytest.mark.parametrize("angle", [0, 10, 22.5, 33, 45, 90, 120])
 @pytest.mark.parametrize("width", [3, 7, 15])
-def test_a_straight_vessel(angle, width):
+def test_a_straight_vessel(width):
     """Its width is found to about a pixel, and it is straight in every direction, staircase or not."""
-    found = measure(shaded(line(angle, width)), line(angle, width))
-    assert found.width_px == pytest.approx(width, abs=1.2)
-    assert found.tortuosity == pytest.approx(1, abs=0.015)
-    assert found.contrast == pytest.approx(40 / 255, abs=1e-4)
+    for angle in (0, 10, 22.5, 33, 45, 90, 120):
+        mask = line(angle, width)
+        found = measure(shaded(mask), mask)
+        assert found.width_px == pytest.approx(width, abs=1.2)
+        assert found.tortuosity == pytest.approx(1, abs=0.015)
+        assert found.contrast == pytest.approx(40 / 255, abs=1e-4)
 
 
 RADIUS = np.hypot(X - 256, Y - 256)
 HALF_CIRCLE = (np.abs(RADIUS - 100) < 2.5) & (Y > 256)
 RING = np.abs(RADIUS - 100) < 2.5
-WAVE = np.abs(Y - 256 - 40 * np.sin(X / 20)) < 2.5 * np.hypot(1, 2 * np.cos(X / 20))
-WAVE &= np.abs(X - 163) < 20 * np.pi
-# Arc length of y = 40 sin(x / 20) over one period, by sums of straight pieces, over the period.
-FINE = np.linspace(0, 40 * np.pi, 100_000)
-WAVE_RATIO = np.hypot(np.diff(FINE), np.diff(40 * np.sin(FINE / 20))).sum() / (40 * np.pi)
 
 
-CURVES = {
-    "half circle": (HALF_CIRCLE, math.pi / 2),
-    "ring": (RING, math.pi / 2),
-    "wave": (WAVE, WAVE_RATIO),
-    "cross": (line(20, 5) | line(100, 5), 1),  # branches are measured one by one
-}
-
-
-@pytest.mark.parametrize(("mask", "expected"), CURVES.values(), ids=CURVES)
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [(HALF_CIRCLE, math.pi / 2), (RING, math.pi / 2), (line(20, 5) | line(100, 5), 1)],
+)
 def test_arc_over_chord_of_known_curves(mask, expected):
-    assert measure(shaded(mask), mask).tortuosity == pytest.approx(expected, rel=0.04)
+    found = measure(shaded(mask), mask)
+    assert found.tortuosity == pytest.approx(expected, rel=0.04)
+    big = np.kron(mask, np.ones((2, 2), bool))  # the same at twice the size
+    twice = measure(shaded(big), big)
+    assert twice.width_px == pytest.approx(found.width_px, abs=0.6)
+    assert twice[1:] == pytest.approx(found[1:], rel=0.02)
 
 
-def test_contrast_compares_with_what_is_near():
-    """Neither a bright far field nor a slope of the light counts; only the difference at the vessel does."""
-    mask = line(30, 7)
-    image = shaded(mask).astype(float)
-    image[np.abs(Y - 256) + np.abs(X - 256) > 300] = 250
-    assert measure(image.astype(np.uint8), mask).contrast == pytest.approx(40 / 255, abs=1e-3)
-    sloped = np.clip(shaded(mask) + (X / 4)[:, :, None], 0, 255).astype(np.uint8)
-    assert measure(sloped, mask).contrast == pytest.approx(40 / 255, abs=2e-3)
-    pair = (np.abs(Y - 150) < 15) | (np.abs(Y - 400) < 2)  # wide in the light, thin in the dark
-    two = np.where((Y < 275)[:, :, None], shaded(pair) + np.uint8(100), shaded(pair))
-    assert measure(two, pair).contrast == pytest.approx(40 / 255, abs=1e-3)
-    assert measure(255 - shaded(mask), mask).contrast == pytest.approx(40 / 255, abs=1e-4)
-
-
-def test_measures_do_not_depend_on_the_resolution():
-    """The same scene at half and at twice the size."""
-    mask = HALF_CIRCLE | (np.abs(RADIUS - 140) < 3.5) & (X < 256)
-    reference = measure(shaded(mask), mask)
-    big = np.kron(mask, np.ones((2, 2), bool))
-    found = measure(shaded(big), big)
-    assert found.width_px == pytest.approx(reference.width_px, abs=0.6)
-    assert found[1:] == pytest.approx(reference[1:], rel=0.02)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3, 3), (64, 48)])
-def test_odd_masks_do_no_harm(shape):
-    one_pixel = np.zeros(shape, bool)
-    assert measure(shaded(one_pixel), one_pixel) == Measures()
-    one_pixel[-1, -1] = True
-    for mask in (np.ones(shape, bool), one_pixel, one_pixel | (np.random.default_rng(0).random(shape) < 0.5)):
-        found = measure(shaded(mask), mask)
-        assert found.width_px > 0
-        assert 0 <= found.contrast <= 1 <= found.tortuosity < 10
-    with pytest.raises(ValueError, match=r"shape \(512, 512, 3\), its mask \(511, 512\)"):
-        measure(shaded(RING), RING[1:])
+def test_odd_masks_do_no_harm():
+    for shape in ((1, 1), (1, 40), (3, 3), (64, 48)):
+        one_pixel = np.zeros(shape, bool)
+        assert measure(shaded(one_pixel), one_pixel) == Measures()
+        one_pixel[-1, -1] = True
+        noise = np.random.default_rng(0).random(shape) < 0.5
+        for mask in (np.ones(shape, bool), one_pixel, one_pixel | noise):
+            found = measure(shaded(mask), mask)
+            assert found.width_px > 0
+            assert 0 <= found.contrast <= 1 <= found.tortuosity < 10
 
 
 def test_ranks_by_hand():
@@ -110,24 +78,11 @@ def test_ranks_by_hand():
         assert rate_difficulty([samples[place] for place in few]) == ratings
 
 
-def test_the_table_is_ready_for_json():
-    masks = {"P002_S1_F0001": line(0, 5), "P001_S1_F0001": line(0, 15), "P003_S1_F0001": RING & False}
-    samples = [SimpleNamespace(key=key) for key in masks]
-    table = difficulty_table(samples, lambda sample: (shaded(masks[sample.key]), masks[sample.key]))
-    assert json.loads(json.dumps(table, allow_nan=False)) == table
-    thin, wide, nothing = (table[key] for key in masks)
-    assert thin["difficulty"] > wide["difficulty"]
-    assert nothing == {"difficulty": 1.0, "calibre_px": None, "contrast": None, "tortuosity": None}
-
-
-def test_epochs_count_from_one():
-    with pytest.raises(ValueError, match=r"epoch is 0\. Epochs are counted from 1\."):
-        open_samples([0.5], 0, 3)
-
-
 @given(difficulties=st.lists(st.floats(0, 1), max_size=40), num_epochs=st.integers(1, 12))
 def test_any_schedule(difficulties, num_epochs):
     """Never empty, never closing again, nothing easier left out, all open in the second half."""
+    with pytest.raises(ValueError, match=r"epoch is 0\. Epochs are counted from 1\."):
+        open_samples(difficulties, 0, num_epochs)
     before = set()
     for epoch in range(1, num_epochs + 1):
         indices = open_samples(difficulties, epoch, num_epochs)

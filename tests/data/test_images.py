@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_formats import PERSON, SIZE, square, write_image, write_mask
+from tests.data.test_formats import PERSON, SIZE, square, write_image
 from vesselrl.data.images import read_mask, read_oddities
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.errors import DataError
@@ -19,16 +19,15 @@ def single(root: Path, image: Image.Image, name: str = "train_001.png", **option
     image.save(root / "images" / name, **options)
     # The tests with an orientation turn the image by a quarter.
     size = image.size[::-1] if "exif" in options else image.size
-    write_mask(root / "masks" / f"{Path(name).stem}.png", np.ones(size[::-1], bool))
-    (sample,) = find_samples(root)
-    return sample
+    return masked(root, Image.new("1", size, 1), f"{Path(name).stem}.png")
 
 
-def masked(root: Path, mask: Image.Image, name: str = "train_001", suffix: str = "png") -> Sample:
-    """The one sample of a root with this mask file."""
-    write_image(root / "images" / f"{name}.png")
+def masked(root: Path, mask: Image.Image, name: str = "train_001.png") -> Sample:
+    """The one sample of a root with this mask file, whose image may be there already."""
+    if not (root / "images").exists():
+        write_image(root / "images" / name)
     (root / "masks").mkdir(exist_ok=True)
-    mask.save(root / "masks" / f"{name}.{suffix}")
+    mask.save(root / "masks" / name)
     (sample,) = find_samples(root)
     return sample
 
@@ -41,47 +40,38 @@ def masked(root: Path, mask: Image.Image, name: str = "train_001", suffix: str =
         ("LA", (90, 0), (90, 90, 90)),
         ("RGB", (1, 2, 3), (1, 2, 3)),
         ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
-        ("P", 90, (90, 90, 90)),
-        ("I;16", 65535, (255, 255, 255)),
+        ("P", 1, (10, 20, 30)),
         ("I;16", 32896, (128, 128, 128)),  # 32896 = 128 · 257
         ("I;16", 4095, (16, 16, 16)),  # 12 bits stay dark: 4095 · 255 / 65535 = 15.93
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple) -> None:
-    image = Image.new("L", SIZE, 90).convert("P") if mode == "P" else Image.new(mode, SIZE, colour)
-    array = load_image(single(tmp_path, image))
+    image, options = Image.new(mode, SIZE, colour), {}
+    if mode == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        options = {"transparency": bytes([0, 128])}
+    array = load_image(single(tmp_path, image, **options))
     assert (array.dtype, array.shape) == (np.uint8, (12, 16, 3))
     assert (array == expected).all()
 
 
-def test_palette_with_transparency(tmp_path: Path) -> None:
-    image = Image.new("P", SIZE, 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    assert (load_image(single(tmp_path, image, transparency=bytes([0, 128]))) == (10, 20, 30)).all()
-
-
-@pytest.mark.parametrize("name", ["train_001.png", "train_001.jpg", "train_001.tif"])
-@pytest.mark.parametrize("orientation", [6, 8])
-def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_exif_orientation_is_applied(tmp_path: Path, suffix: str) -> None:
     # A landscape file whose left half is white, to be shown as portrait.
     pixels = np.zeros((16, 32), np.uint8)
     pixels[:, :16] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    array = load_image(single(tmp_path, Image.fromarray(pixels), name=name, exif=exif))
-    assert array.shape == (32, 16, 3)
-    top_is_white = orientation == 6  # turned clockwise: left becomes top
-    assert (array[4:12].mean() > 200) == top_is_white
-    assert (array[20:28].mean() > 200) != top_is_white
+    for orientation, white, black in ((6, slice(4, 12), slice(20, 28)), (8, slice(20, 28), slice(4, 12))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        array = load_image(single(tmp_path, Image.fromarray(pixels), f"train_001.{suffix}", exif=exif))
+        assert array.shape == (32, 16, 3)
+        assert array[white].mean() > 200 > array[black].mean()
 
 
-@pytest.mark.parametrize(
-    ("mode", "value", "message"), [("F", 0.5, "floating-point"), ("I", 70000, "70000, more than 16 bits")]
-)
-def test_thirty_two_bits_are_refused(tmp_path: Path, mode: str, value: float, message: str) -> None:
-    sample = single(tmp_path, Image.new(mode, SIZE, value), name="train_001.tif")
-    with pytest.raises(DataError, match=message):
-        load_image(sample)
+def test_thirty_two_bits_are_refused(tmp_path: Path) -> None:
+    for mode, value, message in (("F", 0.5, "floating-point"), ("I", 70000, "70000, more than 16 bits")):
+        with pytest.raises(DataError, match=message):
+            load_image(single(tmp_path, Image.new(mode, SIZE, value), name="train_001.tif"))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
@@ -107,64 +97,46 @@ def test_a_broken_image_is_named_without_its_person(tmp_path: Path, suffix: str)
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "LA", "P"])
 def test_masks_of_all_modes(tmp_path: Path, mode: str, value: int) -> None:
     image = Image.fromarray(square().astype(np.uint8) * (255 if mode == "1" else value))
-    mask = load_mask(masked(tmp_path, image.convert(mode)))
-    assert mask.dtype == bool
-    assert mask.view(np.uint8).max() == 1  # not 255, as Pillow hands 1-bit masks over
-    assert (mask == square()).all()
+    sample = masked(tmp_path, image.convert(mode))
+    for mask in (load_mask(sample), read_mask(sample.mask_path, "record", guess=True)):
+        assert mask.dtype == bool
+        assert mask.view(np.uint8).max() == 1  # not 255, as Pillow hands 1-bit masks over
+        assert (mask == square()).all()
+
+
+def grey(*values: int) -> Image.Image:
+    return Image.fromarray(np.resize(np.array(values, np.uint8), SIZE[::-1]))
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("image", "message"),
     [
-        ([0, 128, 255], "the mask has 3 values (0, 128, 255)"),
-        ([0, 254], "the mask has 2 values (0, 254)"),
-        ([0, 1, 255], "the mask has 3 values (0, 1, 255)"),
-        ([128], "the mask has 1 values (128)"),
-        (list(range(100)), "the mask has 100 values (0, 1, 2, 3, ..., 99)"),
+        (grey(0, 128, 255), r"has 3 values \(0, 128, 255\)"),
+        (grey(0, 254), r"has 2 values \(0, 254\)"),
+        (grey(0, 1, 255), r"has 3 values \(0, 1, 255\)"),
+        (grey(128), r"has 1 values \(128\)"),
+        (grey(*range(100)), r"has 100 values \(0, 1, 2, 3, ..., 99\)"),
+        (Image.new("RGB", SIZE, "red"), "is coloured"),
     ],
 )
-def test_mask_that_is_not_binary(tmp_path: Path, values: list[int], message: str) -> None:
-    image = Image.fromarray(np.resize(np.array(values, np.uint8), SIZE[::-1]))
-    with pytest.raises(DataError) as raised:
-        load_mask(masked(tmp_path, image, PERSON))
-    assert f"(P001_S1_F0011): {message}" in str(raised.value)
+def test_masks_of_other_values_are_refused(tmp_path: Path, image: Image.Image, message: str) -> None:
+    with pytest.raises(DataError, match=rf"\(P001_S1_F0011\): the mask {message}") as raised:
+        load_mask(masked(tmp_path, image, f"{PERSON}.png"))
     assert "MING" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("image", "suffix", "message"),
-    [
-        (Image.new("RGB", SIZE, "red"), "png", r"images/train_001\.png: the mask is coloured"),
-        (Image.fromarray(square().astype(np.uint8) * 255), "jpg", r"the mask has \d+ values"),
-    ],
-)
-def test_coloured_and_jpeg_masks_are_refused(
-    tmp_path: Path, image: Image.Image, suffix: str, message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        load_mask(masked(tmp_path, image, suffix=suffix))
-
-
-def test_a_one_bit_mask_is_made_of_ones_when_guessed(tmp_path: Path) -> None:
-    Image.fromarray(square()).save(tmp_path / "mask.png")
-    assert read_mask(tmp_path / "mask.png", "record", guess=True).view(np.uint8).max() == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "ppm"])
-def test_eight_bits_are_not_deep_whatever_the_width(tmp_path: Path, mode: str, suffix: str) -> None:
+def test_sixteen_bits_are_deep_and_eight_are_not_whatever_the_width(tmp_path: Path, suffix: str) -> None:
     """Decoders of Pillow have the length of a row and the place in the file among their arguments."""
-    for width in (16, 116, 160, 1163):
-        image = Image.new("L", (width, 16), 90).convert(mode)
-        image = image.convert("RGB") if suffix in ("jpg", "ppm") else image
-        image.save(tmp_path / f"a.{suffix}")
-        assert read_oddities(tmp_path / f"a.{suffix}", "record") == {}
-
-
-def test_sixteen_bits_are_deep(tmp_path: Path) -> None:
-    for suffix in ("png", "tif", "pgm"):
-        Image.new("I;16", SIZE, 4095).save(tmp_path / f"grey.{suffix}")
-    for suffix in ("png", "tif"):
-        cv2.imwrite(str(tmp_path / f"rgb.{suffix}"), np.full((12, 16, 3), 4095, np.uint16))
-    for file in tmp_path.iterdir():
+    file = tmp_path / f"a.{suffix}"
+    for mode in ("L", "RGB", "P", "1"):
+        for width in (16, 116, 160, 1163):
+            image = Image.new("L", (width, 16), 90).convert(mode)
+            (image.convert("RGB") if suffix in ("jpg", "ppm") else image).save(file)
+            assert read_oddities(file, "record") == {}
+    if suffix in ("png", "tif", "ppm"):
+        Image.new("I;16", SIZE, 4095).save(file)
+        assert list(read_oddities(file, "record")) == ["sixteen_bit_image"]
+    if suffix in ("png", "tif"):
+        cv2.imwrite(str(file), np.full((12, 16, 3), 4095, np.uint16))
         assert list(read_oddities(file, "record")) == ["sixteen_bit_image"]

@@ -7,17 +7,8 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from tests.data.broken_roots import encode_mask
-from vesselrl.data.polygons import (
-    mask_to_polygons,
-    rasterise,
-    read_polygon,
-    read_run_lengths,
-    resize_mask,
-    scale_polygons,
-)
+from vesselrl.data.polygons import mask_to_polygons, rasterise, read_polygon, read_run_lengths
 from vesselrl.errors import DataError
-
-SQUARE = [0, 0, 4, 0, 4, 4, 0, 4]
 
 
 def curved_vessel(width, size=128):
@@ -38,46 +29,27 @@ def test_triangle_drawn_by_hand():
     assert (above == ~below).all()
 
 
-def test_agrees_with_the_angle_test_on_random_polygons():
-    """Turns of the outline around a point, by the sum of angles: another method than counting crossings."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        polygon = rng.uniform(-3, 15, (3, 2))
-        mask = rasterise([polygon], (12, 11))
-        for row, column in np.ndindex(mask.shape):
-            rays = polygon - [column + 0.5, row + 0.5]
-            steps = np.diff(np.arctan2(rays[[0, 1, 2, 0], 1], rays[[0, 1, 2, 0], 0]))
-            turns = ((steps + np.pi) % (2 * np.pi) - np.pi).sum() / (2 * np.pi)
-            assert mask[row, column] == (round(turns) != 0)
+def test_area_is_the_area_of_the_outline():
+    for width in (4, 6, 12):
+        outline = curved_vessel(width)
+        mask = rasterise([outline], (128, 128))
+        x, y = outline.T
+        area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2  # shoelace formula
+        assert mask.sum() == pytest.approx(area, rel=0.02)
+        # The pixels of skimage are centred on whole numbers.
+        assert (mask == polygon2mask((128, 128), outline[:, ::-1] - 0.5)).all()
 
 
-@pytest.mark.parametrize("width", [4, 6, 12])
-def test_area_is_the_area_of_the_outline(width):
-    outline = curved_vessel(width)
-    mask = rasterise([outline], (128, 128))
-    x, y = outline.T
-    area = abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) / 2  # shoelace formula
-    assert mask.sum() == pytest.approx(area, rel=0.02)
-    # The pixels of skimage are centred on whole numbers.
-    assert (mask == polygon2mask((128, 128), outline[:, ::-1] - 0.5)).all()
+def test_all_or_nothing():
+    full, wide = [0, 0, 4, 0, 4, 4, 0, 4], [-9, -9, 99, -9, 99, 99, -9, 99]
+    union = [[0, 0, 3, 0, 3, 4, 0, 4], [2, 0, 4, 0, 4, 4, 2, 4]]  # not an exclusive or
+    for polygons in (union, [full], [full, full], [wide]):
+        assert rasterise(polygons, (4, 4)).all()
+    for polygon in (full * 2, [20, 20, 30, 20, 30, 30], [1, 1, 2, 2]):  # twice around: the even-odd rule
+        assert not rasterise([polygon], (4, 4)).any()
 
 
-@pytest.mark.parametrize(
-    ("polygons", "expected"),
-    [
-        ([[0, 0, 3, 0, 3, 4, 0, 4], [2, 0, 4, 0, 4, 4, 2, 4]], True),  # a union, not an exclusive or
-        ([SQUARE * 2], False),  # twice around: the even-odd rule
-        ([[-9, -9, 99, -9, 99, 99, -9, 99]], True),
-        ([[20, 20, 30, 20, 30, 30]], False),
-        ([[1, 1, 2, 2]], False),
-        ([], False),
-    ],
-)
-def test_all_or_nothing(polygons, expected):
-    assert (rasterise(polygons, (4, 4)) == expected).all()
-
-
-def test_round_trip_keeps_holes_borders_and_single_pixels():
+def test_round_trip_keeps_holes_borders_and_single_pixels_without_needless_points():
     rng = np.random.default_rng(1)
     masks = [rng.random(rng.integers(1, 30, 2)) < rng.random() for _ in range(50)]
     masks += [rasterise([curved_vessel(width)], (128, 128)) for width in (1.5, 4, 8)]
@@ -85,33 +57,10 @@ def test_round_trip_keeps_holes_borders_and_single_pixels():
         polygons = mask_to_polygons(mask)
         assert len(polygons) == ndimage.label(mask, np.ones((3, 3)))[1]
         assert (rasterise(polygons, mask.shape) == mask).all()
-
-
-def test_outlines_have_no_needless_points():
     assert mask_to_polygons(np.zeros((5, 5), bool)) == []
-    mask = np.zeros((20, 20), bool)
-    mask[5:15, 3:17] = True
-    assert len(mask_to_polygons(mask)[0]) == 8  # four sides and four cut corners
+    assert len(mask_to_polygons(np.pad(np.ones((10, 14), bool), 3))[0]) == 8  # four sides, four cut corners
     (polygon,) = mask_to_polygons(np.eye(3, dtype=bool))  # pixels that touch at a corner need no cut
     assert len(np.unique(polygon, axis=0)) == len(polygon)
-
-
-def test_scaling_back_and_forth():
-    polygon = np.random.default_rng(0).random((9, 2)) * 512
-    (wide,) = scale_polygons([polygon], (512, 512), (1024, 256))
-    assert np.allclose(wide, polygon * [2, 0.5])
-    assert np.allclose(scale_polygons([wide], (1024, 256), (512, 512))[0], polygon)
-    mask = rasterise([curved_vessel(4)], (128, 128))
-    assert resize_mask(mask, mask.shape) is mask
-    doubled = mask.repeat(2, 0).repeat(2, 1)
-    assert (resize_mask(doubled, mask.shape) == mask).all()
-    assert (resize_mask(mask, doubled.shape) == doubled).mean() > 0.99
-    assert not resize_mask(np.zeros((4, 4), bool), (8, 8)).any()
-
-
-def test_polygons_with_too_few_points_and_one_pixel_outside():
-    assert [read_polygon(flat, (4, 4), "") for flat in ([], [1, 1], [0, 0, 1, 1])] == [None] * 3
-    assert read_polygon([-1, -1, 5, -1, 5, 5], (4, 4), "").tolist() == [[-1, -1], [5, -1], [5, 5]]
 
 
 @pytest.mark.parametrize(
@@ -119,23 +68,18 @@ def test_polygons_with_too_few_points_and_one_pixel_outside():
     [
         (3, "polygon 1 is a number, not a list"),
         ([0, 0, 4, 0, 4], "polygon 1 has 5 coordinates, an odd number"),
-        ([0, 0, 4, 0, 4, float("nan")], "polygon 1 holds nan, not a finite number"),
-        ([0, 0, float("inf"), 0, 4, 4], "polygon 1 holds inf, not a finite number"),
         ([0, 0, 10**400, 0, 4, 4], "polygon 1 holds 100000000000, not a finite number"),
-        ([0, 0, None, 0, 4, 4], "polygon 1 holds null, not a number"),
         ([0, 0, "Li Ming", 0, 4, 4], "polygon 1 holds a text, not a number"),
         ([0, 0, True, 0, 4, 4], "polygon 1 holds true or false, not a number"),
-        ([0, 0, 5.5, 0, 4, 4], "polygon 1 has x = 5.5, outside its image of 4×3 px"),
         ([0, 0, 4, 0, 4, 4.5], "polygon 1 has y = 4.5, outside its image of 4×3 px"),
-        ([0, 0, 4, 0, 4, -1.5], "polygon 1 has y = -1.5, outside"),
         ([0, 0, 4, -1.5, 9, 4], "polygon 1 has x = 9, outside"),  # x first
     ],
 )
 def test_errors_name_polygon_and_value(value, message):
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError, match=message):
         read_polygon(value, (4, 3), "polygon 1")
-    assert message in str(raised.value)
-    assert "Li Ming" not in str(raised.value)
+    assert [read_polygon(flat, (4, 4), "") for flat in ([], [1, 1], [0, 0, 1, 1])] == [None] * 3
+    assert read_polygon([-1, -1, 5, -1, 5, 5], (4, 4), "").tolist() == [[-1, -1], [5, -1], [5, 5]]
 
 
 def test_run_lengths_agree_with_pycocotools():
@@ -156,12 +100,8 @@ def test_run_lengths_agree_with_pycocotools():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"counts": "zzzzz"}, "damaged or cut short"),
         ({"counts": "0P"}, "damaged or cut short"),
         ({"counts": "1"}, "do not fill the mask of 64×64 px"),
-        ({"counts": "PPP1PPP1"}, "do not fill"),
-        ({"counts": [4000, 97]}, "do not fill"),
-        ({"counts": [-1, 4097]}, "do not fill"),
         ({"counts": [4096.0]}, "other things than whole numbers"),
         ({"counts": None}, "'counts' is null"),
         ({"size": [64, 63]}, "the run-length mask has 63×64 px, its image 64×64 px"),

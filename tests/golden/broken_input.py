@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 POLYGONS = ("annotations", "nested", "labelme", "coco")
 PAIRS = {
@@ -32,7 +33,6 @@ def draw_mask(number: int) -> np.ndarray:
 
 
 def outlines(number: int) -> list[list[float]]:
-    """Two bars as flat polygons."""
     y = 8.0 + 9 * number
     return [[4, y, 60, y, 60, y + 4, 4, y + 4], [28.5, 2, 33.5, 2.25, 33, y, 28, y]]
 
@@ -52,10 +52,10 @@ class DataRoot:
     layout: str
 
     def image(self, number: int = 1) -> Path:
-        return self.path / (PAIRS.get(self.layout) or PAIRS["masks"])[number][0]
+        return self.path / PAIRS.get(self.layout, PAIRS["masks"])[number][0]
 
     def mask(self, number: int = 1) -> Path:
-        return self.path / (PAIRS.get(self.layout) or PAIRS["masks"])[number][1]
+        return self.path / PAIRS.get(self.layout, PAIRS["masks"])[number][1]
 
     @property
     def file(self) -> Path:
@@ -83,7 +83,6 @@ class DataRoot:
 
 
 def shape(polygon: list) -> dict:
-    """A polygon as LabelMe has it."""
     points = [polygon[k : k + 2] for k in range(0, len(polygon), 2)]
     return {"label": "artery", "shape_type": "polygon", "points": points}
 
@@ -91,39 +90,32 @@ def shape(polygon: list) -> dict:
 def write_root(path: Path, layout: str) -> DataRoot:
     """Four images of four patients without a fault."""
     root, rng = DataRoot(path, layout), np.random.default_rng(0)
-    (path / "json").mkdir(parents=True) if layout == "labelme" else path.mkdir(parents=True)
+    for folder in (root.image().parent, root.mask().parent if layout in WITH_MASKS else root.file.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     for k in range(4):
         pixels = rng.integers(0, 256, (8, 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        root.image(k).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root.image(k))
         if layout in WITH_MASKS:
-            root.mask(k).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(bars(k).astype(np.uint8) * 255).save(root.mask(k))
     names = [f"{name}.png" for name in NAMES]
     if layout in ("annotations", "nested", "both"):
-        mask = [[[one] for one in outlines(k)] if layout == "nested" else outlines(k) for k in range(4)]
-        pairs = zip(names, mask, strict=True)
-        records = [{"image": image, "mask": one, "text": ["blood vessel"] * 2} for image, one in pairs]
+        masks = [[[one] for one in outlines(k)] if layout == "nested" else outlines(k) for k in range(4)]
+        records = [{"image": names[k], "mask": masks[k], "text": ["blood vessel"] * 2} for k in range(4)]
         root.file.write_text(json.dumps(records))
     elif layout == "labelme":
         for k, name in enumerate(names):
-            content = {
-                "imagePath": name,
-                "imageWidth": 64,
-                "imageHeight": 64,
-                "shapes": [*map(shape, outlines(k))],
-            }
+            content = {"imagePath": name, "imageWidth": 64, "imageHeight": 64}
+            content["shapes"] = [*map(shape, outlines(k))]
             (path / "json" / f"{NAMES[k]}.json").write_text(json.dumps(content))
     elif layout in ("coco", "rle"):
         images = [{"id": k, "file_name": name, "width": 64, "height": 64} for k, name in enumerate(names)]
-        labels = [outlines(k) if layout == "coco" else run_lengths(bars(k)) for k in range(4)]
-        labelled = [{"image_id": k, "category_id": 1, "segmentation": one} for k, one in enumerate(labels)]
-        root.file.write_text(json.dumps({"images": images, "annotations": labelled, "categories": []}))
+        label = outlines if layout == "coco" else lambda k: run_lengths(bars(k))
+        labels = [{"image_id": k, "category_id": 1, "segmentation": label(k)} for k in range(4)]
+        root.file.write_text(json.dumps({"images": images, "annotations": labels, "categories": []}))
     return root
 
 
 def run_lengths(mask: np.ndarray) -> dict:
-    """A mask as uncompressed run lengths of COCO."""
     flat = np.concatenate([[False], mask.ravel(order="F"), [not mask[-1, -1]]])
     ends = np.flatnonzero(flat[1:] != flat[:-1])
     return {"size": [64, 64], "counts": [int(n) for n in np.diff(ends, prepend=0)]}
@@ -131,28 +123,26 @@ def run_lengths(mask: np.ndarray) -> dict:
 
 def write_angiograms(path: Path, with_people: bool = False) -> None:
     """Images and masks of ten patients, named as exports are; `with_people`: in every form of name."""
-    forms = ("ZHANG_SAN{a}(123456789{n})_1-2_3_0A1B2C3D_frame_{f:06d}",) * 10
+    forms = ["ZHANG_SAN{a}(123456789{n})_1-2_3_0A1B2C3D_frame_{f:06d}"] * 10
     if with_people:
-        forms = (*forms[:2], "LI MING^(987654321{n})_4-5_6_0A1B2C3E_frame_{f:06d}", "LI_MING_frame_{f:06d}",
+        forms[2:] = ("LI MING^(987654321{n})_4-5_6_0A1B2C3E_frame_{f:06d}", "LI_MING_frame_{f:06d}",
                  "WANG_FANG_987654320{n}__1-1_2_ABCDEF01_frame_{f:06d}", "ZHAO WEI_frame_{f:06d}",
                  "ZHAO_WEI_1-2_3_ABCDEF02_frame_{f:06d}", "Chen__987654322{n}__1-1_2_ABCDEF03_frame_{f:06d}",
                  "picture of somebody {n}{f}", "张三(123456788{n})_1-1_2_ABCDEF04_frame_{f:06d}")  # fmt: skip
     rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (path / folder).mkdir(parents=True)
     for n, form in enumerate(forms):
         for f in (3, 11):
-            mask = np.zeros((64, 64), bool)
-            row = 4 + 4 * n + f // 4
+            name = f"{form.format(a='ABCDEFGHIJ'[n], n=n, f=f)}.png"
+            mask, row = np.zeros((64, 64), bool), 4 + 4 * n + f // 4
             mask[row : row + 4, 4:60] = mask[row : row + 18, 28 : 32 + n] = True
             image = np.where(mask, 70, 160) + rng.integers(-60, 60, (16, 16)).repeat(4, 0).repeat(4, 1)
             for folder, pixels in (("images", image), ("masks", mask * 255)):
-                (path / folder).mkdir(parents=True, exist_ok=True)
-                name = form.format(a="ABCDEFGHIJ"[n], n=n, f=f)
-                Image.fromarray(pixels.astype(np.uint8)).save(path / folder / f"{name}.png")
+                Image.fromarray(pixels.astype(np.uint8)).save(path / folder / name)
 
 
 def again(change: Callable[[Image.Image], Image.Image], **options: object) -> Callable[[DataRoot], None]:
-    """Writes the image once more, changed."""
-
     def plant(root: DataRoot) -> None:
         with Image.open(root.image()) as image:
             changed = change(image.copy())
@@ -162,7 +152,6 @@ def again(change: Callable[[Image.Image], Image.Image], **options: object) -> Ca
 
 
 def redraw(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[DataRoot], None]:
-    """Writes the mask file once more, changed."""
     return lambda root: Image.fromarray(change(bars(1).astype(np.uint8) * 255)).save(root.mask())
 
 
@@ -172,7 +161,6 @@ def cut(path: Path) -> None:
 
 
 def add(*polygon: float) -> Callable[[DataRoot], None]:
-    """One more outline."""
     return lambda root: root.set_outlines([*outlines(1), list(polygon)])
 
 
@@ -188,20 +176,17 @@ def declare(width: object, height: object) -> Callable[[DataRoot], None]:
 
 
 def double_record(root: DataRoot) -> None:
-    """The same image in a second record."""
-    content = json.loads(root.file.read_text())
+    content, file = json.loads(root.file.read_text()), root.file
     if root.layout == "labelme":
-        shutil.copyfile(root.file, root.file.with_name("again.json"))
-        return
-    if "coco" in root.file.name:
+        file = file.with_name("again.json")
+    elif "coco" in file.name:
         content["images"].append(content["images"][1] | {"id": 9})
     else:
         content.append(content[1])
-    root.file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
 
 
 def deepen(image: Image.Image) -> Image.Image:
-    """The same picture with 16 bits."""
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
 
@@ -253,11 +238,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Callable[[DataRoot], object]]] = {
 
 
 def change_tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Loads the weights of a model folder and writes them changed."""
-
     def spoil(folder: Path) -> None:
-        from safetensors.numpy import load_file, save_file
-
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
@@ -266,8 +247,6 @@ def change_tensors(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def change_json(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """Changes a JSON file of a model folder."""
-
     def spoil(folder: Path) -> None:
         values = json.loads((folder / name).read_text())
         change(values)
@@ -278,8 +257,6 @@ def change_json(name: str, change: Callable[[dict], object]) -> Callable[[Path],
 
 def lose_a_shard(folder: Path) -> None:
     """An index of two files of weights, of which one is there."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     half = {name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))}
     first = {name: tensors[name] for name, file in half.items() if "00001" in file}
@@ -305,18 +282,8 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "damaged tokenizer": lambda m: (m / "vocab.json").write_text('{"a":'),
 }
 # Modules of rewards that cannot work.
-CODE = {
-    "my_reward": """
-def fails(pred, gt):
-    return 1 / 0
-
-def answers(pred, gt):
-    return "good"
-
-number = 3
-""",
-    "broken_module": "undefined_name",
-}
+MY_REWARD = 'number = 3\ndef fails(pred, gt): return 1 / 0\ndef answers(pred, gt): return "good"'
+CODE = {"my_reward": MY_REWARD, "broken_module": "undefined_name"}
 REWARDS = ("my_reward:fails", "my_reward:answers", "my_reward:absent", "my_reward:number", "my_reward",
            "no_such_module:f", "broken_module:f")  # fmt: skip
 SETTINGS = (

@@ -6,8 +6,8 @@
 `check` prints `equal ITEM`, or `DIFFERENT ITEM` with the first differences, and ends with 1 if anything
 differs that `MEANT` does not name. Everything is driven through what users see: verbs of the command line,
 files that they write, the public names of `vesselrl`, and `vesselrl.scoring.rewards`. Nothing else of the
-package is imported, so that modules may move. Charts are drawn in the run `sft` only: they take most of the
-time. Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
+package is imported, so that modules may move. Charts are not drawn: they take most of the time.
+Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
 
 Numbers agree up to 1e-6 relative or 1e-9 absolute, and are kept with eight digits. What stands below a key
 `bits` (hashes of trained weights and of predicted masks) and `machine` (state of the machine) holds on the
@@ -24,17 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":  # before numpy and torch look at it; a collection of tests must change nothing
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "COLUMNS": "1000",
-    }
-    os.environ |= {"MPLBACKEND": "Agg", "WANDB_MODE": "disabled"}
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    os.environ |= {"COLUMNS": "1000", "MPLBACKEND": "Agg", "WANDB_MODE": "disabled"}
     os.environ.pop("VESSELRL_TRACEBACK", None)
     sys.path.insert(0, str(ROOT))
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import logging
@@ -43,10 +39,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
+
+from matplotlib.figure import Figure
 
 import vesselrl
 from tests.golden.items import ITEMS
-from tests.golden.workbench import drawing, prepare
+from tests.golden.workbench import draw_nothing, prepare
 
 EXPECTED = Path(__file__).with_name("expected.json")
 # Differences on purpose since the recording: pattern of paths -> why.
@@ -60,8 +59,6 @@ MEANT = {
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",
 }
-# Keys of what holds on the recording machine only.
-ELSEWHERE = ("bits", "machine")
 
 
 def rounded(value: Any) -> Any:
@@ -77,7 +74,7 @@ def rounded(value: Any) -> Any:
 
 def differences(expected: Any, got: Any, path: str, portable: bool) -> Iterator[tuple[str, Any, Any]]:
     """Where two values differ: path, expected, got."""
-    if portable and path.rpartition("/")[2] in ELSEWHERE:
+    if portable and path.rpartition("/")[2] in ("bits", "machine"):
         return
     is_number = [isinstance(one, int | float) and not isinstance(one, bool) for one in (expected, got)]
     if isinstance(expected, dict) and isinstance(got, dict):
@@ -94,23 +91,12 @@ def differences(expected: Any, got: Any, path: str, portable: bool) -> Iterator[
         yield path, expected, got
 
 
-def without_rank_ranges(comparisons: dict) -> dict:
-    """A recorded `comparing` without the columns rank_low and rank_high.
-
-    They were removed on purpose: an interval of ranks from three test patients told a reader nothing that the
-    paired differences do not tell better. They stood second and third in every row.
-    """
-    tables = {options: [row[:1] + row[3:] for row in one["table"]] for options, one in comparisons.items()}
-    return {options: one | {"table": tables[options]} for options, one in comparisons.items()}
-
-
 def judge(name: str, expected: Any, got: Any, portable: bool) -> bool:
     """Prints how an item compares; whether nothing differs but what is meant to."""
-    if name == "comparing":
-        expected = without_rank_ranges(expected)
+    for one in expected.values() if name == "comparing" else ():
+        one["table"] = [row[:1] + row[3:] for row in one["table"]]  # ranges of ranks were removed on purpose
     found = list(differences(expected, got, name, portable))
-    reasons = [(path, why) for path, *_ in found for one, why in MEANT.items() if fnmatch.fnmatch(path, one)]
-    meant = dict(reasons)
+    meant = {path: why for path, *_ in found for one, why in MEANT.items() if fnmatch.fnmatch(path, one)}
     others = [one for one in found if one[0] not in meant]
     for why in dict.fromkeys(meant.values()):
         print(f"meant {name}: {why}")
@@ -126,19 +112,14 @@ def judge(name: str, expected: Any, got: Any, portable: bool) -> bool:
 def work(names: list[str]) -> Iterator[tuple[str, Any]]:
     """The items one after the other, in a folder of their own."""
     logging.getLogger().addHandler(logging.NullHandler())
-    home = os.getcwd()
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
-        try:
-            prepare()
-            for name in names:
-                start = time.perf_counter()
-                with drawing(False):
-                    value = rounded(ITEMS[name]())
-                print(f"{time.perf_counter() - start:6.1f} s {name}", file=sys.stderr, flush=True)
-                yield name, value
-        finally:
-            os.chdir(home)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        prepare()
+        for name in names:
+            start = time.perf_counter()
+            with mock.patch.object(Figure, "savefig", draw_nothing):
+                value = rounded(ITEMS[name]())
+            print(f"{time.perf_counter() - start:6.1f} s {name}", file=sys.stderr, flush=True)
+            yield name, value
 
 
 def run_check(arguments: list[str]) -> int:
@@ -156,12 +137,9 @@ def run_check(arguments: list[str]) -> int:
         results = [judge(name, expected.get(name), value, args.portable) for name, value in work(names)]
         return int(not all(results))
     expected |= dict(work(names))
-    blocks = []
+    blocks, write = [], json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
     for name in filter(expected.get, ITEMS):
-        lines = (
-            json.dumps(one, ensure_ascii=False, separators=(",", ":")) for one in expected[name].values()
-        )
-        parts = [f"  {json.dumps(key)}: {line}" for key, line in zip(expected[name], lines, strict=True)]
+        parts = [f"  {json.dumps(key)}: {write(one)}" for key, one in expected[name].items()]
         blocks.append(f'"{name}": {{\n' + ",\n".join(parts) + "\n}")
     EXPECTED.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
     print(f"{EXPECTED.stat().st_size / 1000:.0f} kB in {EXPECTED.name}")

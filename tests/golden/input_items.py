@@ -12,28 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import vesselrl
+from tests.golden import workbench as bench
 from tests.golden.broken_input import FAULTS, LAYOUTS, MODELS, REWARDS, SETTINGS, write_root
-from tests.golden.workbench import (
-    DATA,
-    ROOT,
-    RUNS,
-    call,
-    failure,
-    files,
-    findings_of,
-    merged_model,
-    options_in,
-    pixels,
-    plain_text,
-    read,
-    run,
-    sha,
-    train,
-)  # fmt: skip
+from tests.golden.workbench import DATA, RUNS, call, failure, files, pictures, read, run, sha
 
-SCRIPTS = (
-    "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora train_lora_ppo"
-)
+SCRIPTS = "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora "
+SCRIPTS += "train_lora_ppo"
 VERBS = "train|evaluate|predict|merge|compare|doctor|pretrain|data check|data show|data draw|bench scoring|"
 VERBS += "bench caching|bench learning|train --preset quick|train --preset full|train --preset debug|"
 VERBS += "train --resume_from x"
@@ -55,20 +39,19 @@ def pseudonyms() -> dict:
     found: dict[str, Any] = {}
     for name, options in ways.items():
         code, out, _ = call(options)
-        values = json.loads(plain_text(out))
+        values = json.loads(bench.plain_text(out))
         messages = [one.pop("message") for one in values["findings"]]
         values["foreground"] = [f"{key} {share:.4f}" for key, share in values["foreground"].items()]
         found[name] = {"code": code, "report": values, "message": messages}
     # The salt is the hash of the file names, so that keys are the same everywhere.
     found["mapping file"] = read("people/patients.mapping.json")
     found["mode"] = oct(Path("people/patients.mapping.json").stat().st_mode & 0o777)
-    folder = train("aliases", f"{RUNS['people']} --patient_aliases aliases.csv")
+    folder = bench.train("aliases", f"{RUNS['people']} --patient_aliases aliases.csv")
     found["with aliases"] = read(folder / "data_split.json")
     return found
 
 
 def drawn() -> dict:
-    """The synthetic data, by domain and layout."""
     found = {}
     kinds = ("target annotations 64", "target nested 96", "target masks 64", "source masks 128")
     for number, (domain, layout, size) in enumerate(kind.split() for kind in kinds):
@@ -76,30 +59,28 @@ def drawn() -> dict:
         counts = "--num_patients 2 --num_sequences 2 --num_frames 2"
         options = f"--root {root} --domain {domain} --layout {layout} --size {size} --seed {number}"
         code = call(f"data draw {counts} {options}")[0]
-        pictures = {name: sha(pixels(root / name)) for name in files(root) if not name.endswith(".json")}
         texts = {name: sha((root / name).read_text()) for name in files(root) if name.endswith(".json")}
-        found[root.name] = {"code": code, "pixels": pictures, "texts": texts}
+        found[root.name] = {"code": code, "pixels": pictures(root, ".jpg"), "texts": texts}
     return found
 
 
 def contact_sheets() -> dict:
-    """Pictures of `data show`, with and without augmentation."""
     ways = {augment: f"data --augment {augment}" for augment in ("none", "light", "strong")}
     ways |= {"seed": "data --augment strong --seed 5 --split_seed 8", "few": "angiograms --num_images 3"}
     found = {}
     for name, options in ways.items():
         code, _, message = call(f"data show {options} --output out/sheet_{name}.png")
-        found[name] = {"code": code, "pixels": sha(pixels(f"out/sheet_{name}.png"))} if code == 0 else message
+        sheet = pictures(Path("out")).get(f"sheet_{name}.png")
+        found[name] = {"code": code, "pixels": sheet} if code == 0 else message
     return found
 
 
 def help_texts() -> dict:
-    """Options and defaults of every verb, and of the scripts at the root."""
     listed = re.findall(r"^  (\w+) ", call("--help")[1], re.M)
     found: dict[str, Any] = {"": call("--help")[0], "listed": listed}
     for verb in VERBS.split("|"):
         code, out, _ = call(f"{verb} --help")
-        options = options_in(out)
+        options = bench.options_in(out)
         if "--preset" in verb:
             usual = found["train"]["options"]
             options = {name: default for name, default in options.items() if usual.get(name) != default}
@@ -109,10 +90,10 @@ def help_texts() -> dict:
     for script in SCRIPTS.split():
         out, sys.argv = io.StringIO(), [f"{script}.py", "--help"]
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+            runpy.run_path(str(bench.ROOT / f"{script}.py"), run_name="__main__")
         found[script] = re.findall(r"usage: vesselrl (\w+)", out.getvalue())
     command = [sys.executable, "-m", "vesselrl", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, check=False)
     found["python -m vesselrl"] = {"code": done.returncode, "is the same": done.stdout == call("--help")[1]}
     found["public names"] = sorted(vesselrl.__all__)
     return found
@@ -120,7 +101,7 @@ def help_texts() -> dict:
 
 def bad_input() -> dict:
     """Exit code and message of what cannot work: models, rewards, adapters, settings, data, folders."""
-    model = merged_model()
+    model = bench.merged_model()
     found: dict[str, Any] = {"model": {}, "reward": {}, "adapter": {}, "setting": {}, "others": {}}
     debug = f"train --preset debug {DATA} --output_dir out/failed"
     for name, spoil in MODELS.items():
@@ -165,7 +146,7 @@ def bad_input() -> dict:
     ):  # fmt: skip
         found["others"][options.replace(str(model), "MODEL")] = failure(options)
     left = Path("out/failed")
-    found["left behind"] = [plain_text(name) for name in files(left)] if left.exists() else []
+    found["left behind"] = [bench.plain_text(name) for name in files(left)] if left.exists() else []
     return found
 
 
@@ -178,7 +159,8 @@ def broken_roots() -> dict:
             if layout in layouts:
                 root = write_root(Path(f"broken/{layout}_{name.replace(' ', '_')}"), layout)
                 plant(root)
-                values, sound = findings_of(f"data check {root.path} --json"), found[layout].get("sound", {})
+                values = bench.findings_of(f"data check {root.path} --json")
+                sound = found[layout].get("sound", {})
                 if any(name in found[other] for other in LAYOUTS[: LAYOUTS.index(layout)]):
                     values["message"] = [sha(one) for one in values["message"]]  # in words once
                 if sound:
@@ -194,19 +176,18 @@ def broken_roots() -> dict:
     ):  # fmt: skip
         copy = Path(f"broken/{layout}_{name.replace(' ', '_')}_repaired")
         source = str(copy).removesuffix("_repaired")
-        found[layout][f"{name}, fixed"] = findings_of(f"data check {source} --json --fix {copy}") | {
+        found[layout][f"{name}, fixed"] = bench.findings_of(f"data check {source} --json --fix {copy}") | {
             "files": files(copy),
-            "pixels": [sha(pixels(copy / file)) for file in files(copy) if file.endswith(".png")],
+            "pixels": [*pictures(copy).values()],
         }
     return found
 
 
 def doctor() -> dict:
-    """Names and statuses of all checks."""
     found = {}
-    shutil.copytree(merged_model(), "ill")
+    shutil.copytree(bench.merged_model(), "ill")
     MODELS["missing tensor"](Path("ill"))
-    ways = {"plain": "", "all": f"--base_model {merged_model()} {DATA}"}
+    ways = {"plain": "", "all": f"--base_model {bench.merged_model()} {DATA}"}
     ways["ill"] = "--base_model ill --data_root empty"
     for name, options in ways.items():
         code, out, _ = call(f"doctor --output_dir out {options}")

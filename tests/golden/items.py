@@ -1,5 +1,6 @@
 """The items of the golden check, as plain values; those of data and wrong use are in `input_items.py`."""
 
+import importlib
 import json
 import math
 import re
@@ -12,37 +13,10 @@ import numpy as np
 from PIL import Image
 
 import vesselrl
+from tests.golden import input_items as about_input
+from tests.golden import workbench as bench
 from tests.golden.broken_input import draw_mask
-from tests.golden.input_items import (
-    bad_input,
-    broken_roots,
-    contact_sheets,
-    doctor,
-    drawn,
-    help_texts,
-    pseudonyms,
-)  # fmt: skip
-from tests.golden.workbench import (
-    DATA,
-    DECIMAL,
-    RUNS,
-    call,
-    drawing,
-    evaluation,
-    failure,
-    files,
-    merged_model,
-    metrics,
-    numbers_of_report,
-    pixels,
-    plain_text,
-    read,
-    run,
-    sha,
-    table,
-    train,
-    weights,
-)  # fmt: skip
+from tests.golden.workbench import DATA, DECIMAL, RUNS, call, files, pixels, read, run, sha, table, weights
 from vesselrl.scoring import rewards
 
 TRAINED = (*(name for name, options in RUNS.items() if "frangi" not in options), "frangi")
@@ -72,7 +46,6 @@ def mask_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def reward_terms() -> dict:
-    """Every reward with every part of it."""
     made = {
         "default": vesselrl.MultiObjectiveReward(),
         "seed": vesselrl.MultiObjectiveReward(spec="seed"),
@@ -105,7 +78,7 @@ def metric_values() -> dict:
             Image.fromarray(array.astype(np.uint8)).save(f"pairs/{folder}/{number + 1}.png")
     options = "--data_root pairs --split all --second_masks pairs/other --output_dir out/pairs"
     code, _, message = call(f"evaluate {options}")
-    found = evaluation("out/pairs/all_human_agreement")
+    found = bench.evaluation("out/pairs/all_human_agreement")
     return {"code": code, "message": message, "observer": found, "names": list(mask_pairs())}
 
 
@@ -114,34 +87,24 @@ def masks() -> dict:
     call("data draw --root large --num_patients 2 --num_sequences 1 --num_frames 1 --size 256 --seed 3")
     found: dict[str, Any] = {}
     paths = sorted(Path("large/images").iterdir()) + sorted(Path("data/images").iterdir())[:2]
-    images = [np.stack([pixels(path)] * 3, -1) if pixels(path).ndim == 2 else pixels(path) for path in paths]
+    images = [np.dstack([one] * 3) if one.ndim == 2 else one for one in map(pixels, paths)]
     for post in ((0.5, 0, 0.0), (0.3, 40, 0.0), (0.5, 20, 0.01), (0.7, 0, 0.05)):
         predictor = vesselrl.Predictor.from_pretrained(post=vesselrl.PostProcessing(*post))
         results = [predictor.predict(image) for image in images]
-        found[f"post {post}"] = {
-            "pixels": [int(one.mask.sum()) for one in results],
-            "bits": [sha(one.mask, one.probabilities, one.logits) for one in results],
-        }
+        bits = [sha(one.mask, one.probabilities, one.logits) for one in results]
+        found[f"post {post}"] = {"pixels": [int(one.mask.sum()) for one in results], "bits": bits}
         shares = (0.05, 0.5, 0.9, 0.99)
         quantiles = [np.quantile(one.probabilities, shares).round(4).tolist() for one in results]
         means = [round(float(one.logits.mean()), 3) for one in results]
         found["probabilities"] = [[mean, *values] for mean, values in zip(means, quantiles, strict=True)]
-    adapter = "--lora_weights RUN:embedded"
-    merged = f"--base_model {merged_model()} {adapter} --min_component_px 9 --close_gaps 0.02"
-    ways = {
-        "base": "",
-        "merged": merged,
-        "embedded": f"{adapter} --threshold 0.4",
-        "people": "--prompt Segment",
-    }
+    adapter, post = "--lora_weights RUN:embedded", "--min_component_px 9 --close_gaps 0.02"
+    ways = {"base": "", "merged": f"--base_model {bench.merged_model()} {adapter} {post}"}
+    ways |= {"embedded": f"{adapter} --threshold 0.4", "people": "--prompt Segment"}
     for name, options in ways.items():
         image = "people/images" if name == "people" else "large/images"
-        code = call(f"predict --image {image} --output_dir out/predicted_{name} {options}")[0]
         folder = Path(f"out/predicted_{name}")
-        names = files(folder)
-        found[f"predict {name}"] = {"code": code, "files": names} | {
-            "bits": {file: sha(pixels(folder / file)) for file in names if file.endswith(".png")}
-        }
+        code = call(f"predict --image {image} --output_dir {folder} {options}")[0]
+        found[f"predict {name}"] = {"code": code, "files": files(folder), "bits": bench.pictures(folder)}
     return found
 
 
@@ -153,13 +116,13 @@ def training(name: str) -> dict:
     findings = [[one["step"], one["code"]] for one in info.pop("findings")]
     others = files(folder) if name == "rl" else sorted({*files(folder)} ^ {*files(run("rl"))})
     found = {"files" if name == "rl" else "other files": others, "info": info}
-    found |= {"findings": findings, "metrics": metrics(folder)}
+    found |= {"findings": findings, "metrics": bench.metrics(folder)}
     default = read(run("rl") / "config.json")["args"]
     args = config["args"] if name == "rl" else {k: v for k, v in config["args"].items() if default[k] != v}
     found |= {"config": config | {"args": args}, "config is the same in training_info": same}
     names = PROGRESSES if name in ("sft", "unet") else ("val_best", "test_after")
     full = {"val_best"} if name == "sft" else ()
-    found["scores"] = {one: evaluation(folder / one, one in full) for one in names}
+    found["scores"] = {one: bench.evaluation(folder / one, one in full) for one in names}
     trained = [path for path in sorted(folder.iterdir()) if list(path.glob("*.safetensors"))]
     found["bits"] = {path.name: weights(path) for path in trained}
     extra = ("cases/cases.json", "difficulty.json", "frangi.json", "split.json")
@@ -179,28 +142,27 @@ def resuming() -> dict:
     }
     found = {}
     for name, options in ways.items():
-        import golden_reward
-
+        golden_reward = importlib.import_module("golden_reward")  # its text is in `workbench`
         golden_reward.calls, golden_reward.last = 0, math.inf
-        whole = train(f"whole {name}", f"{shared} {options}")
+        whole = bench.train(f"whole {name}", f"{shared} {options}")
         total = golden_reward.calls
         golden_reward.calls, golden_reward.last = 0, total * 6 // 10
-        cut = train(f"cut {name}", f"{shared} {options}", code=1)
-        before = {"files": files(cut), "steps": metrics(cut)["step"]}
+        cut = bench.train(f"cut {name}", f"{shared} {options}", code=1)
+        before = {"files": files(cut), "steps": bench.metrics(cut)["step"]}
         golden_reward.last = math.inf
         code, _, _ = call(f"train --resume_from {cut}")
         info = json.loads((cut / "training_info.json").read_text())
         folders = [path for path in sorted(whole.iterdir()) if list(path.glob("*.safetensors"))]
         same = {
-            "metrics": metrics(whole) == metrics(cut),
+            "metrics": bench.metrics(whole) == bench.metrics(cut),
             "weights": {path.name: weights(path) == weights(cut / path.name) for path in folders},
             "scores": {one: table(whole / f"{one}.csv") == table(cut / f"{one}.csv") for one in PROGRESSES},
         }
         resumed = [one["step"] for one in info["provenance"]["resumed"]]
         found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
-        last = {column: values[-1] for column, values in metrics(whole).items()}
-        found[name] |= {"again": failure(f"train --resume_from {cut}"), "last": last}
-    found["no run"] = failure("train --resume_from data")
+        last = {column: values[-1] for column, values in bench.metrics(whole).items()}
+        found[name] |= {"again": bench.failure(f"train --resume_from {cut}"), "last": last}
+    found["no run"] = bench.failure("train --resume_from data")
     return found
 
 
@@ -217,7 +179,7 @@ def evaluating() -> dict:
         "given": "--lora_weights RUN:both/final_lora --min_component_px 5 --close_gaps 0.3 "
         "--output_dir out/given",
         "base": f"{DATA} --split_file RUN:fold/data_split.json --base_trained_on all --output_dir out/base",
-        "new split": f"{DATA} --base_model {merged_model()} --split val --output_dir out/new",
+        "new split": f"{DATA} --base_model {bench.merged_model()} --split val --output_dir out/new",
         "in place": "--lora_weights RUN:augment RUN:rl",
     }
     found: dict[str, Any] = {}
@@ -226,49 +188,45 @@ def evaluating() -> dict:
         code, out, message = call(f"evaluate {options}")
         found[name] = {"code": code, "message": message, "decimals printed": len(DECIMAL.findall(out))}
         if "--output_dir" not in options:
-            found[name]["report"] = numbers_of_report(run("augment") / "report.md")["html"]
+            found[name]["report"] = bench.numbers_of_report(run("augment") / "report.md")["html"]
             continue
         folder = Path(options.split()[-1])
-        found[name]["files"] = [plain_text(file) for file in files(folder)]
+        found[name]["files"] = [bench.plain_text(file) for file in files(folder)]
         for path in sorted(folder.glob("*.json")):
             if path.with_suffix(".csv").exists():
                 full = name == "run" and path.stem.endswith("_test_best_lora")
-                value: Any = evaluation(path.with_suffix(""), full)
+                value: Any = bench.evaluation(path.with_suffix(""), full)
             else:
                 value = read(path) if name == "run" else list(read(path))
-            found[name][plain_text(path.name)] = value
-        texts = {plain_text(path.name): numbers_of_report(path) for path in folder.glob("*.md")}
+            found[name][bench.plain_text(path.name)] = value
+        texts = {bench.plain_text(path.name): bench.numbers_of_report(path) for path in folder.glob("*.md")}
         found[name]["report"] = texts
     return found
 
 
 def comparing() -> dict:
-    """Tables of `compare`, with and without a baseline."""
     names = ("rl", "sft", "both", "unet", "frangi", "embedded")
     for number, name in enumerate(names):
         shutil.copytree(run(name), f"compared/sa2va_lora_ppo_20200101_00000{number}", dirs_exist_ok=True)
     found = {}
     ways = ("", "--baseline sa2va_lora_ppo_20200101_000002 --rank_by cldice", "--rank_by hd95")
     for options in ways:
-        with drawing(False):
-            code, out, message = call(f"compare --output_dir compared {options}")
+        code, out, message = call(f"compare --output_dir compared {options}")
         folder = Path("compared/comparison")
         rows = [[cell for cell in row if cell != "STAMP"] for row in table(folder / "comparison.csv")]
         rows = rows if options != "--rank_by hd95" else [row[:10] for row in rows]
         found[options] = {"code": code, "message": message, "table": rows, "files": files(folder)}
         found[options]["decimals printed"] = len(DECIMAL.findall(out))
         found[options]["ranking"] = re.findall(r"^\| (\d[^|]*) \| \w+_00000(\d) ", out, re.M)
-        found[options]["html"] = numbers_of_report(folder / "comparison.md")["html"]
+        found[options]["html"] = bench.numbers_of_report(folder / "comparison.md")["html"]
     return found
 
 
 def merging() -> dict:
-    """Merged models, their files and what merging says of them."""
-    found: dict[str, Any] = {"keep": {"files": files(merged_model()), "bits": weights(merged_model())}}
-    found["keep"]["dice"] = DECIMAL.findall(Path("merged.txt").read_text())
-    code, out, _ = call(
-        "merge --lora_weights RUN:embedded/final_lora --output_model merged16 --dtype bfloat16"
-    )
+    model, dice = bench.merged_model(), DECIMAL.findall(Path("merged.txt").read_text())
+    found: dict[str, Any] = {"keep": {"files": files(model), "bits": weights(model), "dice": dice}}
+    other = "--output_model merged16 --dtype bfloat16"
+    code, out, _ = call(f"merge --lora_weights RUN:embedded/final_lora {other}")
     found["bfloat16"] = {"code": code, "dice": DECIMAL.findall(out)}
     if Path("merged16").exists():
         found["bfloat16"] |= {"bits": weights(Path("merged16")), "files": files(Path("merged16"))}
@@ -276,24 +234,15 @@ def merging() -> dict:
 
 
 def reports() -> dict:
-    """Numbers of the reports of runs."""
-    return {name: numbers_of_report(run(name) / "report.md") for name in ("sft", "constrained", "frangi")}
+    names = ("sft", "constrained", "frangi")
+    return {name: bench.numbers_of_report(run(name) / "report.md") for name in names}
 
 
-ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": drawn, "splits": splits}
+# In this order: some write into folders of others.
+ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": about_input.drawn, "splits": splits}
 ITEMS |= {f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED}
-ITEMS |= {
-    one.__name__: one
-    for one in (
-        reports,
-        comparing,
-        resuming,
-        pseudonyms,
-        contact_sheets,
-        masks,
-        metric_values,
-        evaluating,
-        merging,
-    )
-}
-ITEMS |= {"help": help_texts, "doctor": doctor, "bad_input": bad_input, "broken_roots": broken_roots}
+ITEMS |= {"reports": reports, "comparing": comparing, "resuming": resuming}
+ITEMS |= {"pseudonyms": about_input.pseudonyms, "contact_sheets": about_input.contact_sheets}
+ITEMS |= {"masks": masks, "metric_values": metric_values, "evaluating": evaluating, "merging": merging}
+ITEMS |= {"help": about_input.help_texts, "doctor": about_input.doctor}
+ITEMS |= {"bad_input": about_input.bad_input, "broken_roots": about_input.broken_roots}

@@ -8,15 +8,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.golden.broken_input import CODE, write_angiograms
 from vesselrl.launch import main
@@ -50,14 +48,9 @@ RUNS = {
     "embedded": f"{DATA} --model_path None --stage sft+rl --num_epochs 2 --max_train_samples 2 "
     "--max_val_samples 1",
 }
-
-
 # A reward that stops a training at one of its calls.
 COUNTING = """
-import math
-
-calls, last = 0, math.inf
-
+calls, last = 0, 1e9
 def score(pred, gt):
     global calls
     calls += 1
@@ -81,9 +74,8 @@ def call(options: str | list[str]) -> tuple[int | str, str, str]:
     lines = re.sub(r"[╭╮╰╯─│]+|-{3,}", " ", err.getvalue()).splitlines()
     said = [line for line in lines if line.startswith("error:")] or lines
     message = plain_text(" ".join(" ".join(said).split()))
-    # The parser lists choices in the order of a set.
-    choices = re.compile(r"(?<=Expected one of \()[^)]*")
-    message = choices.sub(lambda found: ", ".join(sorted(found[0].split(", "))), message)
+    choices = r"(?<=Expected one of \()[^)]*"  # the parser lists them in the order of a set
+    message = re.sub(choices, lambda found: ", ".join(sorted(found[0].split(", "))), message)
     return code, out.getvalue(), message
 
 
@@ -93,7 +85,6 @@ def plain_text(text: str) -> str:
 
 
 def failure(options: str | list[str]) -> dict[str, Any]:
-    """How a verb fails."""
     code, _, message = call(options)
     return {"code": code, "message": message}
 
@@ -107,39 +98,26 @@ def run(name: str) -> Path:
 def train(name: str, options: str, code: int | str = 0) -> Path:
     """Trains with the debug preset; an exit code that is not the expected one ends the check."""
     output = f"runs/{name.replace(' ', '_')}"
-    with drawing(name == "sft"):
-        got, _, message = call(f"train --preset debug --output_dir {output} {options}")
+    got, _, message = call(f"train --preset debug --output_dir {output} {options}")
     if got != code:
         raise SystemExit(f"training {name} ended with {got}: {message}")
     (folder,) = (path for path in Path(output).iterdir() if STAMP.fullmatch(path.name))
     return folder
 
 
-@contextlib.contextmanager
-def drawing(is_real: bool) -> Iterator[None]:
-    """Replaces the drawing of charts, which costs seconds, by empty pictures."""
-    real = matplotlib.figure.Figure.savefig
-
-    def empty(self: Any, target: Any, **options: Any) -> None:
-        if options.get("format") == "svg":
-            target.write("<svg></svg>")
-        else:
-            Image.new("L", (1, 1)).save(target, format="png")
-
-    matplotlib.figure.Figure.savefig = real if is_real else empty
-    try:
-        yield
-    finally:
-        matplotlib.figure.Figure.savefig = real
+def draw_nothing(self: Any, target: Any, **options: Any) -> None:
+    """Stands in for the drawing of charts, which costs seconds."""
+    if options.get("format") == "svg":
+        target.write("<svg></svg>")
+    else:
+        Image.new("L", (1, 1)).save(target, format="png")
 
 
 def read(path: Path | str) -> Any:
     """A JSON file without what time and machine put into it."""
     values = json.loads(plain_text(Path(path).read_text(encoding="utf-8")))
-    for name in ("provenance", "reward_time_share", "metric_spec", "about", "salt"):
-        if isinstance(values, dict):
-            values.pop(name, None)
-    return values
+    dropped = ("provenance", "reward_time_share", "metric_spec", "about", "salt")
+    return {k: v for k, v in values.items() if k not in dropped} if isinstance(values, dict) else values
 
 
 def metrics(folder: Path) -> dict[str, list]:
@@ -152,16 +130,14 @@ def metrics(folder: Path) -> dict[str, list]:
 
 
 def table(path: Path | str) -> list[list]:
-    """A CSV file, numbers as numbers."""
-
     def value(text: str) -> str | float:
         try:
             return float(text)
         except ValueError:
             return plain_text(text)
 
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        return [[value(cell) for cell in row] for row in csv.reader(file)]
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [[value(cell) for cell in row] for row in csv.reader(lines)]
 
 
 def sha(*parts: Any) -> str:
@@ -175,20 +151,20 @@ def sha(*parts: Any) -> str:
 
 
 def pixels(path: Path | str) -> np.ndarray:
-    """The pixels of a picture file."""
     with Image.open(path) as image:
         return np.asarray(image)
 
 
 def weights(folder: Path) -> str:
     """Hash of all tensors of a folder of weights, with their names."""
-    parts: list[Any] = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                parts += [name, str(tensor.dtype), tensor.float().numpy()]
-    return sha(*parts)
+    found = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    tensors = [(*pair, pair[1].float().numpy()) for one in found for pair in sorted(one.items())]
+    return sha(*(part for name, one, values in tensors for part in (name, one.dtype, values)))
+
+
+def pictures(folder: Path, *endings: str) -> dict[str, str]:
+    """Hashes of the pixels of all PNG files of a folder, and of those with other endings."""
+    return {name: sha(pixels(folder / name)) for name in files(folder) if name.endswith((".png", *endings))}
 
 
 def files(folder: Path) -> list[str]:
@@ -273,7 +249,6 @@ def merged_model() -> Path:
 
 
 def prepare() -> None:
-    """The data that items share, in the working folder."""
     call("data draw --root data --num_patients 30 --num_sequences 1 --num_frames 1 --size 64")
     write_angiograms(Path("angiograms"))
     write_angiograms(Path("people"), with_people=True)

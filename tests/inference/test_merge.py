@@ -4,14 +4,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vesselrl.cli import main
 from vesselrl.errors import CheckpointError
 from vesselrl.inference import merge as merging
 from vesselrl.inference.merge import merge
@@ -26,10 +25,6 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
 @pytest.fixture
 def base(lively_checkpoint: Path, tmp_path: Path) -> Path:
     """The official layout in full: two shards, an index, SAM2's unused memory; one shard in bfloat16."""
@@ -40,8 +35,7 @@ def base(lively_checkpoint: Path, tmp_path: Path) -> Path:
     weight_map = {name: shards[k % 2] for k, name in enumerate(sorted(tensors))}
     for file, dtype in zip(shards, (torch.float32, torch.bfloat16), strict=True):
         save_file({n: t.to(dtype) for n, t in tensors.items() if weight_map[n] == file}, folder / file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "LICENSE").write_text("of the model")
     return folder
 
@@ -58,19 +52,19 @@ def test_the_copy_predicts_like_base_and_adapter_and_keeps_all_else(
     assert done["verified_dice"] >= merging.MIN_DICE
     assert done["max_probability_gap"] < tolerance
     assert (digests(base), digests(adapter)) == before  # only read
-    folders = (target, None), (base, adapter), (base, None)
-    merged, expected, alone = (
-        np.concatenate([p.logits.ravel() for p in Predictor.from_pretrained(*f, "cpu").predict_batch(images)])
-        for f in folders
-    )
+    models = [Predictor.from_pretrained(*f, "cpu") for f in ((target, None), (base, adapter), (base, None))]
+    results = [model.predict_batch(images) for model in models]
+    merged, expected, alone = (np.concatenate([one.logits.ravel() for one in each]) for each in results)
     np.testing.assert_allclose(merged, expected, atol=tolerance)
     cut = np.median(expected)  # masks neither empty nor full
     assert dice(alone[None] > cut, expected[None] > cut) < 0.98  # the adapter does matter
-    tensors, original = all_tensors(target), all_tensors(base)
     same = digests(target).items() & before[0].items()
     assert {name for name, _ in same} == {n for n in before[0] if not n.endswith("safetensors")}
+    tensors, original = {}, {}
     for file in base.glob("*.safetensors"):
-        assert load_file(target / file.name).keys() == load_file(file).keys()
+        mine, theirs = load_file(target / file.name), load_file(file)
+        assert mine.keys() == theirs.keys()
+        tensors, original = tensors | mine, original | theirs
     dtypes = {name: t.dtype if dtype == "keep" else getattr(torch, dtype) for name, t in original.items()}
     assert {name: t.dtype for name, t in tensors.items()} == dtypes
     assert torch.equal(tensors[MEMORY].float(), original[MEMORY].float())
@@ -79,73 +73,48 @@ def test_the_copy_predicts_like_base_and_adapter_and_keeps_all_else(
     assert changed == {name for target in targets for name in checkpoint.official_names(f"{target}.weight")}
 
 
-# ---- A failure leaves nothing
+FAULTS = {
+    "full disk": "No space left",
+    "lost tensor": "1 missing",
+    "inverted decoder": r"predicts other masks .* was removed",
+}
 
 
-@pytest.fixture
-def workplace(tmp_path: Path) -> Path:
-    """An empty folder for the copy."""
-    (tmp_path / "work").mkdir()
-    return tmp_path / "work"
-
-
-def change_decoder(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return -tensor if "hypernetworks" in name and ".2." in name else tensor
-
-
-@pytest.mark.parametrize(
-    ("fault", "error", "message"),
-    [
-        ("full disk", OSError, "No space left"),
-        ("lost tensor", CheckpointError, "1 missing"),
-        ("inverted decoder", CheckpointError, r"predicts other masks .* was removed"),
-    ],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_copy_that_is_not_right_never_appears(
-    base: Path, adapter: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, fault, error, message: str
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
+    workplace = tmp_path / "work"
+    workplace.mkdir()
+
     def check_and_save(tensors: dict, path: Path, metadata: dict) -> None:
         assert not (workplace / "merged").exists()
         if fault == "lost tensor":
             tensors.pop("mlp1.0.weight", None)
         if fault == "inverted decoder":
-            tensors = {name: change_decoder(name, tensor) for name, tensor in tensors.items()}
+            inverted = {name: -t for name, t in tensors.items() if "hypernetworks" in name and ".2." in name}
+            tensors = tensors | inverted
         save_file(tensors, path)
         if fault == "full disk" and "00002" in path.name:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", check_and_save)
     before = digests(base)
-    with pytest.raises(error, match=message):
+    with pytest.raises((OSError, CheckpointError), match=FAULTS[fault]):
         merge(base, adapter, workplace / "merged")
     assert list(workplace.iterdir()) == []
     assert digests(base) == before
 
 
-def test_too_little_room_and_unknown_dtypes_are_refused(
-    lively_checkpoint: Path, adapter: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_too_little_room_unknown_dtypes_and_what_exists_are_refused(
+    lively_checkpoint: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(CheckpointError, match="choose one of keep, float32, bfloat16"):
-        merge(lively_checkpoint, adapter, workplace / "merged", "int8")
-    usage = shutil.disk_usage(workplace)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(CheckpointError, match=r"0\.0 GB free; .* GB are needed"):
-        merge(lively_checkpoint, adapter, workplace / "merged")
-    assert list(workplace.iterdir()) == []
-
-
-def test_the_verbs_merge_and_predict(
-    lively_checkpoint: Path, adapter: Path, workplace: Path, capsys: pytest.CaptureFixture
-) -> None:
-    image, merged, out = (str(workplace / name) for name in ("001.png", "merged", "out"))
-    Image.fromarray(np.zeros((40, 72, 3), np.uint8)).save(image)
-    words = ["--base_model", str(lively_checkpoint), "--lora_weights", str(adapter.parent)]
-    assert main(["merge", *words, "--output_model", merged]) == 0
-    assert "Dice 1.0000" in capsys.readouterr().out
-    before = digests(workplace / "merged")
-    assert main(["merge", *words, "--output_model", merged]) == 1
-    message = f"error: {merged} exists already; choose another --output_model"
-    assert capsys.readouterr().err.startswith(message)
-    assert digests(workplace / "merged") == before
-    assert main(["predict", *words, "--output_dir", out, "--image", image]) == 0
-    assert f"1 images written to {out}" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    for name, dtype, message in (
+        ("merged", "int8", "choose one of keep, float32, bfloat16"),
+        ("merged", "keep", r"0\.0 GB free; .* GB are needed"),
+        (".", "keep", "exists already; choose another --output_model"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            merge(lively_checkpoint, adapter, tmp_path / name, dtype)
+        assert list(tmp_path.iterdir()) == []

@@ -50,17 +50,17 @@ def test_official_names_invert_native_names() -> None:
         official_names("nonsense.weight")
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        (LOST, None, f"1 missing: {LOST}"),
-        (POINT, None, r"1 wrong shape: .*point_embeddings\.0\.weight \(3, 32\)"),
-        ("extra.weight", torch.zeros(1), r"1 unknown: extra\.weight"),
-        (LOST, torch.zeros(3), r"1 wrong shape: text_hidden_fcs\.2\.bias \(3,\)"),
-        (QKV, torch.zeros(9, 32), rf"3 wrong shape: {QKV} \(3, 32\)"),
-        (QKV, torch.zeros(2, 32), rf"2 wrong shape: {QKV} \(1, 32\).*; .* \| 1 missing: vision"),
-    ],
-)
+MISMATCHES = [
+    (LOST, None, f"1 missing: {LOST}"),
+    (POINT, None, r"1 wrong shape: .*point_embeddings\.0\.weight \(3, 32\)"),
+    ("extra.weight", torch.zeros(1), r"1 unknown: extra\.weight"),
+    (LOST, torch.zeros(3), r"1 wrong shape: text_hidden_fcs\.2\.bias \(3,\)"),
+    (QKV, torch.zeros(9, 32), rf"3 wrong shape: {QKV} \(3, 32\)"),
+    (QKV, torch.zeros(2, 32), rf"2 wrong shape: {QKV} \(1, 32\).*; .* \| 1 missing: vision"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor", "message"), MISMATCHES)
 def test_mismatches_are_listed(tiny_checkpoint: Path, name: str, tensor: object, message: str) -> None:
     tensors = dict(read_tensors(tiny_checkpoint)) | {name: tensor}
     given = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, adapter_parameters, attach_lora
-from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import Sa2VA
 
 QKVO = LORA_PRESETS["medium"].projections
@@ -66,28 +65,17 @@ def test_a_suffix_match_is_refused(model: Sa2VA, monkeypatch: pytest.MonkeyPatch
             lora.target_modules(model, scope, QKVO)
 
 
-# ---- Saved and read back
-
-
-@pytest.fixture
-def trained(tiny_checkpoint: Path) -> tuple[PeftModel, Sa2VAInputs]:
-    """Base model with an adapter whose weights are all non-zero, and one image's inputs."""
-    model, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(model, SCOPES, QKVO, 3, 6)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter_parameters(peft_model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    return peft_model, processor([image])
-
-
 @torch.no_grad()
 def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
-    tiny_checkpoint: Path, model: Sa2VA, tmp_path: Path, trained: tuple
+    tiny_checkpoint: Path, model: Sa2VA, tmp_path: Path
 ) -> None:
     """The masks are identical, and the modules named in full both times, which PEFT shortens on loading."""
-    peft_model, inputs = trained
+    other, processor = load_sa2va(tiny_checkpoint)
+    peft_model = attach_lora(other, SCOPES, QKVO, 3, 6)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapter_parameters(peft_model).values():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    inputs = processor([np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)])
     expected = peft_model.get_base_model()(inputs)[0]
     first, second = tmp_path / "first", tmp_path / "second"
     lora.save_adapter(peft_model, first)
@@ -107,9 +95,6 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
     assert torch.allclose(peft_model.merge_and_unload()(inputs)[0], expected, atol=1e-4)
 
 
-# ---- Folded layers against PEFT's own
-
-
 def adapted(dropout: float = 0.0) -> nn.Module:
     """LoRA on a strided, padded convolution, a 1x1 convolution and a linear layer."""
     torch.manual_seed(0)
@@ -123,23 +108,18 @@ def adapted(dropout: float = 0.0) -> nn.Module:
     return model
 
 
-def values_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    model.zero_grad()
-    out = model(x)
-    out.square().sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in adapter_parameters(model).values())]
-
-
 def test_the_same_values_and_gradients_as_peft() -> None:
-    x = torch.randn(2, 3, 8, 8)
-    model = adapted()
-    expected = values_and_gradients(model, x)
+    x, model, results = torch.randn(2, 3, 8, 8), adapted(), []
     with torch.no_grad(), model.disable_adapter():
         off = model(x)
-    lora.fold_adapters(model)
-    assert num_folded(model) == 3
-    found = values_and_gradients(model, x)
-    assert len(found) == 7
+    for _ in range(2):
+        model.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in adapter_parameters(model).values())])
+        lora.fold_adapters(model)
+    expected, found = results
+    assert (num_folded(model), len(found)) == (3, 7)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         with model.disable_adapter():

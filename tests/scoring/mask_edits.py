@@ -1,5 +1,7 @@
 """Masks, bool (H, W): random pairs, and edits such as a model's mistakes, `edit(rng, mask) -> mask`."""
 
+import functools
+
 import cv2
 import numpy as np
 
@@ -7,7 +9,7 @@ from vesselrl.scoring.topology import topology
 
 
 def random_pairs(number=12):
-    """(prediction, truth): blobs of odd sizes, also at the image border, and a noisy copy, in turn."""
+    """(prediction, truth): blobs of odd sizes and a noisy copy, in turn."""
     for seed in range(number):
         rng = np.random.default_rng(seed)
         shape = 2 * rng.integers(8, 40, size=2) + 1
@@ -21,8 +23,7 @@ def morphed(operation, mask, size, shape=cv2.MORPH_ELLIPSE):
     return cv2.morphologyEx(mask.astype(np.uint8), operation, kernel, borderType=border, borderValue=0) > 0
 
 
-def fattened(mask, size):
-    return morphed(cv2.MORPH_DILATE, mask, size)
+fattened = functools.partial(morphed, cv2.MORPH_DILATE)
 
 
 def skeleton(mask):
@@ -30,7 +31,6 @@ def skeleton(mask):
 
 
 def pick_on_centreline(rng, mask, how_many):
-    """(row, column) of random centreline pixels; none for an empty mask."""
     points = np.argwhere(skeleton(mask))
     return points[rng.integers(len(points), size=how_many)] if len(points) else points
 
@@ -114,20 +114,21 @@ def parallel_twigs(rng, mask):
     return result
 
 
-def drop_thin_vessels(rng, mask):
-    if not mask.any():
-        return mask
+def half_width_and_limit(rng, mask, shares):
     half_width = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
-    limit = np.quantile(half_width[skeleton(mask)], rng.choice([0.1, 0.25, 0.5]))
+    return half_width, np.quantile(half_width[skeleton(mask)], rng.choice(shares)) if mask.any() else 0
+
+
+def drop_thin_vessels(rng, mask):
+    half_width, limit = half_width_and_limit(rng, mask, [0.1, 0.25, 0.5])
     return mask & fattened(skeleton(mask) & (half_width > limit), 9)
 
 
 def thicken_wide_vessels(rng, mask):
-    if not mask.any():
-        return mask
-    half_width = cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5)
-    limit = np.quantile(half_width[skeleton(mask)], rng.choice([0.5, 0.8]))
-    return mask | fattened(skeleton(mask) & (half_width >= limit), rng.choice([9, 13]))
+    half_width, limit = half_width_and_limit(rng, mask, [0.5, 0.8])
+    return (
+        mask | fattened(skeleton(mask) & (half_width >= limit), rng.choice([9, 13])) if mask.any() else mask
+    )
 
 
 def fill_loops(rng, mask):
@@ -151,7 +152,6 @@ EDITS = {
 
 
 def edited(rng, mask, num):
-    """A mask after `num` random edits."""
     for name in rng.choice(np.array([*EDITS], object), num):
         mask = np.ascontiguousarray(EDITS[name](rng, mask))
     return mask

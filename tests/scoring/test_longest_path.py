@@ -1,66 +1,32 @@
 """The example of a reward of one's own in docs/examples: values worked out by hand."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import shortest_path
 
 from vesselrl.scoring.rewards import SimpleDiceReward, import_function
-from vesselrl.scoring.topology import topology
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-TRUTH = np.zeros((20, 110), bool)
-TRUTH[10, 5:105] = True
+LOST = [
+    ([], 0.0),
+    ([(45, 55)], 2 * 0.45**2 - 1),  # a break in the middle
+    ([(90, 100)], 0.9**2 - 1),  # an end: the same ten pixels cost a third
+    ([(20, 30), (60, 70)], 0.2**2 + 2 * 0.3**2 - 1),
+    ([(0, 100)], -1.0),
+]
 
 
-@pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        import_function("longest_path:unbroken")
-        yield sys.modules.pop("longest_path")
-
-
-@pytest.mark.parametrize(
-    ("lost", "expected"),
-    [
-        ([], 0.0),
-        ([(45, 55)], 2 * 0.45**2 - 1),  # a break in the middle
-        ([(90, 100)], 0.9**2 - 1),  # an end: the same ten pixels cost a third
-        ([(20, 30), (60, 70)], 0.2**2 + 2 * 0.3**2 - 1),
-        ([(0, 100)], -1.0),
-    ],
-)
-def test_by_hand_on_a_bar(example, lost, expected):
+@pytest.mark.parametrize(("lost", "expected"), LOST)
+def test_by_hand_on_a_bar(monkeypatch, lost, expected):
     """Side branches and false alarms do not matter."""
-    truth, pred = TRUTH.copy(), TRUTH.copy()
-    truth[2:10, 65] = pred[15:] = True
+    monkeypatch.syspath_prepend(EXAMPLES)
+    unbroken = import_function("longest_path:unbroken")
+    truth, pred = np.zeros((2, 20, 110), bool)
+    truth[10, 5:105] = pred[10, 5:105] = truth[2:10, 65] = pred[15:] = True
     for start, end in lost:
         pred[:15, 5 + start : 5 + end] = False
-    assert example.unbroken(pred, truth) == pytest.approx(expected)
-    _, details = SimpleDiceReward(custom=example.unbroken, custom_weight=3)(pred, truth)
+    assert unbroken(pred, truth) == pytest.approx(expected)
+    _, details = SimpleDiceReward(custom=unbroken, custom_weight=3)(pred, truth)
     assert details["custom_term"] == pytest.approx(3 * expected)
-    assert example.unbroken(pred, truth & False) == 0.0  # nothing to break
-
-
-def test_one_more_pixel_found_never_costs(example):
-    pred, values = np.zeros_like(TRUTH), []
-    for column in np.random.default_rng(0).permutation(np.arange(5, 105)):
-        pred[10, column] = True
-        values.append(example.unbroken(pred, TRUTH))
-    assert (np.diff(values) > 0).all()
-
-
-def test_the_path_is_as_long_as_the_longest_of_all_pairs(example):
-    """By every pair of centreline pixels, on a tree with a second, shorter component."""
-    truth = np.zeros((48, 64), bool)
-    truth[20, 4:60] = truth[5:20, 30] = truth[20:44, 50] = truth[44, 4:20] = True
-    pixels = np.argwhere(topology(truth).skeleton)
-    touching = np.abs(pixels[:, None] - pixels[None]).max(2) == 1
-    steps = shortest_path(csr_matrix(touching), unweighted=True)
-    rows, columns = example.longest_path(truth.shape, np.packbits(truth).tobytes())
-    assert len(rows) == steps[np.isfinite(steps)].max() + 1
-    assert max(np.abs(np.diff(rows)).max(), np.abs(np.diff(columns)).max()) == 1
+    assert unbroken(pred, truth & False) == 0.0  # nothing to break

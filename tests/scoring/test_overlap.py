@@ -8,17 +8,8 @@ import torch
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from tests.scoring.mask_edits import random_pairs
-from vesselrl.scoring.overlap import (
-    Counts,
-    as_mask,
-    as_mask_pair,
-    counts,
-    dice,
-    dice_from_counts,
-    overlap_scores,
-    precision_from_counts,
-    recall_from_counts,
-)
+from vesselrl.scoring import overlap
+from vesselrl.scoring.overlap import Counts, as_mask, as_mask_pair, counts, dice, overlap_scores
 
 NAN = math.nan
 MASK = np.array([[False, True, True], [True, False, False]])
@@ -36,19 +27,19 @@ def test_every_form_of_a_mask_gives_the_same_bool_array():
         assert as_mask(result) is result
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (MASK.astype(np.uint8) * 255, r"truth holds values from 0 to 255.*truth > 127"),
-        (MASK * 0.7, r"truth holds values from 0\.0 to 0\.7.*truth > 0\.5 for probabilities"),
-        (np.full((2, 3), np.nan), "truth holds values from nan"),
-        (MASK.astype(int) * -1, "truth holds values from -1 to 0"),
-        (MASK[None], r"two-dimensional \(H, W\) mask, got shape \(1, 2, 3\)"),
-        (np.zeros((0, 4), bool), r"truth has no pixels, got shape \(0, 4\)"),
-        (np.array([["a", "b"]]), "must be bool or 0/1, got dtype <U1"),
-        (MASK.T, r"prediction \(2, 3\), truth \(3, 2\).*Resize the prediction"),
-    ],
-)
+REFUSED = [
+    (MASK.astype(np.uint8) * 255, r"truth holds values from 0 to 255.*truth > 127"),
+    (MASK * 0.7, r"truth holds values from 0\.0 to 0\.7.*truth > 0\.5 for probabilities"),
+    (np.full((2, 3), np.nan), "truth holds values from nan"),
+    (MASK.astype(int) * -1, "truth holds values from -1 to 0"),
+    (MASK[None], r"two-dimensional \(H, W\) mask, got shape \(1, 2, 3\)"),
+    (np.zeros((0, 4), bool), r"truth has no pixels, got shape \(0, 4\)"),
+    (np.array([["a", "b"]]), "must be bool or 0/1, got dtype <U1"),
+    (MASK.T, r"prediction \(2, 3\), truth \(3, 2\).*Resize the prediction"),
+]
+
+
+@pytest.mark.parametrize(("mask", "message"), REFUSED)
 @pytest.mark.parametrize("function", [as_mask_pair, counts, dice])
 def test_what_is_not_a_mask_of_the_same_size_is_refused_with_a_way_out(function, mask, message):
     with pytest.raises(ValueError, match=message):
@@ -56,15 +47,12 @@ def test_what_is_not_a_mask_of_the_same_size_is_refused_with_a_way_out(function,
 
 
 def test_scores_by_hand():
-    """Prediction 3 px, truth 4 px, 2 in common, 20 px in all."""
+    """Prediction 3 px, truth 4 px, 2 in common, 20 px in all; random masks by scikit-learn."""
     pred, truth = np.zeros((2, 4, 5), bool)
     pred[0, :3] = truth[0, 1:5] = True
     assert counts(pred, truth) == Counts(tp=2, fp=1, fn=2, tn=15)
     expected = {"dice": 4 / 7, "iou": 2 / 5, "recall": 2 / 4, "precision": 2 / 3, "specificity": 15 / 16}
     assert overlap_scores(counts(pred, truth)) == pytest.approx(expected)
-
-
-def test_overlap_scores_equal_scikit_learn():
     for pred, truth in random_pairs():
         flat, scores = (truth.ravel(), pred.ravel()), overlap_scores(counts(pred, truth))
         theirs = f1_score(*flat), jaccard_score(*flat), recall_score(*flat), precision_score(*flat)
@@ -74,9 +62,10 @@ def test_overlap_scores_equal_scikit_learn():
 
 def test_scores_from_arrays_of_counts():
     tp, fp, fn = np.array([2, 0, 0, 0]), np.array([1, 0, 3, 0]), np.array([1, 0, 0, 4])
-    np.testing.assert_allclose(dice_from_counts(tp, fp, fn), [4 / 6, 1, 0, 0])
-    np.testing.assert_allclose(dice_from_counts(tp, fp, fn, empty=0), [4 / 6, 0, 0, 0])
-    np.testing.assert_allclose(recall_from_counts(tp, fn), [2 / 3, NAN, NAN, 0])
-    np.testing.assert_allclose(recall_from_counts(tp, fn, empty=1), [2 / 3, 1, 1, 0])
-    np.testing.assert_allclose(precision_from_counts(tp, fp, fn), [2 / 3, 1, 0, 0])
-    np.testing.assert_allclose(dice_from_counts(tp, 1, 0), [4 / 5, 0, 0, 0])
+    of_dice, of_recall = overlap.dice_from_counts, overlap.recall_from_counts
+    np.testing.assert_allclose(of_dice(tp, fp, fn), [4 / 6, 1, 0, 0])
+    np.testing.assert_allclose(of_dice(tp, fp, fn, empty=0), [4 / 6, 0, 0, 0])
+    np.testing.assert_allclose(of_recall(tp, fn), [2 / 3, NAN, NAN, 0])
+    np.testing.assert_allclose(of_recall(tp, fn, empty=1), [2 / 3, 1, 1, 0])
+    np.testing.assert_allclose(overlap.precision_from_counts(tp, fp, fn), [2 / 3, 1, 0, 0])
+    np.testing.assert_allclose(of_dice(tp, 1, 0), [4 / 5, 0, 0, 0])

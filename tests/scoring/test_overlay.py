@@ -29,23 +29,23 @@ OPENED = RING.copy()
 OPENED[:7, 13:16] = False  # a break though it stays one component
 
 
-@pytest.mark.parametrize(
-    ("pred", "truth", "breaks"),
-    [
-        (bar(), bar(), ()),
-        (np.zeros_like(bar()), bar(), ()),
-        *((bar(range(20, 20 + w)), bar(), ((10, 20 + (w - 1) // 2),)) for w in (1, 5, 21)),
-        (bar([*range(15, 20), *range(40, 45)]), bar(), ((10, 17), (10, 42))),
-        (bar(range(40, 60)), bar(), ()),  # ends early
-        (HOLE, bar(), ()),
-        (DETOUR, bar(), ()),
-        (FAR, bar(), ((10, 24),)),
-        (bar(), BRANCH, ()),  # a lost side branch
-        (CUT_BRANCH, BRANCH, ((5, 30),)),
-        (ROW & (np.arange(60) != 19), ROW, ((0, 19),)),  # at the border
-        (OPENED, RING, ((4, 14),)),
-    ],
-)
+BREAKS = [
+    (bar(), bar(), ()),
+    (np.zeros_like(bar()), bar(), ()),
+    *((bar(range(20, 20 + w)), bar(), ((10, 20 + (w - 1) // 2),)) for w in (1, 5, 21)),
+    (bar([*range(15, 20), *range(40, 45)]), bar(), ((10, 17), (10, 42))),
+    (bar(range(40, 60)), bar(), ()),  # ends early
+    (HOLE, bar(), ()),
+    (DETOUR, bar(), ()),
+    (FAR, bar(), ((10, 24),)),
+    (bar(), BRANCH, ()),  # a lost side branch
+    (CUT_BRANCH, BRANCH, ((5, 30),)),
+    (ROW & (np.arange(60) != 19), ROW, ((0, 19),)),  # at the border
+    (OPENED, RING, ((4, 14),)),
+]
+
+
+@pytest.mark.parametrize(("pred", "truth", "breaks"), BREAKS)
 def test_a_break_is_a_gap_in_a_vessel_found_on_both_sides(pred, truth, breaks):
     assert topology_errors(pred, truth).breaks == breaks
     flipped = topology_errors(pred.T, truth.T).breaks
@@ -56,8 +56,7 @@ def test_false_components_are_those_that_touch_no_truth():
     # apart with its centre at (3, 9); one diagonal component; one that grows out of the vessel
     pred = bar((), np.s_[2:5, 8:11], np.s_[[0, 1], [59, 58]], np.s_[12:15, 30])
     assert topology_errors(pred, bar()).false_pieces == ((0, 59), (3, 9))
-    against_nothing = topology_errors(pred, np.zeros_like(pred))
-    assert (against_nothing.breaks, len(against_nothing.false_pieces)) == ((), 3)
+    assert len(topology_errors(pred, np.zeros_like(pred)).false_pieces) == 3
 
 
 def test_the_colours_of_an_overlay():

@@ -6,15 +6,10 @@ from scipy import ndimage
 from scipy.sparse.csgraph import minimum_spanning_tree
 from skimage.graph import MCP
 
-from vesselrl.scoring import postprocessing
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.topology import topology
 
 EIGHT = np.ones((3, 3), bool)
-
-
-def num_components(mask: np.ndarray) -> int:
-    return ndimage.label(mask, EIGHT)[1]
 
 
 @pytest.mark.parametrize("density", [0.0, 0.15, 0.4, 1.0])
@@ -43,25 +38,17 @@ def test_a_gap_is_closed_and_nothing_else(faint: np.ndarray) -> None:
     mask = faint > 0.5
     assert np.array_equal(LowThresholdMask(faint, 0.4).close(mask), mask)  # stays open above its level
     wider = LowThresholdMask(faint, 0.1).close(mask)
-    assert (num_components(mask), num_components(wider)) == (2, 1)
+    assert [ndimage.label(one, EIGHT)[1] for one in (mask, wider)] == [2, 1]
     assert wider[11:18, 23:25].all()  # as wide as the low-threshold mask
     added = np.flatnonzero((wider & ~mask).any(axis=0))
     assert 18 <= added.min() <= added.max() < 30  # neither the rest of the rim nor the twig
-
-
-@pytest.mark.parametrize("shape", [(32, 128), (64, 64)])
-def test_a_low_threshold_mask_without_an_edge_closes_nothing(shape: tuple[int, int]) -> None:
-    """It has a centreline, but no width: a path across would be as wide as the image."""
-    values = np.full(shape, 0.3)
-    values[10:20, 5:20] = values[10:20, 30:60] = 0.9
-    mask = values > 0.5
-    assert np.array_equal(LowThresholdMask(values, 0.2).close(mask), mask)
-    assert LowThresholdMask(values, 0.2).bridges(mask)[1] == 0
-
-
-def test_an_end_is_not_prolonged(faint: np.ndarray) -> None:
-    """One component and a twig: there is a bridge, but no gap."""
-    faint[13:16, 22:26] = 0.9
+    for shape in ((32, 128), (64, 64)):  # a low-threshold mask without an edge has no width
+        values = np.full(shape, 0.3)
+        values[10:20, 5:20] = values[10:20, 30:60] = 0.9
+        mask = values > 0.5
+        assert np.array_equal(LowThresholdMask(values, 0.2).close(mask), mask)
+        assert LowThresholdMask(values, 0.2).bridges(mask)[1] == 0
+    faint[13:16, 22:26] = 0.9  # one component and a twig: there is a bridge, but no gap
     mask = faint > 0.5
     low = LowThresholdMask(faint, 0.1)
     labels, count = low.bridges(mask)
@@ -95,9 +82,10 @@ def spanning_length(paths: np.ndarray, mask: np.ndarray) -> int:
     return int(minimum_spanning_tree(np.nan_to_num(between, posinf=0)).sum())
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))]
-)
+SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 20))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_all_that_can_be_joined_is_joined_by_the_fewest_pixels(seed: int) -> None:
     values = ndimage.gaussian_filter(np.random.default_rng(seed).random((80, 90)), 2)
     values = ((values - values.min()) / np.ptp(values)).astype(np.float32)
@@ -112,8 +100,8 @@ def test_all_that_can_be_joined_is_joined_by_the_fewest_pixels(seed: int) -> Non
     touches = [mask[ndimage.binary_dilation(parts == k, EIGHT)].any() for k in range(1, count + 1)]
     paths = low._paths(mask)
     assert (paths <= candidates).all()
-    joined = num_components(mask | candidates) - touches.count(False)
-    assert num_components(mask) > num_components(mask | paths) == joined
+    before, after, most = (ndimage.label(one, EIGHT)[1] for one in (mask, mask | paths, mask | candidates))
+    assert before > after == most - touches.count(False)
     assert 0 < paths.sum() <= spanning_length(candidates, mask)
 
 
@@ -123,28 +111,15 @@ def test_small_components_go_before_gaps_are_closed(faint: np.ndarray) -> None:
     assert np.array_equal(kept, (faint > 0.5) & (np.arange(50) > 25))
     both = PostProcessing(min_component_px=57, close_gaps=0.2).mask(faint)
     assert np.array_equal(both, faint > 0.2)
-
-
-def test_all_thresholds_of_one_image_are_those_alone(faint: np.ndarray) -> None:
     post = PostProcessing(0.5, 10, 0.05)
-    thresholds = (0.1, 0.2, 0.5, 0.95)
+    thresholds = (0.1, 0.2, 0.5, 0.95)  # of one image
     for threshold, mask in zip(thresholds, post.masks(faint, thresholds), strict=True):
         assert np.array_equal(mask, PostProcessing(threshold, 10, 0.05).mask(faint))
     assert np.array_equal(post.postprocess_for(faint)(faint > 0.5), post.mask(faint))
 
 
-def test_post_processing_is_as_asked_or_as_in_the_run() -> None:
-    settings, make = {"min_component_px": 12, "close_gaps": 0.1}, postprocessing.post_processing
-    assert make(settings, 0.4) == PostProcessing(0.4, 12, 0.1)
-    assert make(settings, min_component_px=0, close_gaps=0.0) == make({}) == PostProcessing()
-    changes = [PostProcessing(0.5, *rest).changes_masks for rest in ((1, 0), (2, 0), (0, 0.1))]
-    assert changes == [False, True, True]
-
-
-WRONG = {"threshold": (0.0, 85), "min_component_px": (-3,), "close_gaps": (-0.1, 1.0, float("nan"))}
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
-def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value}; give "):
-        PostProcessing(**{name: value})
+def test_settings_out_of_range_are_refused() -> None:
+    wrong = {"threshold": (0.0, 85), "min_component_px": (-3,), "close_gaps": (-0.1, 1.0, float("nan"))}
+    for name, value in ((name, value) for name, values in wrong.items() for value in values):
+        with pytest.raises(ValueError, match=f"{name} is {value}; give "):
+            PostProcessing(**{name: value})

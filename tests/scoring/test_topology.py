@@ -1,7 +1,5 @@
 """Known answers for drawn shapes, and agreement with scikit-image (`plain_topology`) and gudhi."""
 
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -17,14 +15,12 @@ CIRCLE = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 
 
 def plain_topology(mask):
-    """The values of `numbers(mask)`, the slow way."""
     skeleton = thin(mask)
     framed = np.pad(skeleton, 1)
     around = np.stack([np.roll(framed, (-row, -column), (0, 1)) for row, column in CIRCLE])[:, 1:-1, 1:-1]
     crossings = (np.roll(around, -1, axis=0) & ~around).sum(axis=0)
-    north_west, north_east, south_west, south_east = (
-        framed[:-1, :-1], framed[:-1, 1:], framed[1:, :-1], framed[1:, 1:]
-    )  # fmt: skip
+    north_west, north_east, *south = framed[:-1, :-1], framed[:-1, 1:], framed[1:, :-1], framed[1:, 1:]
+    south_west, south_east = south
     falling = north_west & south_east & ~north_east & ~south_west
     rising = north_east & south_west & ~north_west & ~south_east
     side_steps = (framed[1:] & framed[:-1]).sum() + (framed[:, 1:] & framed[:, :-1]).sum()
@@ -47,7 +43,7 @@ def numbers(mask):
 
 
 def lines(*polylines, width=3, size=64):
-    """Polylines through (x, y) points."""
+    """Through (x, y) points."""
     points = [np.array(polyline, np.int32) for polyline in polylines]
     return cv2.polylines(np.zeros((size, size), np.uint8), points, False, 1, width)
 
@@ -59,32 +55,22 @@ def rings(*centres):
     return canvas
 
 
-def pixels(*positions):
-    canvas = np.zeros((8, 8), np.uint8)
-    canvas[tuple(np.transpose(positions))] = 1
-    return canvas
-
-
 EMPTY = np.zeros((64, 64), np.uint8)
 # name: (mask, components, loops, ends, junctions); None = not a stable number
 KNOWN = {
     "empty": (EMPTY, 0, 0, 0, 0),
-    **{f"square {size}": (np.pad(np.ones((size, size)), 20), 1, 0, 0, 0) for size in (1, 2, 3)},
+    "square": (np.pad(np.ones((2, 2)), 20), 1, 0, 0, 0),
     "all foreground": (1 - EMPTY, 1, 0, 0, 0),
-    "one-pixel line": (lines([(5, 32), (58, 32)], width=1), 1, 0, 2, 0),
     "line": (lines([(5, 32), (58, 32)]), 1, 0, 2, 0),
     "broken line": (lines([(5, 32), (25, 32)], [(35, 32), (58, 32)]), 2, 0, 4, 0),
     "cross": (lines([(10, 32), (54, 32)], [(32, 10), (32, 54)]), 1, 0, 4, 1),
-    "T": (lines([(10, 20), (54, 20)], [(32, 20), (32, 54)]), 1, 0, 3, 1),
     "Y": (lines([(32, 32), (32, 56)], [(12, 10), (32, 32), (52, 10)]), 1, 0, 3, 1),
-    "ring": (rings((32, 32)), 1, 1, 0, 0),
     "two rings": (rings((16, 16), (46, 46)), 2, 2, 0, 0),
     "figure of eight": (rings((22, 32), (38, 32)), 1, 3, 0, 2),
     "ring with a gap": (rings((32, 32)) * (np.arange(64) < 40), 1, 0, 2, 0),
     "frame on the border": (np.pad(np.zeros((58, 58)), 3, constant_values=1), 1, 1, 0, 0),
-    "four corners of a checkerboard": (pixels((3, 3), (3, 5), (5, 3), (5, 5), (4, 4)), 1, 0, 4, 1),
-    "diagonal pair": (pixels((3, 3), (4, 4)), 1, 0, 2, 0),
-    "diagonal pair of holes": (1 - pixels((3, 3), (4, 4)), 1, 2, None, None),
+    "four corners of a checkerboard": (np.pad(np.indices((3, 3)).sum(0) % 2 == 0, 3), 1, 0, 4, 1),
+    "diagonal pair of holes": (np.pad(np.eye(2) == 0, 3, constant_values=True), 1, 2, None, None),
 }
 
 
@@ -95,20 +81,7 @@ def test_known_shapes(name):
     found = [shape.num_components, shape.num_loops, shape.num_ends, shape.num_junctions]
     assert all(known in (number, None) for number, known in zip(found, expected, strict=True))
     assert shape.length_px == np.count_nonzero(shape.skeleton)
-    assert shape.length_px == 1 or not name.startswith("square")
-
-
-def test_path_length_by_hand():
-    """Thinning takes a corner that only fills a diagonal step; around a crossing the sides count alone."""
-    for mask, num_pixels, num_sides, num_diagonals in (
-        (lines([(5, 8), (14, 17)], width=1), 10, 0, 9),
-        (pixels((1, 1), (1, 2), (1, 3), (2, 3), (3, 3)), 4, 2, 1),
-        (pixels((1, 1), (1, 2), (2, 3), (2, 4)), 4, 2, 1),
-        (lines([(1, 8), (15, 8)], [(8, 1), (8, 15)], width=1), 29, 28, 0),
-    ):
-        shape = topology(mask)
-        assert shape.length_px == num_pixels
-        assert shape.path_length_px == pytest.approx(num_sides + num_diagonals * 2**0.5)
+    assert shape.length_px == 1 or name != "square"
 
 
 def vessels(seed):
@@ -122,7 +95,7 @@ def vessels(seed):
 
 
 def draw_masks(num):
-    """Noise of any density and blobs, 1 to 23 px wide, never an even number, and a few trees."""
+    """Noise of any density and blobs, 1 to 23 px wide, and a few trees."""
     rng = np.random.default_rng(1)
     for i in range(num):
         noise = rng.random(2 * rng.integers(0, 12, size=2) + 1).astype(np.float32)
@@ -162,12 +135,3 @@ def test_prototype_counts_every_branching_pixel_and_mirrors_the_border():
     reaching_the_border = lines([(0, 4), (5, 4)], width=1, size=9)
     assert prototype_topology(reaching_the_border).num_ends == 1
     assert topology(reaching_the_border).num_ends == 2
-
-
-def test_numba_and_scikit_image_are_not_imported_before_the_first_mask():
-    code = (
-        "import sys, vesselrl.scoring.rewards, vesselrl.scoring.overlay, vesselrl.scoring.postprocessing; "
-        "print([name for name in ('numba', 'skimage', 'torch', 'scipy') if name in sys.modules])"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"

@@ -56,9 +56,8 @@ class History:
         multipliers_move = any(name.startswith("train/price/") for name in metrics)
         for key, value in metrics.items():
             name = key.removeprefix("train/")
-            hidden = (
-                "reward" in name if multipliers_move else name == "loss" and "train/policy_loss" in metrics
-            )
+            of_ppo = name == "loss" and "train/policy_loss" in metrics
+            hidden = of_ppo or (multipliers_move and "reward" in name)
             if name != key and not hidden:
                 self.first[name] = [*self.first.get(name, ()), value][:WINDOW]
                 self.latest[name] = [*self.latest.get(name, ()), value][-WINDOW:]
