@@ -2,19 +2,27 @@
 
 import errno
 import json
+import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vesselrl import cli
-from vesselrl.errors import RunError
-from vesselrl.experiment.config import get_preset
-from vesselrl.training import checkpoint, health
+from vesselrl.data.samples import find_samples
+from vesselrl.data.splits import read_split
+from vesselrl.errors import DataError, RefusedError, RunError
+from vesselrl.experiment.config import TrainConfig, get_preset
+from vesselrl.experiment.run_folder import RunFolder, damaged_files, run_settings
+from vesselrl.scoring.rewards import get_reward_function, import_function, source_hash
+from vesselrl.training import checkpoint, health, setup
 from vesselrl.training import train as training
-from vesselrl.training.checkpoint import STATE_FILE, read_state, write_state
+from vesselrl.training.checkpoint import PREVIOUS_FILE, STATE_FILE, read_state, write_state
 from vesselrl.training.health import Health
 from vesselrl.training.logging import Monitor
 
@@ -26,12 +34,13 @@ STAGES = {
 }  # fmt: skip
 CONSTRAINED = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 4, "val_freq": 3, "learning_rate": 4e-3}
-# Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
-# state of the run that goes with them; 4.75: after that, before the checkpoint of the epoch.
+# Settings and the steps after which the plug is pulled; 0.25: before the first validation; 4.5: after the
+# files of a validation, before the state of the run that goes with them; 4.75: after that, before the
+# checkpoint of the epoch; 7: there with a damaged newest state.
 RUNS = {
     "two stages": (STAGES, (9, 10.75, 15)),
     "constrained, going wrong": (CONSTRAINED, (4, 4.5, 4.75)),
-    "unet": (UNET, (4,)),
+    "unet": (UNET, (0.25, 4, 7)),
 }
 
 
@@ -50,6 +59,9 @@ def train_and_copy(settings: dict, cuts: tuple, copies: Path) -> training.TrainR
         Monitor_log_step(self, step, metrics)
         copy(self.run.path, step)
 
+    def show_image(self: Monitor, path: Path) -> None:
+        copy(self.run.path, 0.25)
+
     def write(folder: Path, state: dict) -> None:
         copy(folder, state["step"] + 0.5)
         write_state(folder, state)
@@ -58,8 +70,16 @@ def train_and_copy(settings: dict, cuts: tuple, copies: Path) -> training.TrainR
     Monitor_log_step = Monitor.log_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Monitor, "log_step", log_step)
+        patch.setattr(Monitor, "show_image", show_image)
         patch.setattr(checkpoint, "write_state", write)
         return training.train(get_preset("debug", **settings), ["first"])
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    """Flips one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -97,13 +117,15 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
         request.getfixturevalue("goes_wrong")
     settings = places(tiny_checkpoint, angiograms, tmp_path / "whole") | changes
     whole = train_and_copy(settings, cuts, tmp_path / "cut")
-    assert not (whole.folder / STATE_FILE).exists()
+    assert not {STATE_FILE, PREVIOUS_FILE, "run.lock"} & {path.name for path in whole.folder.iterdir()}
     corrections = [one for one in whole.info["findings"] if one["code"] == "correction"]
     assert len(corrections) == (2 if name == "constrained, going wrong" else 0)
     kind = "control" if name == "unet" else "lora"
     for cut in cuts:
         folder = tmp_path / "cut" / str(cut)
-        assert read_state(folder)["step"] < cut
+        if cut == 7:
+            flip(folder / STATE_FILE, random.Random(0))
+        assert read_state(folder)["step"] < (6 if cut == 7 else cut)
         done = training.resume(folder, ["second"])
         assert done.folder == folder
         assert metrics(folder) == metrics(whole.folder)
@@ -150,17 +172,25 @@ def cut(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPa
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "run.lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 BROKEN = {
     "cut short": "cannot be read",
     "no state in it": "cannot be read",
     "of another version": "its version is 1",
-    "not there": "first validation",
+    "not there": f"it has no {STATE_FILE}",
     "finished": "has finished",
-    # Adapters begin with other random values, and there are fewer images.
-    "changed": "^The run cannot be resumed.*: training images, values of the adapters",
+    "no config": "it has no config.json",
+    "torn config": "config.json is damaged",
+    "in use": "is in use by another training",
+    "settings": r"^The run cannot be resumed.*: settings \(max_train_samples 4, now 3; seed 42, now 43\)\. ",
+    "reward": r"have changed since: reward \(source or version\)\. .* --allow_change reward\.",
+    "model": r"have changed since: model \(weights",
+    "images": r"have changed since: images \(1 of \d+, such as P\d+_S1_F\d+\)\. ",
+    "masks": r"have changed since: masks \(1 of",
+    "split": r"have changed since: split \(.*images, now",
 }
 
 
@@ -169,16 +199,41 @@ def test_what_cannot_be_resumed_is_said_and_left_alone(
     cut: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(cut, tmp_path / "run")
-    file = folder / STATE_FILE
+    file, data = folder / STATE_FILE, cut.parents[1] / "data"
+    if broken in ("settings", "reward", "model", "images", "masks", "split"):
+        shutil.copytree(data, tmp_path / "as it was")
+        monkeypatch.setattr(setup, "builtin_data", None)
+    else:
+        (folder / PREVIOUS_FILE).unlink()
     if broken == "cut short":
         file.write_bytes(file.read_bytes()[:5000])
+    elif broken == "no config":
+        (folder / "config.json").unlink()
+    elif broken == "torn config":
+        (folder / "config.json").write_text((folder / "config.json").read_text()[:500])
+    elif broken == "in use":
+        in_use = RunFolder(folder).locked()
+        in_use.__enter__()
+    elif broken in ("reward", "model"):
+        state = read_state(folder)
+        state["fingerprint"][broken] = "another"
+        write_state(folder, state)
+    elif broken in ("images", "masks"):  # the pixels may be the same
+        used = read_state(folder)["fingerprint"]["images"]
+        first = next(sample for sample in find_samples(data) if sample.key in used)
+        with (first.image_path if broken == "images" else first.mask_path).open("ab") as changed:
+            changed.write(b"0")
+    elif broken == "split":
+        for place in ("images", "masks"):
+            min((data / place).iterdir()).unlink()
     elif broken == "no state in it":
         shutil.copy(folder / "best_lora" / "adapter_model.safetensors", file)
     elif broken == "of another version":
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "STATE_VERSION", "1")
             write_state(folder, {})
-    elif broken == "changed":
+        (folder / PREVIOUS_FILE).unlink()
+    elif broken == "settings":
         config = json.loads((folder / "config.json").read_text())
         config["args"] |= {"seed": 43, "max_train_samples": 3}
         (folder / "config.json").write_text(json.dumps(config))
@@ -187,10 +242,93 @@ def test_what_cannot_be_resumed_is_said_and_left_alone(
     if broken == "finished":
         (folder / "training_info.json").write_text("{}")
     before = contents(folder)
-    with pytest.raises(RunError, match=BROKEN[broken]) as error:
-        training.resume(folder, [])
-    assert "validation images" not in str(error.value)
+    try:
+        with pytest.raises(RefusedError, match=BROKEN[broken]):
+            training.resume(folder, [])
+    finally:
+        if broken == "in use":
+            in_use.__exit__(None, None, None)
+        if (tmp_path / "as it was").exists():
+            shutil.rmtree(data)
+            shutil.move(tmp_path / "as it was", data)
     assert contents(folder) == before
+
+
+def test_what_may_have_changed_is_taken_as_it_is_now(
+    cut: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also scores of before are those of the images of now, and lost metrics are no obstacle."""
+    folder = shutil.copytree(cut, tmp_path / "run")
+    data = shutil.copytree(cut.parents[1] / "data", tmp_path / "data")
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] |= {"data_root": str(data), "num_workers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RefusedError, match=r"settings \(data_root\)\. .*--allow_change settings"):
+        training.resume(folder, [], allow_change=["images", "masks"])
+    before = json.loads((folder / "val_before.json").read_text())["rows"]
+    for sample in find_samples(data):
+        Image.fromarray(~np.asarray(Image.open(sample.mask_path))).save(sample.mask_path)
+    (folder / "metrics.jsonl").unlink()
+    done = training.resume(folder, [], allow_change=["settings", "masks"])
+    assert "taken as it is now: settings (data_root)" in caplog.text
+    assert "metrics.jsonl has lost lines" in caplog.text
+    now = json.loads((folder / "val_before.json").read_text())["rows"]
+    assert [row["key"] for row in now] == [row["key"] for row in before]
+    assert not {row["truth_hash"] for row in now} & {row["truth_hash"] for row in before}
+    assert done.info["initial_metrics"]["dice"] != done.info["final_metrics"]["dice"]
+    assert run_settings(folder)["data_root"] == str(data)  # config.json is whole again
+
+
+def test_the_text_of_a_reward_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = {source_hash(get_reward_function()), source_hash(get_reward_function("simple_dice"))}
+    for number in range(2):
+        text = f"HALF = {number}\n\ndef score(pred, gt):\n    return HALF * 0.5\n"
+        (tmp_path / f"own_reward_{number}.py").write_text(text)
+        custom = import_function(f"own_reward_{number}:score")
+        hashes.add(source_hash(get_reward_function(custom=custom)))
+    assert len(hashes) == 4
+    assert source_hash(get_reward_function(custom=custom)) in hashes
+
+
+def test_one_flipped_bit_is_noticed_or_harmless(cut: Path, tmp_path: Path) -> None:
+    """In 50 random places of every file that a run is gone on with or used by."""
+    rng, folder = random.Random(0), tmp_path / "run"
+    state = read_state(cut)
+    assert "values" not in checkpoint._read_state(cut / PREVIOUS_FILE)
+    samples = find_samples(cut.parents[1] / "data")
+    split, settings = read_split(cut / "data_split.json", samples), run_settings(cut)
+    files = [*(cut / "best_lora").glob("adapter_*")]
+    assert len(files) == 2
+    assert damaged_files(cut / "best_lora") == []
+    noticed = Counter()
+    for _ in range(50):
+        shutil.copytree(cut, folder)
+        for name in (STATE_FILE, "data_split.json", "config.json"):
+            flip(folder / name, rng)
+        found = read_state(folder)
+        assert "values" not in found or str(found) == str(state)
+        noticed[STATE_FILE] += "values" not in found
+        try:
+            assert read_split(folder / "data_split.json", samples) == split
+        except DataError:
+            noticed["split"] += 1
+        try:
+            assert run_settings(folder) == settings
+        except RefusedError:
+            noticed["config"] += 1
+        try:
+            now = TrainConfig.from_dict(run_settings(folder, may_be_changed=True)).to_dict()
+            if not checkpoint.check_fingerprint(state, {"settings": now}, []):
+                assert now | {name: settings[name] for name in checkpoint.FREE_SETTINGS} == settings
+        except (RefusedError, ValueError):
+            noticed["resume"] += 1
+        file = rng.choice(files)
+        flip(folder / "best_lora" / file.name, rng)
+        assert damaged_files(folder / "best_lora") == [file.name]
+        shutil.rmtree(folder)
+    assert noticed[STATE_FILE] > 45
+    assert min(noticed.values()) > 15
 
 
 def full_disk(tensors: dict, path: Path, metadata: dict) -> None:
@@ -202,6 +340,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     """Also tensors that occur twice, of any type, and an older file stays until the new one is complete."""
     weight = torch.randn(3, 2)
     state = {
+        "step": 7,
         "twice": [weight, {"inside": weight}],
         "column": weight[:, 0],
         "count": torch.tensor(7.0),
@@ -224,6 +363,10 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
             write_state(tmp_path, {"count": torch.tensor(8.0)})
     assert torch.equal(read_state(tmp_path)["count"], state["count"])
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+    write_state(tmp_path, {"step": 8})
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, PREVIOUS_FILE}
+    (tmp_path / STATE_FILE).unlink()  # killed between the two renames
+    assert torch.equal(read_state(tmp_path)["count"], state["count"])
 
 
 def test_the_command_line_resumes(cut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

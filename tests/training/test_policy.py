@@ -138,11 +138,13 @@ class Encoder:
 
     def __call__(self, pixels: Tensor = PIXELS) -> ImageFeatures:
         self.calls += 1
-        return ImageFeatures(pixels + 1, pixels * 2, pixels**2)
+        return ImageFeatures(pixels + 1, (pixels * 2).to(memory_format=torch.channels_last), pixels**2)
 
 
 def equal(one: ImageFeatures, other: ImageFeatures) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    """The same values in the same memory layout, which decides how a convolution rounds."""
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a, b) and a.stride() == b.stride() for a, b in pairs)
 
 
 def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(tmp_path: Path, monkey
     assert encoder.calls == 2
     assert "computed again" in caplog.text
 
-    def full(tensors: dict, path: Path) -> None:
+    def full(tensors: dict, path: Path, header: dict) -> None:
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
@@ -189,6 +191,32 @@ def test_a_damaged_file_or_a_full_disk_is_said_and_no_end(tmp_path: Path, monkey
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_flipped_bit_in_a_kept_file_is_noticed(tmp_path: Path) -> None:
+    rng, encoder = np.random.default_rng(0), Encoder()
+    expected = FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder)
+    (file,) = (tmp_path / "model").iterdir()
+    for number in range(100):
+        whole = bytearray(file.read_bytes())
+        whole[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(whole)
+        assert equal(FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder), expected), number
+    assert encoder.calls == 101
+
+
+def test_the_identity_of_a_model_sees_weights_and_prompt(tiny_checkpoint) -> None:
+    policies = []
+    for _ in range(2):
+        torch.manual_seed(0)  # of the adapters' start
+        policies.append(make_policy(tiny_checkpoint))
+    first, before = policies[0], policies[1].identity()
+    assert first.identity() == before
+    with torch.no_grad():
+        next(p for p in first.model.parameters() if not p.requires_grad).view(-1)[0] += 1
+    assert first.identity() != before
+    half = torch.arange(3.0).bfloat16()
+    assert tensor_hash(half) != tensor_hash(half + 1)
 
 
 def test_hashes_see_values_shape_and_names() -> None:

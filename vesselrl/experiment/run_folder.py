@@ -107,7 +107,7 @@ class RunFolder:
         """Keeps the whole lines within the first bytes of metrics.jsonl; returns whether any are missing."""
         there = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         kept = b"".join(filter(_is_entry, there[:num_bytes].splitlines(keepends=True)))
-        if kept != there:
+        if kept != there or not self.metrics_file.exists():
             write_text(self.metrics_file, kept.decode())
         return len(kept) < num_bytes
 
