@@ -1,0 +1,32 @@
+"""Short trainings with the debug preset, without their charts, and what they wrote."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from tests.golden.workbench import draw_nothing
+from vesselrl.experiment.config import get_preset
+from vesselrl.training import train as training
+
+no_charts = mock.patch.object(Figure, "savefig", draw_nothing)  # charts cost seconds
+
+
+@no_charts
+def train_debug(output: Path, **changes: object) -> training.TrainResult:
+    changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
+    return training.train(get_preset("debug", output_dir=str(output), **changes), ["vesselrl", "train"])
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tensors to the last bit."""
+    (one,), (two,) = (map(load_file, folder.glob("*.safetensors")) for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
