@@ -76,7 +76,8 @@ def run_train(rest: list[str]) -> int:
     """Fine-tune with PPO or supervised; --preset quick, full or debug.
 
     A preset is a set of defaults that the options change; `--preset quick --help` shows them.
-    `--resume_from RUN`, alone, goes on with an interrupted run.
+    `--resume_from RUN`, alone, goes on with an interrupted run; what has changed since must be named in
+    `--allow_change`.
     """
     argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
     if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
