@@ -76,14 +76,15 @@ def run_train(rest: list[str]) -> int:
     """Fine-tune with PPO or supervised; --preset quick, full or debug.
 
     A preset is a set of defaults that the options change; `--preset quick --help` shows them.
-    `--resume_from RUN`, alone, goes on with an interrupted run.
+    `--resume_from RUN`, alone, goes on with an interrupted run; what has changed since must be named in
+    `--allow_change`.
     """
     argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
     if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
-        folder = Path(parse(options.Resume, rest, "train").resume_from)
+        args = parse(options.Resume, rest, "train")
         from vesselrl.training.train import resume
 
-        print_result(resume(folder, argv, bars))
+        print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
         return 0
     preset, others = take_preset(rest)
     config = parse(TrainConfig, others, "train", get_preset(preset) if preset else None)

@@ -28,6 +28,10 @@ class RunError(RuntimeError):
     """A run folder cannot be made, read or written; the message names it and what to do."""
 
 
+class RefusedError(RunError):
+    """A run that cannot be gone on with, or is in use; it was refused before anything was touched."""
+
+
 class LearningError(RunError):
     """The run is not learning; the message says what was found and what to change."""
 

@@ -21,7 +21,7 @@ from vesselrl.data.file_names import copy_groups
 from vesselrl.data.patients import parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
-from vesselrl.experiment.run_folder import write_text
+from vesselrl.experiment.run_folder import json_hash, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def write_split(path: Path | str, split: Split) -> None:
         "patients": patients,
         "samples": keys,
     }
-    write_text(Path(path), json.dumps(content, indent=1) + "\n")
+    write_text(Path(path), json.dumps(content | {"checksum": json_hash(content)}, indent=1) + "\n")
 
 
 def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
@@ -237,6 +237,7 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        checksum = content.pop("checksum", None)
         keys = {subset: [str(key) for key in content["samples"][subset]] for subset in SUBSETS}
         fold, foreground, unit = content.get("fold"), content.get("foreground"), content["unit"]
         settings = {
@@ -254,6 +255,9 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
         raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{path.name} is not a split that this program wrote. Make a new split.") from None
+    if checksum is not None and checksum != json_hash(content):
+        fault = f"{path.name} is damaged: its content is not what was written"
+        raise DataError(f"{fault}. Put it back; if the change is meant, remove its line checksum.")
     advice = "Restore the data, or make a new split and train again."
     by_key = {sample.key: sample for sample in samples}
     if missing := [key for subset in SUBSETS for key in keys[subset] if key not in by_key]:

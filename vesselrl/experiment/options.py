@@ -14,6 +14,8 @@ class Resume:
 
     # Folder of the interrupted run.
     resume_from: str
+    # What may have changed since the run began, and is taken as it is now.
+    allow_change: tuple[Literal["settings", "reward", "model", "split", "images", "masks"], ...] = ()
 
 
 @dataclass(frozen=True)

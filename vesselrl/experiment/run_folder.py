@@ -1,5 +1,6 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -16,9 +17,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vesselrl.errors import RunError
+from vesselrl.errors import RefusedError, RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PREFIX = "sa2va_lora_ppo_"
+CONFIG_FILE = "config.json"
+LOCK_FILE = "run.lock"
+SUMS_FILE = "SHA256SUMS"  # of an adapter folder, as the command sha256sum reads it
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -53,6 +62,31 @@ class RunFolder:
         """Deletes the folder, for a run that failed before its first result."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out for the length of a `with` block; a RefusedError where one is inside.
+
+        The kernel takes the lock back when the process dies; what it was writing then is removed here.
+        """
+        path = self.path / LOCK_FILE
+        in_use = RefusedError(f"{self.path} is in use by another training. Wait for its end, or stop it.")
+        with path.open("ab") as file:
+            with suppress(OSError):  # a file system without locks
+                try:
+                    if fcntl is not None:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise in_use from None
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise in_use  # its owner has just ended and removed it
+            try:
+                for partial in [*self.path.rglob(".*.partial")]:
+                    _discard(partial)
+                yield
+            finally:
+                with suppress(OSError):  # the folder may be gone, or read-only
+                    path.unlink()
+
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Writes a JSON file of the run; see the function `write_json`."""
         path = self.path / name
@@ -69,6 +103,22 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
 
+    def cut_metrics(self, num_bytes: int) -> bool:
+        """Keeps the whole lines within the first bytes of metrics.jsonl; returns whether any are missing."""
+        there = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        kept = b"".join(filter(_is_entry, there[:num_bytes].splitlines(keepends=True)))
+        if kept != there or not self.metrics_file.exists():
+            write_text(self.metrics_file, kept.decode())
+        return len(kept) < num_bytes
+
+
+def _is_entry(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is complete."""
+    try:
+        return line.endswith(b"\n") and "step" in json.loads(line)
+    except (ValueError, TypeError):
+        return False
+
 
 def find_run(lora_weights: str | Path | None) -> Path | None:
     """The run an adapter belongs to: the folder itself or its parent, whichever has a data_split.json."""
@@ -78,40 +128,91 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
     return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
 
 
-def run_settings(run: Path | None) -> dict[str, Any]:
-    """The flat settings that a run was trained with, empty without a run; damaged ones are a RunError."""
-    if run is None or not (run / "config.json").exists():
+def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, Any]:
+    """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError."""
+    if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise RunError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        settings = dict(values["args"])
+    except (ValueError, KeyError, TypeError):
+        raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
+    if not may_be_changed and values.get("args_sha256", json_hash(settings)) != json_hash(settings):
+        advice = "Put it back; if the change is meant, remove its line args_sha256."
+        raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
+    return settings
+
+
+def json_hash(values: Mapping[str, Any]) -> str:
+    """The sha256 of values as JSON, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the sha256 of every file in a folder beside them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS_FILE)
+    write_text(folder / SUMS_FILE, "".join(f"{file_hash(path)}  {path.name}\n" for path in files))
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a folder that are not as `write_sums` saw them; none where it was never called."""
+    path = folder / SUMS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    sums = {Path(name).name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return [n for n, digest in sums.items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or folder to, which takes its place when the block ends.
 
-    After an error nothing of it is left, and what `path` held before stays. The folder of `path` is made.
+    It is on the disk before it has the name, so that a power cut leaves the old or the new. After an error
+    nothing of it is left, and what `path` held before stays, or stays as `previous`. The folder of `path`
+    is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        for file in partial.rglob("*") if partial.is_dir() else (partial,):
+            _flush(file)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(partial, path)
+        with suppress(OSError):  # not every file system can flush a folder
+            _flush(path.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        _discard(partial)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _discard(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has."""
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums
 from vesselrl.models.checkpoint import LARGEST_WEIGHT, check_weight, read_shard
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
@@ -96,6 +97,9 @@ def attach_lora(
 def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> PeftModel:
     """Puts a saved adapter on a model; a CheckpointError says why the two do not fit."""
     check_adapter(folder)
+    if damaged := damaged_files(folder):
+        advice = f"Copy the folder again; if the change is meant, remove its {SUMS_FILE}"
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} is not as it was saved. {advice}.")
     file = folder / "adapter_model.safetensors"
     config = read_adapter_config(folder / "adapter_config.json")
     targets = sorted(config.target_modules)
@@ -240,9 +244,10 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, nothing else."""
+    """Writes adapter_config.json, adapter_model.safetensors and their checksums, nothing else."""
     peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_sums(folder)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

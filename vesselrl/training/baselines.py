@@ -21,6 +21,7 @@ from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, write_json
 from vesselrl.inference.predictor import Prediction, check_finite
+from vesselrl.training.checkpoint import tensors_hash
 
 BEST = "best_control"
 FILE = "control.json"
@@ -97,6 +98,10 @@ class UNet:
         with atomic_write(folder / WEIGHTS) as partial:
             save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, partial)
 
+    def identity(self) -> str:
+        """Hash of the first weights."""
+        return tensors_hash(self.start)
+
 
 class Frangi:
     """The Frangi filter for dark vessels with Gaussians of some sigmas, in px, cut at a vesselness.
@@ -136,6 +141,10 @@ class Frangi:
         """Writes control.json."""
         settings = {"control": "frangi", "sigmas": self.sigmas, "threshold": self.threshold}
         write_json(folder / FILE, {"format": FORMAT} | settings)
+
+    def identity(self) -> str:
+        """Where the choice of a filter starts."""
+        return str(self.start)
 
 
 def vesselness(image: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:

@@ -4,8 +4,11 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich import progress
 from rich.console import Console
 
@@ -72,6 +75,12 @@ class Monitor:
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
+    def show_image(self, path: Path) -> None:
+        """Shows a picture in TensorBoard, if there is one."""
+        if path.exists():
+            pixels = np.asarray(Image.open(path))
+            self.board.add_image(f"train/{path.stem}", pixels, 0, dataformats="HWC")
+
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores the metrics of one training step and moves the bar."""
         self.grad_norm_max = max(self.grad_norm_max, metrics.get("train/grad_norm", 0.0))
@@ -116,13 +125,16 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Sums and issues so far, and the length of metrics.jsonl."""
         sums = (self.grad_norm_max, self._reward_s, self._step_s)
-        return {"sums": sums, "issues": self.issues, "bytes": self.run.metrics_file.stat().st_size}
+        with self.run.metrics_file.open("ab") as file:  # on the disk before the state that counts on it
+            os.fsync(file.fileno())
+            return {"sums": sums, "issues": self.issues, "bytes": file.tell()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores sums and issues; metrics.jsonl loses what it got after that."""
+        """Restores sums and issues; metrics.jsonl loses what it got after that, and damaged lines."""
         self.grad_norm_max, self._reward_s, self._step_s = state["sums"]
         self.issues = [Issue(*issue) for issue in state["issues"]]
-        os.truncate(self.run.metrics_file, state["bytes"])
+        if self.run.cut_metrics(state["bytes"]):
+            logger.warning("%s has lost lines: curves lack those steps.", self.run.metrics_file)
         self._write_issues()
 
 

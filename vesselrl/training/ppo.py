@@ -201,7 +201,7 @@ class PPOUpdate:
         self.policy.freeze_reference(state["reference"])
         self.generator.set_state(state["generator"])
         self.rng = region_rng(self.seed, state["num_spawned"])
-        if self.constrained:
+        if self.constrained and state["multipliers"]:  # none where another objective had been set
             self.constrained.multipliers = dict(state["multipliers"])
 
 

@@ -30,12 +30,13 @@ from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
-from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
 from vesselrl.models.miniature import random_checkpoint
-from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
+from vesselrl.training.logging import check_wandb
 from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -171,14 +172,24 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
 
 
 @contextmanager
-def new_folder(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
-    """A new run folder, which an error removes again; to resume, a scratch folder in its place."""
-    if resume_from is not None:
+def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
+    """The run's folder, a new one or that to go on in, kept from other processes."""
+    if resume_from is None:
+        run = RunFolder.create(config.run.output_dir)
+        logger.info("run folder %s", run.path)
+    else:
+        run = RunFolder(resume_from)
+    with run.locked():
+        yield run
+
+
+@contextmanager
+def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
+    """Where to prepare a run: in its new folder, which an error removes again, or in a scratch folder."""
+    if not is_new:
         with TemporaryDirectory() as scratch:
             yield RunFolder(Path(scratch))
         return
-    run = RunFolder.create(config.run.output_dir)
-    logger.info("run folder %s", run.path)
     try:
         yield run
     except BaseException:
@@ -208,6 +219,14 @@ def make_updates(
     if not is_unet:
         updates["rl"] = PPOUpdate(model, optimizer, reward, config)
     return optimizer, updates
+
+
+def check_settings(config: TrainConfig) -> Reward:
+    """The reward of these settings, before anything is written; an error says which of them cannot be met."""
+    check_scope(config.model.lora_scope)
+    if config.run.use_wandb:
+        check_wandb()
+    return make_reward(config.to_dict())
 
 
 def check_reward(reward: Reward, data: RunData) -> None:

@@ -1,7 +1,7 @@
 """One training from data to verdict: `train` is the whole story, its steps follow below it in order."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -10,28 +10,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
 from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.errors import LearningError, NotFiniteError, RefusedError
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
+from vesselrl.experiment.run_folder import CONFIG_FILE, RunFolder, provenance, run_settings
 from vesselrl.inference.predictor import Prediction
-from vesselrl.models.lora import check_scope
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
-from vesselrl.scoring.rewards import Reward, make_reward
+from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
 from vesselrl.training.health import Health
-from vesselrl.training.logging import Monitor, check_wandb
+from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
@@ -63,7 +61,8 @@ class Training:
     updates: dict[str, PPOUpdate | SupervisedUpdate]  # by stage, `rl` and `sft`; none: the model has no steps
     reward: Reward
     provenance: dict
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, Any]
+    changed: list[str]  # parts of the fingerprint that are not as they were when the run began
     monitor: Monitor = field(init=False)
     health: Health = field(init=False)
     step: int = 0
@@ -86,87 +85,102 @@ class Training:
 
 
 def train(
-    config: TrainConfig, argv: list[str], console: Console | None = None, resume_from: Path | None = None
+    config: TrainConfig,
+    argv: list[str],
+    console: Console | None = None,
+    resume_from: Path | None = None,
+    allow_change: Sequence[str] = (),
 ) -> TrainResult:
     """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
     `argv` is the command line, stored as provenance; without a console there are no progress bars.
+    `allow_change` names parts of the fingerprint that may have changed since the run began.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
             folder is removed again, an older one left as it is.
         LearningError: the run does not learn.
     """
-    # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
-    state = None if resume_from is None else checkpoint.read_state(resume_from)
-    t = set_up(config, argv, resume_from, state)
-    with Monitor(t.run, config, t.num_steps, console, state and state["step"]) as t.monitor:
-        t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
-        # 2. Validate before the first update: the starting adapter is the first `best_lora`.
-        if state is None:
-            if (sheet := t.run.path / setup.SHEET_FILE).exists():
-                pixels = np.asarray(Image.open(sheet))
-                t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
-            validate(t)
-        else:
-            restore(t, state)
-        # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
-        if config.optim.control == "frangi":
-            fit_filter(t)
-        else:
-            run_epochs(t)
-        # 4. Save the last adapter.
-        t.model.save(t.run.path / f"final_{t.model.kind}")
-        check_learned(t)
-        # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
-        tested = score_test(t)
-    # 6. Write results, curves, pictures and the report.
-    draw(t)
-    return write_results(t, tested)
+    reward = setup.check_settings(config)
+    with setup.open_run(config, resume_from) as run:
+        # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
+        state = None if resume_from is None else checkpoint.read_state(run.path)
+        t = set_up(config, argv, run, reward, state, allow_change)
+        with Monitor(run, config, t.num_steps, console, state and state["step"]) as t.monitor:
+            t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
+            if state is not None:
+                restore(t, state)
+            # 2. Validate before the first update: the starting adapter is the first `best_lora`.
+            if t.latest is None:
+                t.monitor.show_image(run.path / setup.SHEET_FILE)
+                validate(t)
+            # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
+            if config.optim.control == "frangi":
+                fit_filter(t)
+            else:
+                run_epochs(t)
+            # 4. Save the last adapter.
+            t.model.save(run.path / f"final_{t.model.kind}")
+            check_learned(t)
+            # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
+            tested = score_test(t)
+        # 6. Write results, curves, pictures and the report.
+        draw(t)
+        return write_results(t, tested)
 
 
-def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
+def resume(
+    folder: Path, argv: list[str], console: Console | None = None, allow_change: Sequence[str] = ()
+) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
     On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
-    RunError where the run has finished, or images or model have changed since.
+    RefusedError where the run has finished, is in use, or is not the same any more but for `allow_change`.
     """
-    return train(TrainConfig.from_dict(run_settings(folder)), argv, console, resume_from=folder)
+    if not (folder / CONFIG_FILE).is_file():
+        fault = f"{folder} cannot be resumed: it has no {CONFIG_FILE}, the settings of a run"
+        raise RefusedError(f"{fault}. Give the folder of an interrupted run, or start anew.")
+    settings = run_settings(folder, may_be_changed=True)  # the state knows what they were
+    return train(TrainConfig.from_dict(settings), argv, console, folder, allow_change)
 
 
 # ---- 1. Data and model
 
 
 def set_up(
-    config: TrainConfig, argv: list[str], resume_from: Path | None, state: Mapping[str, Any] | None
+    config: TrainConfig,
+    argv: list[str],
+    run: RunFolder,
+    reward: Reward,
+    state: Mapping[str, Any] | None,
+    allow_change: Sequence[str],
 ) -> Training:
-    """Checks the settings, prepares data and model, and writes config.json of a new run."""
-    reward = make_reward(config.to_dict())
-    check_scope(config.model.lora_scope)
-    if config.run.use_wandb:
-        check_wandb()
-    with setup.new_folder(config, resume_from) as run:
-        data = setup.prepare_data(config, run)
+    """Prepares data and model, checks that they are those of `state`, and writes the first files of a run."""
+    fingerprint = {"settings": config.to_dict(), "reward": source_hash(reward)}
+    changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
+    with setup.untouched(run, is_new=state is None) as place:
+        data = setup.prepare_data(config, place)
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
         model = setup.make_model(config, device)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
-        batches = setup.training_batches(config, data, run)
+        batches = setup.training_batches(config, data, place)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
-        keys = {name: [sample.key for sample in samples] for name, samples in subsets.items()}
-        fingerprint = checkpoint.fingerprint(keys, model)
-        if state is None:
-            counts = data.counts | {"trainable": model.counts}
-            run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
-        else:
-            checkpoint.check_fingerprint(state["fingerprint"], fingerprint)
-            run = RunFolder(resume_from)
+        own = {"model": model.identity()} | checkpoint.data_fingerprint(subsets)
+        changed += checkpoint.check_fingerprint(state, own, allow_change)
+        checkpoint.check_fits(state or {}, model)
+        fingerprint |= own
+        counts = data.counts | {"trainable": model.counts}
+        start = {"fingerprint": fingerprint, "provenance": origin, "step": 0}
+        values = {"args": config.to_dict(), "counts": counts, "provenance": origin}
+        checkpoint.write_first_files(run, place, state, start, values)
     optimizer, updates = setup.make_updates(config, model, reward)
-    if updates and state is None:
+    if state is None:
         logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
-    return Training(config, run, data, batches, model, optimizer, updates, reward, origin, fingerprint)
+    parts = (data, batches, model, optimizer, updates, reward, origin, fingerprint, changed)
+    return Training(config, run, *parts)
 
 
 # ---- 2. Validation
@@ -185,11 +199,12 @@ def validate(t: Training, is_last: bool = False) -> None:
     t.health.after_validation(t.step, means, is_last)
 
 
-def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
-    """Scores the model as it is on the `val` or `test` images."""
+def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
+    """Scores the model on the `val` or `test` images, as it is or with other values."""
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
     shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
-    return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    with with_values(t.model, t.model.values() if values is None else values):
+        return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
 
 
 def predict_or_empty(t: Training, image: np.ndarray) -> np.ndarray:
@@ -302,11 +317,21 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     earlier = state["provenance"]
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
     t.provenance = earlier | {"resumed": resumed}
+    if "values" not in state:  # nothing had been evaluated
+        t.run.cut_metrics(0)
+        return
     t.monitor.load_state_dict(state["monitor"])
     read = partial(results.evaluation_from_json, source=t.run.path / STATE_FILE)
     t.before, best, t.latest = (read(state[f"evaluation_{name}"]) for name in ("before", "best", "latest"))
+    if t.changed:  # scores of other images, or by another reward, are no measure for later ones
+        weights = (t.model.start, state["best_values"], state["values"])
+        t.before, best, t.latest = (evaluate_subset(t, "val", "again", values) for values in weights)
+        results.write_evaluation(t.run.path, "val_before", t.before, {"step": 0})
+        results.write_evaluation(t.run.path, "val_latest", t.latest, {"step": t.step})
     with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
         keep_best(t, state["best_step"], best)
+    if not t.run.metrics_file.read_bytes():  # all lost; curves need a point
+        t.monitor.log_validation(t.step, headline(t.latest))
     t.model.restore(state["values"])
     checkpoint.restore_moments(t.optimizer, t.model, state["moments"])
     t.health.load_state_dict(state["health"])
@@ -332,8 +357,7 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     """Scores the base model (`before`) and the best weights (`after`) on the test images."""
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
-        with with_values(t.model, values):
-            tested[name] = evaluate_subset(t, "test", f"test {name}")
+        tested[name] = evaluate_subset(t, "test", f"test {name}", values)
         extra = {"threshold": 0.5, "run": t.run.name}
         results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
     return tested
@@ -373,7 +397,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     }
     t.run.write_json("training_info.json", info)
     write_run_report(t.run.path)
-    (t.run.path / STATE_FILE).unlink(missing_ok=True)
+    checkpoint.remove_states(t.run.path)
     names = tuple(headline(t.before))
     validation = results.before_after_table(t.before, t.best, names)
     test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
