@@ -202,7 +202,7 @@ def test_bad_data_is_a_problem_whose_report_names_nobody(data_folder: Path, tmp_
     report = doctor.format_report([doctor.check_data(data_folder)])
     assert not re.search(r"\d{10}", report)
     assert "MUSTER" not in report
-    assert doctor.check_data(tmp_path).status == "problem"
+    assert doctor.check_data(tmp_path / "nowhere").status == "problem"
 
 
 def test_diagnose_leaves_out_what_was_not_given(tmp_path: Path) -> None:

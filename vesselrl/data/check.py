@@ -85,12 +85,15 @@ def render(report: DataReport, limit: int = 3) -> str:
 
 
 def check_data(
-    root: Path | str, patient_pattern: str | None = None, patient_aliases: Path | str | None = None
+    root: Path | str,
+    patient_pattern: str | None = None,
+    patient_aliases: Path | str | None = None,
+    **places: str | None,
 ) -> DataReport:
     """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`."""
     findings, layout = Findings(), ""
     with findings.catching():
-        listing = list_entries(Path(root), findings)
+        listing = list_entries(Path(root), findings, **places)
         layout, mapping = listing.layout, listing.folder.mapping_file
         names = [entry.name for entry in listing.entries]
         with findings.catching(code="patients"):
@@ -105,9 +108,9 @@ def check_data(
     return DataReport(Path(root), layout, tuple(findings))
 
 
-def foreground_shares(root: Path | str, **names: str | None) -> dict[str, float] | None:
+def foreground_shares(root: Path | str, **options: str | None) -> dict[str, float] | None:
     """Foreground shares by key, for the stratification of the split; None where a fault stops training."""
-    report = check_data(root, **names)
+    report = check_data(root, **options)
     return None if report.exit_code else report.foreground
 
 

@@ -20,6 +20,8 @@ UNET_LEARNING_RATE = 4e-3
 RL_RATE_SHARE = 0.025
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
+# How a data root is read: arguments of `find_samples` and options of the commands.
+READING = ("patient_pattern", "patient_aliases", "image_dir", "mask_dir", "mask_suffix")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class DataSettings:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient: several spellings of one person.
     patient_aliases: str | None = None
+    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
+    mask_suffix: str | None = None
     # Decides which patients are in which subset and which images are chosen; --seed decides everything else.
     split_seed: int = 42
     # A data_split.json to use as it is, such as a published split; images that it does not list are left out.

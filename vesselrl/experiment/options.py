@@ -44,6 +44,12 @@ class Evaluate:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient; none: the run's own.
     patient_aliases: str | None = None
+    # Folder of the images below data_root; none: the run's own.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: the run's own.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: the run's own.
+    mask_suffix: str | None = None
     # Images that the base model was trained on: none, all or a text file; its scores there are marked.
     base_trained_on: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
@@ -145,6 +151,12 @@ class DataCheck:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
+    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
+    mask_suffix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,12 @@ class DataShow:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
+    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
+    mask_suffix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -177,5 +195,11 @@ class Doctor:
     base_model: BaseModel = None
     # Data folder; none: no data is looked at.
     data_root: str | None = None
+    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
+    mask_suffix: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"

@@ -26,7 +26,7 @@ from vesselrl.data.splits import Split, read_split, split_by_patient, take, writ
 from vesselrl.errors import DataError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
-from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
@@ -72,7 +72,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     report = check_before_training(config) if data.data_root else None
     size = SMALL if config.model.model_path == RANDOM_MODEL else FULL
     root = Path(data.data_root) if data.data_root else builtin_data(config.run.output_dir, size)
-    samples = find_samples(root, data.patient_pattern, data.patient_aliases)
+    samples = find_samples(root, **{name: getattr(data, name) for name in READING})
     split = make_split(config, samples, report)
     write_split(run.path / SPLIT_FILE, split)
     train = take(list(split.train), sanity or data.max_train_samples, data.split_seed)
@@ -97,7 +97,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
 def check_before_training(config: TrainConfig) -> DataReport:
     """Checks every file of the user's data: DataError for errors, warnings are counted in the log."""
     root = config.data.data_root
-    report = check_data(root, config.data.patient_pattern, config.data.patient_aliases)
+    report = check_data(root, **{name: getattr(config.data, name) for name in READING})
     errors, warnings = report.of("error"), report.of("warning")
     hint = f"`vesselrl data check {root}`"
     if errors:
