@@ -92,9 +92,10 @@ def test_options_name_folders_and_ending(tmp_path: Path) -> None:
         ("images/1.png masks/1_seg.png masks/1_gt.png", "<image>_gt and <image>_seg"),
         ("images/1_training.png images/1_test.png masks/1_manual1.png", "1 of 2 images have the label of"),
         ("images/a.png images/A.png masks/a_gt.png", "have the label of another image too"),
-        ("images/a.png Images/b.png masks/a.png", "Images/ and images/, which differ in spelling alone"),
+        ("images/a.png Images/b.png masks/a.png", "Images/ and images/ differ in spelling alone"),
         ("images/1.png masks/1.png 1st_manual/1.png", "labels in masks/ and 1st_manual/"),
         ("images/1_test.tif mask/1_test_mask.gif", "holds no annotations"),  # DRIVE's field of view
+        ("LI_MING/images/1.png LI_MING/masks/2.png", "holds no annotations: none of 1 images"),
         ("LI_MING/1.png ZHAO_WEI/1.png", "folders of other names (2 .png)"),
         ("1.png 1_2.png 2.png 2_2.png", "It holds 4 .png"),  # frames, no labels
     ],
@@ -103,6 +104,7 @@ def test_what_is_not_sure_is_refused(tmp_path: Path, files: str, message: str) -
     for file in files.split():
         write_mask(tmp_path / file)
     assert message in failure(tmp_path)
+    assert check_data(tmp_path).root == tmp_path
 
 
 def coco(names: list[str], first_id: int = 1) -> dict:

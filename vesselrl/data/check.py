@@ -155,7 +155,7 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
-    return DataReport(folder.path, listing.layout, tuple(findings), counts, agreement, foreground)
+    return DataReport(folder.root, listing.layout, tuple(findings), counts, agreement, foreground)
 
 
 def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEntry:

@@ -71,7 +71,7 @@ def _list_subsets(folder: DataFolder, mask_suffix: str | None, findings: Finding
     for path in folder.subsets:
         first = next(iter(listings.values()), None)
         subset = DataFolder(path, mask_suffix=mask_suffix)
-        subset.prefix = f"{path.name}/"
+        subset.root, subset.prefix = folder.root, f"{path.name}/"
         try:
             if (listing := _read_first(subset, findings)) is not None:
                 listings[path.name] = listing
@@ -273,7 +273,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
         if not beside or (json_folder == folder.path and not any(map(by_name.get, beside))):
             return None
     if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
-        raise DataError(f"{folder.path} holds no annotations: json/ is empty. Fill it, or remove it.")
+        raise DataError(f"{folder.root} holds no annotations: json/ is empty. Fill it, or remove it.")
     files = [file for file in files if file != folder.mapping_file]
     entries = []
     for file in files:
@@ -347,9 +347,9 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
         return None
     if not folder.is_label_given:
         pairing.refuse_rivals(folder.path, folder.pair_folder)
-    labels, path, images = folder.shown_folder(folder.pair_folder), folder.path, folder.images
+    labels, root, images = folder.shown_folder(folder.pair_folder), folder.root, folder.images
     if not folder.image_folder.is_dir():
-        raise DataError(f"{path} has {labels} but no images/. Put the images into images/.")
+        raise DataError(f"{root} has {labels} but no images/. Put the images into images/.")
     entries = [Entry(below(image, folder.image_folder), folder.shown(image), image) for image in images]
     listing = folder.listing(PAIRS, entries)
     if not listing.entries:
@@ -357,9 +357,9 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
         fault = f"none of {len(images)} images in {place} has a mask of the same name in {labels}"
         wanted = "<image>_mask.png or <image>.png, or with one and the same ending after all image names"
         wanted = wanted if len(folder.endings) > 1 else f"<image>{folder.endings[0]}.png"
-        advice = f"Name the masks {wanted}; --mask_suffix names an ending."
+        advice = f"Name the masks {wanted}, or give --image_dir, --mask_dir or --mask_suffix (docs/data.md)."
         raise DataError(
-            f"{path} holds no annotations: {fault}. It holds {pairing.inventory(folder.path)}. {advice}"
+            f"{root} holds no annotations: {fault}. It holds {pairing.inventory(folder.path)}. {advice}"
         )
     return listing
 

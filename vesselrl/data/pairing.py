@@ -61,8 +61,12 @@ def subfolders(folder: Path) -> list[Path]:
     """The folders in a folder in the order of their names, without hidden ones and those of a Mac's zip."""
     if not folder.is_dir():
         return []
-    with os.scandir(folder) as found:  # which asks the disk about links alone
-        names = sorted(item.name for item in found if item.is_dir())
+    try:
+        with os.scandir(folder) as found:  # which asks the disk about links alone
+            names = sorted(item.name for item in found if item.is_dir())
+    except OSError as error:  # its text holds the path
+        fault = f"A folder of the data root cannot be read ({error.strerror})"
+        raise DataError(f"{fault}. Give yourself the right to.") from None
     return [folder / name for name in names if not name.startswith((".", "__MACOSX"))]
 
 
@@ -75,7 +79,7 @@ def find_folder(folder: Path, names: Sequence[str]) -> Path | None:
     chosen = next((path for path in found if holds_images(path)), next(iter(found), None))
     if chosen and len(same := by_key[folder_key(chosen.name)]) > 1:
         shown = " and ".join(f"{path.name}/" for path in same)
-        raise DataError(f"{folder} has {shown}, which differ in spelling alone. Keep one of them.")
+        raise DataError(f"{shown} differ in spelling alone. Keep one of them.")
     return chosen
 
 
@@ -123,7 +127,7 @@ def refuse_rivals(folder: Path, labels: Path) -> None:
     places = [path for path in subfolders(folder) if folder_key(path.name) in LABEL_FOLDERS]
     if rivals := [path for path in places if path != labels and holds_images(path)]:
         shown = " and ".join(f"{path.name}/" for path in (labels, *rivals))
-        raise DataError(f"{folder} has labels in {shown}. Say which are to be read: --mask_dir NAME.")
+        raise DataError(f"There are labels in {shown}. Say which are to be read: --mask_dir NAME.")
 
 
 def find_images(folder: Path, labels: Path | None) -> Path:
@@ -205,7 +209,8 @@ class Names:
 
     def endings_in_use(self, endings: Iterable[str]) -> list[str]:
         """Those of some endings that any name has."""
-        return [ending for ending in endings if any(name.endswith(fold(ending)) for name in self.folded)]
+        folded = {ending: fold(ending) for ending in endings}
+        return [ending for ending, last in folded.items() if any(name.endswith(last) for name in self.folded)]
 
 
 def find_label(own_names: Sequence[str], labels: Names, endings: Sequence[str]) -> Path | None:

@@ -169,6 +169,7 @@ class DataFolder:
         mask_dir: str | None = None,
         mask_suffix: str | None = None,
     ):
+        self.root = root  # as the user calls it: what was entered below may have the name of a person
         self.path = path = pairing.enter(root) if image_dir is mask_dir is None else root
         self.mapping_file = root / MAPPING_FILE
         self.prefix = ""  # of places in messages, such as train/
@@ -203,9 +204,10 @@ class DataFolder:
     @cached_property
     def images(self) -> list[Path]:
         """All images of the image folder."""
-        found = list_images(self.image_folder, deep=self.image_folder != self.path)
-        apart = self.pair_folder not in (None, self.image_folder)
-        return [path for path in found if not apart or self.pair_folder not in path.parents]
+        found, labels = list_images(self.image_folder, deep=self.image_folder != self.path), self.pair_folder
+        if labels in (None, self.image_folder) or not labels.is_relative_to(self.image_folder):
+            return found
+        return [path for path in found if not path.is_relative_to(labels)]
 
     @property
     def subsets(self) -> list[Path]:
