@@ -251,8 +251,12 @@ def infer_labels(names: Sequence[str], labels: Names) -> dict[str, Path]:
     usable = {k: path for k, path in usable.items() if not k.endswith(tuple(map(fold, SECOND_OBSERVER)))}
     found = set()
     for cores in _without_image_words(folded):
-        for make in _affixes(cores[0], usable):
-            pairs = tuple(usable.get(make(core)) for core in cores)
+        for prefix, suffix, is_of_label in _affixes(cores[0], usable):
+            if is_of_label:
+                pairs = tuple(usable.get(_with_affix(core, prefix, suffix)) for core in cores)
+            else:
+                longer = {_with_affix(name, prefix, suffix): path for name, path in usable.items()}
+                pairs = tuple(longer.get(core) for core in cores)
             if None not in pairs and len(set(pairs)) == len(cores):
                 found.add(pairs)
     if len(found) > 1:
@@ -276,20 +280,18 @@ def _without_image_words(names: Sequence[str]) -> Iterator[list[str]]:
         yield [name.removesuffix(match[0]) for name in names]
 
 
-def _affixes(core: str, labels: Iterable[str]) -> Iterator:
-    """Functions from the name of an image to that of its label, which lead from `core` to some label."""
+def _affixes(core: str, labels: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
+    """Prefix and suffix that an image and any label differ by, and whether it is the label that has them."""
     folder, _, stem = core.rpartition("/")
     for label in labels:
-        if label.rpartition("/")[0] != folder:
-            continue
-        other = label.rpartition("/")[2]
-        long, short = (other, stem) if len(other) >= len(stem) else (stem, other)
+        place, _, other = label.rpartition("/")
+        is_of_label = len(other) >= len(stem)
+        short, long = sorted((stem, other), key=len)
         suffix, prefix = long[len(short) :], long[: len(long) - len(short)]
-        adds = long is other
-        if long.startswith(short) and _is_border(short, suffix):
-            yield lambda name, s=suffix, adds=adds: name + s if adds else _less(name, s, at_end=True)
-        if prefix and long.endswith(short) and _is_border(prefix, short):
-            yield lambda name, p=prefix, adds=adds: _with_prefix(name, p) if adds else _less(name, p)
+        if place == folder and long.startswith(short) and _is_border(short, suffix):
+            yield "", suffix, is_of_label
+        if place == folder and prefix and long.endswith(short) and _is_border(prefix, short):
+            yield prefix, "", is_of_label
 
 
 def _is_border(left: str, right: str) -> bool:
@@ -298,14 +300,6 @@ def _is_border(left: str, right: str) -> bool:
     return not (len(ends) == 2 and (ends.isdigit() or ends.isalpha()))
 
 
-def _with_prefix(name: str, prefix: str) -> str:
+def _with_affix(name: str, prefix: str, suffix: str) -> str:
     folder, slash, stem = name.rpartition("/")
-    return folder + slash + prefix + stem
-
-
-def _less(name: str, affix: str, at_end: bool = False) -> str:
-    """A name without its affix; empty, which is no label, where it has none."""
-    folder, slash, stem = name.rpartition("/")
-    if not (stem.endswith(affix) if at_end else stem.startswith(affix)):
-        return ""
-    return folder + slash + (stem.removesuffix(affix) if at_end else stem.removeprefix(affix))
+    return folder + slash + prefix + stem + suffix

@@ -24,8 +24,20 @@ RANDOM_MODEL = "random"
 READING = ("patient_pattern", "patient_aliases", "image_dir", "mask_dir", "mask_suffix")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where images and masks lie in a data root, and what tells a mask's name from its image's."""
+
+    # Folder of the images below data_root; none: the run's own, or images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: the run's own, or masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: the run's own, or _mask, _gt …
+    mask_suffix: str | None = None
+
+
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Places):
     """Images of a training, their split, and how they are shown."""
 
     # Folder with images/ and annotations.json or masks/; none: the built-in synthetic angiograms.
@@ -34,12 +46,6 @@ class DataSettings:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient: several spellings of one person.
     patient_aliases: str | None = None
-    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
-    image_dir: str | None = None
-    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
-    mask_dir: str | None = None
-    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
-    mask_suffix: str | None = None
     # Decides which patients are in which subset and which images are chosen; --seed decides everything else.
     split_seed: int = 42
     # A data_split.json to use as it is, such as a published split; images that it does not list are left out.

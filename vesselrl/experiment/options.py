@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vesselrl.experiment.config import Places
+
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
 
 
@@ -17,7 +19,7 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Places):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
@@ -44,12 +46,6 @@ class Evaluate:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient; none: the run's own.
     patient_aliases: str | None = None
-    # Folder of the images below data_root; none: the run's own.
-    image_dir: str | None = None
-    # Folder of the masks below data_root; none: the run's own.
-    mask_dir: str | None = None
-    # What follows the image's name in that of its mask, such as _seg; none: the run's own.
-    mask_suffix: str | None = None
     # Images that the base model was trained on: none, all or a text file; its scores there are marked.
     base_trained_on: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
@@ -138,7 +134,7 @@ class DataDraw:
 
 
 @dataclass(frozen=True)
-class DataCheck:
+class DataCheck(Places):
     """Look at every record, image and mask of a data set; exit code 2 if something must be repaired."""
 
     # Data folder.
@@ -151,16 +147,10 @@ class DataCheck:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
-    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
-    image_dir: str | None = None
-    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
-    mask_dir: str | None = None
-    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
-    mask_suffix: str | None = None
 
 
 @dataclass(frozen=True)
-class DataShow:
+class DataShow(Places):
     """Write a contact sheet: images with the outline of their masks, as training sees them."""
 
     # Data folder; none: the built-in synthetic angiograms.
@@ -179,27 +169,15 @@ class DataShow:
     patient_pattern: str | None = None
     # CSV file with the columns file_name,patient.
     patient_aliases: str | None = None
-    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
-    image_dir: str | None = None
-    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
-    mask_dir: str | None = None
-    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
-    mask_suffix: str | None = None
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Places):
     """Look at machine, packages, model folder and data before a long run."""
 
     # Checkpoint folder; none: no model is looked at.
     base_model: BaseModel = None
     # Data folder; none: no data is looked at.
     data_root: str | None = None
-    # Folder of the images below data_root; none: images, Original, imagesTr and the like.
-    image_dir: str | None = None
-    # Folder of the masks below data_root; none: masks, 1st_manual, labelsTr and the like.
-    mask_dir: str | None = None
-    # What follows the image's name in that of its mask, such as _seg; none: _mask, _gt and the like.
-    mask_suffix: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
