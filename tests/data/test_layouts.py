@@ -212,7 +212,7 @@ def test_the_own_json_of_label_studio_is_named(tmp_path: Path, file: str) -> Non
 
 def test_x_anylabeling_beside_the_images_in_the_data_root(tmp_path: Path) -> None:
     corners = [[10, 0], [12, 0], [12, 12], [10, 12]]
-    shapes = {"1": shape(corners, "rectangle"), "2": shape([[5, 6], [5, 9]], "circle")}
+    shapes = {"1": shape(corners, "rectangle"), "2": shape([[5.5, 6.5], [5.5, 9.6]], "circle")}
     shapes["3"] = shape([[15, 6], [15, 9]], "circle")  # a part of it lies outside
     for stem, item in shapes.items():
         write_image(tmp_path / f"{stem}.jpg")
@@ -222,7 +222,7 @@ def test_x_anylabeling_beside_the_images_in_the_data_root(tmp_path: Path) -> Non
     expected[:, 10:12] = True
     assert (masks["1"] == expected).all()
     y, x = np.mgrid[: SIZE[1], : SIZE[0]] + 0.5
-    assert (masks["2"] == ((x - 5) ** 2 + (y - 6) ** 2 < 9)).all()
+    assert (masks["2"] == ((x - 5.5) ** 2 + (y - 6.5) ** 2 < 3.1**2)).all()
     assert (masks["3"] == ((x - 15) ** 2 + (y - 6) ** 2 < 9)).all()
     write_json(tmp_path / "1.json", {"shapes": [shape([[30, 6], [30, 9]], "circle")]})
     assert "outside its image" in failure(tmp_path)
