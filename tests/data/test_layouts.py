@@ -76,6 +76,7 @@ def test_options_name_folders_and_ending(tmp_path: Path) -> None:
         assert [load_mask(sample).sum() for sample in samples] == [20, 20, 20]
     report = repair_data(tmp_path, tmp_path.with_name("copy"), **folders, mask_suffix="_vein")
     assert (report.counts["images"], report.exit_code) == (3, 0)
+    assert check_data(tmp_path, **folders, mask_suffix="_vein").findings == ()
     with pytest.raises(DataError, match="--mask_dir nowhere is no folder"):
         find_samples(tmp_path, mask_dir="nowhere")
     with pytest.raises(DataError, match="lies outside the data root"):

@@ -285,6 +285,8 @@ class DataFolder:
         only_pairs = all(entry.read_label is None and not entry.content for entry in entries)
         folder = self.pair_folder if only_pairs else self.label_folder
         masks = [] if folder is None else list_images(folder)
+        if self.endings != LABEL_ENDINGS:  # with --mask_suffix other files are no labels
+            masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = Names({below(path, folder): path for path in png_last})
         endings, found = labels.endings_in_use(self.endings), {}

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,9 +98,11 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
 def check_before_training(config: TrainConfig) -> DataReport:
     """Checks every file of the user's data: DataError for errors, warnings are counted in the log."""
     root = config.data.data_root
-    report = check_data(root, **{name: getattr(config.data, name) for name in READING})
+    reading = {name: getattr(config.data, name) for name in READING}
+    report = check_data(root, **reading)
     errors, warnings = report.of("error"), report.of("warning")
-    hint = f"`vesselrl data check {root}`"
+    given = [f" --{name} {shlex.quote(value)}" for name, value in reading.items() if value is not None]
+    hint = f"`vesselrl data check {root}{''.join(given)}`"
     if errors:
         count = f"This is the first of {len(errors)} errors; {hint} lists all."
         raise DataError(f"{errors[0].message} {count if len(errors) > 1 else f'{hint} shows more.'}")
