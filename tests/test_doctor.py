@@ -132,3 +132,4 @@ def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -
     check = doctor.check_data(root)
     assert check.status == "problem"
     assert not re.search(r"\d{10}|ZHANG", doctor.format_report([check]))
+    assert doctor.check_data(tmp_path / "nowhere").status == "problem"

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
-from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, READING, TrainConfig, get_preset
 from vesselrl.experiment.run_folder import find_run, run_settings
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def check_data_set(rest: list[str]) -> int:
     from vesselrl.data.repair import repair_data
 
     look, roots = (repair_data, [args.data_root, args.fix]) if args.fix else (check_data, [args.data_root])
-    report = look(*roots, args.patient_pattern, args.patient_aliases)
+    report = look(*roots, **{name: getattr(args, name) for name in READING})
     print(report.to_json() if args.json else render(report))
     return report.exit_code
 
@@ -201,7 +201,7 @@ def run_doctor(rest: list[str]) -> int:
     args = parse(options.Doctor, rest, "doctor")
     from vesselrl.doctor import diagnose, format_report
 
-    checks = diagnose(args.base_model, args.data_root, args.output_dir)
+    checks = diagnose(**vars(args))
     print(format_report(checks))
     return int(any(check.status == "problem" for check in checks))
 

@@ -50,15 +50,19 @@ class Check:
 
 
 def diagnose(
-    model_path: str | Path | None = None,
+    base_model: str | Path | None = None,
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
+    **places: str | None,
 ) -> list[Check]:
-    """Runs every check that applies; no model or no data leaves its checks out."""
+    """Runs every check that applies; no model or no data leaves its checks out.
+
+    `places`: image_dir, mask_dir and mask_suffix of the data.
+    """
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
-    checks += [] if model_path is None else check_model(Path(model_path))
-    checks += [] if data_root is None else [check_data(Path(data_root))]
+    checks += [] if base_model is None else check_model(Path(base_model))
+    checks += [] if data_root is None else [check_data(Path(data_root), **places)]
     return [Check("python", "ok", python), *checks]
 
 
@@ -278,11 +282,11 @@ def _check_values(path: Path) -> None:
                 check_weight(name, part[start : start + num_rows], path.name)
 
 
-def check_data(data_root: Path) -> Check:
+def check_data(data_root: Path, **places: str | None) -> Check:
     """Whether all images and labels can be read, and how many patients and sequences there are."""
     from vesselrl.data.check import check_data as check_every_record
 
-    report = check_every_record(data_root)
+    report = check_every_record(data_root, **places)
     todo = f"`vesselrl data check {data_root}` lists every finding; docs/data.md shows the layouts."
     if errors := report.of("error"):
         more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""

@@ -96,6 +96,7 @@ def check_data(
     patient_pattern: str | None = None,
     patient_aliases: Path | str | None = None,
     near_duplicates: bool = True,
+    **places: str | None,
 ) -> DataReport:
     """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`.
 
@@ -103,7 +104,7 @@ def check_data(
     """
     findings, layout = Findings(), ""
     with findings.catching():
-        listing = list_entries(Path(root), findings)
+        listing = list_entries(Path(root), findings, **places)
         layout, mapping = listing.layout, listing.folder.mapping_file
         names = [entry.name for entry in listing.entries]
         with findings.catching(code="patients"):
@@ -113,9 +114,9 @@ def check_data(
     return DataReport(Path(root), layout, tuple(findings))
 
 
-def foreground_shares(root: Path | str, **names: str | None) -> dict[str, float] | None:
+def foreground_shares(root: Path | str, **options: str | None) -> dict[str, float] | None:
     """Foreground shares by key, for the stratification of the split; None where a fault stops training."""
-    report = check_data(root, **names, near_duplicates=False)
+    report = check_data(root, **options, near_duplicates=False)
     return None if report.exit_code else report.foreground
 
 
@@ -180,7 +181,7 @@ def check_listing(
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
-    return DataReport(folder.path, listing.layout, tuple(findings), counts, agreement, foreground, pairs)
+    return DataReport(folder.root, listing.layout, tuple(findings), counts, agreement, foreground, pairs)
 
 
 def _compare_images(usable: list[CheckedEntry], findings: Findings) -> list[Pair]:

@@ -145,16 +145,16 @@ def write_contact_sheet(
     seed: int = 42,
     split_seed: int = 42,
     stratified: bool = True,
-    **names: str | None,
+    **options: str | None,
 ) -> Path:
     """Writes a PNG with training images of a split, as the first epoch shows them.
 
     It shows those that `--max_train_samples` would keep, of fewer than three patients any. `stratified`: by
-    foreground, as for all but the built-in data; `names`: patient_pattern and patient_aliases.
+    foreground, as for all but the built-in data; `options`: the others of `find_samples`.
     """
-    samples = find_samples(data_root, **names)
+    samples = find_samples(data_root, **options)
     if len({sample.patient for sample in samples}) >= 3:
-        shares = foreground_shares(data_root, **names) if stratified else None
+        shares = foreground_shares(data_root, **options) if stratified else None
         samples = split_by_patient(samples, split_seed, shares=shares).train
     chosen = take(samples, num_images, split_seed)
     dataset = VesselDataset(chosen, augmentation=get_augmentation(augment), seed=seed)

@@ -3,6 +3,7 @@
 Coordinates are (x, y) in px as in COCO and LabelMe: pixel (r, c) has its centre at (c + 0.5, r + 0.5).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -139,6 +140,16 @@ def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
         fault = f"{value}, outside its image of {size[0]}×{size[1]} px. {advice}"
         raise DataError(fault, "outside_image")
     return points
+
+
+def circle(points: list, size: Size, where: str) -> list[list[float]]:
+    """A circle, by its centre and a point on it, as a polygon of the same area, cut off at the border."""
+    read_polygon([value for point in points for value in (*point, *point)], size, where)  # numbers
+    (x, y), (right, bottom) = points
+    step = 2 * math.pi / 180
+    radius = math.hypot(right - x, bottom - y) * math.sqrt(step / math.sin(step))
+    corners = ((x + radius * math.cos(k * step), y + radius * math.sin(k * step)) for k in range(180))
+    return [[min(max(a, 0), size[0]), min(max(b, 0), size[1])] for a, b in corners]
 
 
 def read_run_lengths(value: dict, size: Size, where: str) -> RunLengths:

@@ -48,8 +48,11 @@ def repair_data(
     out: Path | str,
     patient_pattern: str | None = None,
     patient_aliases: Path | str | None = None,
+    **places: str | None,
 ) -> DataReport:
     """Writes a repaired copy that passes the check, with the same pseudonyms; the data root stays as it is.
+
+    Arguments but for `out` are those of `find_samples`.
 
     A record is left out where its image or its whole label cannot be known: a broken image, a broken polygon
     (the rest would be a label with a gap), a mask without background, the second of two equal images. The
@@ -61,7 +64,7 @@ def repair_data(
     inside, outside = out.resolve(), root.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise DataError(f"{out} overlaps the data root {root}. Give a folder beside it for the copy.")
-    listing = list_entries(root, Findings())
+    listing = list_entries(root, Findings(), **places)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
         groups[entry.name].append(entry)

@@ -34,15 +34,19 @@ class Sample:
 
 
 def find_samples(
-    data_root: Path | str, patient_pattern: str | None = None, patient_aliases: Path | str | None = None
+    data_root: Path | str,
+    patient_pattern: str | None = None,
+    patient_aliases: Path | str | None = None,
+    **places: str | None,
 ) -> list[Sample]:
     """All samples of a data root, ordered by key; headers of images and masks are read, pixels are not.
 
     Without `patient_pattern` and `patient_aliases` (see `vesselrl.data.patients`) the names of angiography
-    exports are understood, and any other file is a patient of its own. The first fault is a DataError.
+    exports are understood, and any other file is a patient of its own. `places`: image_dir, mask_dir and
+    mask_suffix, see `list_entries`. The first fault is a DataError.
     """
     findings = Findings(strict=True)
-    listing = list_entries(Path(data_root), findings)
+    listing = list_entries(Path(data_root), findings, **places)
     names = [entry.name for entry in listing.entries]
     aliases = pseudonyms(names, patient_pattern, patient_aliases, listing.folder.mapping_file)
     entries = different_images(listing, aliases, findings)
@@ -117,6 +121,8 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
     """The outlines of an entry in px of its image, scaled where they were drawn on another size."""
     with findings.catching(record):
         drawn_on = entry.label_size or size
+        if all(drawn in (None, own) for drawn, own in zip(drawn_on, size, strict=True)):
+            drawn_on = size  # one of the two may be missing
         if not all(type(n) in (int, float) and n == n // 1 and 0 < n < 2**16 for n in drawn_on):
             fault = "width and height of the labelled image are no whole numbers of px. Correct them."
             raise DataError(f"{record}: {fault}", "label_size")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from vesselrl.data.splits import Split, read_split, split_by_patient, take, writ
 from vesselrl.errors import DataError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
-from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
@@ -73,7 +74,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     report = check_before_training(config) if data.data_root else None
     size = SMALL if config.model.model_path == RANDOM_MODEL else FULL
     root = Path(data.data_root) if data.data_root else builtin_data(config.run.output_dir, size)
-    samples = find_samples(root, data.patient_pattern, data.patient_aliases)
+    samples = find_samples(root, **{name: getattr(data, name) for name in READING})
     split = make_split(config, samples, report)
     write_split(run.path / SPLIT_FILE, split)
     train = take(list(split.train), sanity or data.max_train_samples, data.split_seed)
@@ -98,9 +99,11 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
 def check_before_training(config: TrainConfig) -> DataReport:
     """Checks every file of the user's data: DataError for errors, warnings are counted in the log."""
     root = config.data.data_root
-    report = check_data(root, config.data.patient_pattern, config.data.patient_aliases)
+    reading = {name: getattr(config.data, name) for name in READING}
+    report = check_data(root, **reading)
     errors, warnings = report.of("error"), report.of("warning")
-    hint = f"`vesselrl data check {root}`"
+    given = [f" --{name} {shlex.quote(value)}" for name, value in reading.items() if value is not None]
+    hint = f"`vesselrl data check {root}{''.join(given)}`"
     if errors:
         count = f"This is the first of {len(errors)} errors; {hint} lists all."
         raise DataError(f"{errors[0].message} {count if len(errors) > 1 else f'{hint} shows more.'}")
