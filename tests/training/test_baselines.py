@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
@@ -253,6 +254,11 @@ def test_what_is_no_control_run_is_none(finished_run: Path, control_runs: dict, 
     assert load_control(finished_run) is None
     broken = shutil.copytree(control_runs["unet"] / "best_control", tmp_path / "broken")
     assert isinstance(load_control(broken), UNet)
+    weights = load_file(broken / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, broken / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no control that can be read .* nan instead of numbers"):
+        load_control(broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="holds no control that can be read"):
         load_control(broken)
