@@ -55,6 +55,7 @@ MEANT = {
     "comparing/*/ranking/*/0": "ranges of ranks were removed",
     "bad_input/*/message": "messages were shortened, or say subset in place of side",
     "broken_roots/*/message/*": "messages were shortened, or say subset in place of side",
+    "doctor/*/message/0": "a sample of the values is looked at, which the line says",
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",

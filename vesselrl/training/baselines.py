@@ -21,6 +21,7 @@ from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, write_json
 from vesselrl.inference.predictor import Prediction, check_finite
+from vesselrl.models.checkpoint import check_weight
 from vesselrl.training.checkpoint import tensors_hash
 
 BEST = "best_control"
@@ -188,8 +189,10 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
         if kind == "unet" and tuple(settings["features"]) == UNET_FEATURES:
-            model = UNet(device)
-            model.net.load_state_dict(load_file(place / WEIGHTS, device=device))
+            model, weights = UNet(device), load_file(place / WEIGHTS, device=device)
+            for name, tensor in weights.items():
+                check_weight(name, tensor, place)
+            model.net.load_state_dict(weights)
             return model
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{place} holds no control that can be read ({error}). Train it again.") from error
