@@ -62,7 +62,8 @@ def test_every_verb_answers_help_and_every_option_has_a_comment_of_its_own(verb:
     positional = {"data_root"} if verb in ("data check", "data show") else set()
     names = [field.name for part in parts_of(verb) for field in fields(part)]
     assert [name for name in names if f"--{name}" not in out and name not in positional] == []
-    sources = [inspect.getsource(part) for part in parts_of(verb)]
+    kinds = [kind for part in parts_of(verb) for kind in part.__mro__[:-1]]
+    sources = [inspect.getsource(kind) for kind in kinds]
     lines = [line.strip() for source in sources for line in source.splitlines()]
     above = {line.partition(":")[0]: before for before, line in itertools.pairwise(lines)}
     assert [name for name in names if not re.match("# (?!----)", above[name])] == []
