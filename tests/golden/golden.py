@@ -59,6 +59,11 @@ MEANT = {
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",
+    "*/config/args/image_dir": "new option: layouts of any names",
+    "*/config/args/mask_*": "new options: layouts of any names",
+    "help/*/options/--image_dir*": "new option: layouts of any names",
+    "help/*/options/--mask_*": "new options: layouts of any names",
+    "doctor/ill/message/3": "says what lies in the data root, and which options name folders",
 }
 
 
