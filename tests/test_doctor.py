@@ -1,6 +1,5 @@
 """vesselrl doctor on healthy and broken machines, model folders and data."""
 
-import json
 import re
 import shutil
 import tomllib
@@ -46,15 +45,6 @@ def test_a_fault_of_the_model_folder_is_named(tiny_checkpoint: Path, tmp_path: P
     (check,) = [check for check in doctor.check_model(model) if check.name == name]
     assert check.status == "problem"
     assert re.search(said, check.detail)
-
-
-def test_inferred_fields_agree_with_the_config(tiny_checkpoint: Path) -> None:
-    inferred = doctor.infer_config(doctor.check_weights(tiny_checkpoint)[1])
-    config = json.loads((tiny_checkpoint / "config.json").read_text())
-    assert len(inferred) == 8
-    for name, value in inferred.items():
-        section, field = name.split(".")
-        assert config[section][field] == value, name
 
 
 def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, repository: Path) -> None:

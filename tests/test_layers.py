@@ -153,18 +153,14 @@ def test_light_modules_load_nothing_heavy_when_they_are_imported(names: str) -> 
     assert done.stdout.strip() == "set()"
 
 
-INSIDE = "def build():\n    from vesselrl.training import ppo"
 TRIED = "try:\n    import torch.nn\nexcept ImportError:\n    pass"
 VIOLATIONS = [
     ("data/splits.py", "from vesselrl.models.lora import attach", "data imports models"),
-    ("models/sa2va.py", INSIDE, "models imports training"),
+    ("models/sa2va.py", "def build():\n    from vesselrl.training import ppo", "models imports training"),
     ("training/ppo.py", "from vesselrl import Predictor", "imports vesselrl.Predictor"),
-    ("training/ppo.py", "import vesselrl", "imports vesselrl;"),
     ("data/splits.py", "from . import samples", "relative import"),
     ("training/ppo.py", "from vesselrl.evaluation.compare import table", "only cli may import"),
     ("scoring/overlap.py", TRIED, "torch.nn at module"),
-    ("cli.py", "import torch", "imports torch at module level"),
-    ("models/sa2va.py", "import torchvision.transforms", "imports torchvision"),
     ("training/train.py", "from benchmarks.learning import judge", "imports benchmarks"),
     ("plots/curves.py", "", "plots is no known layer"),
     ("data/utils.py", "", "utils says nothing"),

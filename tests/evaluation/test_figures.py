@@ -74,11 +74,11 @@ def test_cases_are_stored_with_pictures_of_their_errors_scores_and_topology_erro
 
 
 def test_charts_draw_the_given_numbers():
-    values = {"first": (0.2, 0.1, 0.3, "better"), "second": (-0.1, -0.2, -0.05, "worse")}
-    values |= {"third": (0.0, math.nan, math.nan, "")}
+    values = (0.2, 0.1, 0.3, "better"), (-0.1, -0.2, -0.05, "worse"), (0.0, math.nan, math.nan, "")
     names = ("difference", "low", "high", "verdict")
-    lines = {label: dict(zip(names, line, strict=True)) for label, line in values.items()}
-    figure = figures.interval_figure({"Dice": lines | {"no line": None}})
+    lines = [dict(zip(names, line, strict=True)) for line in values]
+    lines = dict(zip(("first", "second", "third", "no line"), (*lines, None), strict=True))
+    figure = figures.interval_figure({"Dice": lines})
     (axes,) = figure.axes
     drawn = [list(np.atleast_1d(line.get_xdata())) for line in axes.lines[1:]]
     assert drawn == [[0.1, 0.3], [0.2], [-0.2, -0.05], [-0.1], [0.0]]
@@ -86,14 +86,11 @@ def test_charts_draw_the_given_numbers():
     text = figures.svg(figure, 'Runs <"&">')
     assert text == figures.svg(figure, 'Runs <"&">')
     assert text.startswith('<svg role="img" aria-label="Runs &lt;&quot;&amp;&quot;&gt;"')
-    assert ">first</text>" in text  # words stay words
 
     curve = {"thresholds": [0.25, 0.5, 0.75], "chosen": 0.75}
     curve |= {"dice": [0.7, 0.8, 0.75], "recall": [0.9, 0.8, 0.65], "precision": [0.6, 0.8, 0.9]}
     left, right = figures.threshold_figure(curve).axes
-    assert [[*line.get_ydata()] for line in left.lines[:3]] == [
-        [*values] for values in list(curve.values())[2:]
-    ]
+    assert [[*line.get_ydata()] for line in left.lines[:3]] == [*curve.values()][2:]
     points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
     assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
 

@@ -17,10 +17,8 @@ from vesselrl.data.splits import Split, read_split, split_by_patient, write_spli
 from vesselrl.errors import CheckpointError, DataError, RunError
 from vesselrl.evaluation.held_out import evaluate_held_out
 from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation, read_extra
-from vesselrl.experiment.config import get_preset
 from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
-from vesselrl.training.train import train
 
 HELD_OUT = "vesselrl.evaluation.held_out"
 STEM = "test_best_lora"
@@ -61,10 +59,8 @@ def test_the_numbers_are_those_of_the_training(run, tiny_checkpoint, angiograms,
     done = evaluated(run)
     assert scores(done.evaluation) == scores(evaluated(run / "best_lora").evaluation) == scores(after)
     assert str(read_evaluation(done.path)) == str(done.evaluation)
-    last = evaluated(run / "final_lora", split="val")
-    expected = read_evaluation(run / "val_latest.json").rows
-    assert sorted(map(str, last.evaluation.rows)) == sorted(map(str, expected))
-    assert (done.path.name, last.path.name) == ("test_best_lora.json", "val_final_lora.json")
+    last = evaluated(run / "final_lora", split="val").evaluation.rows
+    assert sorted(map(str, last)) == sorted(map(str, read_evaluation(run / "val_latest.json").rows))
     base = evaluated(None, base_model=tiny_checkpoint, data_root=angiograms, output_dir=tmp_path / "base")
     assert scores(base.evaluation) == scores(before)  # the same seed, 42
 
@@ -127,17 +123,6 @@ def test_every_output_of_a_leaky_run_says_so(tiny_checkpoint, angiograms, tmp_pa
     assert [*caveats] == [Caveat.PATIENT_LEAKAGE, Caveat.NEAR_DUPLICATES, Caveat.PRETRAINING_OVERLAP]
 
 
-@pytest.mark.slow
-def test_a_debug_run_can_be_evaluated_again(tmp_path, monkeypatch):
-    """Its random model and its synthetic data are nowhere named; both follow from the settings."""
-    folder = train(get_preset("debug", output_dir=str(tmp_path / "output"), seed=5), ["vesselrl"]).folder
-    files = sorted((tmp_path / "output").iterdir())
-    monkeypatch.chdir(tmp_path)
-    assert scores(evaluated(folder).evaluation) == scores(read_evaluation(folder / "test_after.json"))
-    assert sorted((tmp_path / "output").iterdir()) == files
-    assert [path.name for path in tmp_path.iterdir()] == ["output"]
-
-
 def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiograms, tmp_path, monkeypatch):
     """A predictor with a bar of 0.9 that a faint stretch of 0.3 cuts in two."""
     values, asked, load = np.full((64, 64), 0.01, np.float32), [], Predictor.from_pretrained
@@ -169,8 +154,6 @@ def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiogram
     assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0")} == {200}
     assert pixels(close_gaps=0.35, min_component_px=150) == {0}  # 100 px on either side
     assert {*asked} == {"Find the tree."}
-    predicted_pixels("--prompt", "Segment.")
-    assert asked[-1] == "Segment."
     settings_of(run, min_component_px=10**6)
     best = evaluated(run).tuning.curve.best
     assert (best.recall, best.threshold) == (0, 0.5)  # of masks as they are used
@@ -190,7 +173,6 @@ def test_what_is_tuned_is_chosen_on_validation_and_flips_are_kept_apart(run):
         assert read_extra(path).items() >= (asdict(post) | {"chosen_on": "val"}).items()
         again = evaluated(run, tune=False, output_dir=run, **asdict(post))
         assert scores(again.evaluation) == scores(read_evaluation(path)) != scores(result.evaluation)
-    assert again.path.name == f"{run.name}_{STEM}.json"  # in a folder for several runs
     flipped = evaluated(run, flips=True, tune=False)
     assert flipped.path.stem == f"{STEM}_flips"
     assert scores(flipped.evaluation) != scores(result.evaluation)

@@ -11,7 +11,6 @@ import pytest
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import find_samples
-from vesselrl.data.splits import Split, write_split
 from vesselrl.errors import DataError
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import TrainConfig
@@ -27,11 +26,6 @@ def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
 
 def keys_of(data: RunData) -> list[set[str]]:
     return [{sample.key for sample in subset} for subset in (data.train, data.val, data.test)]
-
-
-def test_folds_test_every_image_once(angiograms: Path, tmp_path: Path) -> None:
-    tested = [keys_of(prepared(tmp_path, angiograms, fold=f"{number}/3"))[2] for number in (1, 2, 3)]
-    assert sum(map(len, tested)) == len(set.union(*tested)) == 20
 
 
 def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Path, tmp_path: Path) -> None:
@@ -56,15 +50,6 @@ def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(angiograms, tmp_path, m
         prepared(tmp_path / "a", angiograms)
     data = prepared(tmp_path / "b", angiograms, near_duplicates="allow")
     assert list(data.test_caveats) == [Caveat.NEAR_DUPLICATES]
-
-
-def test_a_given_split_is_used_as_it_is(angiograms: Path, tmp_path: Path) -> None:
-    samples = find_samples(angiograms)
-    subsets = (samples[:6], samples[6:10], samples[10:14])  # two images of each patient
-    file = tmp_path / "published.json"
-    write_split(file, Split(*map(tuple, subsets), seed=1))
-    data = prepared(tmp_path, angiograms, split_file=str(file), split_seed=9)
-    assert keys_of(data) == [{sample.key for sample in subset} for subset in subsets]
 
 
 def keys(source: BatchSource, epoch: int, skip: int = 0) -> list[str]:
