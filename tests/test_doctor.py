@@ -66,10 +66,8 @@ def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, rep
         assert check.status == status
         assert said in check.detail
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    pins = doctor.read_pins(repository / "constraints.txt")
     assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(required)
-    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
-    assert {re.match(r"[\w-]+", line)[0] for line in wanted} - set(pins) == set()
+    assert {*required} <= {*doctor.read_pins(repository / "constraints.txt")}
 
 
 def test_disk_space_is_measured_where_output_will_be(tmp_path: Path, monkeypatch) -> None:
@@ -86,11 +84,6 @@ def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -
     write_angiograms(root)
     check = doctor.check_data(root)
     assert (check.status, check.detail) == ("ok", "20 images, 10 sequences, 10 patients")
-    for path in [path for path in root.rglob("*.png") if "ZHANG_SANA" not in path.name]:
-        path.unlink()
-    check = doctor.check_data(root)  # it cannot be split
-    assert check.status == "problem"
-    assert "1 patients" in check.detail
     next((root / "masks").iterdir()).unlink()
     check = doctor.check_data(root)
     assert check.status == "problem"

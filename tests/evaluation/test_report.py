@@ -170,17 +170,6 @@ def test_missing_files_leave_their_part_out_and_damaged_ones_are_named(run, made
         write_run_report(run)
 
 
-def test_files_of_another_evaluation_are_not_shown(tmp_path, made):
-    path, _ = write_evaluation(tmp_path, "test_base", made(AFTER), EXTRA)
-    other = EXTRA | {"plan": INPUTS["plan"] | {"base_model": "another"}, "threshold": 0.3}
-    write_evaluation(tmp_path, "test_base_tuned", made(AFTER), other)
-    write_evaluation(tmp_path, "test_human_agreement", made(AFTER, truth="corrected"))
-    (tmp_path / "test_base_thresholds.json").write_text("{}")
-    text = write_evaluation_report(path)[1].read_text()
-    assert cells(text, "Scores")[0] == ["score", "better is", "threshold 0.5"]
-    assert "## Threshold" not in text
-
-
 def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):
     add_later(run, made, truth="corrected")
     text = write_run_report(run)[1].read_text()

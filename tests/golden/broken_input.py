@@ -106,7 +106,7 @@ def write_root(path: Path, layout: str) -> DataRoot:
         for k, name in enumerate(names):
             content = {"imagePath": name, "imageWidth": 64, "imageHeight": 64}
             content["shapes"] = [*map(shape, outlines(k))]
-            (path / "json" / f"{NAMES[k]}.json").write_text(json.dumps(content))
+            (path / "json" / name).with_suffix(".json").write_text(json.dumps(content))
     elif layout in ("coco", "rle"):
         images = [{"id": k, "file_name": name, "width": 64, "height": 64} for k, name in enumerate(names)]
         label = outlines if layout == "coco" else lambda k: run_lengths(bars(k))

@@ -84,20 +84,6 @@ def test_the_built_in_data_is_that_of_the_earlier_results_and_drawn_once(tmp_pat
     assert [(path, path.stat().st_mtime_ns) for path in root.parent.rglob("*")] == before
 
 
-def test_other_data_in_the_folder_is_an_error(tmp_path):
-    def refused(message, **settings):
-        with pytest.raises(FileExistsError, match=message):
-            write_dataset(root, TARGET, 1, 1, **dict(num_frames=1, size=64) | settings)
-
-    root = write_dataset(tmp_path / "data", TARGET, 1, 1, 1, size=64)
-    refused("num_frames 1, not 2; seed 0, not 5", num_frames=2, seed=5)
-    next((root / "images").iterdir()).unlink()
-    refused("holds 0 images where 1 were written")
-    (root / "synthetic.json").unlink()
-    refused(r"no synthetic\.json")
-    assert (root / "annotations.json").exists()
-
-
 def test_data_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
     for change in (dict(layout="coco"), dict(num_frames=0), dict(size=66), dict(size=32)):
         ((name, value),) = change.items()
