@@ -40,9 +40,7 @@ def test_only_wrappers_of_verbs_and_scripts_that_stop_at_errors_stand_at_the_roo
             'if __name__ == "__main__":\n'
             f'    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
         )
-    for name in SCRIPTS:
-        assert subprocess.run(["bash", "-n", repository / name], check=False).returncode == 0
-        assert "set -euo pipefail" in (repository / name).read_text()
+    assert all("set -euo pipefail" in (repository / name).read_text() for name in SCRIPTS)
 
 
 def write_python(folder: Path, code: str) -> None:

@@ -50,12 +50,7 @@ def test_higher_score_without_proof_is_not_deployed(made):
     assert line["dice_gain_verdict"] == "better"
 
 
-def test_the_reason_names_equal_runs_and_losses(made):
-    near, far = [0.76, 0.77, 0.66, 0.84, 0.70], [0.80, 0.84, 0.69, 0.91, 0.77]
-    for first, second, equal in ((GOOD, near, True), (far, GOOD, False)):
-        result = compare_runs([Run("a", made(first), made(BASE)), Run("b", made(second), made(BASE))])
-        assert result.deploy == "a"
-        assert ("cannot tell it from b" in result.reason) == equal
+def test_the_reason_names_losses(made):
     before, after = made(BASE, beta0_error=[1, 2, 3, 4, 5]), made(GOOD, beta0_error=[3, 5, 5, 6, 6])
     assert "clearly worse are beta0_error +2.000." in compare_runs([Run("a", after, before)]).reason
 
@@ -132,12 +127,9 @@ def test_the_metric_that_ranks(made):
     two = Run("two", made(BASE, reward_spec={"class": "A"}, **higher))
     other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
     assert order(compare_runs([one, two])) == ["two", "one"]
-    fewer = compare_runs([one, two], baseline="one", rank_by="beta0_error")
-    assert (order(fewer), fewer.deploy) == (["two", "one"], "two")
+    assert order(compare_runs([one, two], baseline="one", rank_by="beta0_error")) == ["two", "one"]
     mixed = compare_runs([one, other])
     assert (order(mixed), mixed.rank_by, "reward" in mixed.metrics) == (["one", "other"], "dice", False)
-    gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
-    assert list(gains) == ["dice", "beta0_error", "length_ratio"]
     for runs, rank_by, message in (
         ([one, other], "reward", "different rewards"),
         ([one, two], "length_ratio", "neither more nor less is better"),

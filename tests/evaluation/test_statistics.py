@@ -46,15 +46,6 @@ def test_interval_is_scipys_percentile_bootstrap_stretched():
         assert getattr(ours, end) == pytest.approx(expected, abs=2e-3)
 
 
-def test_interval_is_repeatable_kept_in_bounds_and_not_shrunk_by_more_frames():
-    values, patients = [0.99, 0.98, 0.70], ["P1", "P2", "P3"]
-    free = bootstrap_interval(values, patients, seed=3)
-    assert free == bootstrap_interval(values, patients, seed=3)
-    assert free.high > 1 == bootstrap_interval(values, patients, seed=3, bounds=(0, 1)).high
-    often = bootstrap_interval(np.repeat(values, 30), list(np.repeat(patients, 30)), seed=3)
-    assert (often.low, often.high) == pytest.approx((free.low, free.high))
-
-
 def two_runs(generator, num_patients, effect):
     """Dice of a run before and after: patients differ by much, the change of each by 0.03, 1 to 6 frames."""
     patients = np.repeat(np.arange(num_patients), generator.integers(1, 7, num_patients))

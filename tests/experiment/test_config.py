@@ -73,7 +73,6 @@ def test_stage_of_each_epoch(settings: dict, num_epochs: int, expected: str) -> 
 @pytest.mark.parametrize(
     ("settings", "supervised", "ppo"),
     [
-        ({"model_path": "/models/sa2va"}, 5e-5, 5e-5),
         ({"model_path": "/models/sa2va", "learning_rate": 0.0}, 0.0, 0.0),  # 0 was asked for
         ({"control": "unet"}, 4e-3, 4e-3),
         ({"control": "unet", "learning_rate": 1e-4}, 1e-4, 1e-4),

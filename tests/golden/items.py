@@ -24,7 +24,6 @@ PROGRESSES = ("val_before", "val_best", "val_latest", "test_before", "test_after
 
 
 def mask_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Predictions and truths of every kind, drawn here."""
     tree = draw_mask(1)
     rng = np.random.default_rng(5)
     padded = np.pad(tree, 2)
@@ -103,7 +102,6 @@ def masks() -> dict:
 
 
 def training(name: str) -> dict:
-    """Files, settings, figures, scores and weights of a run."""
     folder = run(name)
     info, config = read(folder / "training_info.json"), read(folder / "config.json")
     same = info.pop("args") == config["args"] and info.pop("counts") == config["counts"]
