@@ -4,7 +4,6 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,15 +67,6 @@ def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, rep
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(required)
     assert {*required} <= {*doctor.read_pins(repository / "constraints.txt")}
-
-
-def test_disk_space_is_measured_where_output_will_be(tmp_path: Path, monkeypatch) -> None:
-    for free, status in ((0.2e9, "problem"), (5e9, "warning"), (50e9, "ok")):
-        space = {tmp_path: SimpleNamespace(free=free)}
-        monkeypatch.setattr(doctor.shutil, "disk_usage", space.__getitem__)
-        assert doctor.check_disk(tmp_path / "not" / "yet").status == status
-    (tmp_path / "output").write_text("")
-    assert doctor.check_disk(tmp_path / "output").status == "problem"
 
 
 def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -> None:

@@ -34,8 +34,7 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 # Leaves that can be deleted in one commit: cli apart, nothing imports them.
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
-# The aim is 60 modules, 12,000 and 9,500 lines; these are what has been reached, to be lowered.
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_500, 13_500
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_500, 9_500  # of the package 12,000 are the aim
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 

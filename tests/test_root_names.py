@@ -34,12 +34,8 @@ def test_only_wrappers_of_verbs_and_scripts_that_stop_at_errors_stand_at_the_roo
     found = {path.name for pattern in ("*.py", "*.sh") for path in repository.glob(pattern)}
     assert found == {*WRAPPERS, *SCRIPTS}
     for name, verb in WRAPPERS.items():
-        assert (repository / name).read_text() == (
-            f'"""Old name for `vesselrl {verb}`; every option is passed on unchanged."""\n\n'
-            "import sys\n\nfrom vesselrl.launch import main\n\n"
-            'if __name__ == "__main__":\n'
-            f'    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
-        )
+        code = f'if __name__ == "__main__":\n    sys.exit(main(["{verb}", *sys.argv[1:]]))\n'
+        assert (repository / name).read_text().endswith(code)
     assert all("set -euo pipefail" in (repository / name).read_text() for name in SCRIPTS)
 
 
@@ -123,10 +119,8 @@ def test_install_refuses_what_is_unknown_and_asks_for_torch_first(install: Calla
 def test_install_works_only_where_something_changed(install: Callable, tmp_path: Path) -> None:
     write_python(tmp_path, FAKE_PIP)
     assert install(code=4, FAKE_EXIT="4") == ["setuptools"]  # a failure is not taken for a finished one
-    assert install() != []
-    assert install() == install("--quiet") == []
     assert install("dev") != []
-    assert install("dev") == []
+    assert install("dev") == install() == []
     with (tmp_path / "constraints.txt").open("a") as file:
         file.write("one-more==1.0\n")
     assert install()[1] == "torch==2.13.0"

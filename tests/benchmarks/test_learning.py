@@ -95,10 +95,8 @@ def training() -> Iterator[PretendedTraining]:
 def done(training, published: Path, tmp_path_factory) -> SimpleNamespace:
     """Two seeds of every method: one training fails in the first call, one seems killed before the second."""
     output, calls = tmp_path_factory.mktemp("output"), []
-    folder, options = (
-        output / "synthetic",
-        {"seeds": 2, "output_dir": str(output), "data_root": str(published)},
-    )
+    options, folder = {"seeds": 2, "output_dir": str(output)}, output / "synthetic"
+    options["data_root"] = str(published)
     for training.failing in ("sft_cldice_seed42", ""):
         training.trained = []
         with contextlib.redirect_stderr(io.StringIO()) as said:

@@ -165,9 +165,6 @@ def test_agreement_of_two_observers_by_hand(tmp_path):
     found = evaluate_masks(samples, ((load_mask(other), load_mask(one)) for other, one in seconds))
     scores = sorted((row["dice"], row["recall"], row["precision"]) for row in found.rows)
     assert scores == [(pytest.approx(2 / 3), 0.5, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)]
-    Image.fromarray(np.zeros((4, 8), bool)).save(folder / "p3" / "001.png")
-    with pytest.raises(DataError, match="the mask has 8×4 px, its image 8×8 px"):
-        second_observer(samples, folder)
     (folder / "p1" / "001.png").rename(folder / "001.png")
     with pytest.raises(DataError, match="the second observer has no mask of it"):
         second_observer(samples, folder)

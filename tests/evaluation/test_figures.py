@@ -86,5 +86,3 @@ def test_charts_draw_the_given_numbers():
     assert [[*line.get_ydata()] for line in left.lines[:3]] == [*curve.values()][2:]
     points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in right.lines[1:]]
     assert points == [(0.8, 0.8), (0.65, 0.9)]  # (recall, precision) at 0.5 and at 0.75
-    (axes,) = figures.patient_figure({"P2": 0.5, "P1": 0.8}, {"P2": 0.6, "P1": 0.7}, "Dice").axes
-    assert [list(map(float, line.get_xdata())) for line in axes.lines[::3]] == [[0.5, 0.6], [0.8, 0.7]]

@@ -97,9 +97,8 @@ def test_calibration_by_hand_and_by_scikit_learn():
     bins = calibration(sum(count_pixels(*one) for one in pictures))["bins"]
     assert [line["observed"] for line in bins] == pytest.approx(observed, abs=2e-3)
     assert [line["predicted"] for line in bins] == pytest.approx(predicted, abs=2e-3)
-    for wrong in (-0.1, 1.5, np.nan):
-        with pytest.raises(ValueError, match="not logits"):
-            count_pixels(np.full((2, 2), wrong), np.zeros((2, 2), bool))
+    with pytest.raises(ValueError, match="not logits"):
+        count_pixels(np.full((2, 2), 1.5), np.zeros((2, 2), bool))
 
 
 def predicted(seed, patient):

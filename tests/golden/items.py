@@ -152,8 +152,8 @@ def resuming() -> dict:
         }
         resumed = [one["step"] for one in info["provenance"]["resumed"]]
         found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
-        last = {column: values[-1] for column, values in bench.metrics(whole).items()}
-        found[name] |= {"again": bench.failure(f"train --resume_from {cut}"), "last": last}
+        found[name]["again"] = bench.failure(f"train --resume_from {cut}")
+        found[name]["last"] = {column: values[-1] for column, values in bench.metrics(whole).items()}
     found["no run"] = bench.failure("train --resume_from data")
     return found
 
@@ -176,7 +176,6 @@ def evaluating() -> dict:
     }
     found: dict[str, Any] = {}
     for name, options in ways.items():
-        options = re.sub(r"RUN:(\w+)/data_split", lambda found: f"{run(found[1])}/data_split", options)
         code, out, message = call(f"evaluate {options}")
         found[name] = {"code": code, "message": message, "decimals printed": len(DECIMAL.findall(out))}
         if "--output_dir" not in options:

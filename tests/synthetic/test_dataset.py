@@ -85,10 +85,9 @@ def test_the_built_in_data_is_that_of_the_earlier_results_and_drawn_once(tmp_pat
 
 
 def test_data_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
-    for change in (dict(layout="coco"), dict(num_frames=0), dict(size=66), dict(size=32)):
-        ((name, value),) = change.items()
+    for name, value in (("layout", "coco"), ("num_frames", 0), ("size", 66), ("size", 32)):
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
-            write_dataset(tmp_path, TARGET, **dict(num_patients=1, num_sequences=1, num_frames=1) | change)
+            write_dataset(tmp_path, TARGET, 1, 1, **{"num_frames": 1, name: value})
     monkeypatch.setattr(dataset, "mask_to_polygons", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path / "data", TARGET, 1, 2, 1, size=64)
