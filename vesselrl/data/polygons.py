@@ -10,6 +10,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.measure import find_contours
 
+from vesselrl.data.images import check_pixels
 from vesselrl.errors import DataError
 
 Size = tuple[int, int]  # width, height
@@ -53,8 +54,27 @@ def rasterise(outlines: Iterable[Outline | Sequence[float]], shape: tuple[int, i
     return mask
 
 
-def _fill(mask: np.ndarray, points: np.ndarray) -> None:
-    """Adds one polygon to `mask`, from the places where its edges cross the centre line of each row."""
+def is_doubtful(polygon: np.ndarray, shape: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether a polygon in an image of this shape is thinner than a pixel, and whether it lies on itself.
+
+    Too thin: no pixel, or several components with less than 90 % in the largest. On itself: the even-odd rule
+    leaves less than half of what has a winding number other than 0, as where a ring is traced twice.
+    """
+    low = np.clip(np.floor(polygon.min(axis=0)), 0, shape[::-1]).astype(int)
+    high = np.clip(np.ceil(polygon.max(axis=0)), low, shape[::-1]).astype(int)
+    even_odd, wound = np.zeros((2, *(high - low)[::-1]), bool)
+    _fill(even_odd, polygon - low)
+    _fill(wound, polygon - low, winding=True)
+    sizes = np.bincount(ndimage.label(wound, np.ones((3, 3)))[0].ravel())[1:]
+    is_thin = not sizes.size or sizes.max() < 0.9 * sizes.sum()
+    return bool(is_thin), bool(2 * even_odd.sum() < wound.sum())
+
+
+def _fill(mask: np.ndarray, points: np.ndarray, winding: bool = False) -> None:
+    """Adds one polygon to `mask`, from the places where its edges cross the centre line of each row.
+
+    With `winding` it is all that the outline goes around, however often, and not every other turn.
+    """
     height, width = mask.shape
     ends = np.roll(points, -1, axis=0)
     downwards = (points[:, 1] <= ends[:, 1])[:, None]
@@ -73,8 +93,10 @@ def _fill(mask: np.ndarray, points: np.ndarray) -> None:
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
     start, stop = row.min(), row.max() + 1
     cell = (row - start) * (width + 1) + column
-    crossings = np.bincount(cell, minlength=(stop - start) * (width + 1)).reshape(stop - start, width + 1)
-    mask[start:stop] |= np.cumsum(crossings[:, :width], axis=1) % 2 == 1
+    turns = np.where(downwards, 1, -1)[edge, 0] if winding else None
+    crossings = np.bincount(cell, turns, (stop - start) * (width + 1)).reshape(stop - start, width + 1)
+    number = np.cumsum(crossings[:, :width], axis=1)
+    mask[start:stop] |= number != 0 if winding else number % 2 == 1
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
@@ -116,7 +138,7 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
-    """A polygon `[x1, y1, …]`, at most 1 px outside its image, as (N, 2); None of fewer than three points."""
+    """A polygon `[x1, y1, …]`, at most 1 px outside its image, as (N, 2); None if it encloses nothing."""
     if not isinstance(flat, list):
         raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
     for value in flat:
@@ -138,12 +160,27 @@ def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
         advice = "Write the size it was drawn on (imageWidth, imageHeight) into the record, or remove that."
         fault = f"{value}, outside its image of {size[0]}×{size[1]} px. {advice}"
         raise DataError(fault, "outside_image")
-    return points
+    return points if _has_area(points) else None
+
+
+def _has_area(points: np.ndarray) -> bool:
+    """Whether a polygon encloses anything; a line there and back does not."""
+    extent = np.ptp(points, axis=0)
+    if not extent.all():
+        return False
+    x, y = ((points - points.min(axis=0)) / extent).T
+    if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6:
+        return True
+    # Two lobes of opposite direction may cancel out, so it is drawn.
+    grid = np.zeros((256, 256), bool)
+    _fill(grid, np.stack([x, y], axis=1) * 256)
+    return bool(grid.any())
 
 
 def read_run_lengths(value: dict, size: Size, where: str) -> RunLengths:
     """A run-length mask `{"size": [H, W], "counts": …}`, compressed (a text) or plain (a list of numbers)."""
     shape, counts, (width, height) = value.get("size"), value.get("counts"), size
+    check_pixels(size, where)
     counts = _decompress(counts) if isinstance(counts, str) else counts
     if shape != [height, width]:
         is_size = isinstance(shape, list) and all(type(n) is int for n in shape[:2])
