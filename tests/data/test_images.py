@@ -1,5 +1,6 @@
 """Pixels of images and masks, read from files that `find_samples` has found."""
 
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -162,9 +163,15 @@ def test_twelve_bits_in_sixteen_look_as_with_eight_and_dark_colours_are_refused(
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple) -> None:
     assert size[0] * size[1] > MAX_PIXELS
     (tmp_path / "a.pgm").write_text(f"P4 {size[0]} {size[1]}\n")
-    for read in (read_rgb, read_mask, read_size, read_oddities):
+    Image.new("L", (64, 64)).save(tmp_path / "a.tif", tiffinfo={0x8001: size[0], 0x8002: size[1]})
+    content = (tmp_path / "a.tif").read_bytes()  # own tags become the size of a tile
+    for own, tag in ((b"\x01\x80", b"\x42\x01"), (b"\x02\x80", b"\x43\x01")):
+        assert content.count(own) == 1
+        content = content.replace(own, tag)
+    (tmp_path / "a.tif").write_bytes(content)
+    for read, name in product((read_rgb, read_mask, read_size, read_oddities), ("a.pgm", "a.tif")):
         with pytest.raises(DataError, match=r"more than 33,554,432") as raised:
-            read(tmp_path / "a.pgm", "record")
+            read(tmp_path / name, "record")
         assert raised.value.code == "too_large"
 
 

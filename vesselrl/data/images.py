@@ -26,6 +26,7 @@ _BROKEN = (
     *(struct.error, zlib.error),
 )
 _ORIENTATION_TAG = 0x0112
+_TILE_TAGS = (0x0142, 0x0143)
 _DEEP = "more than 8 bits"
 # Such as I;16 or RGB;16B; BGR;16 of BMP has 16 bits for three channels.
 _SIXTEEN_BITS = re.compile(r"(?<!BGR);16")
@@ -237,6 +238,8 @@ def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Ima
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
             check_pixels(image.size, record)
+            if image.format == "TIFF":  # its tiles may be larger than itself
+                check_pixels(tuple(image.tag_v2.get(tag, 1) for tag in _TILE_TAGS), record)
             yield image
     except DataError:
         raise

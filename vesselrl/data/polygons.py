@@ -6,6 +6,7 @@ Coordinates are (x, y) in px as in COCO and LabelMe: pixel (r, c) has its centre
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from scipy import ndimage
 from skimage.measure import find_contours
@@ -62,20 +63,42 @@ def is_doubtful(polygon: np.ndarray, shape: tuple[int, int]) -> tuple[bool, bool
     """
     low = np.clip(np.floor(polygon.min(axis=0)), 0, shape[::-1]).astype(int)
     high = np.clip(np.ceil(polygon.max(axis=0)), low, shape[::-1]).astype(int)
-    even_odd, wound = np.zeros((2, *(high - low)[::-1]), bool)
-    _fill(even_odd, polygon - low)
-    _fill(wound, polygon - low, winding=True)
-    sizes = np.bincount(ndimage.label(wound, np.ones((3, 3)))[0].ravel())[1:]
-    is_thin = not sizes.size or sizes.max() < 0.9 * sizes.sum()
-    return bool(is_thin), bool(2 * even_odd.sum() < wound.sum())
+    width, height = high - low
+    points = polygon - low
+    inside = (_count_turns(points, (height, width))[1] & 1).astype(np.uint8)
+    (x, y), num_pixels = points.T, np.count_nonzero(inside)
+    is_thin = _falls_apart(inside)
+    # The signed area counts every turn; the winding numbers themselves take longer.
+    if not is_thin and abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 3 * num_pixels:
+        return False, False
+    wound = (_count_turns(points, (height, width), signed=True)[1] != 0).astype(np.uint8)
+    is_twice = 2 * num_pixels < np.count_nonzero(wound)
+    return _falls_apart(wound) if is_twice else is_thin, is_twice
 
 
-def _fill(mask: np.ndarray, points: np.ndarray, winding: bool = False) -> None:
-    """Adds one polygon to `mask`, from the places where its edges cross the centre line of each row.
+def _falls_apart(mask: np.ndarray) -> bool:
+    """Whether a uint8 mask is empty, or less than 90 % of it are in its largest component."""
+    if (num_labels := cv2.connectedComponents(mask)[0] if mask.size else 1) < 3:  # the background is one
+        return num_labels == 1
+    sizes = cv2.connectedComponentsWithStats(mask)[2][1:, cv2.CC_STAT_AREA]
+    return bool(sizes.max() < 0.9 * sizes.sum())
 
-    With `winding` it is all that the outline goes around, however often, and not every other turn.
+
+def _fill(mask: np.ndarray, points: np.ndarray) -> None:
+    """Adds one polygon to `mask` by the even-odd rule."""
+    rows, turns = _count_turns(points, mask.shape)
+    mask[rows] |= (turns & 1).astype(bool)
+
+
+def _count_turns(
+    points: np.ndarray, shape: tuple[int, int], signed: bool = False
+) -> tuple[slice, np.ndarray]:
+    """The rows in which a polygon lies, and how often its edges are crossed from the left up to each pixel.
+
+    It follows from where the edges cross the centre line of each row. If `signed` it is the winding number:
+    an edge that leads upwards takes away what one that leads downwards adds.
     """
-    height, width = mask.shape
+    height, width = shape
     ends = np.roll(points, -1, axis=0)
     downwards = (points[:, 1] <= ends[:, 1])[:, None]
     top, bottom = np.where(downwards, points, ends), np.where(downwards, ends, points)
@@ -84,7 +107,7 @@ def _fill(mask: np.ndarray, points: np.ndarray, winding: bool = False) -> None:
     last = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, height).astype(np.int64)
     num_rows = last - first
     if not num_rows.any():
-        return
+        return slice(0), np.zeros((0, width), np.int64)
     edge = np.repeat(np.arange(len(points)), num_rows)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows) + first[edge]
     # From each crossing to the right, inside and outside change places.
@@ -93,10 +116,9 @@ def _fill(mask: np.ndarray, points: np.ndarray, winding: bool = False) -> None:
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
     start, stop = row.min(), row.max() + 1
     cell = (row - start) * (width + 1) + column
-    turns = np.where(downwards, 1, -1)[edge, 0] if winding else None
-    crossings = np.bincount(cell, turns, (stop - start) * (width + 1)).reshape(stop - start, width + 1)
-    number = np.cumsum(crossings[:, :width], axis=1)
-    mask[start:stop] |= number != 0 if winding else number % 2 == 1
+    signs = np.where(downwards, 1, -1)[edge, 0] if signed else None
+    crossings = np.bincount(cell, signs, (stop - start) * (width + 1)).reshape(stop - start, width + 1)
+    return slice(start, stop), np.cumsum(crossings[:, :width], axis=1)
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
