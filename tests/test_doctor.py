@@ -1,5 +1,6 @@
 """vesselrl doctor on healthy and broken machines, model folders and data."""
 
+import json
 import re
 import shutil
 import tomllib

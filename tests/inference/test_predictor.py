@@ -216,3 +216,20 @@ def test_unusable_folders_are_refused_before_anything_is_written(
         with pytest.raises((DataError, RunError), match=message):
             list(predict_files(predictor, path, tmp_path / out))
         assert not (tmp_path / "out").exists()
+
+
+def test_what_is_odd_about_a_file_is_logged(predictor: Predictor, tmp_path: Path, caplog) -> None:
+    """The same twelve bits in 16 and in 8 give the same mask; of frames the first is used."""
+    grey = np.asarray(Image.open(save_picture(tmp_path / "in" / "001.png")).convert("L")) // 2
+    masks = {}
+    for name, values in (("001", grey.astype(np.uint16) * 16), ("002", grey)):
+        picture = Image.fromarray(values)
+        frames = {"save_all": True, "append_images": [Image.new("L", picture.size)]} if name == "002" else {}
+        picture.save(tmp_path / "in" / f"{name}.tif", **frames)
+    (tmp_path / "in" / "001.png").unlink()
+    for row in predict_files(predictor, tmp_path / "in", tmp_path / "out"):
+        masks[row["image"]] = np.asarray(Image.open(row["mask"]))
+    assert (masks["001.tif"] == masks["002.tif"]).all()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("001.tif: 16-bit image")
+    assert second.startswith("002.tif: file with several frames: 2.")

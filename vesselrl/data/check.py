@@ -19,10 +19,10 @@ import numpy as np
 
 from vesselrl.data import samples
 from vesselrl.data.formats import list_entries
-from vesselrl.data.images import read_oddities, read_rgb
+from vesselrl.data.images import read_oddities
 from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look_of
 from vesselrl.data.patients import lone_frames
-from vesselrl.data.polygons import rasterise
+from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
 from vesselrl.data.records import (
     CODES,
@@ -168,9 +168,11 @@ def check_listing(
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
     foreground = {result.sample.key: result.foreground for result in usable}
-    if usable and not any(foreground.values()):
-        text = f"All {len(usable)} masks are empty. Check that masks or polygons mark the vessels."
-        findings.error("empty_mask", text)
+    shares = set(foreground.values())
+    for share, what, code in ((0, "empty", "empty_mask"), (1, "without background", "all_foreground")):
+        if shares == {share}:
+            text = f"All {len(usable)} masks are {what}. Check that masks or polygons mark the vessels."
+            findings.error(code, text)
     num_files = sum(result.sample.mask_path is not None for result in usable)
     counts = {
         "images": len(usable),
@@ -207,16 +209,15 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder, with_look: b
     digest, look, mask, agreement = "", None, None, None
     if entry.image_path is not None and not findings.of("unreadable_image"):
         with findings.catching(record, image_file):
-            oddities = read_oddities(entry.image_path, f"{record}: image")
-            pixels = read_rgb(entry.image_path, f"{record}: image")
-            for code, value in oddities.items():
-                findings.add(code, record, image_file, value=value, brightest=pixels.max())
+            path, shown = entry.image_path, f"{record}: image"
+            pixels = samples.read_with_findings(path, shown, findings, image_file)
             content = repr(pixels.shape).encode() + pixels.tobytes()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
             look = look_of(pixels) if with_look else None
     if sample is not None:
         with findings.catching(record, mask_file):
             mask = samples.load_mask(sample)
+            _check_label(sample, mask.shape, mask_file, findings)
     if mask is None:
         return CheckedEntry(findings, entry.file, digest=digest)
     share = float(mask.mean())
@@ -226,6 +227,20 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder, with_look: b
     if entry.mask_path is not None and entry.read_label is not None:
         agreement = _compare_with_outlines(entry, mask, record, findings)
     return CheckedEntry(findings, entry.file, sample if digest else None, share, agreement, digest, look)
+
+
+def _check_label(sample: samples.Sample, shape: tuple[int, int], file: str, findings: Findings) -> None:
+    """Frames of the mask file, or outlines whose pixels are not what was drawn."""
+    if sample.mask_path is not None:
+        frames = read_oddities(sample.mask_path, sample.record).get("several_frames")
+        if frames is not None:
+            findings.add("several_frames", f"{sample.record}: mask", file, value=frames)
+        return
+    polygons = [outline for outline in sample.outlines if not isinstance(outline, RunLengths)]
+    doubts = zip(*(is_doubtful(polygon, shape) for polygon in polygons), strict=True)
+    for code, found in zip(("thin_polygon", "traced_twice"), doubts, strict=False):
+        if count := int(sum(found)):
+            findings.add(code, sample.record, file, count=count, polygons=len(polygons))
 
 
 def _check_text(entry: Entry, record: str, findings: Findings) -> None:

@@ -42,12 +42,20 @@ _KINDS = {
     "extra_mask": "mask file of no image|. Remove it, if another label goes before it.",
     "unreadable_image": "unreadable or truncated image",
     "unreadable_mask": "unreadable or truncated mask",
-    "too_many_bits": "image with more than 16 bits",
-    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by its full range; its brightest value is then "
-    "{brightest} of 255. Save it with 8 bits in the window you label in.",
+    "too_large": "image or mask with too many pixels",
+    "too_many_bits": "image whose bits do not fit into 8",
+    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by the range of the bits it uses; its brightest "
+    "value is then {brightest} of 255. Save it with 8 bits in the window you label in.",
+    "several_frames": "file with several frames|: {value}. The first one is used. Save the frame that you "
+    "mean as a file of its own.",
     "alpha_image": "image with an alpha channel| ({value}), which is dropped. Save it without.",
     "rotated_image": "image turned by its EXIF orientation| {value}. Its label must be drawn on that image.",
-    "few_points": "polygon with fewer than 3 points, left out|: {count}.",
+    "few_points": "polygon of fewer than 3 points or without area, left out|: {count}.",
+    "thin_polygon": "polygon thinner than a pixel|: the masks of {count} of {polygons} are empty or fall "
+    "apart. Draw them wider, or give a mask file.",
+    "traced_twice": "polygon that lies on itself|: {count} of {polygons}. What is traced twice counts as "
+    "outside (even-odd rule), which takes more than half of the area. Trace it once.",
+    "shares": "coordinates that look like shares of the image",
     "odd_length": "polygon with an odd number of coordinates",
     "outside_image": "polygon with coordinates outside the image",
     "bad_polygon": "polygon that is no list of finite numbers",
@@ -64,6 +72,11 @@ _KINDS = {
     "all_foreground": "mask without background|. Label it again, or remove the record.",
     "mostly_foreground": "mask with more vessel than background|: {share:.0%}. Inverted, or a field of view?",
     "non_binary_mask": "mask that is not binary",
+    "ignore_mask": "mask in which 255 is to be ignored and smaller numbers are vessel",
+    "numbered_mask": "mask of numbers of vessels or classes, all of them vessel",
+    "coloured_mask": "mask of several colours",
+    "palette_mask": "mask with a palette, whose indices other than 0 and 255 are vessel",
+    "alpha_mask": "mask drawn in the alpha channel",
     "disagreement": "mask file and polygons disagree|: Dice {dice:.3f} only. The mask file is used; make "
     "sure that it is the right one.",
     "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} "

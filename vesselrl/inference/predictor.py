@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from scipy.special import expit
 
-from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
+from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.patients import is_impersonal, names_a_person
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.records import list_images
+from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.run_folder import check_writable
 from vesselrl.models.checkpoint import load_sa2va
@@ -121,7 +122,7 @@ def predict_files(
     people = [stem for stem in stems if names_a_person(stem)]
     keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
     for done, (file, name) in enumerate(zip(files, shown, strict=True), start=1):
-        image = read_rgb(file, name)
+        image = read_image(file, name)
         stem = keys[file.stem].key if file.stem in keys else file.stem
         yield write_prediction(image, predictor.predict(image), output_dir, stem) | {"image": file.name}
         if progress is not None:
