@@ -6,10 +6,8 @@ import pytest
 
 from vesselrl.evaluation.results import Evaluation, summarise
 
-SPEC = {"version": 1, "skeleton": "guo_hall"}
 
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def made() -> Callable[..., Evaluation]:
     """`made(dice, ...)` -> Evaluation with one image per patient unless `patients` says otherwise."""
 
@@ -18,7 +16,7 @@ def made() -> Callable[..., Evaluation]:
         patients: Sequence[str] | None = None,
         failed: Sequence[int] = (),
         truth: str = "label",
-        spec: dict | None = None,
+        skeleton: str = "guo_hall",
         reward_spec: dict | None = None,
         **columns: Sequence[float],
     ) -> Evaluation:
@@ -28,6 +26,6 @@ def made() -> Callable[..., Evaluation]:
             row = {"key": f"{patient}_S1_F{number:04d}", "patient": patient, "sequence": f"{patient}_S1"}
             row |= {"failed": number in failed, "truth_hash": f"{truth}{number}", "dice": dice[number]}
             rows.append(row | {name: column[number] for name, column in columns.items()})
-        return summarise(rows, spec or SPEC, reward_spec)
+        return summarise(rows, {"version": 1, "skeleton": skeleton}, reward_spec)
 
     return make

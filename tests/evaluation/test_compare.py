@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from vesselrl.cli import main
@@ -19,7 +18,7 @@ def write_run(folder, after, before=None):
     folder.mkdir(parents=True)
     (folder / "training_info.json").write_text("{}")
     for name, evaluation in (("test_after", after), ("test_before", before)):
-        if evaluation is not None:
+        if evaluation:
             write_evaluation(folder, name, evaluation)
 
 
@@ -27,63 +26,36 @@ def order(result):
     return [line["run"] for line in result.lines]
 
 
-def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path, caplog):
-    with pytest.raises(CompareError, match="There is no folder"):
-        find_runs(tmp_path / "missing")
-    with pytest.raises(CompareError, match="No run found"):
-        find_runs(tmp_path)
+def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path):
     write_run(tmp_path / "b", made(GOOD), made(BASE))
     write_run(tmp_path / "deeper" / "a", made(LUCKY))
     write_run(tmp_path / "c", None)
-    (tmp_path / "not_a_run").mkdir()
-    control = made(GOOD)
-    control.caveats[Caveat.CONTROL] = Caveat.CONTROL.text(model="Frangi filter", start="default settings")
-    write_run(tmp_path / "d", control, made(BASE))
-    folders = find_runs(tmp_path)
-    assert [folder.name for folder in folders] == ["b", "c", "d", "a"]
-    runs, skipped = load_runs(folders)
-    assert [(run.name, run.before is None) for run in runs] == [("b", False), ("d", True), ("a", True)]
+    runs, skipped = load_runs(find_runs(tmp_path))
+    assert [(run.name, run.before is None) for run in runs] == [("b", False), ("a", True)]
     assert "did not finish" in skipped["c"]
-    assert "c left out" in caplog.text
-    with pytest.raises(CompareError, match="None of the 1 runs has a test result"):
-        load_runs([tmp_path / "c"])
     (tmp_path / "b" / "test_after.json").write_text("{")
     with pytest.raises(CompareError, match="Run b cannot be read"):
-        load_runs(folders)
+        load_runs(find_runs(tmp_path))
 
 
 def test_higher_score_without_proof_is_not_deployed(made):
     runs = [Run("good", made(GOOD), made(BASE)), Run("lucky", made(LUCKY), made(BASE))]
     result = compare_runs(runs)
     assert (order(result), result.deploy) == (["lucky", "good"], "good")
-    assert any("picked on these test images" in note for note in result.notes)
     lucky = compare_runs(runs[1:])
     assert lucky.deploy is None
-    assert "Keep the base before training: no run has a proven gain in dice (lucky: +0.068" in lucky.reason
-    good = compare_runs(runs[:1])
-    assert (good.deploy, good.rank_by, good.notes) == ("good", "dice", ())
-    line = good.lines[0]
+    assert "no run has a proven gain in dice (lucky: +0.068" in lucky.reason
+    (line,) = compare_runs(runs[:1]).lines
     assert (line["dice"], line["dice_gain"]) == (pytest.approx(0.748), pytest.approx(0.052))
     assert line["dice_gain_verdict"] == "better"
-    assert "Deploy good, because its dice is 0.052 higher than that of the base before train" in good.reason
 
 
-def test_the_reason_names_equal_runs_and_losses(made):
-    near, far = [0.76, 0.77, 0.66, 0.84, 0.70], [0.80, 0.84, 0.69, 0.91, 0.77]
-    result = compare_runs([Run("a", made(GOOD), made(BASE)), Run("b", made(near), made(BASE))])
-    assert result.deploy == "a"
-    assert "cannot tell it from b" in result.reason
-    clear = compare_runs([Run("a", made(far), made(BASE)), Run("b", made(GOOD), made(BASE))])
-    assert clear.deploy == "a"
-    assert "cannot tell" not in clear.reason
-    before = made(BASE, recall=[0.80, 0.82, 0.85, 0.81, 0.86], beta0_error=[1, 2, 3, 4, 5])
-    after = made(GOOD, recall=[0.75, 0.76, 0.80, 0.77, 0.79], beta0_error=[3, 5, 5, 6, 6])
-    dear = compare_runs([Run("a", after, before)])
-    assert "clearly worse are recall -0.054, beta0_error +2.000." in dear.reason
+def test_the_reason_names_losses(made):
+    before, after = made(BASE, beta0_error=[1, 2, 3, 4, 5]), made(GOOD, beta0_error=[3, 5, 5, 6, 6])
+    assert "clearly worse are beta0_error +2.000." in compare_runs([Run("a", after, before)]).reason
 
 
 def test_p_values_are_adjusted_for_the_number_of_runs(made):
-    # Proven alone, not when it is one of four tries.
     lone = [base + gain for base, gain in zip(BASE, [0.05, 0.06, 0.01, 0.012, 0.06], strict=True)]
     alone = compare_runs([Run("a", made(lone), made(BASE))])
     p = alone.gains["a"]["dice"]["p"]
@@ -95,36 +67,23 @@ def test_p_values_are_adjusted_for_the_number_of_runs(made):
     assert 4 * p > 0.05 > p
     assert line["dice_gain_low"] == alone.lines[0]["dice_gain_low"] > 0  # the interval is not adjusted
     assert (line["dice_gain_verdict"], many.deploy) == ("", None)
-    assert "adjusted p = " in many.reason
-
-
-@pytest.mark.slow
-def test_no_effect_anywhere_is_rarely_called_one(made):
-    """Three runs that change nothing, 200 times: a run is deployed in at most 6 % of them."""
-    generator = np.random.default_rng(8)
-    deployed = 0
-    for _ in range(200):
-        base = generator.beta(16, 4, 12)
-        runs = [Run(name, made(base + generator.normal(0, 0.03, 12)), made(base)) for name in "abc"]
-        deployed += compare_runs(runs).deploy is not None
-    assert deployed <= 12
 
 
 def test_what_disqualifies_a_run(made):
     leaky = made(GOOD)
     leaky.caveats[Caveat.PATIENT_LEAKAGE] = Caveat.PATIENT_LEAKAGE.text()
     for after, before, reason in (
-        (leaky, made(BASE), "its split leaks"),
         (made(GOOD, failed=[2]), made(BASE), "1 of 5 predictions failed, more than 5%"),
         (made(GOOD[:2]), made(BASE[:2]), "only 2 patients"),
+        (leaky, made(BASE), "its split leaks"),
     ):
         result = compare_runs([Run("a", after, before)])
         assert result.deploy is None
         assert reason in result.reason
-    assert compare_runs([Run("a", leaky, made(BASE))]).notes[0].startswith("a: LEAKY: split by frame")
+    assert result.notes[0].startswith("a: LEAKY: split by frame")
 
 
-def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path, caplog):
+def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path):
     human = made([0.99] * 5, reward=[9] * 5, reward_spec={"class": "B"})
     write_run(tmp_path / "a", made(GOOD, reward=GOOD, reward_spec={"class": "A"}))
     write_evaluation(tmp_path / "a" / "evaluation", "test_human_agreement", human)
@@ -133,72 +92,47 @@ def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path, caplog):
     line = result.lines[1]
     assert (line["dice"], line["dice_gain"], result.deploy) == (pytest.approx(0.99), None, None)
     assert math.isnan(line["reward"])  # another reward
-    other = Run("a", made(GOOD), human=made([0.99] * 5, truth="redrawn"))
-    assert order(compare_runs([other])) == ["a"]
-    assert "its human agreement is left out, the true masks of 5 images differ" in caplog.text
+    assert order(compare_runs([Run("a", made(GOOD), human=made(GOOD, truth="redrawn"))])) == ["a"]
 
 
-def test_the_verb_chooses_a_seed_and_exits_2_for_mixed_lists(made, tmp_path, capsys):
-    for seed, gain in ((1, 0.0), (2, 0.01), (3, -0.02)):
-        dice = [value + gain + 0.001 * seed * k for k, value in enumerate(GOOD)]
-        write_run(tmp_path / f"seed_{seed}", made(dice), made(BASE))
+def test_mixed_sets_are_refused_by_name(made, tmp_path):
+    write_run(tmp_path / "a", made(GOOD))
     assert main(["compare", "--output_dir", str(tmp_path)]) == 0
-    assert "Deploy seed_2, because its dice is 0.06" in capsys.readouterr().out
-    assert len((tmp_path / "comparison" / "comparison.csv").read_text().splitlines()) == 4
-    write_run(tmp_path / "seed_4", made(GOOD, truth="redrawn"))
-    assert main(["compare", "--output_dir", str(tmp_path)]) == 2
-    assert "seed_4 against seed_1: the true masks of 5 images differ" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    for change, message in (
         ({"dice": GOOD[:4]}, r"odd against a: the images differ: 1 only in a \(P005_S1_F0004\)"),
         ({"truth": "redrawn"}, r"odd against a: the true masks of 5 images differ \(P001_S1_F0000, "),
-        ({"spec": {"version": 1, "skeleton": "zhang"}}, "skeleton is 'guo_hall' in a, 'zhang' in odd"),
-    ],
-)
-def test_mixed_sets_are_refused_by_name(made, change, message):
-    odd = made(**{"dice": GOOD} | change)
-    with pytest.raises(CompareError, match=message):
-        compare_runs([Run("odd", odd), Run("a", made(GOOD)), Run("b", made(BASE))])
-    with pytest.raises(CompareError, match="a, before against after: the "):
-        compare_runs([Run("a", made(GOOD), odd)])
+        ({"skeleton": "zhang"}, "skeleton is 'guo_hall' in a, 'zhang' in odd"),
+    ):
+        odd = made(**{"dice": GOOD} | change)
+        with pytest.raises(CompareError, match=message):
+            compare_runs([Run("odd", odd), Run("a", made(GOOD)), Run("b", made(BASE))])
+        with pytest.raises(CompareError, match="a, before against after: the "):
+            compare_runs([Run("a", made(GOOD), odd)])
+    write_run(tmp_path / "odd", odd)
+    assert main(["compare", "--output_dir", str(tmp_path)]) == 2
 
 
-def test_named_baseline_and_different_bases(made):
-    runs = [Run("a", made(GOOD)), Run("control", made(BASE))]
-    result = compare_runs(runs, baseline="control")
-    assert (result.deploy, list(result.gains)) == ("a", ["a"])
-    assert compare_runs(runs[1:], baseline="control").deploy is compare_runs(runs).deploy is None
-    with pytest.raises(CompareError, match="There is no run 'x'"):
-        compare_runs(runs, baseline="x")
-    first = Run("a", made(GOOD), made(BASE))
-    notes = compare_runs([first, Run("b", made(GOOD), made([x - 0.1 for x in BASE]))]).notes
-    assert any("same base" in note for note in notes)
-    assert any("No difference for b" in note for note in compare_runs([first, Run("b", made(GOOD))]).notes)
+def test_different_bases_are_said(made):
+    others = [Run("a", made(GOOD), made(BASE)), Run("b", made(GOOD), made(LUCKY)), Run("c", made(GOOD))]
+    notes = " ".join(compare_runs(others).notes)
+    assert "same base" in notes
+    assert "No difference for c" in notes
 
 
 def test_the_metric_that_ranks(made):
     """The reward only if it means the same; lower is better ranks upward; no direction is refused."""
     columns = {"reward": [1.0, 2.0, 1.5, 3.0, 2.5], "length_ratio": [1] * 5, "beta0_error": [5, 6, 7, 8, 9]}
-    one = Run("one", made(GOOD, reward_spec={"class": "A"}, **columns))
     higher = columns | {"reward": [2.0, 3.0, 2.5, 4.0, 3.5], "beta0_error": [1, 2, 3, 3, 2]}
+    one = Run("one", made(GOOD, reward_spec={"class": "A"}, **columns))
     two = Run("two", made(BASE, reward_spec={"class": "A"}, **higher))
-    assert order(compare_runs([one, two])) == ["two", "one"]
-    assert order(compare_runs([one, two], rank_by="dice")) == ["one", "two"]
-    fewer = compare_runs([one, two], baseline="one", rank_by="beta0_error")
-    assert (order(fewer), fewer.deploy) == (["two", "one"], "two")
     other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
+    assert order(compare_runs([one, two])) == ["two", "one"]
+    assert order(compare_runs([one, two], baseline="one", rank_by="beta0_error")) == ["two", "one"]
     mixed = compare_runs([one, other])
-    assert mixed.rank_by == "dice"
-    assert "reward" not in mixed.metrics
-    gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
-    assert list(gains) == ["dice", "beta0_error", "length_ratio"]
+    assert (order(mixed), mixed.rank_by, "reward" in mixed.metrics) == (["one", "other"], "dice", False)
     for runs, rank_by, message in (
         ([one, other], "reward", "different rewards"),
         ([one, two], "length_ratio", "neither more nor less is better"),
-        ([one, two], "auc", "no such score"),
     ):
         with pytest.raises(CompareError, match=message):
             compare_runs(runs, rank_by=rank_by)

@@ -6,51 +6,25 @@ import math
 
 import pytest
 
-from vesselrl.evaluation.results import (
-    Caveat,
-    before_after_table,
-    read_caveats,
-    read_evaluation,
-    write_evaluation,
-)
+from vesselrl.evaluation.results import Caveat, before_after_table, read_evaluation, write_evaluation
 
 
 def test_written_json_is_strict_and_reads_back(made, tmp_path):
     evaluation = made([0.5, 0.6, 0.7], recall=[0.4, math.nan, 0.8], failed=[1], reward_spec={"class": "R"})
-    evaluation.caveats[Caveat.UNKNOWN_START] = Caveat.UNKNOWN_START.text()
+    evaluation.caveats[Caveat.PRETRAINING_OVERLAP] = Caveat.PRETRAINING_OVERLAP.text(seen=1, total=3)
+    evaluation.caveats[Caveat.NEAR_DUPLICATES] = "NEAR DUPLICATES: alike."
+    evaluation.caveats[Caveat.OTHER] = "SOMETHING NEW: of a later version."
     paths = write_evaluation(tmp_path / "run", "test_after", evaluation, {"threshold": math.nan})
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["test_after.csv", "test_after.json"]
     document = json.loads(
         paths[0].read_text(), parse_constant=lambda token: pytest.fail(f"{token} is no JSON")
     )
     assert document["rows"][1]["recall"] is document["sequences"]["P002_S1"]["recall"] is None
     assert document["extra"] == {"threshold": None}
     assert document["patients"]["P003"] == {"dice": 0.7, "recall": 0.8}
-    assert document["marks"] == [Caveat.UNKNOWN_START.text()]
     assert str(read_evaluation(paths[0])) == str(evaluation)
     with paths[1].open() as file:
-        table = list(csv.DictReader(file))
-    assert [(row["recall"], row["failed"]) for row in table] == [
-        ("0.4", "False"), ("", "True"), ("0.8", "False"),
-    ]  # fmt: skip
-
-
-def test_caveats_are_told_apart_by_their_headings():
-    written = {
-        Caveat.PATIENT_LEAKAGE: Caveat.PATIENT_LEAKAGE.text(),
-        Caveat.PRETRAINING_OVERLAP: Caveat.PRETRAINING_OVERLAP.text(seen=1, total=20),
-        Caveat.CONTROL: Caveat.CONTROL.text(model="U-Net from random weights", start="them"),
-        Caveat.NEAR_DUPLICATES: "NEAR DUPLICATES: alike.",
-    }
-    headings = [text.partition(":")[0] for text in written.values()]
-    assert headings == ["LEAKY", "IN-SAMPLE BASELINE", "CONTROL", "NEAR DUPLICATES"]
-    unknown = ["SOMETHING NEW: of a later version.", "And more."]
-    assert read_caveats([*written.values(), *unknown]) == written | {Caveat.OTHER: " ".join(unknown)}
-
-
-def test_damaged_files_are_named(made, tmp_path):
-    path, _ = write_evaluation(tmp_path, "test_after", made([0.5, 0.6]))
-    document = json.loads(path.read_text())
+        table = [(row["recall"], row["failed"]) for row in csv.DictReader(file)]
+    assert table == [("0.4", "False"), ("", "True"), ("0.8", "False")]
     relabelled = [{**row, "truth_hash": "x"} for row in document["rows"]]
     for change, message in (
         ({"format": "other"}, "its format is 'other'"),
@@ -59,42 +33,23 @@ def test_damaged_files_are_named(made, tmp_path):
         ({"rows": relabelled}, "do not match its label_hash"),
         (None, r"test_after\.json is not valid JSON"),
     ):
-        path.write_text("{" if change is None else json.dumps(document | change))
+        paths[0].write_text("{" if change is None else json.dumps(document | change))
         with pytest.raises(ValueError, match=message):
-            read_evaluation(path)
+            read_evaluation(paths[0])
 
 
 def test_before_after_table_by_hand(made):
     before = made([0.70, 0.72, 0.60, 0.80], beta0_error=[5, 9, 4, 7], length_ratio=[0.6, 0.7, 0.8, 0.9])
     after = made([0.75, 0.78, 0.64, 0.87], beta0_error=[3, 4, 2, 3], length_ratio=[0.9, 0.95, 1.1, 1.3])
     dice, beta0, length = before_after_table(before, after)
-    assert (dice["metric"], dice["verdict"]) == ("dice", "better")
+    assert [line["verdict"] for line in (dice, beta0, length)] == ["better", "better", "changed"]
     assert (dice["before"], dice["after"], dice["difference"]) == pytest.approx((0.705, 0.76, 0.055))
     assert 0 < dice["low"] < 0.055 < dice["high"]
-    assert (beta0["difference"], beta0["verdict"]) == (pytest.approx(-3.25), "better")
-    assert length["verdict"] == "changed"
+    assert beta0["difference"] == pytest.approx(-3.25)
     assert before_after_table(after, before, ["dice"])[0]["verdict"] == "worse"
-    (chance,) = before_after_table(made([0.7, 0.7, 0.7, 0.7]), made([0.9, 0.6, 0.75, 0.65]))
-    assert chance["low"] < 0 < chance["high"]
-    assert chance["verdict"] == ""
-
-
-def test_before_after_difference_adds_up_with_undefined_images(made):
-    before = made([0.5, 0.5, 0.5, 0.5], recall=[0.1, math.nan, 0.3, 0.4])
-    after = made([0.5, 0.5, 0.5, 0.5], recall=[0.2, 0.9, 0.5, 0.9])
-    (line,) = before_after_table(before, after, ["recall"])
+    assert before_after_table(made([0.7] * 4), made([0.9, 0.6, 0.75, 0.65]))[0]["verdict"] == ""
+    # An image undefined in one counts in neither, so that the difference adds up.
+    before = made([0.5] * 4, recall=[0.1, math.nan, 0.3, 0.4])
+    (line,) = before_after_table(before, made([0.5] * 4, recall=[0.2, 0.9, 0.5, 0.9]), ["recall"])
     assert line["after"] - line["before"] == pytest.approx(line["difference"])
     assert (line["before"], line["n_undefined"]) == (pytest.approx(0.8 / 3), 1)
-
-
-def test_other_sets_and_other_rewards_are_not_compared(made):
-    one = made([0.5, 0.6, 0.7], reward=[1, 2, 3], reward_spec={"class": "A"})
-    two = made([0.5, 0.6, 0.7], reward=[1, 2, 3], reward_spec={"class": "B"})
-    assert [line["metric"] for line in before_after_table(one, two)] == ["dice"]
-    assert [line["metric"] for line in before_after_table(one, one)] == ["dice", "reward"]
-    with pytest.raises(ValueError, match="rewards cannot be compared"):
-        before_after_table(one, two, ["reward"])
-    with pytest.raises(
-        ValueError, match="The evaluations cannot be compared: the true masks of 3 images dif"
-    ):
-        before_after_table(one, made([0.5, 0.6, 0.7], truth="new"))

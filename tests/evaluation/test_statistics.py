@@ -17,45 +17,22 @@ from vesselrl.evaluation.statistics import (
 FOUR = ["P1", "P2", "P3", "P4"]
 
 
-def rows(values, patients):
-    named = enumerate(zip(patients, values, strict=True))
-    return [
-        {"key": f"{patient}_F{n:04d}", "patient": patient, "dice": value} for n, (patient, value) in named
-    ]
+def rows(values, names):
+    named = enumerate(zip(names, values, strict=True))
+    return [{"key": f"{name}_F{n:04d}", "patient": name, "dice": value} for n, (name, value) in named]
 
 
 def test_means_weigh_patients_and_leave_out_undefined_values():
     # Three frames of P1 and one of P2: image mean 0.45, patient mean (0.3 + 0.9) / 2 = 0.6.
-    interval = bootstrap_interval([0.2, 0.3, 0.4, 0.9], ["P1", "P1", "P1", "P2"])
-    assert interval.mean == pytest.approx(0.6)
-    assert (interval.n_images, interval.n_patients) == (4, 2)
+    assert bootstrap_interval([0.2, 0.3, 0.4, 0.9], ["P1", "P1", "P1", "P2"]).mean == pytest.approx(0.6)
     values, patients = [0.5, math.nan, 0.7, math.nan, 0.9], ["P1", "P1", "P2", "P3", "P4"]
     assert patient_means(values, patients) == {"P1": 0.5, "P2": 0.7, "P4": 0.9}
     interval = bootstrap_interval(values, patients)
     assert interval.mean == pytest.approx(0.7)
     assert (interval.n_images, interval.n_patients, interval.n_undefined) == (3, 3, 2)
-    nothing = bootstrap_interval([math.nan], ["P1"])
-    assert math.isnan(nothing.mean)
-    assert nothing.n_patients == 0
-
-
-def test_what_cannot_be_averaged_is_refused():
+    assert math.isnan(bootstrap_interval([math.nan], ["P1"]).mean)
     with pytest.raises(ValueError, match="Value 1 is infinite"):
         patient_means([0.1, math.inf], ["P1", "P2"])
-    with pytest.raises(ValueError, match="one length"):
-        patient_means([0.1, 0.2], ["P1"])
-    with pytest.raises(ValueError, match="n >= 100"):
-        bootstrap_interval([0.1] * 3, ["P1", "P2", "P3"], n=5)
-
-
-# Two-sided t and normal quantiles of printed tables.
-@pytest.mark.parametrize(
-    ("patients", "level", "student", "normal"),
-    [(3, 0.95, 4.3027, 1.9600), (11, 0.95, 2.2281, 1.9600), (21, 0.99, 2.8453, 2.5758)],
-)
-def test_stretch_is_that_of_printed_tables(patients, level, student, normal):
-    expected = student / normal * math.sqrt(patients / (patients - 1))
-    assert small_sample_stretch(patients, level) == pytest.approx(expected, rel=1e-4)
 
 
 def test_interval_is_scipys_percentile_bootstrap_stretched():
@@ -69,33 +46,6 @@ def test_interval_is_scipys_percentile_bootstrap_stretched():
         assert getattr(ours, end) == pytest.approx(expected, abs=2e-3)
 
 
-def test_interval_is_repeatable_kept_in_bounds_and_not_shrunk_by_more_frames():
-    values, patients = [0.99, 0.98, 0.70], ["P1", "P2", "P3"]
-    free = bootstrap_interval(values, patients, seed=3)
-    assert free == bootstrap_interval(values, patients, seed=3)
-    assert free.high > 1
-    assert bootstrap_interval(values, patients, seed=3, bounds=(0, 1)).high == 1
-    often = bootstrap_interval(np.repeat(values, 30), list(np.repeat(patients, 30)), seed=3)
-    assert (often.low, often.high) == pytest.approx((free.low, free.high))
-
-
-@pytest.mark.parametrize(("num_patients", "plain"), [(3, 0.75), (4, 0.81), (20, 0.93)])
-def test_coverage_is_near_nominal(num_patients, plain):
-    """1000 simulated studies: patients differ (0.05), frames differ (0.03), 1 to 6 frames each."""
-    generator, stretch = np.random.default_rng(20), small_sample_stretch(num_patients)
-    hits, plain_hits = 0, 0
-    for study in range(1000):
-        patients = np.repeat(np.arange(num_patients), generator.integers(1, 7, num_patients))
-        effect = generator.normal(0.02, 0.05, num_patients)
-        values = effect[patients] + generator.normal(0, 0.03, len(patients))
-        found = bootstrap_interval(values, [f"P{i:03d}" for i in patients], n=400, seed=study)
-        hits += found.low <= 0.02 <= found.high
-        error = stretch * (0.02 - found.mean)
-        plain_hits += found.low - found.mean <= error <= found.high - found.mean
-    assert 0.93 <= hits / 1000 <= 0.97
-    assert plain_hits / 1000 == pytest.approx(plain, abs=0.04)
-
-
 def two_runs(generator, num_patients, effect):
     """Dice of a run before and after: patients differ by much, the change of each by 0.03, 1 to 6 frames."""
     patients = np.repeat(np.arange(num_patients), generator.integers(1, 7, num_patients))
@@ -105,44 +55,26 @@ def two_runs(generator, num_patients, effect):
     return rows(before, names), rows(before + change, names)
 
 
-@pytest.mark.parametrize("num_patients", [8, 20])
-def test_a_planted_zero_effect_is_significant_in_at_most_6_percent(num_patients):
-    generator = np.random.default_rng(11)
-    found = [paired_difference(*two_runs(generator, num_patients, 0.0), "dice", seed=k) for k in range(500)]
-    # A test that never speaks would pass without the lower limit.
-    assert 10 <= sum(difference.clear for difference in found) <= 30
-    # The p values of no effect are spread evenly: a quarter of them in every quarter.
-    quarters = np.histogram([difference.p for difference in found], bins=4, range=(0, 1))[0]
-    assert all(90 <= quarter <= 160 for quarter in quarters)
-
-
-def test_p_value_is_the_interval_turned_round():
-    generator = np.random.default_rng(5)
-    for effect in (0.0, 0.01, 0.02, 0.03, 0.05):
-        before, after = two_runs(generator, 9, effect)
-        difference = paired_difference(before, after, "dice")
-        for level in (0.5, 0.8, 0.95, 0.99):
-            again = paired_difference(before, after, "dice", level=level)
-            assert again.p == difference.p
-            assert again.clear == (difference.p < 1 - level)
-        assert paired_difference(after, before, "dice").p == pytest.approx(difference.p, abs=0.03)
-
-
-def test_p_value_is_near_that_of_the_t_test_and_never_below_the_draws():
-    values = np.array([0.03, 0.05, -0.01, 0.02, 0.04, 0.06, 0.01, 0.00, 0.03, 0.02, 0.05, -0.02])
-    names = [f"P{number}" for number in range(12)]
-    difference = paired_difference(rows(np.zeros(12), names), rows(values, names), "dice", n=20000)
-    assert difference.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.003)
-    assert paired_difference(rows(np.zeros(12), names), rows(values + 9, names), "dice").p == 1 / 2001
+@pytest.mark.parametrize(("num_patients", "plain"), [(3, 0.75), (4, 0.81), (8, 0.89), (20, 0.93)])
+def test_a_planted_zero_effect_is_covered_and_significant_in_at_most_6_percent(num_patients, plain):
+    """500 simulated studies; `plain` is the coverage of the interval without its stretch."""
+    generator, stretch = np.random.default_rng(11), small_sample_stretch(num_patients)
+    studies = (two_runs(generator, num_patients, 0.0) for _ in range(500))
+    found = [paired_difference(*study, "dice", n=400, seed=k) for k, study in enumerate(studies)]
+    assert 0.03 <= np.mean([one.clear for one in found]) <= 0.06
+    assert all((one.p < 0.05) == one.clear == (one.low > 0 or one.high < 0) for one in found)
+    plain_hits = [one.low <= one.mean * (1 - stretch) <= one.high for one in found]
+    assert np.mean(plain_hits) == pytest.approx(plain, abs=0.04)
+    if num_patients >= 8:  # the p values of no effect are spread evenly: a quarter of them in every quarter
+        quarters = np.histogram([one.p for one in found], bins=4, range=(0, 1))[0]
+        assert all(90 <= quarter <= 160 for quarter in quarters)
 
 
 def test_holm_by_hand():
     # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04, and no value below the one before: .06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.04]) == [0.04]
     assert holm([0.6, 0.9]) == [1.0, 1.0]
     assert holm([math.nan, 0.02, 0.04]) == pytest.approx([math.nan, 0.04, 0.04], nan_ok=True)
-    assert holm([]) == []
 
 
 def test_few_or_equal_patients_prove_nothing():
@@ -155,27 +87,21 @@ def test_few_or_equal_patients_prove_nothing():
     assert few.clear is equal.clear is False
 
 
-def test_paired_difference_pairs_by_key_in_any_order_and_drops_undefined_pairs():
+def test_images_are_paired_by_key_and_undefined_pairs_dropped():
     patients = ["P1", "P1", "P2", "P3", "P4"]
     before = rows([0.50, 0.70, 0.40, 0.90, 0.60], patients)
     after = rows([0.60, 0.70, 0.50, 0.93, 0.65], patients)
     # per image .10 0 .10 .03 .05; per patient .05 .10 .03 .05; mean .0575
     difference = paired_difference(before, after[::-1], "dice")
+    assert (difference.n_images, difference.n_patients, difference.clear) == (5, 4, True)
     assert difference.mean == pytest.approx(0.0575)
-    assert (difference.n_images, difference.n_patients) == (5, 4)
     assert 0 < difference.low < 0.0575 < difference.high
-    back = paired_difference(after, before, "dice")
-    assert (back.mean, back.clear, difference.clear) == (pytest.approx(-0.0575), True, True)
     before, after = rows([0.1, math.nan, 0.3, 0.4], FOUR), rows([0.2, 0.9, 0.5, None], FOUR)
     difference = paired_difference(before, after, "dice")
     assert difference.mean == pytest.approx((0.1 + 0.2) / 2)
     assert (difference.n_images, difference.n_undefined) == (2, 2)
-
-
-def test_unpaired_images_are_named():
-    before, after = rows([0.1, 0.2], ["P1", "P2"]), rows([0.1, 0.2, 0.3], ["P1", "P2", "P3"])
     for first, second, metric, message in (
-        (before, after, "dice", r"1 only in after \(P3_F0002\)"),
+        (before[:2], before[:3], "dice", r"1 only in after \(P3_F0002\)"),
         (before + before, after, "dice", "P1_F0000 occurs twice"),
         (before, before, "recall", "P1_F0000 has no 'recall'"),
         (before, [{**row, "patient": "P9"} for row in before], "dice", "belongs to P1 before and P9 after"),

@@ -1,8 +1,6 @@
 """Threshold curve, calibration and grid of post-processing, against libraries and masks made one by one."""
 
 import itertools
-import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,63 +37,33 @@ def picture(seed, shape=(37, 53)):
     return probabilities, truth
 
 
-def curve_of(*pictures, patients=("P1", "P1", "P2")):
+def curve_of(*pictures, patients=("P1", "P2")):
     return threshold_curve([counts_by_threshold(*one) for one in pictures], patients[: len(pictures)])
 
 
-def test_the_curve_is_that_of_one_mask_per_threshold():
+@pytest.mark.parametrize("post", [PostProcessing(), PostProcessing(min_component_px=6)])
+def test_the_curve_is_that_of_one_mask_per_threshold(post):
+    """Of two patients, one with two images, of which one failed: empty at every threshold."""
     pictures = [picture(seed) for seed in range(3)]
-    curve = curve_of(*pictures)
-    assert [point.threshold for point in curve.points] == [round(k / 100, 2) for k in range(1, 100)]
+    images = [PredictedImage(*one, patient) for one, patient in zip(pictures, "AAB", strict=True)]
+    images[1] = images[1]._replace(probabilities=None)
+    pictures[1] = np.zeros_like(pictures[1][0]), pictures[1][1]
+    curve = tune(images, post, None).curve
     for point, threshold in list(zip(curve.points, THRESHOLDS, strict=True))[::7]:
+        made = PostProcessing(threshold, post.min_component_px)
         for name, score in (("dice", f1_score), ("recall", recall_score), ("precision", precision_score)):
-            each = [score(t.ravel(), (p > threshold).ravel(), zero_division=0) for p, t in pictures]
+            each = [score(t.ravel(), made.mask(p).ravel(), zero_division=0) for p, t in pictures]
             assert getattr(point, name) == pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)
-    assert (curve.n_images, curve.n_patients) == (3, 2)
-    with pytest.raises(ValueError, match="no images to choose a threshold on"):
-        curve_of()
+    assert (curve.n_images, curve.n_patients, curve.n_failed) == (3, 2, 1)
 
 
-def test_a_planted_best_threshold_is_found():
+def test_the_best_threshold_and_that_of_a_wanted_recall():
     truth = np.zeros((8, 8), bool)
     truth[:4] = True
     faint = np.where(truth, 0.32, 0.1).astype(np.float32)  # perfect from 0.10 to 0.31
     faint[7] = 0.3  # ... and now for 0.30 and 0.31 only
-    best = curve_of((faint, truth)).best
-    assert (best.threshold, best.dice) == (0.31, 1.0)
-    certain = curve_of((truth.astype(np.float32), truth))
-    assert certain.best.threshold == 0.5  # all are equal; the nearest to 0.5
-
-
-def test_masks_are_counted_as_they_are_used():
-    """Vessel of 30 px at 0.9 and a true speck of 4 px at 0.6: without components below 20 px it is missed."""
-    truth, values = np.zeros((20, 20), bool), np.full((20, 20), 0.05)
-    truth[3:6, 2:12] = truth[14:16, 14:16] = True
-    values[3:6, 2:12], values[14:16, 14:16] = 0.9, 0.6
-    for min_component_px, recall in ((0, 1), (20, 30 / 34)):
-        post = PostProcessing(0.5, min_component_px)
-        assert tune([PredictedImage(values, truth, "P1")], post, None).curve.best.recall == recall
-    found, _, missed = counts_by_threshold(values, truth, PostProcessing(min_component_px=20))
-    assert set(found[:4]) == {34}  # the whole image is one component
-    assert set(found[10:88]) == {30}
-    assert set(found[95:]) == {0}
-    assert set(found + missed) == {34}
-
-
-def test_failed_predictions_and_empty_truths():
-    """A failed prediction is empty at every threshold; empty truths count in Dice and not in recall."""
-    probabilities, truth = picture(1)
-    images = [PredictedImage(probabilities, truth, "P1"), PredictedImage(None, truth, "P2")]
-    curve, alone = tune(images, PostProcessing(), None).curve, curve_of((probabilities, truth))
-    assert (curve.n_failed, curve.to_json()["chosen"]) == (1, alone.best.threshold)
-    assert curve.best.dice == pytest.approx(alone.best.dice / 2)
-    nothing, quiet = np.zeros((4, 4), bool), np.full((4, 4), 0.2, np.float32)
-    middle = curve_of((quiet, nothing), (nothing, ~nothing), patients=("P1", "P2")).points[49]
-    assert (middle.threshold, middle.dice, middle.recall) == (0.5, 0.5, 0)  # both empty 1, failed 0
-    assert np.isnan(curve_of((quiet, nothing)).points[49].recall)
-
-
-def test_the_threshold_of_a_wanted_recall():
+    assert curve_of((faint, truth)).best[:2] == (0.31, 1.0)
+    assert curve_of((truth.astype(np.float32), truth)).best.threshold == 0.5  # of equal ones the nearest
     points = [(0.2, 0.95, 0.5), (0.4, 0.85, 0.6), (0.5, 0.8, 0.7), (0.6, 0.8, 0.8), (0.8, float("nan"), 1.0)]
     curve = ThresholdCurve(tuple(CurvePoint(t, 0.7, recall, p) for t, recall, p in points), 3, 3, 0)
     # The last: as near as 0.5, and more precise.
@@ -104,27 +72,24 @@ def test_the_threshold_of_a_wanted_recall():
         ThresholdCurve(curve.points[-1:], 1, 1, 0).at_recall(0.8)
 
 
-@pytest.mark.parametrize("change", [{"dice": [0.7]}, {"dice": None}, {"thresholds": []}, {"chosen": None}])
-def test_a_stored_curve_is_read_back_and_a_damaged_one_named(tmp_path, change):
-    path = tmp_path / "evaluation" / "test_base_thresholds.json"
-    write_json(path, curve_of((np.zeros((4, 4)), np.zeros((4, 4), bool))).to_json())
+def test_a_stored_curve_is_read_back_and_a_damaged_one_named(tmp_path):
+    """Of an empty truth, which counts in Dice and not in recall."""
+    path = tmp_path / "test_base_thresholds.json"
+    document = curve_of((np.zeros((4, 4)), np.zeros((4, 4), bool))).to_json()
+    write_json(path, document)
     stored = read_threshold_curve(path)
-    assert stored["dice"] == [1.0] * 99
-    assert (stored["chosen"], stored["n_images"]) == (0.5, 1)
+    assert (stored["dice"], stored["chosen"], stored["n_images"]) == ([1.0] * 99, 0.5, 1)
     assert np.isnan(stored["recall"]).all()
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=r"test_base_thresholds\.json in evaluation is no threshold curve"):
+    write_json(path, document | {"dice": [0.7]})
+    with pytest.raises(ValueError, match="is no threshold curve"):
         read_threshold_curve(path)
 
 
 def test_calibration_by_hand_and_by_scikit_learn():
     probabilities, truth = np.float32([[0.05, 0.05, 0.75, 0.75]]), np.array([[False, True, True, True]])
-    result = calibration(count_pixels(probabilities, truth), num_failed=2)
+    result = calibration(count_pixels(probabilities, truth))
     # |0.05 - 0.5| and |0.75 - 1| for half of the pixels each
     assert result["expected_calibration_error"] == pytest.approx((0.45 + 0.25) / 2)
-    assert (result["n_pixels"], result["n_failed"]) == (4, 2)
-    low, high = ([*line.values()] for line in result["bins"])  # low, high, predicted, observed, pixels
-    assert (low, high) == (pytest.approx([0, 0.1, 0.05, 0.5, 2]), pytest.approx([0.7, 0.8, 0.75, 1, 2]))
     pictures = [picture(seed) for seed in range(4)]
     parts = zip(*pictures, strict=True)
     probabilities, truth = (np.concatenate([one.ravel() for one in part]) for part in parts)
@@ -132,15 +97,8 @@ def test_calibration_by_hand_and_by_scikit_learn():
     bins = calibration(sum(count_pixels(*one) for one in pictures))["bins"]
     assert [line["observed"] for line in bins] == pytest.approx(observed, abs=2e-3)
     assert [line["predicted"] for line in bins] == pytest.approx(predicted, abs=2e-3)
-    assert sum(line["pixels"] for line in bins) == truth.size
-
-
-def test_what_is_no_probability_is_refused():
-    for value in (-0.1, 1.5, np.nan):
-        with pytest.raises(ValueError, match="not logits"):
-            count_pixels(np.full((2, 2), value), np.zeros((2, 2), bool))
-    with pytest.raises(ValueError, match=r"probabilities are \(2, 3\)"):
-        count_pixels(np.zeros((2, 3)), np.zeros((2, 2), bool))
+    with pytest.raises(ValueError, match="not logits"):
+        count_pixels(np.full((2, 2), 1.5), np.zeros((2, 2), bool))
 
 
 def predicted(seed, patient):
@@ -156,10 +114,11 @@ def predicted(seed, patient):
 def test_the_grid_is_that_of_every_candidate_scored_alone():
     thresholds, sizes = (0.3, 0.5, 0.7), (0, 4, 9, 500)
     images, reward = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")], MultiObjectiveReward()
+    images[1] = images[1]._replace(probabilities=None)  # failed
     rewards = score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2)).rewards
 
     def mean_reward(mask_of):
-        each = [reward(mask_of(image.probabilities), image.truth)[0] for image in images]
+        each = [reward(mask_of(image.filled), image.truth)[0] for image in images]
         return pytest.approx(((each[0] + each[1]) / 2 + each[2]) / 2)  # the patient counts, not the image
 
     def by_scipy(probabilities):
@@ -172,13 +131,6 @@ def test_the_grid_is_that_of_every_candidate_scored_alone():
     for post, value in rewards.items():
         assert value == mean_reward(post.mask)
     assert len(rewards) == 24
-    assert len({round(value, 6) for value in rewards.values()}) > 12  # the candidates do differ
-    failed = score_postprocessing([PredictedImage(None, images[0].truth, "P1")], reward, (0.5,), (0, 10))
-    empty = reward(np.zeros(images[0].truth.shape, bool), images[0].truth)[0]
-    assert list(failed.rewards.values()) == pytest.approx([empty] * len(failed.rewards))
-    for given, message in (([], "There are no images"), (images, "pixels that start with 0")):
-        with pytest.raises(ValueError, match=message):
-            score_postprocessing(given, reward, (0.5,), (10, 0))
 
 
 def test_the_best_candidate_and_the_best_threshold_alone():
@@ -186,14 +138,9 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     grid = PostProcessingGrid({PostProcessing(t, size): float(reward) for t, size, reward in rewards})
     assert grid.best() == (PostProcessing(0.5, 20), 5.0)  # of three, the threshold nearest to 0.5
     assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
-    assert grid.best(10) == (PostProcessing(0.7, 10), 5.0)
-    closed = grid.rewards | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
-    closed = PostProcessingGrid(closed)
-    assert closed.best() == (PostProcessing(0.5, 10, 0.2), 6.0)
+    more = {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
+    closed = PostProcessingGrid(grid.rewards | more)
     assert closed.best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
-    assert closed.best(10, 0.0) == (PostProcessing(0.7, 10), 5.0)
-    equal = PostProcessingGrid({PostProcessing(0.5, size): 2.0 for size in (20, 10)})
-    assert equal.best()[0].min_component_px == 10
-    tuning = Tuning(PostProcessing(), SimpleNamespace(n_images=3), closed)
-    stored = json.loads(json.dumps(tuning.grid_json()))["candidates"]
-    assert {PostProcessing(*post): reward for *post, reward in stored} == closed.rewards
+    curve = ThresholdCurve((CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
+    choices = {"tuned": PostProcessing(0.4, 7), "tuned_post": PostProcessing(0.5, 10, 0.2)}
+    assert Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices
