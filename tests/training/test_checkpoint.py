@@ -27,11 +27,11 @@ STAGES = {
 }  # fmt: skip
 CONSTRAINED = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 3, "num_passes": 1, "val_freq": 3, "learning_rate": 4e-3}
-# Settings and the steps after which the plug is pulled; 4.5: after the files of a validation, before the
+# Settings and the steps after which the plug is pulled; 5.5: after the files of a validation, before the
 # state of the run that goes with them; 12.75: after that, before the checkpoint of the epoch.
 RUNS = {
     "two stages": (STAGES, (8, 12.75, 16)),
-    "constrained, going wrong": (CONSTRAINED, (4.5,)),
+    "constrained, going wrong": (CONSTRAINED, (5.5,)),
     "unet": (UNET, (4,)),
 }
 
@@ -66,12 +66,12 @@ def train_and_copy(settings: dict, cuts: tuple, output: Path, is_whole: bool = T
 
 
 def goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two corrections: before the cut in step 4, and with it; weights are good after one step."""
+    """Two corrections: before the cut in step 5, and with it, to the weights of step 2."""
     after_validation = Health.after_validation
 
     def take_back(self: Health, step: int, scores: dict[str, float], is_last: bool = False) -> None:
         after_validation(self, step, scores, is_last)
-        if step in (3, 4):
+        if step in (4, 5):
             self.roll_back(step, "It went wrong.")
 
     monkeypatch.setattr(Health, "after_validation", take_back)
