@@ -70,8 +70,7 @@ def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, rep
 
 
 def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -> None:
-    root = tmp_path / "data"
-    write_angiograms(root)
+    write_angiograms(root := tmp_path / "data")
     check = doctor.check_data(root)
     assert (check.status, check.detail) == ("ok", "20 images, 10 sequences, 10 patients")
     for path in [path for path in root.rglob("*.png") if "ZHANG_SANA" not in path.name]:
