@@ -58,6 +58,14 @@ MEANT = {
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",
+    "train_*/config/args_sha256": "settings carry a checksum",
+    "splits/*/checksum": "splits carry a checksum",
+    "pseudonyms/*/checksum": "splits carry a checksum",
+    "bad_input/left behind": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
+    "help/train --resume_from x/options/--allow_change*": "--allow_change was added",
+    "train_*files": "adapter folders hold SHA256SUMS",
+    "resuming/*/cut/files": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
+    "resuming/*/message": "a run without config.json is refused before its state is looked for",
 }
 
 
