@@ -111,8 +111,7 @@ def candidate_loss(decoded: DecodedMasks, truth: Tensor, sam_px: int) -> Tensor:
 
 def score_domain(predictor: Predictor, domain: Domain) -> Evaluation:
     """Scores on one frame of each unseen patient of a domain."""
-    names = [f"P{number}" for number in UNSEEN_PATIENTS]
-    samples = [SimpleNamespace(key=name, patient=name, sequence=name) for name in names]
+    samples = [SimpleNamespace(key=n, patient=n, sequence=n) for n in map("P{}".format, UNSEEN_PATIENTS)]
 
     def load(sample: SimpleNamespace) -> tuple[np.ndarray, np.ndarray]:
         number = int(sample.key[1:])  # early frames hold less contrast agent: go round the first five

@@ -45,8 +45,7 @@ class Scorer:
 
     def __init__(self, split: Split, folder: Path, seed: int) -> None:
         self.samples = {"val": split.val, "test": split.test}
-        self.folder = folder
-        self.seed = seed
+        self.folder, self.seed = folder, seed
         self.truths = {sample.key: load_mask(sample) for sample in (*split.val, *split.test)}
         self.grids: dict[str, tuning.PostProcessingGrid] = {}  # validation rewards by source
 

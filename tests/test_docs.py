@@ -78,10 +78,6 @@ def test_every_file_and_link_named_exists() -> None:
     check(lambda page: {name for name in FILE.findall(code_of(page)) if not exists(page, name)})
     links = re.compile(r"\]\((?!\w+://)([^)#\s]+)")  # mkdocs build --strict looks at the anchors
     check(lambda page: {link for link in links.findall(read(page)) if not (page.parent / link).exists()})
-    listed = re.compile(r"^\d+\. `(?:\w+\.)?(\w+)` in `(.+?)`", re.MULTILINE)
-    calls = listed.findall(read(DOCS / "explanation" / "code-paths.md"))
-    assert [name for name, file in calls if f"def {name}(" not in (ROOT / file).read_text()] == []
-    assert 8 < len(calls) <= 16
 
 
 def test_every_import_command_and_option_exists() -> None:
@@ -99,13 +95,10 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "help", "no_"}, pages)
 
 
-def test_every_shell_variable_is_named_and_the_readme_begins_with_a_command() -> None:
+def test_every_shell_variable_and_verb_is_named() -> None:
     script = (ROOT / "run_lora_ppo.sh").read_text(encoding="utf-8")
     (names,) = re.findall(r"^for name in (.+?); do$", script.replace("\\\n", ""), re.MULTILINE)
     assert set(names.split()) - set(SPAN.findall(read(DOCS / "from-rlsa2va.md"))) == set()
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert next(number for number, line in enumerate(lines, start=1) if line.startswith("bash ")) <= 12
-    assert len(lines) <= 110
     assert set(VERB.findall(code_of(ROOT / "README.md"))) == set(cli.VERBS)
 
 
@@ -130,19 +123,6 @@ def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_ro
     assert all(value and len(value) < 1500 for row in rows for value in row.values())
 
 
-@pytest.fixture
-def debug_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The run folder of the command in docs/how-to/own-reward.md, with the function that is printed there."""
-    page = "how-to/own-reward.md"
-    code = next(block for block in blocks(page, "python") if "def few_loops" in block)
-    (tmp_path / "vessel_rewards.py").write_text(code)
-    setting, program, *arguments = shlex.split(next(b for b in blocks(page, "bash") if "--preset debug" in b))
-    assert (setting, program) == ("PYTHONPATH=.", "vesselrl")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert cli.main([*arguments, "--output_dir", str(tmp_path / "output")]) == 0
-    return next((tmp_path / "output").glob("sa2va_lora_ppo_*"))
-
-
 def test_the_first_examples_reach_what_they_state(tmp_path: Path) -> None:
     exec(blocks("rewards.md", "python")[0], names := {})
     assert names["total"] == pytest.approx(6.15)
@@ -154,7 +134,16 @@ def test_the_first_examples_reach_what_they_state(tmp_path: Path) -> None:
     assert load_mask(sample).any()
 
 
-def test_what_a_run_writes_is_explained_and_nothing_else(debug_run: Path) -> None:
+def test_what_a_run_writes_is_explained_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    """By the command of docs/how-to/own-reward.md, with the function that is printed there."""
+    page = "how-to/own-reward.md"
+    code = next(block for block in blocks(page, "python") if "def few_loops" in block)
+    (tmp_path / "vessel_rewards.py").write_text(code)
+    setting, program, *arguments = shlex.split(next(b for b in blocks(page, "bash") if "--preset debug" in b))
+    assert (setting, program) == ("PYTHONPATH=.", "vesselrl")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main([*arguments, "--output_dir", str(tmp_path / "output")]) == 0
+    (debug_run,) = (tmp_path / "output").glob("sa2va_lora_ppo_*")
     names = ("metrics", "training-info", "run-folder")
     metrics, info, folder = (reference.csv_table(f"reference/{name}.csv") for name in names)
     logged = {key for line in (debug_run / "metrics.jsonl").open() for key in json.loads(line)}

@@ -1,11 +1,9 @@
 """vesselrl doctor on healthy and broken machines, model folders and data."""
 
-import json
 import re
 import shutil
 import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,15 +46,6 @@ def test_a_fault_of_the_model_folder_is_named(tiny_checkpoint: Path, tmp_path: P
     assert re.search(said, check.detail)
 
 
-def test_inferred_fields_agree_with_the_config(tiny_checkpoint: Path) -> None:
-    inferred = doctor.infer_config(doctor.check_weights(tiny_checkpoint)[1])
-    config = json.loads((tiny_checkpoint / "config.json").read_text())
-    assert len(inferred) == 8
-    for name, value in inferred.items():
-        section, field = name.split(".")
-        assert config[section][field] == value, name
-
-
 def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, repository: Path) -> None:
     required = dict.fromkeys(doctor.required_packages(), "1.0")
 
@@ -76,19 +65,8 @@ def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, rep
         assert check.status == status
         assert said in check.detail
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    pins = doctor.read_pins(repository / "constraints.txt")
     assert [re.match(r"[\w-]+", line)[0] for line in project["dependencies"]] == list(required)
-    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
-    assert {re.match(r"[\w-]+", line)[0] for line in wanted} - set(pins) == set()
-
-
-def test_disk_space_is_measured_where_output_will_be(tmp_path: Path, monkeypatch) -> None:
-    for free, status in ((0.2e9, "problem"), (5e9, "warning"), (50e9, "ok")):
-        space = {tmp_path: SimpleNamespace(free=free)}
-        monkeypatch.setattr(doctor.shutil, "disk_usage", space.__getitem__)
-        assert doctor.check_disk(tmp_path / "not" / "yet").status == status
-    (tmp_path / "output").write_text("")
-    assert doctor.check_disk(tmp_path / "output").status == "problem"
+    assert {*required} <= {*doctor.read_pins(repository / "constraints.txt")}
 
 
 def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -> None:
@@ -96,11 +74,6 @@ def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -
     write_angiograms(root)
     check = doctor.check_data(root)
     assert (check.status, check.detail) == ("ok", "20 images, 10 sequences, 10 patients")
-    for path in [path for path in root.rglob("*.png") if "ZHANG_SANA" not in path.name]:
-        path.unlink()
-    check = doctor.check_data(root)  # it cannot be split
-    assert check.status == "problem"
-    assert "1 patients" in check.detail
     next((root / "masks").iterdir()).unlink()
     check = doctor.check_data(root)
     assert check.status == "problem"

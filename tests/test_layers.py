@@ -30,13 +30,11 @@ WITHOUT_TORCH = (
     "scoring experiment errors evaluation.compare evaluation.report evaluation.results evaluation.statistics "
     "evaluation.tuning cli doctor launch __main__ __init__"
 ).split()
-HEAVY = {"torch", "transformers", "peft", "accelerate", "monai"}
 NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 # Leaves that can be deleted in one commit: cli apart, nothing imports them.
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
-# The aim is 60 modules, 12,000 and 9,500 lines; these are what has been reached, to be lowered.
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_500, 13_500
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_000, 9_500
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 
@@ -75,10 +73,6 @@ def check_imports(module: str, tree: ast.Module) -> Iterator[str]:
             yield f"{layer} imports {rest[0]}"
         elif module not in ("cli", "evaluation.report", *LEAVES) and ".".join(rest[:2]) in LEAVES:
             yield f"only cli may import {target}"
-    if any(f"{module}.".startswith(f"{light}.") for light in WITHOUT_TORCH):
-        for target in imported_modules(module_level(tree)):
-            if target.split(".")[0] in HEAVY:
-                yield f"imports {target} at module level"
 
 
 def imported_modules(nodes: Iterator[ast.AST]) -> Iterator[str]:
@@ -91,13 +85,6 @@ def imported_modules(nodes: Iterator[ast.AST]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             inside = node.module.startswith("vesselrl") and node.module.count(".") < 2
             yield from (f"{node.module}.{alias.name}" for alias in node.names) if inside else (node.module,)
-
-
-def module_level(tree: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield node
-            yield from module_level(node)
 
 
 def check_writes(module: str, tree: ast.Module) -> Iterator[str]:
@@ -153,18 +140,12 @@ def test_light_modules_load_nothing_heavy_when_they_are_imported(names: str) -> 
     assert done.stdout.strip() == "set()"
 
 
-INSIDE = "def build():\n    from vesselrl.training import ppo"
-TRIED = "try:\n    import torch.nn\nexcept ImportError:\n    pass"
 VIOLATIONS = [
     ("data/splits.py", "from vesselrl.models.lora import attach", "data imports models"),
-    ("models/sa2va.py", INSIDE, "models imports training"),
+    ("models/sa2va.py", "def build():\n    from vesselrl.training import ppo", "models imports training"),
     ("training/ppo.py", "from vesselrl import Predictor", "imports vesselrl.Predictor"),
-    ("training/ppo.py", "import vesselrl", "imports vesselrl;"),
     ("data/splits.py", "from . import samples", "relative import"),
     ("training/ppo.py", "from vesselrl.evaluation.compare import table", "only cli may import"),
-    ("scoring/overlap.py", TRIED, "torch.nn at module"),
-    ("cli.py", "import torch", "imports torch at module level"),
-    ("models/sa2va.py", "import torchvision.transforms", "imports torchvision"),
     ("training/train.py", "from benchmarks.learning import judge", "imports benchmarks"),
     ("plots/curves.py", "", "plots is no known layer"),
     ("data/utils.py", "", "utils says nothing"),
@@ -173,7 +154,6 @@ VIOLATIONS = [
     ("data/splits.py", "def split():\n" + "    x = 1\n" * 60, "split has 61 lines"),
     ("data/splits.py", "def split(a, b, c, d, e, f, g, *, h, i):\n    pass", "9 parameters"),
     ("training/ppo.py", "from vesselrl.scoring.overlap import dice", None),
-    ("cli.py", "def train():\n    import torch", None),
 ]
 
 

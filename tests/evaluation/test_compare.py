@@ -30,11 +30,8 @@ def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path):
     write_run(tmp_path / "b", made(GOOD), made(BASE))
     write_run(tmp_path / "deeper" / "a", made(LUCKY))
     write_run(tmp_path / "c", None)
-    control = made(GOOD)
-    control.caveats[Caveat.CONTROL] = Caveat.CONTROL.text(model="Frangi filter", start="default settings")
-    write_run(tmp_path / "d", control, made(BASE))
     runs, skipped = load_runs(find_runs(tmp_path))
-    assert [(run.name, run.before is None) for run in runs] == [("b", False), ("d", True), ("a", True)]
+    assert [(run.name, run.before is None) for run in runs] == [("b", False), ("a", True)]
     assert "did not finish" in skipped["c"]
     (tmp_path / "b" / "test_after.json").write_text("{")
     with pytest.raises(CompareError, match="Run b cannot be read"):
@@ -53,16 +50,9 @@ def test_higher_score_without_proof_is_not_deployed(made):
     assert line["dice_gain_verdict"] == "better"
 
 
-def test_the_reason_names_equal_runs_and_losses(made):
-    near, far = [0.76, 0.77, 0.66, 0.84, 0.70], [0.80, 0.84, 0.69, 0.91, 0.77]
-    for first, second, equal in ((GOOD, near, True), (far, GOOD, False)):
-        result = compare_runs([Run("a", made(first), made(BASE)), Run("b", made(second), made(BASE))])
-        assert result.deploy == "a"
-        assert ("cannot tell it from b" in result.reason) == equal
-    before = made(BASE, recall=[0.80, 0.82, 0.85, 0.81, 0.86], beta0_error=[1, 2, 3, 4, 5])
-    after = made(GOOD, recall=[0.75, 0.76, 0.80, 0.77, 0.79], beta0_error=[3, 5, 5, 6, 6])
-    dear = compare_runs([Run("a", after, before)])
-    assert "clearly worse are recall -0.054, beta0_error +2.000." in dear.reason
+def test_the_reason_names_losses(made):
+    before, after = made(BASE, beta0_error=[1, 2, 3, 4, 5]), made(GOOD, beta0_error=[3, 5, 5, 6, 6])
+    assert "clearly worse are beta0_error +2.000." in compare_runs([Run("a", after, before)]).reason
 
 
 def test_p_values_are_adjusted_for_the_number_of_runs(made):
@@ -122,11 +112,7 @@ def test_mixed_sets_are_refused_by_name(made, tmp_path):
     assert main(["compare", "--output_dir", str(tmp_path)]) == 2
 
 
-def test_named_baseline_and_different_bases(made):
-    runs = [Run("a", made(GOOD)), Run("control", made(BASE))]
-    result = compare_runs(runs, baseline="control")
-    assert (result.deploy, list(result.gains)) == ("a", ["a"])
-    assert compare_runs(runs[1:], baseline="control").deploy is compare_runs(runs).deploy is None
+def test_different_bases_are_said(made):
     others = [Run("a", made(GOOD), made(BASE)), Run("b", made(GOOD), made(LUCKY)), Run("c", made(GOOD))]
     notes = " ".join(compare_runs(others).notes)
     assert "same base" in notes
@@ -141,12 +127,9 @@ def test_the_metric_that_ranks(made):
     two = Run("two", made(BASE, reward_spec={"class": "A"}, **higher))
     other = Run("other", made(BASE, reward_spec={"class": "B"}, **columns))
     assert order(compare_runs([one, two])) == ["two", "one"]
-    fewer = compare_runs([one, two], baseline="one", rank_by="beta0_error")
-    assert (order(fewer), fewer.deploy) == (["two", "one"], "two")
+    assert order(compare_runs([one, two], baseline="one", rank_by="beta0_error")) == ["two", "one"]
     mixed = compare_runs([one, other])
     assert (order(mixed), mixed.rank_by, "reward" in mixed.metrics) == (["one", "other"], "dice", False)
-    gains = compare_runs([Run("a", one.after, other.after)]).gains["a"]
-    assert list(gains) == ["dice", "beta0_error", "length_ratio"]
     for runs, rank_by, message in (
         ([one, other], "reward", "different rewards"),
         ([one, two], "length_ratio", "neither more nor less is better"),

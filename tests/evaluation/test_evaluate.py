@@ -66,13 +66,13 @@ def test_scores_by_hand():
 
 
 def test_the_hashes_follow_images_and_labels():
-    result = evaluate(predict, PICTURES, load=load)
+    result, shuffled, fewer = (
+        evaluate(predict, p, load=load) for p in (PICTURES, PICTURES[::-1], PICTURES[:3])
+    )
     relabelled = evaluate(predict, PICTURES, load=lambda sample: (sample.image, ~sample.truth))
-    assert relabelled.image_list_hash == result.image_list_hash
-    assert relabelled.label_hash != result.label_hash
-    shuffled = evaluate(predict, PICTURES[::-1], load=load)
-    assert (shuffled.image_list_hash, shuffled.label_hash) == (result.image_list_hash, result.label_hash)
-    assert evaluate(predict, PICTURES[:3], load=load).image_list_hash != result.image_list_hash
+    assert relabelled.image_list_hash == shuffled.image_list_hash == result.image_list_hash
+    assert relabelled.label_hash != shuffled.label_hash == result.label_hash
+    assert fewer.image_list_hash != result.image_list_hash
 
 
 def test_reward_is_a_column_and_described():
@@ -165,9 +165,6 @@ def test_agreement_of_two_observers_by_hand(tmp_path):
     found = evaluate_masks(samples, ((load_mask(other), load_mask(one)) for other, one in seconds))
     scores = sorted((row["dice"], row["recall"], row["precision"]) for row in found.rows)
     assert scores == [(pytest.approx(2 / 3), 0.5, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)]
-    Image.fromarray(np.zeros((4, 8), bool)).save(folder / "p3" / "001.png")
-    with pytest.raises(DataError, match="the mask has 8×4 px, its image 8×8 px"):
-        second_observer(samples, folder)
     (folder / "p1" / "001.png").rename(folder / "001.png")
     with pytest.raises(DataError, match="the second observer has no mask of it"):
         second_observer(samples, folder)

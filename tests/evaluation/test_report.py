@@ -138,15 +138,12 @@ def test_every_number_is_that_of_the_stored_files(run, made, tmp_path):
     assert cells(text, "Patients")[1:] == patients
 
 
-def test_nothing_unproven_gets_a_verdict(run, made, tmp_path):
+def test_nothing_unproven_gets_a_verdict(run, made):
     for name, values in (("test_before", BEFORE[:2]), ("test_after", AFTER[:2])):
         write_evaluation(run, name, made(values))
     text = write_run_report(run)[1].read_text()
     assert "Clearly better: nothing.\n\nClearly worse: nothing." in text
     assert "+0.055: only 2 patients: an interval needs at least 3." in text
-    html, text, _ = write_comparison_report(tmp_path, compare_runs([Run("alone", made(AFTER))]))
-    assert "No run has anything to be compared with." in html.read_text()
-    assert "nan" not in text.read_text()
 
 
 def test_scores_on_images_of_the_training_are_no_test_result(tmp_path, made):
@@ -158,30 +155,12 @@ def test_scores_on_images_of_the_training_are_no_test_result(tmp_path, made):
         assert warned == (side != "test")
 
 
-def test_missing_files_leave_their_part_out_and_damaged_ones_are_named(run, made):
-    write_evaluation(run, "val_best", made([score + 0.1 for score in BEFORE]))
-    text = write_run_report(run)[1].read_text()
-    assert cells(text, "Validation")[1][4].startswith("+0.100 ")
+def test_missing_files_leave_their_part_out(run):
     for path in [path for path in run.iterdir() if path.name != "training_info.json"]:
         path.unlink()
     (run / "training_info.json").write_text(json.dumps(INPUTS["info"] | {"findings": []}))
     sections = re.findall("^## (.*)", write_run_report(run)[1].read_text(), flags=re.MULTILINE)
     assert sections == ["How to read this", "Settings and origin"]
-    write_cases(run, [case("P001_S1_F0001", "best")])
-    (run / "cases" / "P001_S1_F0001.png").unlink()
-    with pytest.raises(ValueError, match=r"P001_S1_F0001\.png cannot be shown"):
-        write_run_report(run)
-
-
-def test_files_of_another_evaluation_are_not_shown(tmp_path, made):
-    path, _ = write_evaluation(tmp_path, "test_base", made(AFTER), EXTRA)
-    other = EXTRA | {"plan": INPUTS["plan"] | {"base_model": "another"}, "threshold": 0.3}
-    write_evaluation(tmp_path, "test_base_tuned", made(AFTER), other)
-    write_evaluation(tmp_path, "test_human_agreement", made(AFTER, truth="corrected"))
-    (tmp_path / "test_base_thresholds.json").write_text("{}")
-    text = write_evaluation_report(path)[1].read_text()
-    assert cells(text, "Scores")[0] == ["score", "better is", "threshold 0.5"]
-    assert "## Threshold" not in text
 
 
 def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):

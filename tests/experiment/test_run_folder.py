@@ -108,23 +108,15 @@ def test_git_commit_says_whether_files_were_changed(tmp_path: Path, monkeypatch)
     file.write_text("x = 1\n")
     monkeypatch.setattr(run_folder, "__file__", str(file))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    for name in ("GIT_DIR", "GIT_WORK_TREE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GIT_DIR", raising=False)
     assert git_commit() is None  # outside git
-
-    def git(words: str) -> str:
+    commit = "init -q", "add runs.py", "-c user.name=a -c user.email=a@b commit -q -m first", "rev-parse HEAD"
+    for words in commit:
         command = ["git", "-C", str(package), *words.split()]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    for words in ("init -q", "add runs.py", "-c user.name=a -c user.email=a@b commit -q -m first"):
-        git(words)
-    commit = git("rev-parse HEAD")
-    assert git_commit() == commit
+        done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     (package / "results.txt").write_text("a file that git does not know")
-    assert git_commit() == commit
+    assert git_commit() == done
     file.write_text("x = 2\n")
-    assert git_commit() == f"{commit}+"
-    git("add runs.py")
-    assert git_commit() == f"{commit}+"
+    assert git_commit() == f"{done}+"
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None

@@ -88,7 +88,6 @@ def shape(polygon: list) -> dict:
 
 
 def write_root(path: Path, layout: str) -> DataRoot:
-    """Four images of four patients without a fault."""
     root, rng = DataRoot(path, layout), np.random.default_rng(0)
     for folder in (root.image().parent, root.mask().parent if layout in WITH_MASKS else root.file.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def write_root(path: Path, layout: str) -> DataRoot:
         for k, name in enumerate(names):
             content = {"imagePath": name, "imageWidth": 64, "imageHeight": 64}
             content["shapes"] = [*map(shape, outlines(k))]
-            (path / "json" / f"{NAMES[k]}.json").write_text(json.dumps(content))
+            (path / "json" / name).with_suffix(".json").write_text(json.dumps(content))
     elif layout in ("coco", "rle"):
         images = [{"id": k, "file_name": name, "width": 64, "height": 64} for k, name in enumerate(names)]
         label = outlines if layout == "coco" else lambda k: run_lengths(bars(k))
@@ -156,7 +155,6 @@ def redraw(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[DataRoot], N
 
 
 def cut(path: Path) -> None:
-    """Leaves the first two thirds of a file."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
 
 
@@ -191,7 +189,6 @@ def deepen(image: Image.Image) -> Image.Image:
 
 
 def soften(values: np.ndarray) -> np.ndarray:
-    """Grey borders, as a mask that was scaled has them."""
     return np.where(np.roll(values, 1) != values, 100, values).astype(np.uint8)
 
 
@@ -256,12 +253,9 @@ def change_json(name: str, change: Callable[[dict], object]) -> Callable[[Path],
 
 
 def lose_a_shard(folder: Path) -> None:
-    """An index of two files of weights, of which one is there."""
     tensors = load_file(folder / "model.safetensors")
     half = {name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))}
-    first = {name: tensors[name] for name, file in half.items() if "00001" in file}
-    save_file(first, folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": half}))
 
 

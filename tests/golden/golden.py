@@ -5,16 +5,12 @@
 
 `check` prints `equal ITEM`, or `DIFFERENT ITEM` with the first differences, and ends with 1 if anything
 differs that `MEANT` does not name. Everything is driven through what users see: verbs of the command line,
-files that they write, the public names of `vesselrl`, and `vesselrl.scoring.rewards`. Nothing else of the
-package is imported, so that modules may move. Charts are not drawn: they take most of the time.
-Items are in `items.py` and `input_items.py`, what they share is in `workbench.py`.
+files that they write, the public names of `vesselrl`, and `vesselrl.scoring.rewards`. Charts are not drawn.
 
-Numbers agree up to 1e-6 relative or 1e-9 absolute, and are kept with eight digits. What stands below a key
-`bits` (hashes of trained weights and of predicted masks) and `machine` (state of the machine) holds on the
-recording machine only; `--portable` leaves it out. What a training does after its first step may there be
-different as well, as the rounding of one step decides the next.
-
-The text of an error is kept under `message`, apart from its exit code; logs and other text are not kept.
+Numbers agree up to 1e-6 relative or 1e-9 absolute. What stands below a key `bits` (hashes of trained weights
+and of predicted masks) and `machine` holds on the recording machine only; `--portable` leaves it out. What a
+training does after its first step may there be different as well, as the rounding of one step decides the
+next. The text of an error is kept under `message`, apart from its exit code; other text is not kept.
 """
 
 # ruff: noqa: E402
@@ -85,17 +81,15 @@ def differences(expected: Any, got: Any, path: str, portable: bool) -> Iterator[
     if portable and path.rpartition("/")[2] in ("bits", "machine"):
         return
     is_number = [isinstance(one, int | float) and not isinstance(one, bool) for one in (expected, got)]
+    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        expected, got = dict(enumerate(expected)), dict(enumerate(got))
     if isinstance(expected, dict) and isinstance(got, dict):
         for key in expected | got:
             pair = expected.get(key, "(not there)"), got.get(key, "(not there)")
             yield from differences(*pair, f"{path}/{key}", portable)
-    elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
-        for number, pair in enumerate(zip(expected, got, strict=True)):
-            yield from differences(*pair, f"{path}/{number}", portable)
-    elif all(is_number):
-        if not math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-9):
-            yield path, expected, got
-    elif expected != got or type(expected) is not type(got):
+    elif all(is_number) and math.isclose(expected, got, rel_tol=1e-6, abs_tol=1e-9):
+        return
+    elif all(is_number) or expected != got or type(expected) is not type(got):
         yield path, expected, got
 
 

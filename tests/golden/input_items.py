@@ -16,8 +16,6 @@ from tests.golden import workbench as bench
 from tests.golden.broken_input import FAULTS, LAYOUTS, MODELS, REWARDS, SETTINGS, write_root
 from tests.golden.workbench import DATA, RUNS, call, failure, files, pictures, read, run, sha
 
-SCRIPTS = "compare_all_experiments evaluate_lora evaluate_lora_model inference_with_lora merge_lora "
-SCRIPTS += "train_lora_ppo"
 VERBS = "train|evaluate|predict|merge|compare|doctor|pretrain|data check|data show|data draw|bench scoring|"
 VERBS += "bench caching|bench learning|train --preset quick|train --preset full|train --preset debug|"
 VERBS += "train --resume_from x"
@@ -87,11 +85,11 @@ def help_texts() -> dict:
         found[verb] = {"code": code, "options": options}
     for verb in ("data", "bench"):
         found[verb] = re.findall(r"^  (\w+) ", call(f"{verb} --help")[1], re.M)
-    for script in SCRIPTS.split():
-        out, sys.argv = io.StringIO(), [f"{script}.py", "--help"]
+    for script in bench.ROOT.glob("*.py"):
+        out, sys.argv = io.StringIO(), [script.name, "--help"]
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-            runpy.run_path(str(bench.ROOT / f"{script}.py"), run_name="__main__")
-        found[script] = re.findall(r"usage: vesselrl (\w+)", out.getvalue())
+            runpy.run_path(str(script), run_name="__main__")
+        found[script.stem] = re.findall(r"usage: vesselrl (\w+)", out.getvalue())
     command = [sys.executable, "-m", "vesselrl", "--help"]
     done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, check=False)
     found["python -m vesselrl"] = {"code": done.returncode, "is the same": done.stdout == call("--help")[1]}
@@ -160,10 +158,9 @@ def broken_roots() -> dict:
                 root = write_root(Path(f"broken/{layout}_{name.replace(' ', '_')}"), layout)
                 plant(root)
                 values = bench.findings_of(f"data check {root.path} --json")
-                sound = found[layout].get("sound", {})
                 if any(name in found[other] for other in LAYOUTS[: LAYOUTS.index(layout)]):
                     values["message"] = [sha(one) for one in values["message"]]  # in words once
-                if sound:
+                if sound := found[layout].get("sound", {}):
                     shares, before = values["shares"], sound["shares"]
                     values["shares"] = {key: one for key, one in shares.items() if before.get(key) != one}
                     values["without a share"] = sorted(before.keys() - shares)
@@ -176,10 +173,10 @@ def broken_roots() -> dict:
     ):  # fmt: skip
         copy = Path(f"broken/{layout}_{name.replace(' ', '_')}_repaired")
         source = str(copy).removesuffix("_repaired")
-        found[layout][f"{name}, fixed"] = bench.findings_of(f"data check {source} --json --fix {copy}") | {
-            "files": files(copy),
-            "pixels": [*pictures(copy).values()],
-        }
+        fixed = found[layout][f"{name}, fixed"] = bench.findings_of(
+            f"data check {source} --json --fix {copy}"
+        )
+        fixed |= {"files": files(copy), "pixels": [*pictures(copy).values()]}
     return found
 
 

@@ -23,14 +23,7 @@ TRAINED = (*(name for name, options in RUNS.items() if "frangi" not in options),
 PROGRESSES = ("val_before", "val_best", "val_latest", "test_before", "test_after")
 
 
-def splits() -> dict:
-    """Who is on which side, by seed, fold and unit."""
-    names = ("rl", "builtin", "seed 7", "seed 8", "fold", "frame", "people", "start", "split file", "sanity")
-    return {name: read(run(name) / "data_split.json") for name in names}
-
-
 def mask_pairs() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Predictions and truths of every kind, drawn here."""
     tree = draw_mask(1)
     rng = np.random.default_rng(5)
     padded = np.pad(tree, 2)
@@ -109,7 +102,6 @@ def masks() -> dict:
 
 
 def training(name: str) -> dict:
-    """Files, settings, figures, scores and weights of a run."""
     folder = run(name)
     info, config = read(folder / "training_info.json"), read(folder / "config.json")
     same = info.pop("args") == config["args"] and info.pop("counts") == config["counts"]
@@ -160,8 +152,8 @@ def resuming() -> dict:
         }
         resumed = [one["step"] for one in info["provenance"]["resumed"]]
         found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
-        last = {column: values[-1] for column, values in bench.metrics(whole).items()}
-        found[name] |= {"again": bench.failure(f"train --resume_from {cut}"), "last": last}
+        found[name]["again"] = bench.failure(f"train --resume_from {cut}")
+        found[name]["last"] = {column: values[-1] for column, values in bench.metrics(whole).items()}
     found["no run"] = bench.failure("train --resume_from data")
     return found
 
@@ -184,7 +176,6 @@ def evaluating() -> dict:
     }
     found: dict[str, Any] = {}
     for name, options in ways.items():
-        options = re.sub(r"RUN:(\w+)/data_split", lambda found: f"{run(found[1])}/data_split", options)
         code, out, message = call(f"evaluate {options}")
         found[name] = {"code": code, "message": message, "decimals printed": len(DECIMAL.findall(out))}
         if "--output_dir" not in options:
@@ -205,12 +196,10 @@ def evaluating() -> dict:
 
 
 def comparing() -> dict:
-    names = ("rl", "sft", "both", "unet", "frangi", "embedded")
-    for number, name in enumerate(names):
+    for number, name in enumerate(("rl", "sft", "both", "unet", "frangi", "embedded")):
         shutil.copytree(run(name), f"compared/sa2va_lora_ppo_20200101_00000{number}", dirs_exist_ok=True)
     found = {}
-    ways = ("", "--baseline sa2va_lora_ppo_20200101_000002 --rank_by cldice", "--rank_by hd95")
-    for options in ways:
+    for options in ("", "--baseline sa2va_lora_ppo_20200101_000002 --rank_by cldice", "--rank_by hd95"):
         code, out, message = call(f"compare --output_dir compared {options}")
         folder = Path("compared/comparison")
         rows = [[cell for cell in row if cell != "STAMP"] for row in table(folder / "comparison.csv")]
@@ -224,24 +213,24 @@ def comparing() -> dict:
 
 def merging() -> dict:
     model, dice = bench.merged_model(), DECIMAL.findall(Path("merged.txt").read_text())
-    found: dict[str, Any] = {"keep": {"files": files(model), "bits": weights(model), "dice": dice}}
-    other = "--output_model merged16 --dtype bfloat16"
-    code, out, _ = call(f"merge --lora_weights RUN:embedded/final_lora {other}")
-    found["bfloat16"] = {"code": code, "dice": DECIMAL.findall(out)}
-    if Path("merged16").exists():
-        found["bfloat16"] |= {"bits": weights(Path("merged16")), "files": files(Path("merged16"))}
-    return found
+    keep, other = {"files": files(model), "bits": weights(model), "dice": dice}, Path("merged16")
+    options = f"--lora_weights RUN:embedded/final_lora --output_model {other} --dtype bfloat16"
+    code, out, _ = call(f"merge {options}")
+    in_16_bits = {"code": code, "dice": DECIMAL.findall(out), "bits": weights(other), "files": files(other)}
+    return {"keep": keep, "bfloat16": in_16_bits}
 
 
-def reports() -> dict:
-    names = ("sft", "constrained", "frangi")
-    return {name: bench.numbers_of_report(run(name) / "report.md") for name in names}
+def of_runs(look: Callable[[Path], Any], file: str, names: str) -> Callable[[], dict]:
+    return lambda: {name: look(run(name) / file) for name in names.split("|")}
 
 
+SPLITS = "rl|builtin|seed 7|seed 8|fold|frame|people|start|split file|sanity"
 # In this order: some write into folders of others.
-ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": about_input.drawn, "splits": splits}
+ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": about_input.drawn}
+ITEMS["splits"] = of_runs(read, "data_split.json", SPLITS)  # who is on which side, by seed, fold and unit
 ITEMS |= {f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED}
-ITEMS |= {"reports": reports, "comparing": comparing, "resuming": resuming}
+ITEMS["reports"] = of_runs(bench.numbers_of_report, "report.md", "sft|constrained|frangi")
+ITEMS |= {"comparing": comparing, "resuming": resuming}
 ITEMS |= {"pseudonyms": about_input.pseudonyms, "contact_sheets": about_input.contact_sheets}
 ITEMS |= {"masks": masks, "metric_values": metric_values, "evaluating": evaluating, "merging": merging}
 ITEMS |= {"help": about_input.help_texts, "doctor": about_input.doctor}

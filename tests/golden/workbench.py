@@ -72,8 +72,8 @@ def call(options: str | list[str]) -> tuple[int | str, str, str]:
             code = type(error).__name__
             err.write(f"error: {error}")
     lines = re.sub(r"[╭╮╰╯─│]+|-{3,}", " ", err.getvalue()).splitlines()
-    said = [line for line in lines if line.startswith("error:")] or lines
-    message = plain_text(" ".join(" ".join(said).split()))
+    said = " ".join([line for line in lines if line.startswith("error:")] or lines)
+    message = plain_text(" ".join(said.split()))
     choices = r"(?<=Expected one of \()[^)]*"  # the parser lists them in the order of a set
     message = re.sub(choices, lambda found: ", ".join(sorted(found[0].split(", "))), message)
     return code, out.getvalue(), message
@@ -107,10 +107,8 @@ def train(name: str, options: str, code: int | str = 0) -> Path:
 
 def draw_nothing(self: Any, target: Any, **options: Any) -> None:
     """Stands in for the drawing of charts, which costs seconds."""
-    if options.get("format") == "svg":
-        target.write("<svg></svg>")
-    else:
-        Image.new("L", (1, 1)).save(target, format="png")
+    is_svg = options.get("format") == "svg"
+    target.write("<svg></svg>") if is_svg else Image.new("L", (1, 1)).save(target, format="png")
 
 
 def read(path: Path | str) -> Any:
@@ -131,10 +129,9 @@ def metrics(folder: Path) -> dict[str, list]:
 
 def table(path: Path | str) -> list[list]:
     def value(text: str) -> str | float:
-        try:
+        with contextlib.suppress(ValueError):
             return float(text)
-        except ValueError:
-            return plain_text(text)
+        return plain_text(text)
 
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [[value(cell) for cell in row] for row in csv.reader(lines)]

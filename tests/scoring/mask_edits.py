@@ -126,9 +126,8 @@ def drop_thin_vessels(rng, mask):
 
 def thicken_wide_vessels(rng, mask):
     half_width, limit = half_width_and_limit(rng, mask, [0.5, 0.8])
-    return (
-        mask | fattened(skeleton(mask) & (half_width >= limit), rng.choice([9, 13])) if mask.any() else mask
-    )
+    wide = skeleton(mask) & (half_width >= limit)
+    return mask | fattened(wide, rng.choice([9, 13])) if mask.any() else mask
 
 
 def fill_loops(rng, mask):

@@ -8,7 +8,6 @@ import torch
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 
 from tests.scoring.mask_edits import random_pairs
-from vesselrl.scoring import overlap
 from vesselrl.scoring.overlap import Counts, as_mask, as_mask_pair, counts, dice, overlap_scores
 
 NAN = math.nan
@@ -58,14 +57,3 @@ def test_scores_by_hand():
         theirs = f1_score(*flat), jaccard_score(*flat), recall_score(*flat), precision_score(*flat)
         assert [*scores.values()] == pytest.approx([*theirs, recall_score(*flat, pos_label=0)], abs=1e-12)
         assert dice(pred, truth) == dice(torch.from_numpy(pred), truth) == scores["dice"]
-
-
-def test_scores_from_arrays_of_counts():
-    tp, fp, fn = np.array([2, 0, 0, 0]), np.array([1, 0, 3, 0]), np.array([1, 0, 0, 4])
-    of_dice, of_recall = overlap.dice_from_counts, overlap.recall_from_counts
-    np.testing.assert_allclose(of_dice(tp, fp, fn), [4 / 6, 1, 0, 0])
-    np.testing.assert_allclose(of_dice(tp, fp, fn, empty=0), [4 / 6, 0, 0, 0])
-    np.testing.assert_allclose(of_recall(tp, fn), [2 / 3, NAN, NAN, 0])
-    np.testing.assert_allclose(of_recall(tp, fn, empty=1), [2 / 3, 1, 1, 0])
-    np.testing.assert_allclose(overlap.precision_from_counts(tp, fp, fn), [2 / 3, 1, 0, 0])
-    np.testing.assert_allclose(of_dice(tp, 1, 0), [4 / 5, 0, 0, 0])

@@ -93,14 +93,6 @@ def test_default_orders_masks_as_a_reader_would(tree):
     assert -np.diff(totals).min() > (0.1 if "thinnest" in tree else 0.15), totals
 
 
-def test_without_the_guard_the_ordering_is_lost():
-    masks = from_best_to_worst(draw_tree(1, thinnest=3, thickest=3))
-    unguarded = MultiObjectiveReward(precision_weight=0)
-    _, _, eroded, bloated, empty, everything = (unguarded(mask, masks[0])[0] for mask in masks)
-    assert bloated > eroded
-    assert everything > empty
-
-
 def test_default_by_hand_for_a_broken_line():
     """20 px, two lost in the middle: 2 components for 1, 4 ends for 2, length 18 for 20, clDice 2·0.9/1.9."""
     truth = np.zeros((9, 30), bool)
@@ -113,13 +105,6 @@ def test_default_by_hand_for_a_broken_line():
     expected["length_term"] = -0.1 * 5 * (1 - 18 / 19 * 0.9)
     assert {name: details[name] for name in expected} == pytest.approx(expected)
     assert total == pytest.approx(4.736842 + 0.05 + 0.745263 - 0.073684, abs=1e-5)
-
-
-def test_a_perfect_mask_reaches_the_maximum_an_empty_one_too():
-    for reward_type, best in zip(REWARD_TYPES, (6.15, 10.0, 4.05), strict=True):
-        reward = get_reward_function(reward_type)
-        assert reward(NOTHING, NOTHING)[0] == reward(TREE, TREE)[0] == pytest.approx(best)
-        assert reward(TREE, NOTHING)[0] < best - 1
 
 
 def test_structure_pays_in_proportion_to_cldice():
@@ -176,9 +161,7 @@ def test_arrays_of_counts_equal_flipping_every_pixel_by_hand():
 
 
 def test_weights_are_normalised_and_the_settings_of_a_run_make_any_reward():
-    reward = MultiObjectiveReward(1, 1, 1, 1, 0.9)
-    assert reward.weights == {"dice": 0.25, "recall": 0.25, "topology": 0.25, "length": 0.25}
-    assert reward.recall_target == 0.9
+    assert {*MultiObjectiveReward(1, 1, 1, 1).weights.values()} == {0.25}
     settings = {"recall_weight": 0.2, "recall_target": 0.8, "precision_weight": 0.5, "reward_spec": "seed",
                 "reward_fn": "math:dist", "reward_fn_weight": 3.0, "epochs": 7}  # fmt: skip
     multi, simple, recall_focused = (make_reward(settings | {"reward_type": name}) for name in REWARD_TYPES)
@@ -187,32 +170,24 @@ def test_weights_are_normalised_and_the_settings_of_a_run_make_any_reward():
     assert recall_focused.recall_target == 0.8
     assert recall_focused.recall_weight == 0.7  # its own, not the 0.2 meant for multi_objective
     assert make_reward({}) == MultiObjectiveReward()
-    assert make_reward({}).spec_version == 2
 
 
 WRONG = [
-    (lambda: get_reward_function("dice"), "'dice'.*multi_objective, simple_dice, recall_focused"),
     (lambda: get_reward_function(dice_wieght=1), "unknown reward option: dice_wieght.*dice_weight"),
-    (lambda: MultiObjectiveReward(spec="v2"), "unknown reward spec 'v2'.*default, seed"),
     (lambda: MultiObjectiveReward(dice_weight=-0.1), "dice_weight must be at least 0, got -0.1"),
     (lambda: MultiObjectiveReward(length_weight=math.nan), "length_weight must be a finite number"),
-    (lambda: MultiObjectiveReward(0, 0, 0, 0), "dice_weight, .*length_weight are all 0"),
-    (lambda: MultiObjectiveReward(recall_target=85), "recall_target must be between 0 and 1, got 85"),
     (lambda: RecallFocusedReward(precision_target=-1), "precision_target must be between 0 and 1"),
     (lambda: SimpleDiceReward(custom="my.py"), "custom must be a function .* got 'my.py'"),
-    (lambda: make_reward({"reward_fn": "dist"}), "'dist'; give it as package.module:function"),
-    (lambda: make_reward({"reward_fn": "no_such:f"}), "cannot be imported .ModuleNotFoundError"),
-    (lambda: make_reward({"reward_fn": "math:f"}), "math has no function 'f'"),
     (lambda: SimpleDiceReward()(TREE, TREE[:, :-1]), "differ in size"),
     (lambda: SimpleDiceReward()(TREE, TREE * np.uint8(255)), "holds values from 0 to 255"),
     (lambda: MultiObjectiveReward()(TREE, TREE, topology(TREE[:50])), "the given topology has size"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), WRONG)
-def test_wrong_settings_and_masks_are_refused_with_the_choices(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_wrong_settings_and_masks_are_refused():
+    for make, message in WRONG:
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_a_custom_function_returns_any_finite_number_or_is_named_with_its_error():
@@ -221,9 +196,8 @@ def test_a_custom_function_returns_any_finite_number_or_is_named_with_its_error(
     total, details = reward(TREE, TREE)
     assert reward.structure_terms(TREE, TREE) == {"custom": 0.0}  # shown, not paid for, asked once
     assert (total, details["custom_term"], details["custom_score"], len(calls)) == (10.0, 0.0, 7.0, 1)
-    for value in (1, 0.5, np.float32(2), np.array(3.0), torch.tensor(4.0)):
-        total, _ = SimpleDiceReward(custom=lambda pred, gt, value=value: value)(TREE, TREE)
-        assert total == pytest.approx(10 + float(value))
+    for value in (1, np.float32(1), np.array(1.0), torch.tensor(1.0)):
+        assert SimpleDiceReward(custom=lambda *masks, value=value: value)(TREE, TREE)[0] == 11
     for value in (math.nan, math.inf, None, "0.5", np.zeros(2), 1j):
         with pytest.raises(RewardError, match="<lambda> must return a finite number, got"):
             SimpleDiceReward(custom=lambda pred, gt, value=value: value)(TREE, TREE)

@@ -81,7 +81,6 @@ def test_known_shapes(name):
     found = [shape.num_components, shape.num_loops, shape.num_ends, shape.num_junctions]
     assert all(known in (number, None) for number, known in zip(found, expected, strict=True))
     assert shape.length_px == np.count_nonzero(shape.skeleton)
-    assert shape.length_px == 1 or name != "square"
 
 
 def vessels(seed):
@@ -131,7 +130,4 @@ def test_prototype_counts_every_branching_pixel_and_mirrors_the_border():
     shape = prototype_topology(lines([(2, 4), (6, 4)], [(4, 2), (4, 6)], width=1, size=9))
     # the centre has four neighbours, each pixel beside it has four as well: centre, outer, two diagonals
     assert (shape.length_px, shape.num_components, shape.num_ends, shape.num_junctions) == (9, 1, 4, 5)
-    assert shape.thinning == "zhang"
-    reaching_the_border = lines([(0, 4), (5, 4)], width=1, size=9)
-    assert prototype_topology(reaching_the_border).num_ends == 1
-    assert topology(reaching_the_border).num_ends == 2
+    assert prototype_topology(lines([(0, 4), (5, 4)], width=1, size=9)).num_ends == 1

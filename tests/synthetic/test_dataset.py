@@ -26,16 +26,13 @@ def straight(start, end, radius):
     return Vessel(points, np.full(50, radius), np.linalg.norm(points - points[0], axis=1))
 
 
-@pytest.mark.parametrize("domain", [SOURCE, TARGET], ids=["source", "target"])
-@pytest.mark.parametrize("size", [64, 256])
-def test_shapes_types_and_share_of_vessels(domain, size):
+@pytest.mark.parametrize(("domain", "size"), [(SOURCE, 256), (TARGET, 64)], ids=["source", "target"])
+def test_share_of_vessels(domain, size):
     pairs = [draw_sequence(domain, patient, 1, 1, size)[0] for patient in range(1, 9)]
-    for image, mask in pairs:
-        assert (image.shape, image.dtype, mask.shape) == ((size, size, 3), np.uint8, (size, size))
-        assert (image == image[..., :1]).all()
-        assert image.std() > 5
-        assert 0.025 < mask.mean() < 0.11
-    assert 0.045 < np.mean([mask.mean() for _, mask in pairs]) < 0.08
+    assert min(image.std() for image, _ in pairs) > 5
+    shares = [mask.mean() for _, mask in pairs]
+    assert 0.025 < min(shares) < max(shares) < 0.11
+    assert 0.045 < np.mean(shares) < 0.08
 
 
 @pytest.mark.parametrize("other", [dict(patient=4), dict(sequence=2), dict(seed=2), dict(domain=SOURCE)])
@@ -64,9 +61,6 @@ def test_width_of_the_mask_is_twice_the_radius():
     assert np.flatnonzero(across[:, 128]).tolist() == [98, 99, 100, 101, 102]
     down = render_mask([straight((100.5, 20), (100.5, 230), 1.6)], 256)  # centres 0.5 and 1.5 px off
     assert np.flatnonzero(down[128]).tolist() == [99, 100, 101, 102]
-    small, large = (draw_sequence(CALM, 1, 1, 1, size)[0][1] for size in (128, 256))
-    enlarged = cv2.resize(small.astype(np.uint8), (256, 256), interpolation=cv2.INTER_NEAREST) > 0
-    assert dice(enlarged, large) > 0.75
 
 
 @pytest.mark.parametrize("layout", ["annotations", "nested", "masks"])
@@ -85,31 +79,15 @@ def test_layouts_are_read_back_exactly(tmp_path, layout):
 def test_the_built_in_data_is_that_of_the_earlier_results_and_drawn_once(tmp_path):
     root = builtin_data(tmp_path, SMALL)
     assert root == tmp_path / "data" / "synthetic_target_64px_f0e8817b"  # a hash of all settings
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    before = [(path, path.stat().st_mtime_ns) for path in root.parent.rglob("*")]
     assert builtin_data(tmp_path, SMALL) == root
-    assert {path: path.stat().st_mtime_ns for path in root.parent.rglob("*") if path != root} == before
-
-
-def test_other_data_in_the_folder_is_an_error(tmp_path):
-    def refused(message, domain=TARGET, **settings):
-        with pytest.raises(FileExistsError, match=message):
-            write_dataset(root, domain, 1, 1, **dict(num_frames=1, size=64) | settings)
-
-    root = write_dataset(tmp_path / "data", TARGET, 1, 1, 1, size=64)
-    refused("num_frames 1, not 2; seed 0, not 5", num_frames=2, seed=5)
-    refused("holds other synthetic angiograms: domain", replace(TARGET, loops=3.0))
-    next((root / "images").iterdir()).unlink()
-    refused("holds 0 images where 1 were written")
-    (root / "synthetic.json").unlink()
-    refused(r"no synthetic\.json")
-    assert (root / "annotations.json").exists()
+    assert [(path, path.stat().st_mtime_ns) for path in root.parent.rglob("*")] == before
 
 
 def test_data_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
-    for change in (dict(layout="coco"), dict(num_frames=0), dict(size=66), dict(size=32)):
-        ((name, value),) = change.items()
+    for name, value in (("layout", "coco"), ("num_frames", 0), ("size", 66), ("size", 32)):
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
-            write_dataset(tmp_path, TARGET, **dict(num_patients=1, num_sequences=1, num_frames=1) | change)
+            write_dataset(tmp_path, TARGET, 1, 1, **{"num_frames": 1, name: value})
     monkeypatch.setattr(dataset, "mask_to_polygons", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path / "data", TARGET, 1, 2, 1, size=64)

@@ -13,7 +13,6 @@ from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
 from vesselrl.experiment.config import get_preset
 from vesselrl.scoring.overlap import dice
-from vesselrl.training import train as training
 from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
 from vesselrl.training.supervised import SupervisedUpdate, flip, mask_cldice_loss, mask_loss
 
@@ -92,16 +91,11 @@ def test_the_unet_takes_images_of_any_size(size: tuple[int, int]) -> None:
         assert np.allclose(prediction.logits, logits.numpy(), atol=1e-5)
 
 
-def test_the_filter_is_set_on_training_masks_alone(control_runs: dict[str, Path], angiograms: Path) -> None:
-    split = read_split(control_runs["frangi"] / "data_split.json", find_samples(angiograms))
-    found = load_control(control_runs["frangi"]).values()
-    assert found == best_frangi(split.train)
-    assert found not in [best_frangi(samples) for samples in (split.val, split.test, split.val + split.test)]
-
-
-def test_the_filter_is_the_best_of_its_grid_on_the_training_images(angiograms: Path) -> None:
+def test_the_filter_is_the_best_of_its_grid_on_training_images_alone(control_runs, angiograms: Path) -> None:
     """Found again by trying thresholds one by one."""
-    samples = find_samples(angiograms)[:6]
+    split = read_split(control_runs["frangi"] / "data_split.json", find_samples(angiograms))
+    samples, found = split.train[:6], load_control(control_runs["frangi"])
+    assert found.values() == best_frangi(split.train) != best_frangi(split.val + split.test)
     found = Frangi(*best_frangi(samples))
 
     def score(model: Frangi) -> float:
@@ -120,14 +114,6 @@ def test_the_filter_is_the_best_of_its_grid_on_the_training_images(angiograms: P
     image[..., [0, 2]] = 7  # dark vessels, in the green channel
     assert dice(Frangi((2,)).predict(image).mask, TRUTH) > 0.7
     assert dice(Frangi((2,)).predict(255 - image).mask, TRUTH) < 0.3
-
-
-def test_validation_does_not_choose_between_start_and_filter(angiograms, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training, "best_frangi", lambda samples, progress: ((3,), 1e6))  # finds nothing
-    done = train_debug(tmp_path, data_root=angiograms, control="frangi")
-    for which in ("best", "final"):
-        assert load_control(done.folder / f"{which}_control").threshold == 1e6
-    assert done.info["test_metrics"]["after"]["dice"] == 0
 
 
 def test_loaded_controls_predict_what_the_run_scored(control_run: Path, angiograms: Path) -> None:

@@ -12,7 +12,6 @@ from vesselrl.training.credit import (
     ConstrainedReward,
     assign_credit,
     choose_regions,
-    mean_over_regions,
     overlap_credit,
 )
 
@@ -193,24 +192,6 @@ def test_bridges_cross_gaps_as_wide_as_the_low_threshold_mask_and_come_first_up_
     assert len(chosen(sample[None], greedy, 20, on=on)) == 2 + 1 + 2  # bridges, the smaller part, two bumps
     on[18:23, 25:31] = 0.9
     assert chosen(on[None] > 0.5, on > 0.5, 4, on=on) == []  # a lower threshold only widens
-
-
-def test_regions_that_overlap_share_their_mean() -> None:
-    left, both = np.zeros((2, 4), bool), np.zeros((2, 4), bool)
-    left[:, :1], both[:, :2] = True, True
-    credit = mean_over_regions([left, both], np.array([6.0, 1.0]), (2, 4))
-    assert credit.tolist() == [[3.5, 1.0, 0.0, 0.0]] * 2
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_every_region_is_wholly_on_or_wholly_off(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    on = cv2.GaussianBlur(rng.random((48, 48)).astype(np.float32), (0, 0), 2)
-    on = (on - on.min()) / (on.max() - on.min())
-    greedy = on > 0.5
-    regions = chosen(rng.random((3, 48, 48)) < on, greedy, 60, seed, on)
-    assert len(regions) == 60
-    assert all(len(np.unique(greedy[region])) == 1 for region in regions)
 
 
 def test_constrained_overlap_is_dice_and_multiplier_times_score_above_the_bound() -> None:

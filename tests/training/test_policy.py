@@ -74,23 +74,6 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
     assert all(torch.equal(p, before[name]) for name, p in policy.trainable.items())
 
 
-@torch.no_grad()
-def test_a_frozen_language_model_runs_once_per_image(tiny_checkpoint, images, monkeypatch) -> None:
-    policy = make_policy(tiny_checkpoint)
-    inputs = policy.prepare(images)
-    calls = []
-    original = policy.model.seg_states
-    monkeypatch.setattr(policy.model, "seg_states", lambda i: calls.append(1) or original(i))
-    first = policy.seg_prompts(inputs, ["a", "b"])
-    again = policy.seg_prompts(inputs, ["a", "b"])
-    assert calls == [1, 1]  # two images, once each
-    assert torch.equal(first, again)
-    assert torch.allclose(first, policy.model.seg_prompts(inputs), atol=1e-6)
-    policy.keys_repeat = False  # with augmentation the same key has other pixels in the next epoch
-    second = policy.seg_prompts(policy.prepare(images[::-1]), ["a", "b"])
-    assert float((first - second).norm() / first.norm()) > 1e-3
-
-
 PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
 
 
