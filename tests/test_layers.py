@@ -34,7 +34,7 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 # Leaves that can be deleted in one commit: cli apart, nothing imports them.
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_000, 9_500
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_300, 10_000
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 
