@@ -60,6 +60,14 @@ MEANT = {
     "help/*/options/--image_dir*": "new option: layouts of any names",
     "help/*/options/--mask_*": "new options: layouts of any names",
     "doctor/ill/message/3": "says what lies in the data root, and which options name folders",
+    "train_*/config/args_sha256": "settings carry a checksum",
+    "splits/*/checksum": "splits carry a checksum",
+    "pseudonyms/*/checksum": "splits carry a checksum",
+    "bad_input/left behind": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
+    "help/train --resume_from x/options/--allow_change*": "--allow_change was added",
+    "train_*files": "adapter folders hold SHA256SUMS",
+    "resuming/*/cut/files": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
+    "resuming/*/message": "a run without config.json is refused before its state is looked for",
 }
 
 

@@ -80,7 +80,8 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
     expected = peft_model.get_base_model()(inputs)[0]
     first, second = tmp_path / "first", tmp_path / "second"
     lora.save_adapter(peft_model, first)
-    assert sorted(p.name for p in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in first.iterdir()) == names
     base = model(inputs)[0]
     again = lora.load_adapter(model, first, is_trainable=True)
     assert torch.equal(expected, again.get_base_model()(inputs)[0])

@@ -44,6 +44,7 @@ def test_cold_warm_damaged_and_no_cache_give_the_same_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_new_runs_at_once_share_data_and_cache(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vesselrl", "train", "--preset", "debug", "--output_dir", str(tmp_path)]
     command += "--lora_scope projector mask_decoder --stage sft --learning_rate 0.01".split()
