@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "scoring": "experiment errors",
     "experiment": "errors",
     "doctor": "data models experiment errors",
-    **{"errors": "", "launch": "cli", "__main__": "launch", "__init__": ""},
+    **{"errors": "", "launch": "cli experiment", "__main__": "launch", "__init__": ""},
 }
 WITHOUT_TORCH = (
     "scoring experiment errors evaluation.compare evaluation.report evaluation.results evaluation.statistics "

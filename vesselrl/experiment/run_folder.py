@@ -1,14 +1,17 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
+import errno
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -16,9 +19,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vesselrl.errors import RunError
+from vesselrl.errors import RefusedError, RunError, Stopped, WriteError
 
 PREFIX = "sa2va_lora_ppo_"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
+}
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -40,7 +48,7 @@ class RunFolder:
                 if path.is_dir():
                     continue
                 fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
-                raise RunError(f"{fault}; give another --output_dir.") from None
+                raise RefusedError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
@@ -66,8 +74,19 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
+
+    @contextmanager
+    def says_how_to_go_on(self) -> Iterator[None]:
+        """Where a signal or a disk ends the training, the message has the command that goes on with it."""
+        try:
+            yield
+        except (Stopped, OSError) as error:
+            with suppress(OSError):  # it may be out of reach
+                if any(self.path.glob("resume.*safetensors")):
+                    error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
+            raise
 
 
 def find_run(lora_weights: str | Path | None) -> Path | None:
@@ -94,16 +113,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     After an error nothing of it is left, and what `path` held before stays. The folder of `path` is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with writing(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be gone or read-only, and has nothing of it then
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(*paths: Path) -> Iterator[None]:
+    """Turns the error of a disk or folder into a WriteError that names the first path.
+
+    Errors of other files pass, such as one that is read meanwhile.
+    """
+    tensors = sys.modules.get("safetensors")  # needed by few commands
+    faults = (OSError, tensors.SafetensorError) if tensors else (OSError,)
+    try:
+        yield
+    except WriteError:
+        raise
+    except faults as error:
+        code = re.search(r"os error (\d+)", str(error))  # as safetensors writes it
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        file = Path(os.fsdecode(getattr(error, "filename", None) or paths[0]))
+        if not any(path.is_relative_to(file) or file.is_relative_to(path) for path in paths):
+            raise
+        reason = os.strerror(number) if number else str(error)
+        fault = f"{paths[0]} cannot be written ({reason})"
+        raise WriteError(f"{fault}. {_ADVICE.get(number, 'Check the disk.')}", reason) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -120,12 +164,24 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """A RunError where a folder can be neither made nor written to; changes nothing."""
-    place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
+    """A RefusedError where a folder can be neither made nor written to; changes nothing."""
+    place = _existing(folder)
     if not place.is_dir():
-        raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
     if not os.access(place, os.W_OK):
-        raise RunError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+
+
+def check_room(folder: Path, num_bytes: float, purpose: str) -> None:
+    """A RefusedError where a disk has not that many bytes free for a purpose; changes nothing."""
+    if (free := shutil.disk_usage(_existing(folder)).free) < num_bytes:
+        fault = f"{folder} has {free / 1e6:,.0f} MB free; {num_bytes / 1e6:,.0f} MB are needed for {purpose}"
+        raise RefusedError(f"{fault}. Make room, or choose another folder.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
 
 
 def strict(value: object) -> object:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
-from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.experiment.run_folder import atomic_write, check_room, write_json
 from vesselrl.models.config import SAM2_SIDECAR, Sa2VAConfig, Sam2Dimensions, read_config, read_json_object
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import NAMES, POINTS, UNUSED, Sa2VA
@@ -208,10 +208,7 @@ def save_sa2va(model: Sa2VA, folder: Path) -> None:
 def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
     """Copies a checkpoint with the model's weights for its own, in `dtype` or in that of each tensor."""
     shards = shard_files(source)
-    needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
-    if free < needed * 1.05:
-        place = f"{target.parent} has {free / 1e9:.1f} GB free"
-        raise CheckpointError(f"{place}; {needed / 1e9:.1f} GB are needed.")
+    check_room(target.parent, 1.05 * sum(file.stat().st_size for file in shards), "the merged copy")
     state = model.state_dict()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
     for file in shards:

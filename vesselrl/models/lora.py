@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import writing
 from vesselrl.models.checkpoint import read_shard
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
@@ -134,7 +135,8 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, nothing else."""
-    peft_model.save_pretrained(str(folder), safe_serialization=True)
+    with writing(folder):
+        peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
-from vesselrl.experiment.run_folder import atomic_write
+from vesselrl.experiment.run_folder import atomic_write, check_room
 from vesselrl.synthetic.rendering import Domain, Style, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
 
@@ -102,6 +102,8 @@ def write_dataset(
         _check_same(root, json.loads(json.dumps(settings)), num_patients * num_sequences * num_frames)
         logger.info("reusing the synthetic angiograms in %s", root)
         return root
+    num_images = num_patients * num_sequences * num_frames
+    check_room(root, num_images * (size**2 + 10_000), f"{num_images} images")
     with atomic_write(root) as partial:
         (partial / "images").mkdir(parents=True)
         if layout != "nested":

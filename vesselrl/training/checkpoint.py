@@ -54,16 +54,11 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises RunError."""
+    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises WriteError."""
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
-    path = folder / STATE_FILE
-    try:
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, {"format": "pt", "version": STATE_VERSION, "state": plain})
-    except (SafetensorError, OSError) as error:
-        advice = f"Make room, then go on with --resume_from {folder}."
-        raise RunError(f"{path} cannot be written ({error}). {advice}") from None
+    with atomic_write(folder / STATE_FILE) as partial:
+        save_file(tensors, partial, {"format": "pt", "version": STATE_VERSION, "state": plain})
 
 
 def read_state(folder: Path) -> dict[str, Any]:

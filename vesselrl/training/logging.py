@@ -9,8 +9,9 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 
+from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder
+from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class Monitor:
         self.issues: list[Issue] = []
         self._reward_s = self._step_s = 0.0
         purge_step = None if resumed_at is None else resumed_at + 1
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
+        self._folder = run.path / "tensorboard"
+        with writing(self._folder):
+            self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._wandb = None
         if config.run.use_wandb:
             import wandb
@@ -60,15 +63,21 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self.board.close()
+        try:
+            with writing(self._folder):
+                self.board.close()
+        except WriteError:
+            if not any(exception):  # else the run has ended by what is more telling
+                raise
         if self._wandb is not None:
             self._wandb.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores any metrics."""
         self.run.append_metrics({"step": step, **metrics})
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        with writing(self._folder):
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
@@ -127,6 +136,6 @@ class Monitor:
 
 
 def check_wandb() -> None:
-    """Raises ModuleNotFoundError, with advice, where the package is missing."""
+    """Raises ValueError, with advice, where the package is missing."""
     if find_spec("wandb") is None:
-        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
+        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")

@@ -27,7 +27,7 @@ from vesselrl.errors import DataError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, find_run
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 SPLIT_FILE = "data_split.json"
 SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
+PICTURES_BYTES = 5_000_000  # of pictures, reports and metrics
+STATE_COPIES = 14  # of the adapters' values: up to seven in a state, and the next one beside it
 # On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
 BETAS = (0.9, 0.95)
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
@@ -161,7 +163,8 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
-    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)
+    with atomic_write(run.path / SHEET_FILE) as partial_file:
+        Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
     return batches
 
 
@@ -203,6 +206,13 @@ def make_updates(
     if not is_unet:
         updates["rl"] = PPOUpdate(model, optimizer, reward, config)
     return optimizer, updates
+
+
+def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
+    """Raises RefusedError where the disk has no room for all that the run will write, caches apart."""
+    one = sum(values.numel() * values.element_size() for values in model.trainable.values())
+    adapters = 2 + config.optim.num_epochs // config.run.save_freq
+    check_room(run.path, PICTURES_BYTES + one * (adapters + STATE_COPIES), "this training")
 
 
 def check_reward(reward: Reward, data: RunData) -> None:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
+from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
@@ -22,6 +22,7 @@ from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
+from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
 from vesselrl.models.lora import check_scope
 from vesselrl.scoring.overlap import METRIC_SPEC
@@ -30,7 +31,7 @@ from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
-from vesselrl.training.health import Health
+from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor, check_wandb
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.setup import staged_warm_cosine
@@ -67,6 +68,7 @@ class Training:
     monitor: Monitor = field(init=False)
     health: Health = field(init=False)
     step: int = 0
+    validated: int = -1  # the step of the latest validation
     before: Evaluation | None = None
     latest: Evaluation | None = None
     best: Evaluation | None = None
@@ -96,33 +98,35 @@ def train(
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
             folder is removed again, an older one left as it is.
         LearningError: the run does not learn.
+        Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
     state = None if resume_from is None else checkpoint.read_state(resume_from)
     t = set_up(config, argv, resume_from, state)
-    with Monitor(t.run, config, t.num_steps, console, state and state["step"]) as t.monitor:
-        t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
-        # 2. Validate before the first update: the starting adapter is the first `best_lora`.
-        if state is None:
-            if (sheet := t.run.path / setup.SHEET_FILE).exists():
-                pixels = np.asarray(Image.open(sheet))
-                t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
-            validate(t)
-        else:
-            restore(t, state)
-        # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
-        if config.optim.control == "frangi":
-            fit_filter(t)
-        else:
-            run_epochs(t)
-        # 4. Save the last adapter.
-        t.model.save(t.run.path / f"final_{t.model.kind}")
-        check_learned(t)
-        # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
-        tested = score_test(t)
-    # 6. Write results, curves, pictures and the report.
-    draw(t)
-    return write_results(t, tested)
+    with t.run.says_how_to_go_on():
+        with Monitor(t.run, config, t.num_steps, console, state and state["step"]) as t.monitor:
+            t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
+            # 2. Validate before the first update: the starting adapter is the first `best_lora`.
+            if state is None:
+                if (sheet := t.run.path / setup.SHEET_FILE).exists():
+                    pixels = np.asarray(Image.open(sheet))
+                    t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
+                validate(t)
+            else:
+                restore(t, state)
+            # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
+            if config.optim.control == "frangi":
+                fit_filter(t)
+            else:
+                run_epochs(t)
+            # 4. Save the last adapter.
+            t.model.save(t.run.path / f"final_{t.model.kind}")
+            check_learned(t.num_steps, t.model.distance())
+            # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
+            tested = score_test(t)
+        # 6. Write results, curves, pictures and the report.
+        draw(t)
+        return write_results(t, tested)
 
 
 def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
@@ -152,6 +156,7 @@ def set_up(
         model = setup.make_model(config, device)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
+        setup.check_disk(config, model, run)
         batches = setup.training_batches(config, data, run)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
@@ -172,17 +177,20 @@ def set_up(
 # ---- 2. Validation
 
 
-def validate(t: Training, is_last: bool = False) -> None:
+def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
-    t.latest = evaluate_subset(t, "val", "validation")
-    t.before = t.before or t.latest
-    means = headline(t.latest)
-    t.monitor.log_validation(t.step, means)
-    if t.best is None or means["reward"] > headline(t.best)["reward"]:
-        keep_best(t, t.step, t.latest)
-    name = "val_before" if t.step == 0 else "val_latest"
-    results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
-    t.health.after_validation(t.step, means, is_last)
+    latest = evaluate_subset(t, "val", "validation")
+    with finish_first():
+        t.latest, t.validated = latest, t.step
+        t.before = t.before or t.latest
+        means = headline(t.latest)
+        t.monitor.log_validation(t.step, means)
+        if t.best is None or means["reward"] > headline(t.best)["reward"]:
+            keep_best(t, t.step, t.latest)
+        name = "val_before" if t.step == 0 else "val_latest"
+        results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+        t.health.after_validation(t.step, means, is_last)
+        update_multipliers(t, stage)
 
 
 def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
@@ -217,7 +225,7 @@ def keep_best(t: Training, step: int, result: Evaluation) -> None:
 
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
-    batches, optim, run = t.batches, t.config.optim, t.config.run
+    batches, run = t.batches, t.config.run
     stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
     schedule = [
         (sum(map(batches.num_batches, epochs)), t.config.rate_of_stage(stage))
@@ -226,34 +234,52 @@ def run_epochs(t: Training) -> None:
     if t.step == 0:
         save_state(t)
     end = 0
-    for epoch in range(1, batches.num_epochs + 1):
-        begin, end = end, end + batches.num_batches(epoch)
-        if end < t.step:
-            continue
-        stage = stage_of(epoch)
-        if t.step <= begin and (epoch == 1 or stage != stage_of(epoch - 1)):
-            t.optimizer.state.clear()  # the moments of another loss say nothing about this one
-            update_multipliers(t, stage)
-        for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
-            rate = t.health.rate_factor * staged_warm_cosine(t.step, schedule, optim.warmup_share)
-            for group in t.optimizer.param_groups:
-                group["lr"] = rate
-            t.step += 1
-            try:
-                metrics = t.updates[stage].step(batch)
-            except NotFiniteError as error:
-                metrics = {}
-                t.health.roll_back(t.step, str(error))
-            t.health.after_step(t.step, metrics)
-            t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+    try:
+        for epoch in range(1, batches.num_epochs + 1):
+            begin, end = end, end + batches.num_batches(epoch)
+            if end < t.step:
+                continue
+            stage = stage_of(epoch)
+            begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
+            if t.step > begin:  # a signal may have come before the validation
+                validate_if_due(t, stage, end)
+            for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+                with finish_first():
+                    if t.step == begin and begins_stage:
+                        t.optimizer.state.clear()  # the moments of another loss say nothing about this one
+                        update_multipliers(t, stage)
+                    take_step(t, batch, stage, schedule, epoch)
+                validate_if_due(t, stage, end)
+            if epoch % run.save_freq == 0 and not run.sanity_overfit:
+                t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+    except Stopped:
+        save_state(t)
+        raise
 
-            is_last, ends_epoch = t.step == batches.num_steps, t.step == end and not run.sanity_overfit
-            if is_last or ends_epoch or t.step % run.val_freq == 0:
-                validate(t, is_last)
-                update_multipliers(t, stage)
-                save_state(t)
-        if epoch % run.save_freq == 0 and not run.sanity_overfit:
-            t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+
+def take_step(
+    t: Training, batch: TrainBatch, stage: str, schedule: list[tuple[int, float]], epoch: int
+) -> None:
+    """One update and its metrics, or a roll-back."""
+    rate = t.health.rate_factor * staged_warm_cosine(t.step, schedule, t.config.optim.warmup_share)
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    t.step += 1
+    try:
+        metrics = t.updates[stage].step(batch)
+    except NotFiniteError as error:
+        metrics = {}
+        t.health.roll_back(t.step, str(error))
+    t.health.after_step(t.step, metrics)
+    t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+
+
+def validate_if_due(t: Training, stage: str, end: int) -> None:
+    """Validates after some steps, an epoch, which ends with step `end`, and the last step; then saves."""
+    is_last, ends_epoch = t.step == t.num_steps, t.step == end and not t.config.run.sanity_overfit
+    if t.validated < t.step and (is_last or ends_epoch or t.step % t.config.run.val_freq == 0):
+        validate(t, is_last, stage)
+        save_state(t)
 
 
 def update_multipliers(t: Training, stage: str) -> None:
@@ -272,9 +298,8 @@ def fit_filter(t: Training) -> None:
 
 def save_state(t: Training) -> None:
     """Writes all that an interrupted run needs to go on from here."""
-    state = {
-        name: getattr(t, name) for name in ("fingerprint", "provenance", "step", "best_step", "best_values")
-    }
+    names = ("fingerprint", "provenance", "step", "validated", "best_step", "best_values")
+    state = {name: getattr(t, name) for name in names}
     state |= {f"evaluation_{name}": getattr(t, name).to_json() for name in ("before", "best", "latest")}
     state |= {
         "values": t.model.values(),
@@ -289,7 +314,7 @@ def save_state(t: Training) -> None:
 
 def restore(t: Training, state: Mapping[str, Any]) -> None:
     """Restores the state that `save_state` wrote."""
-    t.step = state["step"]
+    t.step, t.validated = state["step"], state.get("validated", state["step"])
     logger.info("going on after step %d of %d", t.step, t.num_steps)
     earlier = state["provenance"]
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
@@ -308,16 +333,6 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 
 
 # ---- 4. to 6. The last weights, the test, and the results
-
-
-def check_learned(t: Training) -> None:
-    """Raises LearningError for a run that has ended exactly where it began."""
-    if t.num_steps and t.model.distance() == 0:
-        raise LearningError(
-            f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
-            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
-            "constant one teaches nothing) and --learning_rate."
-        )
 
 
 def score_test(t: Training) -> dict[str, Evaluation]:
