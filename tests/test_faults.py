@@ -1,4 +1,4 @@
-"""Signals, full disks and folders that vanish: exit code, message in words, nothing half written, and going on."""
+"""Signals, full disks, folders that vanish: exit code, message, nothing half written, and the run goes on."""
 
 import itertools
 import json
@@ -14,12 +14,16 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 from safetensors import safe_open
 
-OPTIONS = "--output_dir out --preset debug --stage sft+rl --num_epochs 2 --batch_size 1 --val_freq 3 --num_passes 1 --cache_gb 0"
+from vesselrl.cli import main
+
+OPTIONS = "--preset debug --stage sft+rl --num_epochs 2 --num_passes 1 --batch_size 1 --val_freq 3"
+OPTIONS += " --cache_gb 0 --output_dir out"
 
 
 class Ended(NamedTuple):
@@ -46,7 +50,9 @@ def at_call(number: int, owner: object, name: str, act: Callable[[], object]) ->
 
 def places() -> dict[str, tuple[int, object, str]]:
     """Moments of a training: call number, owner and name of a function that it calls then."""
+    from vesselrl.data import check
     from vesselrl.inference import merge, predictor
+    from vesselrl.synthetic import dataset
     from vesselrl.training import checkpoint, ppo, setup, supervised, train
 
     return {
@@ -59,6 +65,8 @@ def places() -> dict[str, tuple[int, object, str]]:
         "report": (1, train, "write_run_report"),
         "prediction": (2, predictor.Predictor, "predict"),
         "merging": (2, merge, "load_sa2va"),
+        "checking": (1, check, "check_listing"),
+        "drawing": (3, dataset, "_write_frame"),
     }
 
 
@@ -67,9 +75,9 @@ FAULTS: dict[str, Callable[[], object]] = {
     "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
     "SIGHUP": lambda: os.kill(os.getpid(), signal.SIGHUP),
     "SIGTERM and SIGINT": lambda: [os.kill(os.getpid(), one) for one in (signal.SIGTERM, signal.SIGINT)],
-    "removed folder": lambda: [shutil.rmtree(folder) for folder in Path().glob("out/sa2va*")],
+    "removed folder": lambda: shutil.rmtree(the_run(Path())),
     # For root no folder is read-only.
-    "read-only": lambda: os.seteuid(65534) if os.geteuid() == 0 else [f.chmod(0o555) for f in Path().glob("out/*")],
+    "read-only": lambda: the_run(Path()).chmod(0o555) if os.geteuid() else os.seteuid(65534),
 }  # fmt: skip
 
 
@@ -191,10 +199,10 @@ GONE = r"Put its folder back\."
 DISKS = [  # bytes that a file may have, or what happens; where; which file is named; the advice
     (0, "step", r"metrics\.jsonl", rf"Make room there\. {GO_ON}"),
     (3_000, "rl step", r"metrics\.jsonl|tensorboard", rf"Make room there\. {GO_ON}"),
-    (100_000, "set-up", r"contact_sheet\.png", r"Make room there\."),
+    (100_000, "set-up", r"model\.safetensors", r"Make room there\."),
     (300_000, "validation", r"resume\.safetensors", rf"Make room there\. {GO_ON}"),
     ("removed folder", "rl step", r"metrics\.jsonl", GONE),
-    ("removed folder", "test", r"metrics\.jsonl", GONE),
+    ("removed folder", "test", r"sa2va_\w+", GONE),
     ("read-only", "step", r"metrics\.jsonl", rf"Make it writable\. {GO_ON}"),
 ]  # fmt: skip
 
@@ -204,10 +212,60 @@ def test_a_disk_that_fails_is_named_and_the_run_goes_on(
     open_folder: Path, whole: dict, fault: int | str, place: str, file: str, advice: str
 ) -> None:
     ended = run(f"train {OPTIONS}", open_folder, place, fault)
-    check_words(
-        ended, open_folder, 1, rf"^error: out/sa2va_\w+/({file}) cannot be written \(.+\)\. {advice}$"
-    )
+    check_words(ended, open_folder, 1, rf"^error: \S*({file}) cannot be written \(.+\)\. {advice}$")
     if GO_ON in advice:
         go_on(open_folder, whole)
     else:
         assert list(open_folder.glob("out/sa2va_*")) == []
+
+
+@pytest.fixture(scope="module")
+def things(whole: dict, tmp_path_factory: pytest.TempPathFactory, angiograms: Path) -> Path:
+    """A folder with data and an adapter of the embedded model."""
+    folder = tmp_path_factory.mktemp("things")
+    shutil.copytree(angiograms, folder / "data")
+    ended = run(
+        "train --preset debug --model_path None --data_root data --output_dir out --stage sft", folder
+    )
+    assert ended.code == 0, ended.text
+    the_run(folder).rename(folder / "run")
+    return folder
+
+
+VERBS = [
+    ("evaluate --lora_weights run", "prediction", "SIGTERM", 143),
+    ("predict --lora_weights run --image data/images --output_dir new", "prediction", "SIGHUP", 129),
+    ("merge --lora_weights run --output_model new", "merging", "SIGINT", 130),
+    ("data check data", "checking", "SIGTERM", 143),
+    ("data draw --root new", "drawing", "SIGTERM", 143),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "place", "name", "code"), VERBS)
+def test_other_commands_stop_with_one_line(
+    things: Path, words: str, place: str, name: str, code: int
+) -> None:
+    before = {path for path in things.rglob("*") if path.is_file()}
+    ended = run(words, things, place, name)
+    check_words(ended, things, code, f"stopped by {name}. No file is half written.")
+    made = {path for path in things.rglob("*") if path.is_file()} - before
+    assert len(made) == (3 if words.startswith("predict") else 0) + len(
+        list(things.glob("new/*.mapping.json"))
+    )
+    shutil.rmtree(things / "new", ignore_errors=True)
+
+
+def test_too_little_room_is_said_before_anything_is_written(things: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(things)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    before = sorted(things.rglob("*"))
+    for words in (
+        "train --preset debug --model_path None --data_root data --output_dir out",
+        "merge --lora_weights run --output_model new", "data draw --root new",
+        "predict --lora_weights run --image data/images --output_dir out",
+    ):  # fmt: skip
+        assert main(words.split()) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(r"^error: \S+ has 0 MB free; \d+ MB are needed for .* Make room", line), line
+    assert sorted(things.rglob("*")) == before

@@ -77,6 +77,11 @@ class RunFolder:
         with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
 
+    def check_there(self) -> None:
+        """A WriteError where the folder was removed: writing a file would make it anew, with that alone."""
+        with writing(self.path):
+            (self.path / "config.json").stat()
+
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:
         """Where a signal or a disk ends the training, the message has the command that goes on with it."""

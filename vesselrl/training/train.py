@@ -197,7 +197,9 @@ def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
     """Scores the model as it is on the `val` or `test` images."""
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
     shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
-    return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    t.run.check_there()
+    return scored
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
@@ -362,6 +364,7 @@ def draw(t: Training) -> None:
 
 def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
+    t.run.check_there()
     info = {
         "args": t.config.to_dict(),
         "counts": t.data.counts | {"trainable": t.model.counts},
