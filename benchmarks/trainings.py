@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 42  # of the split, and of the first training of a method; the others have 43, ...
 SETTINGS_FILE, INFO_FILE = "arm.json", "training_info.json"
-_RUNNING: set[subprocess.Popen] = set()
+_STARTED: list[subprocess.Popen] = []
 # One process with one thread per core is faster than one process with several threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -133,8 +133,8 @@ def train_all(
         reasons = list(pool.map(lambda place: train_one(place, trainings[place], settings[place]), waiting))
     except Stopped as stop:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in tuple(_RUNNING):
-            process.terminate()  # each saves its state
+        for process in _STARTED:
+            process.terminate()  # it saves its state
         stop.add_note("The same command goes on from there.")
         raise
     finally:
@@ -184,8 +184,5 @@ def run_command(arguments: Sequence[str], log_file: Path) -> int:
         # In a group of their own, as Ctrl-C in a terminal would be a second signal for them.
         apart = {"env": os.environ | ONE_THREAD, "process_group": 0}
         with subprocess.Popen(command, **into_log, **apart) as process:
-            _RUNNING.add(process)
-            try:
-                return process.wait()
-            finally:
-                _RUNNING.discard(process)
+            _STARTED.append(process)
+            return process.wait()

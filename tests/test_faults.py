@@ -164,7 +164,13 @@ STOPS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "name", "code", "step"), STOPS)
+@pytest.mark.parametrize(
+    ("place", "name", "code", "step"),
+    [
+        pytest.param(*stop, marks=pytest.mark.slow if number else (), id=stop[0])
+        for number, stop in enumerate(STOPS)
+    ],
+)
 def test_a_stopped_run_ends_as_if_never_stopped(
     tmp_path: Path, whole: dict, place: str, name: str, code: int, step: int
 ) -> None:
@@ -207,7 +213,8 @@ DISKS = [  # bytes that a file may have, or what happens; where; which file is n
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fault", "place", "file", "advice"), DISKS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "place", "file", "advice"), DISKS, ids=[f"{d[0]}, {d[1]}" for d in DISKS])
 def test_a_disk_that_fails_is_named_and_the_run_goes_on(
     open_folder: Path, whole: dict, fault: int | str, place: str, file: str, advice: str
 ) -> None:

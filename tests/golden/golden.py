@@ -55,7 +55,7 @@ MEANT = {
     "comparing/*/ranking/*/0": "ranges of ranks were removed",
     "bad_input/*/message": "messages were shortened, or say subset in place of side",
     "broken_roots/*/message/*": "messages were shortened, or say subset in place of side",
-    "bad_input/*/code": "2 for whatever is refused before the work begins, also by evaluate, predict and merge",
+    "bad_input/*/code": "2 for whatever is refused before the work begins, by any verb",
     "resuming/no run/code": "2 for whatever is refused before the work begins",
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",

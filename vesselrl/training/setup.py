@@ -23,7 +23,7 @@ from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_ove
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
@@ -218,8 +218,12 @@ def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
 def check_reward(reward: Reward, data: RunData) -> None:
     """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once."""
     truth = load_mask(data.train[0])
-    for mask in (truth, np.zeros_like(truth)):
-        reward(mask, truth)
+    try:
+        for mask in (truth, np.zeros_like(truth)):
+            reward(mask, truth)
+    except RewardError as error:
+        error.exit_code = 2  # nothing has begun
+        raise
 
 
 def select_device(gpu: int) -> str:
