@@ -1,4 +1,4 @@
-"""Bad input to training: one line that names file or record, exit code 1, nothing left behind or damaged.
+"""Bad input to training: one line that names file or record, exit code 2, nothing left behind or damaged.
 
 The golden check has many more of them, but only their exit codes.
 """
@@ -52,14 +52,14 @@ def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, cap
     write_json(output / EARLIER, {})
     earlier = digests(output)
 
-    def train(may_have_begun: bool = False, **changes: object) -> str:
+    def train(may_have_begun: bool = False, code: int = 2, **changes: object) -> str:
         options = {"model_path": tiny_checkpoint, "data_root": angiograms, "output_dir": output} | changes
         inputs = [Path(value) for value in options.values() if Path(str(value)).is_dir() and value != output]
         before = [digests(folder) for folder in inputs]
         words = [str(w) for name, value in options.items() for w in (f"--{name}", value) if w is not True]
-        code = main(["train", "--preset", "debug", *words])
+        ended = main(["train", "--preset", "debug", *words])
         out, err = capsys.readouterr()
-        assert code == 1, err
+        assert ended == code, err
         (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert not PERSON.search(out + err + caplog.text)
@@ -184,7 +184,7 @@ def test_a_bad_setting_is_named(
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
 def test_a_learning_rate_of_0_is_no_success(refused: Callable, stage: str) -> None:
-    line = refused(may_have_begun=True, learning_rate=0, stage=stage)
+    line = refused(may_have_begun=True, code=1, learning_rate=0, stage=stage)
     assert re.search(r"the adapter has moved by 0\.0.*--learning_rate \(0 teaches nothing", line)
 
 
@@ -203,7 +203,7 @@ def test_in_a_process_of_its_own_and_with_a_traceback_for_whoever_asks(
     command = [sys.executable, "-m", "vesselrl", *words]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     *log, last = done.stderr.splitlines()
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert last.startswith(f"error: Model folder {tmp_path / 'model'} does not exist")
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in log)
     assert not PERSON.search(done.stdout + done.stderr)

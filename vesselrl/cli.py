@@ -39,7 +39,7 @@ console = Console(highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or nothing comparable."""
+    """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or refused, 3 partly done."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(USAGE, VERBS))
@@ -57,13 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # the parser's: 0 after --help, 2 after wrong usage, which it has explained
         return int(stop.code or 0)
     except (*EXPECTED, RuntimeError) as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-        # One line for the user; the traceback for whoever asks for it.
-        if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
-            raise
-        advice = OUT_OF_MEMORY if out_of_memory else ""
-        print(f"error: {' '.join(f'{advice} {error}'.split())}", file=sys.stderr)
-        return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
+        return fail(error)
+
+
+def fail(error: Exception) -> int:
+    """Says in one line what a user can mend, and returns the exit code; raises what is a fault of ours."""
+    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    # One line for the user; the traceback for whoever asks for it.
+    if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
+        raise error
+    text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}."
+    text = " ".join([text, *getattr(error, "__notes__", ())])
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
 def usage(form: str, verbs: dict[str, Verb]) -> str:

@@ -52,6 +52,8 @@ MEANT = {
     "bad_input/*/message": "messages were shortened, or say subset in place of side",
     "broken_roots/*/message/*": "messages were shortened, or say subset in place of side",
     "doctor/*/message/0": "a sample of the values is looked at, which the line says",
+    "bad_input/*/code": "2 for whatever is refused before the work begins, by any verb",
+    "resuming/no run/code": "2 for whatever is refused before the work begins",
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",

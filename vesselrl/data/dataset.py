@@ -16,6 +16,7 @@ from vesselrl.data.curriculum import open_samples
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
+from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.scoring.topology import Topology, topology
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
@@ -161,8 +162,9 @@ def write_contact_sheet(
     shown = (dataset.augmented(index, epoch=1) for index in range(len(dataset)))
     sheet = contact_sheet([(sample.key, image, mask) for image, mask, sample in shown])
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    with atomic_write(path) as partial:
+        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+        Image.fromarray(sheet).save(partial, format=kind)
     return path
 
 

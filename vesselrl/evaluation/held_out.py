@@ -16,7 +16,7 @@ from vesselrl.data.check import foreground_shares
 from vesselrl.data.near_duplicates import pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
-from vesselrl.errors import DataError, RunError
+from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
@@ -146,7 +146,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     for key in ("base_model", "lora_weights"):
         first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
         if first != second:
-            raise RunError(f"{path} holds the evaluation of another model. Give another --output_dir.")
+            raise RefusedError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 
 def choose_samples(

@@ -90,6 +90,12 @@ class Evaluation:
         return metric_names(self.rows)
 
     @property
+    def headline(self) -> dict[str, float]:
+        """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
+        metrics, names = self.summary["metrics"], (*HEADLINE, "custom_score")
+        return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
+
+    @property
     def too_many_failed(self) -> bool:
         """True if more than 5 % of the predictions failed; a command then ends with an error."""
         return self.summary["n_failed"] > MAX_FAILED_SHARE * self.summary["n_images"]

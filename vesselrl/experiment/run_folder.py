@@ -1,10 +1,13 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vesselrl.errors import RefusedError, RunError
+from vesselrl.errors import RefusedError, RunError, Stopped, WriteError
 
 try:
     import fcntl
@@ -28,6 +31,11 @@ PREFIX = "sa2va_lora_ppo_"
 CONFIG_FILE = "config.json"
 LOCK_FILE = "run.lock"
 SUMS_FILE = "SHA256SUMS"  # of an adapter folder, as the command sha256sum reads it
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
+}
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -49,7 +57,7 @@ class RunFolder:
                 if path.is_dir():
                     continue
                 fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
-                raise RunError(f"{fault}; give another --output_dir.") from None
+                raise RefusedError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
@@ -70,7 +78,12 @@ class RunFolder:
         """
         path = self.path / LOCK_FILE
         in_use = RefusedError(f"{self.path} is in use by another training. Wait for its end, or stop it.")
-        with path.open("ab") as file:
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            fault = f"{path} cannot be written ({error.strerror})"
+            raise RefusedError(f"{fault}. {_ADVICE.get(error.errno, 'Check the disk.')}") from None
+        with file:
             with suppress(OSError):  # a file system without locks
                 try:
                     if fcntl is not None:
@@ -100,7 +113,7 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
 
     def cut_metrics(self, num_bytes: int) -> bool:
@@ -110,6 +123,22 @@ class RunFolder:
         if kept != there or not self.metrics_file.exists():
             write_text(self.metrics_file, kept.decode())
         return len(kept) < num_bytes
+
+    def check_there(self) -> None:
+        """A WriteError where the folder was removed: writing a file would make it anew, with that alone."""
+        with writing(self.path):
+            (self.path / CONFIG_FILE).stat()
+
+    @contextmanager
+    def says_how_to_go_on(self) -> Iterator[None]:
+        """Where a signal or a disk ends the training, the message has the command that goes on with it."""
+        try:
+            yield
+        except (Stopped, OSError) as error:
+            with suppress(OSError):  # it may be out of reach
+                if any(self.path.glob("resume.*safetensors")):
+                    error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
+            raise
 
 
 def _is_entry(line: bytes) -> bool:
@@ -176,17 +205,18 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     nothing of it is left, and what `path` held before stays, or stays as `previous`. The folder of `path`
     is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        for file in partial.rglob("*") if partial.is_dir() else (partial,):
-            _flush(file)
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(partial, path)
-        with suppress(OSError):  # not every file system can flush a folder
-            _flush(path.parent)
+        with writing(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            for file in partial.rglob("*") if partial.is_dir() else (partial,):
+                _flush(file)
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(partial, path)
+            with suppress(OSError):  # not every file system can flush a folder
+                _flush(path.parent)
     finally:
         _discard(partial)
 
@@ -195,7 +225,7 @@ def _flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":  # Windows opens no folders
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # a file may be read-only
     try:
         os.fsync(handle)
     finally:
@@ -206,7 +236,31 @@ def _discard(partial: Path) -> None:
     if partial.is_dir():
         shutil.rmtree(partial, ignore_errors=True)
     else:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder may be gone or read-only, and has nothing of it then
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(*paths: Path) -> Iterator[None]:
+    """Turns the error of a disk or folder into a WriteError that names the first path.
+
+    Errors of other files pass, such as one that is read meanwhile.
+    """
+    tensors = sys.modules.get("safetensors")  # needed by few commands
+    faults = (OSError, tensors.SafetensorError) if tensors else (OSError,)
+    try:
+        yield
+    except WriteError:
+        raise
+    except faults as error:
+        code = re.search(r"os error (\d+)", str(error))  # as safetensors writes it
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        file = Path(os.fsdecode(getattr(error, "filename", None) or paths[0]))
+        if not any(path.is_relative_to(file) or file.is_relative_to(path) for path in paths):
+            raise
+        reason = os.strerror(number) if number else str(error)
+        fault = f"{paths[0]} cannot be written ({reason})"
+        raise WriteError(f"{fault}. {_ADVICE.get(number, 'Check the disk.')}", reason) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -221,12 +275,24 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """A RunError where a folder can be neither made nor written to; changes nothing."""
-    place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
+    """A RefusedError where a folder can be neither made nor written to; changes nothing."""
+    place = _existing(folder)
     if not place.is_dir():
-        raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
     if not os.access(place, os.W_OK):
-        raise RunError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+
+
+def check_room(folder: Path, num_bytes: float, purpose: str) -> None:
+    """A RefusedError where a disk has not that many bytes free for a purpose; changes nothing."""
+    if (free := shutil.disk_usage(_existing(folder)).free) < num_bytes:
+        fault = f"{folder} has {free / 1e6:,.0f} MB free; {num_bytes / 1e6:,.0f} MB are needed for {purpose}"
+        raise RefusedError(f"{fault}. Make room, or choose another folder.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
 
 
 def strict(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +12,13 @@ import torch
 from PIL import Image
 from scipy.special import expit
 
-from vesselrl.data.images import IMAGE_SUFFIXES
+from vesselrl.data.images import IMAGE_SUFFIXES, read_size
 from vesselrl.data.patients import is_impersonal, names_a_person
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.records import list_images
 from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
-from vesselrl.experiment.run_folder import check_writable
+from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
@@ -118,6 +119,9 @@ def predict_files(
         fault = f"{len(twice)} file names differ only by their ending: {shown[stems.index(twice[0])]}"
         raise DataError(f"{fault} and the next; rename one of each.")
     check_writable(output_dir)
+    with suppress(DataError):  # said when it is its turn
+        width, height = read_size(files[0], shown[0])
+        check_room(output_dir, 4 * len(files) * width * height, f"{len(files)} images of this size")
     output_dir.mkdir(parents=True, exist_ok=True)
     people = [stem for stem in stems if names_a_person(stem)]
     keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
@@ -137,5 +141,6 @@ def write_prediction(image: np.ndarray, prediction: Prediction, output_dir: Path
         "overlay": overlay(image, prediction.mask),
     }
     for kind, pixels in pictures.items():
-        Image.fromarray(pixels).save(output_dir / f"{stem}_{kind}.png")
+        with atomic_write(output_dir / f"{stem}_{kind}.png") as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
     return {"mask": str(output_dir / f"{stem}_mask.png"), "foreground": float(prediction.mask.mean())}

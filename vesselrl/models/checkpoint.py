@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
-from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.experiment.run_folder import atomic_write, check_room, write_json
 from vesselrl.models.config import (
     SAM2_SIDECAR,
     Sa2VAConfig,
@@ -296,10 +296,7 @@ def copy_with_weights(
     Returns the kinds of numbers that were written.
     """
     shards = shard_files(source)
-    needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
-    if free < needed * 1.05:
-        place = f"{target.parent} has {free / 1e9:.1f} GB free"
-        raise CheckpointError(f"{place}; {needed / 1e9:.1f} GB are needed.")
+    check_room(target.parent, 1.05 * sum(file.stat().st_size for file in shards), "the merged copy")
     state, written = model.state_dict(), set()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
     for file in shards:

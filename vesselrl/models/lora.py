@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError
-from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums
+from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums, writing
 from vesselrl.models.checkpoint import LARGEST_WEIGHT, check_weight, read_shard
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
@@ -245,7 +245,8 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     """Writes adapter_config.json, adapter_model.safetensors and their checksums, nothing else."""
-    peft_model.save_pretrained(str(folder), safe_serialization=True)
+    with writing(folder):
+        peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     write_sums(folder)
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
-from vesselrl.experiment.run_folder import atomic_write
+from vesselrl.experiment.run_folder import atomic_write, check_room
 from vesselrl.synthetic.rendering import Domain, Style, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
 
@@ -97,15 +97,16 @@ def write_dataset(
     # The last two are constant now, and keep the folders that were drawn before.
     own = {"size": size, "seed": seed, "layout": layout, "vary_names": False, "first_patient": 1}
     settings = {"version": VERSION, "domain": asdict(domain)} | counts | own
-    root = Path(root)
+    root, num_images = Path(root), num_patients * num_sequences * num_frames
     if not root.exists() or not any(root.iterdir()):
+        check_room(root, num_images * (size**2 + 10_000), f"{num_images} images")
         try:
             _draw(root, domain, settings)
             return root
         except OSError:
-            if not root.exists():
+            if not any(root.glob("*")):
                 raise  # else another process has drawn it meanwhile
-    _check_same(root, json.loads(json.dumps(settings)), num_patients * num_sequences * num_frames)
+    _check_same(root, json.loads(json.dumps(settings)), num_images)
     logger.info("reusing the synthetic angiograms in %s", root)
     return root
 

@@ -22,13 +22,14 @@ from torch.optim import Optimizer
 
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
-from vesselrl.errors import RefusedError, RunError
+from vesselrl.errors import RefusedError
 from vesselrl.experiment.run_folder import (
     CONFIG_FILE,
     RunFolder,
     atomic_write,
     file_hash,
     json_hash,
+    run_settings,
     write_text,
 )
 from vesselrl.inference.predictor import Prediction
@@ -70,20 +71,23 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises RunError.
+    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises WriteError.
 
     The state before is kept as resume.previous.safetensors.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
     header = {"version": STATE_VERSION, "state": plain, "sha256": tensors_hash(tensors, plain)}
-    path = folder / STATE_FILE
-    try:
-        with atomic_write(path, previous=folder / PREVIOUS_FILE) as partial:
-            save_file(tensors, partial, {"format": "pt"} | header)
-    except (SafetensorError, OSError) as error:
-        advice = f"Make room, then go on with --resume_from {folder}."
-        raise RunError(f"{path} cannot be written ({error}). {advice}") from None
+    with atomic_write(folder / STATE_FILE, previous=folder / PREVIOUS_FILE) as partial:
+        save_file(tensors, partial, {"format": "pt"} | header)
+
+
+def interrupted_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run's folder, which may have been changed: the state knows what they were."""
+    if not (folder / CONFIG_FILE).is_file():
+        fault = f"{folder} cannot be resumed: it has no {CONFIG_FILE}, the settings of a run"
+        raise RefusedError(f"{fault}. Give the folder of an interrupted run, or start anew.")
+    return run_settings(folder, may_be_changed=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -361,3 +361,13 @@ def check_moved(distance: float) -> None:
             f"After the first update the adapter has moved by {distance}. Check --learning_rate (0 teaches "
             "nothing, nan or inf means that it is far too large)."
         )
+
+
+def check_learned(num_steps: int, distance: float) -> None:
+    """Raises LearningError for a run that has ended exactly where it began."""
+    if num_steps and distance == 0:
+        raise LearningError(
+            f"After {num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
+            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
+            "constant one teaches nothing) and --learning_rate."
+        )

@@ -12,8 +12,9 @@ from PIL import Image
 from rich import progress
 from rich.console import Console
 
+from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder
+from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class Monitor:
         self.issues: list[Issue] = []
         self._reward_s = self._step_s = 0.0
         purge_step = None if resumed_at is None else resumed_at + 1
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
+        self._folder = run.path / "tensorboard"
+        with writing(self._folder):
+            self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._wandb = None
         if config.run.use_wandb:
             import wandb
@@ -63,15 +66,21 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self.board.close()
+        try:
+            with writing(self._folder):
+                self.board.close()
+        except WriteError:
+            if not any(exception):  # else the run has ended by what is more telling
+                raise
         if self._wandb is not None:
             self._wandb.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores any metrics."""
         self.run.append_metrics({"step": step, **metrics})
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        with writing(self._folder):
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
 
@@ -79,7 +88,8 @@ class Monitor:
         """Shows a picture in TensorBoard, if there is one."""
         if path.exists():
             pixels = np.asarray(Image.open(path))
-            self.board.add_image(f"train/{path.stem}", pixels, 0, dataformats="HWC")
+            with writing(self._folder):
+                self.board.add_image(f"train/{path.stem}", pixels, 0, dataformats="HWC")
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores the metrics of one training step and moves the bar."""
@@ -125,7 +135,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Sums and issues so far, and the length of metrics.jsonl."""
         sums = (self.grad_norm_max, self._reward_s, self._step_s)
-        with self.run.metrics_file.open("ab") as file:  # on the disk before the state that counts on it
+        path = self.run.metrics_file
+        with writing(path), path.open("ab") as file:  # on the disk before the state that counts on it
             os.fsync(file.fileno())
             return {"sums": sums, "issues": self.issues, "bytes": file.tell()}
 
@@ -139,6 +150,6 @@ class Monitor:
 
 
 def check_wandb() -> None:
-    """Raises ModuleNotFoundError, with advice, where the package is missing."""
+    """Raises ValueError, with advice, where the package is missing."""
     if find_spec("wandb") is None:
-        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
+        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")

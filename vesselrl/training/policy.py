@@ -103,8 +103,8 @@ class FeatureStore:
             with atomic_write(file) as partial:
                 save_file(levels, partial, header)
             self._disk_left -= size
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be written (%s): features are kept in memory only", file, error)
+        except OSError as error:
+            logger.warning("%s Features are kept in memory only.", error)
             self._disk_left = 0
 
 

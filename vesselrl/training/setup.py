@@ -4,11 +4,11 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,11 +24,11 @@ from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_ove
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, find_run
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 SPLIT_FILE = "data_split.json"
 SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
+PICTURES_BYTES = 5_000_000  # of pictures, reports and metrics
+STATE_COPIES = 21  # of the adapters' values: up to seven in a state, the one before and the next beside it
 # On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
 BETAS = (0.9, 0.95)
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
@@ -170,7 +172,8 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
-    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)
+    with atomic_write(run.path / SHEET_FILE) as partial_file:
+        Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
     return batches
 
 
@@ -232,11 +235,22 @@ def check_settings(config: TrainConfig) -> Reward:
     return make_reward(config.to_dict())
 
 
+def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
+    """Raises RefusedError where the disk has no room for all that the run will write, caches apart."""
+    one = sum(values.numel() * values.element_size() for values in model.trainable.values())
+    adapters = 2 + config.optim.num_epochs // config.run.save_freq
+    check_room(run.path, PICTURES_BYTES + one * (adapters + STATE_COPIES), "this training")
+
+
 def check_reward(reward: Reward, data: RunData) -> None:
     """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once."""
     truth = load_mask(data.train[0])
-    for mask in (truth, np.zeros_like(truth)):
-        reward(mask, truth)
+    try:
+        for mask in (truth, np.zeros_like(truth)):
+            reward(mask, truth)
+    except RewardError as error:
+        error.exit_code = 2  # nothing has begun
+        raise
 
 
 def select_device(gpu: int) -> str:
@@ -291,6 +305,16 @@ def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | Non
     logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
     encoder_hash = weights_hash(policy.model.sam.vision_encoder)
     return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
+
+
+def learning_rate(config: TrainConfig, batches: BatchSource) -> Callable[[int], float]:
+    """The learning rate of a training by step, counted from 0, before the health rules lower it."""
+    stage_of = partial(config.stage_of_epoch, num_epochs=batches.num_epochs)
+    stages = [
+        (sum(map(batches.num_batches, epochs)), config.rate_of_stage(stage))
+        for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
+    ]
+    return partial(staged_warm_cosine, stages=stages, warmup_share=config.optim.warmup_share)
 
 
 def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.errors import LearningError, NotFiniteError, RefusedError
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
+from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import CONFIG_FILE, RunFolder, provenance, run_settings
+from vesselrl.experiment.run_folder import RunFolder, provenance
+from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
@@ -28,10 +29,9 @@ from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
-from vesselrl.training.health import Health
+from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
-from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Training:
     monitor: Monitor = field(init=False)
     health: Health = field(init=False)
     step: int = 0
+    validated: int = -1  # the step of the latest validation
     before: Evaluation | None = None
     latest: Evaluation | None = None
     best: Evaluation | None = None
@@ -100,9 +101,10 @@ def train(
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
             folder is removed again, an older one left as it is.
         LearningError: the run does not learn.
+        Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     reward = setup.check_settings(config)
-    with setup.open_run(config, resume_from) as run:
+    with setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
         state = None if resume_from is None else checkpoint.read_state(run.path)
         t = set_up(config, argv, run, reward, state, allow_change)
@@ -121,7 +123,7 @@ def train(
                 run_epochs(t)
             # 4. Save the last adapter.
             t.model.save(run.path / f"final_{t.model.kind}")
-            check_learned(t)
+            check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested = score_test(t)
         # 6. Write results, curves, pictures and the report.
@@ -137,11 +139,8 @@ def resume(
     On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
     RefusedError where the run has finished, is in use, or is not the same any more but for `allow_change`.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        fault = f"{folder} cannot be resumed: it has no {CONFIG_FILE}, the settings of a run"
-        raise RefusedError(f"{fault}. Give the folder of an interrupted run, or start anew.")
-    settings = run_settings(folder, may_be_changed=True)  # the state knows what they were
-    return train(TrainConfig.from_dict(settings), argv, console, folder, allow_change)
+    config = TrainConfig.from_dict(checkpoint.interrupted_settings(folder))
+    return train(config, argv, console, folder, allow_change)
 
 
 # ---- 1. Data and model
@@ -165,6 +164,7 @@ def set_up(
         model = setup.make_model(config, device)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
+        setup.check_disk(config, model, run)
         batches = setup.training_batches(config, data, place)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
@@ -186,17 +186,20 @@ def set_up(
 # ---- 2. Validation
 
 
-def validate(t: Training, is_last: bool = False) -> None:
+def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
-    t.latest = evaluate_subset(t, "val", "validation")
-    t.before = t.before or t.latest
-    means = headline(t.latest)
-    t.monitor.log_validation(t.step, means)
-    if t.best is None or means["reward"] > headline(t.best)["reward"]:
-        keep_best(t, t.step, t.latest)
-    name = "val_before" if t.step == 0 else "val_latest"
-    results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
-    t.health.after_validation(t.step, means, is_last)
+    latest = evaluate_subset(t, "val", "validation")
+    with finish_first():
+        t.latest, t.validated = latest, t.step
+        t.before = t.before or t.latest
+        means = t.latest.headline
+        t.monitor.log_validation(t.step, means)
+        if t.best is None or means["reward"] > t.best.headline["reward"]:
+            keep_best(t, t.step, t.latest)
+        name = "val_before" if t.step == 0 else "val_latest"
+        results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+        t.health.after_validation(t.step, means, is_last)
+        update_multipliers(t, stage)
 
 
 def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
@@ -204,15 +207,9 @@ def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) ->
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
     shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
     with with_values(t.model, t.model.values() if values is None else values):
-        return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
-
-
-def predict_or_empty(t: Training, image: np.ndarray) -> np.ndarray:
-    """The mask to draw; a failed prediction, of which the log has told, is drawn as what it counts as."""
-    try:
-        return predict(t, image).mask
-    except NotFiniteError:
-        return np.zeros(image.shape[:2], bool)
+        scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    t.run.check_there()
+    return scored
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
@@ -220,12 +217,6 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
     prediction = t.model.predict(image)
     postprocess = t.post.postprocess_for(prediction.probabilities)
     return prediction._replace(mask=postprocess(prediction.mask))
-
-
-def headline(evaluation: Evaluation) -> dict[str, float]:
-    """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
-    metrics, names = evaluation.summary["metrics"], (*results.HEADLINE, "custom_score")
-    return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
@@ -240,49 +231,62 @@ def keep_best(t: Training, step: int, result: Evaluation) -> None:
 
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
-    batches, optim, run = t.batches, t.config.optim, t.config.run
+    batches, run = t.batches, t.config.run
     stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
-    schedule = [
-        (sum(map(batches.num_batches, epochs)), t.config.rate_of_stage(stage))
-        for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
-    ]
+    rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
     end = 0
-    for epoch in range(1, batches.num_epochs + 1):
-        begin, end = end, end + batches.num_batches(epoch)
-        if end < t.step:
-            continue
-        stage = stage_of(epoch)
-        if t.step <= begin and (epoch == 1 or stage != stage_of(epoch - 1)):
-            t.optimizer.state.clear()  # the moments of another loss say nothing about this one
-            update_multipliers(t, stage)
-        for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
-            rate = t.health.rate_factor * staged_warm_cosine(t.step, schedule, optim.warmup_share)
-            for group in t.optimizer.param_groups:
-                group["lr"] = rate
-            t.step += 1
-            try:
-                metrics = t.updates[stage].step(batch)
-            except NotFiniteError as error:
-                metrics = {}
-                t.health.roll_back(t.step, str(error))
-            t.health.after_step(t.step, metrics)
-            t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+    try:
+        for epoch in range(1, batches.num_epochs + 1):
+            begin, end = end, end + batches.num_batches(epoch)
+            if end < t.step:
+                continue
+            stage = stage_of(epoch)
+            begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
+            if t.step > begin:  # a signal may have come before the validation
+                validate_if_due(t, stage, end)
+            for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+                with finish_first():
+                    if t.step == begin and begins_stage:
+                        t.optimizer.state.clear()  # the moments of another loss say nothing about this one
+                        update_multipliers(t, stage)
+                    take_step(t, batch, stage, rate_at(t.step), epoch)
+                validate_if_due(t, stage, end)
+            if epoch % run.save_freq == 0 and not run.sanity_overfit:
+                t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+    except Stopped:
+        save_state(t)
+        raise
 
-            is_last, ends_epoch = t.step == batches.num_steps, t.step == end and not run.sanity_overfit
-            if is_last or ends_epoch or t.step % run.val_freq == 0:
-                validate(t, is_last)
-                update_multipliers(t, stage)
-                save_state(t)
-        if epoch % run.save_freq == 0 and not run.sanity_overfit:
-            t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+
+def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: int) -> None:
+    """One update and its metrics, or a roll-back."""
+    rate *= t.health.rate_factor
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    t.step += 1
+    try:
+        metrics = t.updates[stage].step(batch)
+    except NotFiniteError as error:
+        metrics = {}
+        t.health.roll_back(t.step, str(error))
+    t.health.after_step(t.step, metrics)
+    t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+
+
+def validate_if_due(t: Training, stage: str, end: int) -> None:
+    """Validates after some steps, an epoch, which ends with step `end`, and the last step; then saves."""
+    is_last, ends_epoch = t.step == t.num_steps, t.step == end and not t.config.run.sanity_overfit
+    if t.validated < t.step and (is_last or ends_epoch or t.step % t.config.run.val_freq == 0):
+        validate(t, is_last, stage)
+        save_state(t)
 
 
 def update_multipliers(t: Training, stage: str) -> None:
     """Updates the Lagrange multipliers of the constrained objective from the latest validation."""
     if stage == "rl" and (constrained := t.updates[stage].constrained):
-        constrained.update_multipliers(headline(t.latest))
+        constrained.update_multipliers(t.latest.headline)
 
 
 def fit_filter(t: Training) -> None:
@@ -295,9 +299,8 @@ def fit_filter(t: Training) -> None:
 
 def save_state(t: Training) -> None:
     """Writes all that an interrupted run needs to go on from here."""
-    state = {
-        name: getattr(t, name) for name in ("fingerprint", "provenance", "step", "best_step", "best_values")
-    }
+    names = ("fingerprint", "provenance", "step", "validated", "best_step", "best_values")
+    state = {name: getattr(t, name) for name in names}
     state |= {f"evaluation_{name}": getattr(t, name).to_json() for name in ("before", "best", "latest")}
     state |= {
         "values": t.model.values(),
@@ -312,7 +315,7 @@ def save_state(t: Training) -> None:
 
 def restore(t: Training, state: Mapping[str, Any]) -> None:
     """Restores the state that `save_state` wrote."""
-    t.step = state["step"]
+    t.step, t.validated = state["step"], state.get("validated", state["step"])
     logger.info("going on after step %d of %d", t.step, t.num_steps)
     earlier = state["provenance"]
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
@@ -331,7 +334,7 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
         keep_best(t, state["best_step"], best)
     if not t.run.metrics_file.read_bytes():  # all lost; curves need a point
-        t.monitor.log_validation(t.step, headline(t.latest))
+        t.monitor.log_validation(t.step if t.changed else t.validated, t.latest.headline)
     t.model.restore(state["values"])
     checkpoint.restore_moments(t.optimizer, t.model, state["moments"])
     t.health.load_state_dict(state["health"])
@@ -341,16 +344,6 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 
 
 # ---- 4. to 6. The last weights, the test, and the results
-
-
-def check_learned(t: Training) -> None:
-    """Raises LearningError for a run that has ended exactly where it began."""
-    if t.num_steps and t.model.distance() == 0:
-        raise LearningError(
-            f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
-            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
-            "constant one teaches nothing) and --learning_rate."
-        )
 
 
 def score_test(t: Training) -> dict[str, Evaluation]:
@@ -370,8 +363,9 @@ def draw(t: Training) -> None:
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
-            with with_values(t.model, values):
-                masks.append(predict_or_empty(t, image))
+            masks.append(np.zeros(truth.shape, bool))  # a prediction that fails, as the log has told
+            with with_values(t.model, values), suppress(NotFiniteError):
+                masks[-1] = predict(t, image).mask
         cases.append(Case(key, image, truth, *masks, rank))
     plot_panels(cases, t.run.path / "panel.png")
     write_cases(t.run.path, cases)
@@ -379,14 +373,15 @@ def draw(t: Training) -> None:
 
 def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
+    t.run.check_there()
     info = {
         "args": t.config.to_dict(),
         "counts": t.data.counts | {"trainable": t.model.counts},
-        "initial_metrics": headline(t.before),
-        "final_metrics": headline(t.latest),
-        "best_metrics": headline(t.best),
-        "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
-        "best_val_dice": headline(t.best)["dice"],
+        "initial_metrics": t.before.headline,
+        "final_metrics": t.latest.headline,
+        "best_metrics": t.best.headline,
+        "test_metrics": {name: evaluation.headline for name, evaluation in tested.items()},
+        "best_val_dice": t.best.headline["dice"],
         "total_steps": t.num_steps,
         "adapter_delta_norm": t.model.distance(),
         "grad_norm_max": t.monitor.grad_norm_max,
@@ -398,7 +393,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     t.run.write_json("training_info.json", info)
     write_run_report(t.run.path)
     checkpoint.remove_states(t.run.path)
-    names = tuple(headline(t.before))
+    names = tuple(t.before.headline)
     validation = results.before_after_table(t.before, t.best, names)
     test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
     caveats = dict.fromkeys((*t.data.val_caveats.values(), *t.data.test_caveats.values()))
