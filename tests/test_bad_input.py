@@ -28,7 +28,9 @@ from vesselrl.training.setup import prepare_data
 # Name and ID of the people in the `angiograms` fixture.
 PERSON = re.compile(r"ZHANG|SAN[A-J]|123456789\d")
 EARLIER = "sa2va_lora_ppo_20200101_000000/training_info.json"
-WEIGHTS, CONFIG = "best_lora/adapter_model.safetensors", "best_lora/adapter_config.json"
+WEIGHTS, CONFIG, SUMS = (
+    f"best_lora/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "SHA256SUMS")
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -94,6 +96,7 @@ def drop_a_tensor(run: Path) -> None:
     tensors = load_file(run / WEIGHTS)
     tensors.pop(min(tensors))
     save_file(tensors, run / WEIGHTS)
+    (run / SUMS).unlink()
 
 
 def another_base(**changes: tuple) -> Callable[[Path], None]:
@@ -130,9 +133,11 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "image that ends too early": ("data_root", lambda data: cut(pictures(data, "images")[4]),
                                   PLACE.format(5) + "image: the file is damaged"),
     "empty masks": ("data_root", clear_masks, "All 20 masks are empty"),
-    "truncated adapter": ("init_lora", lambda run: cut(run / WEIGHTS), f"{WEIGHTS} cannot be read"),
+    "truncated adapter": ("init_lora", lambda run: cut(run / WEIGHTS),
+                          "best_lora: adapter_model.safetensors is not as it was saved"),
     "half adapter": ("init_lora", drop_a_tensor, f"{WEIGHTS} does not fit its .*: 1 tensors missing"),
-    "no adapter type": ("init_lora", lambda run: (run / CONFIG).write_text("{}"), f"{CONFIG} describes"),
+    "no adapter type": ("init_lora", lambda run: [(run / CONFIG).write_text("{}"), (run / SUMS).unlink()],
+                        f"{CONFIG} describes"),
     "no adapter": ("init_lora", lambda run: (run / CONFIG).unlink(), "best_lora has no adapter_config.json"),
     "adapter for more blocks": ("model_path init_lora", another_base(
         blocks_per_stage=(1, 1, 1, 1), global_attention_blocks=(2,)), "init_lora/best_lora.* does not have"),
