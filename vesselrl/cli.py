@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
-    from vesselrl.inference.predictor import Predictor, predict_files
+    from vesselrl.inference.predictor import LIST_FILE, Predictor, predict_files
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
@@ -127,10 +128,20 @@ def run_predict(rest: list[str]) -> int:
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
     predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
+    counts, failed = Counter(), []
     with bar("predicting") as progress:
-        rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))
-    console.print(f"{len(rows)} images written to {args.output_dir}")
-    return 0
+        for row in predict_files(predictor, Path(args.image), Path(args.output_dir), progress):
+            counts[row["status"]] += 1
+            failed += [f"{row['image']}: {row['reason']}"] if row["status"] == "failed" else []
+    written = counts["done"] + counts["replaced"]
+    print(f"{written} images written to {args.output_dir}; all are listed in {LIST_FILE} there.")
+    if counts["replaced"]:
+        print(f"{counts['replaced']} of them anew: their results were of another image, model or settings.")
+    if counts["kept"]:
+        print(f"{counts['kept']} were done before and are kept.")
+    if failed:
+        print("\n".join([f"{len(failed)} could not be done:", *failed]), file=sys.stderr)
+    return 0 if not failed else 3 if written or counts["kept"] else 1
 
 
 def run_merge(rest: list[str]) -> int:

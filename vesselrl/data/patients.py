@@ -199,16 +199,6 @@ def is_impersonal(name: str) -> bool:
     return _IMPERSONAL.fullmatch(name) is not None
 
 
-def names_a_person(name: str) -> bool:
-    """Whether a file name is that of an angiography export, with a person or an ID in it.
-
-    A DICOM UID with ten digits is no ID, but leads to a person in the files of its hospital.
-    """
-    return parse_name(name).person.startswith(("id:", "name:")) or bool(
-        re.search(r"(?<!\d)\d{10}(?!\d)", name)
-    )
-
-
 def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
