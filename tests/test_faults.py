@@ -96,7 +96,8 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
     from vesselrl.training import train
 
     train.draw = lambda t: None  # charts cost seconds
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell or nohup may have switched them off
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if place:
         at_call(*places()[place], FAULTS.get(fault, partial(limit_files, fault)))
     sys.exit(launch.main(words))
