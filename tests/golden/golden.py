@@ -55,6 +55,7 @@ MEANT = {
     "bad_input/*/code": "2 for whatever is refused before the work begins, by any verb",
     "resuming/*/code": "2 for whatever is refused before the work begins",
     "masks/*/files": "predict lists its images, and a name that may be a person's becomes a pseudonym",
+    "masks/predict people/bits/*": "predict has pseudonyms for all names, so their numbers are others",
     "evaluating/*/plan/*": "new options: layouts of any names",
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
