@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from vesselrl.data.samples import Sample, find_samples
 from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
-from vesselrl.errors import DataError, RunError
+from vesselrl.errors import DataError, RefusedError, Stopped
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import write_json
 from vesselrl.scoring.postprocessing import PostProcessing
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SEED = 42  # of the split, and of the first training of a method; the others have 43, ...
 SETTINGS_FILE, INFO_FILE = "arm.json", "training_info.json"
+_STARTED: list[subprocess.Popen] = []
 # One process with one thread per core is faster than one process with several threads.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -130,6 +131,12 @@ def train_all(
     pool = ThreadPoolExecutor(workers)
     try:
         reasons = list(pool.map(lambda place: train_one(place, trainings[place], settings[place]), waiting))
+    except Stopped as stop:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in _STARTED:
+            process.terminate()  # it saves its state
+        stop.add_note("The same command goes on from there.")
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
     failures = {place.name: reason for place, reason in zip(waiting, reasons, strict=True) if reason}
@@ -137,15 +144,15 @@ def train_all(
 
 
 def check_settings(folder: Path, now: dict[str, Any]) -> None:
-    """Raises RunError where another training than this would be removed or taken for this one."""
+    """Raises RefusedError where another training than this would be removed or taken for this one."""
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
-        raise RunError(f"{folder} is not of this benchmark (no {SETTINGS_FILE}). Give another --output_dir.")
+        raise RefusedError(f"{folder} is not of this benchmark (no {SETTINGS_FILE}). Give another folder.")
     if not last_run(folder) and not last_run(folder, STATE_FILE):
         return  # nothing to keep: it will be trained anew
     # A setting that was added since had its default then.
     before = plain_settings({}) | read_json(folder / SETTINGS_FILE)["settings"]
     if changes := [f"{n} {before.get(n)}, now {now[n]}" for n in now if before.get(n) != now[n]]:
-        raise RunError(
+        raise RefusedError(
             f"{folder} was trained with other settings ({', '.join(changes)}). Delete that folder to train "
             "again, or give another --output_dir."
         )
@@ -174,4 +181,8 @@ def run_command(arguments: Sequence[str], log_file: Path) -> int:
     command = [sys.executable, "-m", "vesselrl", *arguments]
     with log_file.open("a", encoding="utf-8") as log:
         into_log = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        return subprocess.run(command, **into_log, env=os.environ | ONE_THREAD, check=False).returncode
+        # In a group of their own, as Ctrl-C in a terminal would be a second signal for them.
+        apart = {"env": os.environ | ONE_THREAD, "process_group": 0}
+        with subprocess.Popen(command, **into_log, **apart) as process:
+            _STARTED.append(process)
+            return process.wait()

@@ -65,7 +65,8 @@ def options_of(kind: type) -> Iterator[Option]:
 def comments_of(kind: type) -> dict[str, str]:
     """The comment above each field of a dataclass, which is its help text on the command line."""
     comments, lines = {}, []
-    for line in inspect.getsource(kind).splitlines():
+    sources = [inspect.getsource(one) for one in kind.__mro__[::-1] if is_dataclass(one)]
+    for line in "\n".join(sources).splitlines():
         if found := re.match(r"    # (.+)", line):
             lines.append(found[1])
         else:

@@ -1,4 +1,4 @@
-"""Bad input to training: one line that names file or record, exit code 1, nothing left behind or damaged.
+"""Bad input to training: one line that names file or record, exit code 2, nothing left behind or damaged.
 
 The golden check has many more of them, but only their exit codes.
 """
@@ -28,7 +28,9 @@ from vesselrl.training.setup import prepare_data
 # Name and ID of the people in the `angiograms` fixture.
 PERSON = re.compile(r"ZHANG|SAN[A-J]|123456789\d")
 EARLIER = "sa2va_lora_ppo_20200101_000000/training_info.json"
-WEIGHTS, CONFIG = "best_lora/adapter_model.safetensors", "best_lora/adapter_config.json"
+WEIGHTS, CONFIG, SUMS = (
+    f"best_lora/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "SHA256SUMS")
+)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -52,14 +54,14 @@ def refused(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, capsys, cap
     write_json(output / EARLIER, {})
     earlier = digests(output)
 
-    def train(may_have_begun: bool = False, **changes: object) -> str:
+    def train(may_have_begun: bool = False, code: int = 2, **changes: object) -> str:
         options = {"model_path": tiny_checkpoint, "data_root": angiograms, "output_dir": output} | changes
         inputs = [Path(value) for value in options.values() if Path(str(value)).is_dir() and value != output]
         before = [digests(folder) for folder in inputs]
         words = [str(w) for name, value in options.items() for w in (f"--{name}", value) if w is not True]
-        code = main(["train", "--preset", "debug", *words])
+        ended = main(["train", "--preset", "debug", *words])
         out, err = capsys.readouterr()
-        assert code == 1, err
+        assert ended == code, err
         (line,) = err.splitlines()
         assert line.startswith("error: ")
         assert not PERSON.search(out + err + caplog.text)
@@ -94,6 +96,7 @@ def drop_a_tensor(run: Path) -> None:
     tensors = load_file(run / WEIGHTS)
     tensors.pop(min(tensors))
     save_file(tensors, run / WEIGHTS)
+    (run / SUMS).unlink()
 
 
 def another_base(**changes: tuple) -> Callable[[Path], None]:
@@ -130,9 +133,11 @@ SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "image that ends too early": ("data_root", lambda data: cut(pictures(data, "images")[4]),
                                   PLACE.format(5) + "image: the file is damaged"),
     "empty masks": ("data_root", clear_masks, "All 20 masks are empty"),
-    "truncated adapter": ("init_lora", lambda run: cut(run / WEIGHTS), f"{WEIGHTS} cannot be read"),
+    "truncated adapter": ("init_lora", lambda run: cut(run / WEIGHTS),
+                          "best_lora: adapter_model.safetensors is not as it was saved"),
     "half adapter": ("init_lora", drop_a_tensor, f"{WEIGHTS} does not fit its .*: 1 tensors missing"),
-    "no adapter type": ("init_lora", lambda run: (run / CONFIG).write_text("{}"), f"{CONFIG} describes"),
+    "no adapter type": ("init_lora", lambda run: [(run / CONFIG).write_text("{}"), (run / SUMS).unlink()],
+                        f"{CONFIG} describes"),
     "no adapter": ("init_lora", lambda run: (run / CONFIG).unlink(), "best_lora has no adapter_config.json"),
     "adapter for more blocks": ("model_path init_lora", another_base(
         blocks_per_stage=(1, 1, 1, 1), global_attention_blocks=(2,)), "init_lora/best_lora.* does not have"),
@@ -184,7 +189,7 @@ def test_a_bad_setting_is_named(
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])
 def test_a_learning_rate_of_0_is_no_success(refused: Callable, stage: str) -> None:
-    line = refused(may_have_begun=True, learning_rate=0, stage=stage)
+    line = refused(may_have_begun=True, code=1, learning_rate=0, stage=stage)
     assert re.search(r"the adapter has moved by 0\.0.*--learning_rate \(0 teaches nothing", line)
 
 
@@ -203,7 +208,7 @@ def test_in_a_process_of_its_own_and_with_a_traceback_for_whoever_asks(
     command = [sys.executable, "-m", "vesselrl", *words]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     *log, last = done.stderr.splitlines()
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert last.startswith(f"error: Model folder {tmp_path / 'model'} does not exist")
     assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in log)
     assert not PERSON.search(done.stdout + done.stderr)

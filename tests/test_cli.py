@@ -74,7 +74,7 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
     assert [config for config, _ in trained] == [TrainConfig(), changed, changed]
     capsys.readouterr()
     for words in (["--preset"], ["--preset", "fast"], ["--preset="], ["--preset", "--seed"]):
-        assert main(["train", *words]) == 1
+        assert main(["train", *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: --preset is '")
         assert line.endswith(f"choose one of {', '.join(PRESETS)}.")

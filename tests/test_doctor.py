@@ -1,5 +1,6 @@
 """vesselrl doctor on healthy and broken machines, model folders and data."""
 
+import json
 import re
 import shutil
 import tomllib
@@ -7,24 +8,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from tests.golden.broken_input import MODELS, change_json, write_angiograms
 from vesselrl import doctor
 
+INDEX = "model.safetensors.index.json"
+
 
 def replace_weights(model: Path) -> None:
-    (model / doctor.INDEX).write_text('{"weight_map": {"mlp1.0.weight": "model.safetensors"}}')
+    (model / INDEX).write_text('{"weight_map": {"mlp1.0.weight": "model.safetensors"}}')
     save_file({"something.else": np.zeros(3, np.float32)}, model / "model.safetensors")
 
 
+def spoil_a_value(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["mlp1.1.weight"][-1, 7] = 3e33
+    save_file(tensors, model / "model.safetensors")
+
+
+OUTSIDE = '{"weight_map": {"a": "../b"}}'
+LFS = "version https://git-lfs.github.com/spec/v1\n"
 ANOTHER = change_json("config.json", lambda config: config["llm_config"].update(hidden_size=6144))
 FAULTS = {
     "missing shard": ("weights", MODELS["missing shard"], "00002-of-00002.safetensors is missing"),
     "cut file": ("weights", MODELS["truncated"], "is broken or cut short"),
     "no weights": ("weights", MODELS["no weights"], r"holds no model\*\.safetensors"),
-    "damaged index": ("weights", lambda model: (model / doctor.INDEX).write_text("{"), "cannot be read"),
+    "damaged index": ("weights", lambda model: (model / INDEX).write_text("{"), "cannot be read"),
     "file of another model": ("weights", replace_weights, "lacks 1 tensors of the index, first mlp1"),
+    "a flipped bit": ("weights", spoil_a_value, r"mlp1\.1\.weight holds values"),
+    "a pointer": ("weights", lambda model: (model / "model.safetensors").write_text(LFS),
+                  "only a Git LFS pointer"),
+    "index that leaves": ("weights", lambda model: (model / INDEX).write_text(OUTSIDE),
+                          r"names '\.\./b', which is no file"),
     "no config": ("config", MODELS["no config"], r"^no config\.json.*llm_config\.hidden_size \d+"),
     "config of another model": ("config", ANOTHER, "llm_config.hidden_size is 6144, the tensors say 48"),
     "no [SEG]": ("tokenizer", lambda model: [path.write_text(path.read_text().replace("[SEG]", "[GES]"))
@@ -44,6 +60,18 @@ def test_a_fault_of_the_model_folder_is_named(tiny_checkpoint: Path, tmp_path: P
     (check,) = [check for check in doctor.check_model(model) if check.name == name]
     assert check.status == "problem"
     assert re.search(said, check.detail)
+
+
+def test_large_tensors_are_sampled_at_both_ends_and_a_tokenizer_may_be_one_file(tmp_path: Path) -> None:
+    large = np.zeros((300, 1000), np.float32)
+    for row, status in ((0, "problem"), (299, "problem"), (150, "problem"), (60, "ok")):
+        large[:] = 0
+        large[row, 3] = np.nan
+        save_file({"vision_model.large": large}, tmp_path / "model.safetensors")
+        assert doctor.check_weights(tmp_path)[0].status == status
+    tokens = [{"id": k, "content": token} for k, token in enumerate(doctor.SPECIAL_TOKENS)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    assert doctor.check_tokenizer(tmp_path).status == "ok"
 
 
 def test_packages_are_those_of_pyproject_and_compared_with_pins(monkeypatch, repository: Path) -> None:
@@ -78,3 +106,4 @@ def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -
     report = doctor.format_report([check := doctor.check_data(root)])  # it cannot be split
     assert (check.status, "1 patients" in report) == ("problem", True)
     assert not re.search(r"\d{10}|ZHANG", report)
+    assert doctor.check_data(tmp_path / "nowhere").status == "problem"

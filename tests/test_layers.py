@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "scoring": "experiment errors",
     "experiment": "errors",
     "doctor": "data models experiment errors",
-    **{"errors": "", "launch": "cli", "__main__": "launch", "__init__": ""},
+    **{"errors": "", "launch": "cli experiment", "__main__": "launch", "__init__": ""},
 }
 WITHOUT_TORCH = (
     "scoring experiment errors evaluation.compare evaluation.report evaluation.results evaluation.statistics "
@@ -34,7 +34,8 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 # Leaves that can be deleted in one commit: cli apart, nothing imports them.
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 60, 12_000, 9_500
+# Of the whole product; the house as first built had 60, 12,000 and 9,500.
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 63, 15_000, 11_600
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 
@@ -119,7 +120,7 @@ def test_the_package_keeps_its_layers_and_the_house_stays_small() -> None:
     assert len(modules) <= MAX_MODULES
     assert num_lines(PACKAGE.rglob("*.py")) <= MAX_PACKAGE_LINES
     assert num_lines(ROOT.glob("tests/**/*.py")) <= MAX_TEST_LINES
-    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 900
+    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 920
     longest = max(ROOT.glob("tests/**/*.py"), key=lambda path: num_lines([path]))
     assert num_lines([longest]) <= MAX_LINES, longest
 

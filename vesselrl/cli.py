@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
-from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, READING, TrainConfig, get_preset
 from vesselrl.experiment.run_folder import find_run, run_settings
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ console = Console(highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or nothing comparable."""
+    """Runs one verb and returns the exit code: 0 done, 1 failed, 2 wrong usage or refused, 3 partly done."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(USAGE, VERBS))
@@ -57,13 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # the parser's: 0 after --help, 2 after wrong usage, which it has explained
         return int(stop.code or 0)
     except (*EXPECTED, RuntimeError) as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-        # One line for the user; the traceback for whoever asks for it.
-        if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
-            raise
-        advice = OUT_OF_MEMORY if out_of_memory else ""
-        print(f"error: {' '.join(f'{advice} {error}'.split())}", file=sys.stderr)
-        return 2 if verb == "compare" or arguments[:2] == ["data", "check"] else 1
+        return fail(error)
+
+
+def fail(error: Exception) -> int:
+    """Says in one line what a user can mend, and returns the exit code; raises what is a fault of ours."""
+    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    # One line for the user; the traceback for whoever asks for it.
+    if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
+        raise error
+    text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}."
+    text = " ".join([text, *getattr(error, "__notes__", ())])
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
 def usage(form: str, verbs: dict[str, Verb]) -> str:
@@ -76,14 +85,15 @@ def run_train(rest: list[str]) -> int:
     """Fine-tune with PPO or supervised; --preset quick, full or debug.
 
     A preset is a set of defaults that the options change; `--preset quick --help` shows them.
-    `--resume_from RUN`, alone, goes on with an interrupted run.
+    `--resume_from RUN`, alone, goes on with an interrupted run; what has changed since must be named in
+    `--allow_change`.
     """
     argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
     if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
-        folder = Path(parse(options.Resume, rest, "train").resume_from)
+        args = parse(options.Resume, rest, "train")
         from vesselrl.training.train import resume
 
-        print_result(resume(folder, argv, bars))
+        print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
         return 0
     preset, others = take_preset(rest)
     config = parse(TrainConfig, others, "train", get_preset(preset) if preset else None)
@@ -110,7 +120,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
-    from vesselrl.inference.predictor import Predictor, predict_files
+    from vesselrl.inference.predictor import LIST_FILE, Predictor, predict_files
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
@@ -118,10 +128,20 @@ def run_predict(rest: list[str]) -> int:
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
     predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
+    counts, failed = Counter(), []
     with bar("predicting") as progress:
-        rows = list(predict_files(predictor, Path(args.image), Path(args.output_dir), progress))
-    console.print(f"{len(rows)} images written to {args.output_dir}")
-    return 0
+        for row in predict_files(predictor, Path(args.image), Path(args.output_dir), progress):
+            counts[row["status"]] += 1
+            failed += [f"{row['image']}: {row['reason']}"] if row["status"] == "failed" else []
+    written = counts["done"] + counts["replaced"]
+    print(f"{written} images written to {args.output_dir}; all are listed in {LIST_FILE} there.")
+    if counts["replaced"]:
+        print(f"{counts['replaced']} of them anew: their results were of another image, model or settings.")
+    if counts["kept"]:
+        print(f"{counts['kept']} were done before and are kept.")
+    if failed:
+        print("\n".join([f"{len(failed)} could not be done:", *failed]), file=sys.stderr)
+    return 0 if not failed else 3 if written or counts["kept"] else 1
 
 
 def run_merge(rest: list[str]) -> int:
@@ -168,7 +188,7 @@ def check_data_set(rest: list[str]) -> int:
     from vesselrl.data.repair import repair_data
 
     look, roots = (repair_data, [args.data_root, args.fix]) if args.fix else (check_data, [args.data_root])
-    report = look(*roots, args.patient_pattern, args.patient_aliases)
+    report = look(*roots, **{name: getattr(args, name) for name in READING})
     print(report.to_json() if args.json else render(report))
     return report.exit_code
 
@@ -200,7 +220,7 @@ def run_doctor(rest: list[str]) -> int:
     args = parse(options.Doctor, rest, "doctor")
     from vesselrl.doctor import diagnose, format_report
 
-    checks = diagnose(args.base_model, args.data_root, args.output_dir)
+    checks = diagnose(**vars(args))
     print(format_report(checks))
     return int(any(check.status == "problem" for check in checks))
 

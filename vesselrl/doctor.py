@@ -3,7 +3,7 @@
 Heavy packages are imported inside the checks, so that a broken installation is reported and ends nothing.
 """
 
-import json
+import math
 import os
 import platform
 import re
@@ -18,8 +18,8 @@ from vesselrl.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
-INDEX = "model.safetensors.index.json"
 GB = 1e9
+SAMPLE = 2**16  # values of a tensor that are looked at
 INSTALL = "Run: bash install_dependencies.sh"
 COPY = "Copy the missing or broken files from the source again."
 Shapes = dict[str, tuple[int, ...]]
@@ -50,15 +50,19 @@ class Check:
 
 
 def diagnose(
-    model_path: str | Path | None = None,
+    base_model: str | Path | None = None,
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
+    **places: str | None,
 ) -> list[Check]:
-    """Runs every check that applies; no model or no data leaves its checks out."""
+    """Runs every check that applies; no model or no data leaves its checks out.
+
+    `places`: image_dir, mask_dir and mask_suffix of the data.
+    """
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
-    checks += [] if model_path is None else check_model(Path(model_path))
-    checks += [] if data_root is None else [check_data(Path(data_root))]
+    checks += [] if base_model is None else check_model(Path(base_model))
+    checks += [] if data_root is None else [check_data(Path(data_root), **places)]
     return [Check("python", "ok", python), *checks]
 
 
@@ -139,7 +143,7 @@ def check_disk(output_dir: Path) -> Check:
 
 
 def check_model(folder: Path) -> list[Check]:
-    """Whether a checkpoint folder is complete: weights, config.json and tokenizer. No tensor is loaded."""
+    """Whether a checkpoint folder is complete: weights, config.json and tokenizer."""
     if not folder.is_dir():
         advice = "Give --model_path a Sa2VA checkpoint folder."
         return [Check("model", "problem", f"{folder} does not exist", advice)]
@@ -148,11 +152,18 @@ def check_model(folder: Path) -> list[Check]:
 
 
 def check_weights(folder: Path) -> tuple[Check, Shapes]:
-    """Opens the header of every safetensors file, compares it with the index, and returns the shapes too."""
+    """Compares the header of every safetensors file with the index and looks at a sample of each tensor.
+
+    Returns the shapes too.
+    """
     try:
-        listed = _read_object(folder / INDEX).get("weight_map", {}) if (folder / INDEX).is_file() else {}
-    except (ValueError, OSError) as error:
-        return Check("weights", "problem", f"{INDEX} cannot be read: {error}", COPY), {}
+        from vesselrl.models.checkpoint import read_index
+    except ImportError as error:
+        return Check("weights", "problem", f"cannot be checked: {error}", INSTALL), {}
+    try:
+        listed = read_index(folder)
+    except (CheckpointError, OSError) as error:
+        return Check("weights", "problem", f"the index cannot be read: {error}", COPY), {}
     if not (files := sorted(set(listed.values()) or {f.name for f in folder.glob("model*.safetensors")})):
         todo = "Point --model_path to the folder that holds them; pickled .bin or .pth weights are not read."
         return Check("weights", "problem", f"{folder} holds no model*.safetensors", todo), {}
@@ -160,6 +171,7 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
     for name in files:
         try:
             found = _read_shapes(folder / name)
+            _check_values(folder / name)
         except (ValueError, OSError) as error:
             faults.append(str(error))
             continue
@@ -170,7 +182,8 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
         found = f"{len(faults)} of {len(files)} files: {'; '.join(faults)}"
         return Check("weights", "problem", found, COPY), shapes
     size = sum((folder / name).stat().st_size for name in files) / GB
-    return Check("weights", "ok", f"{len(files)} files, {len(shapes)} tensors, {size:.2f} GB"), shapes
+    found = f"{len(files)} files, {len(shapes)} tensors, {size:.2f} GB; sampled values are in range"
+    return Check("weights", "ok", found), shapes
 
 
 def check_config(folder: Path, shapes: Shapes) -> Check:
@@ -215,26 +228,26 @@ def infer_config(shapes: Shapes) -> dict[str, int]:
 def check_tokenizer(folder: Path) -> Check:
     """Whether the tokenizer's files are there and know Sa2VA's own tokens."""
     copy = "Copy the tokenizer files from the source of the model."
-    if missing := [name for name in TOKENIZER_FILES if not (folder / name).is_file()]:
+    needed = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else TOKENIZER_FILES
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         return Check("tokenizer", "problem", f"{folder} lacks {', '.join(missing)}", copy)
-    added = folder / "added_tokens.json"
     try:
-        known = set(_read_object(added)) if added.is_file() else set()
-        decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-        known |= {token["content"] for token in decoder.values()}
+        from vesselrl.models.config import read_json_object
+    except ImportError as error:
+        return Check("tokenizer", "problem", f"cannot be checked: {error}", INSTALL)
+    names = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+    try:
+        added, settings, whole = (
+            read_json_object(folder / n) if (folder / n).is_file() else {} for n in names
+        )
+        tokens = [*(settings.get("added_tokens_decoder") or {}).values(), *(whole.get("added_tokens") or ())]
+        known = added.keys() | {token["content"] for token in tokens}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
     if absent := [token for token in SPECIAL_TOKENS if token not in known]:
         todo = f"This is no Sa2VA's. {copy}"
         return Check("tokenizer", "problem", f"does not know {', '.join(absent)}", todo)
-    return Check("tokenizer", "ok", f"{', '.join(TOKENIZER_FILES)}; knows {', '.join(SPECIAL_TOKENS)}")
-
-
-def _read_object(path: Path) -> dict:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path.name} holds a {type(values).__name__}, an object was expected")
-    return values
+    return Check("tokenizer", "ok", f"{', '.join(needed)}; knows {', '.join(SPECIAL_TOKENS)}")
 
 
 def _read_shapes(path: Path) -> Shapes:
@@ -246,14 +259,34 @@ def _read_shapes(path: Path) -> Shapes:
         with safe_open(path, framework="numpy") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is broken or cut short ({error})") from None
+        from vesselrl.models.config import unreadable
+
+        raise ValueError(f"{path.name} is broken or cut short ({unreadable(path, error)})") from None
 
 
-def check_data(data_root: Path) -> Check:
+def _check_values(path: Path) -> None:
+    """Refuses nan, infinity and values beyond all weights, in small tensors and in parts of large ones."""
+    from safetensors import safe_open
+
+    from vesselrl.models.checkpoint import check_weight
+
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            part = file.get_slice(name)
+            shape = part.get_shape()
+            if math.prod(shape) <= SAMPLE:
+                check_weight(name, file.get_tensor(name), path.name)
+                continue
+            num_rows = max(1, SAMPLE // math.prod(shape[1:]) // 3)
+            for start in (0, shape[0] // 2, shape[0] - num_rows):
+                check_weight(name, part[start : start + num_rows], path.name)
+
+
+def check_data(data_root: Path, **places: str | None) -> Check:
     """Whether all images and labels can be read, and how many patients and sequences there are."""
     from vesselrl.data.check import check_data as check_every_record
 
-    report = check_every_record(data_root)
+    report = check_every_record(data_root, **places)
     todo = f"`vesselrl data check {data_root}` lists every finding; docs/data.md shows the layouts."
     if errors := report.of("error"):
         more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""

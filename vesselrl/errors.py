@@ -1,4 +1,8 @@
-"""The errors that input, machine or settings can cause; the command line prints them in one line."""
+"""The errors that input, machine or settings can cause; the command line prints them in one line.
+
+`exit_code` is that of the command: 1 failed at work, 2 refused before the work began (any ValueError
+without one of its own, such as that of a setting), 128 + n stopped by signal n.
+"""
 
 
 class DataError(ValueError):
@@ -6,6 +10,8 @@ class DataError(ValueError):
 
     Messages name an image by its pseudonym or its place in a list, because file names carry patient names.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str, code: str = "unusable"):
         super().__init__(message)
@@ -15,17 +21,39 @@ class DataError(ValueError):
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file and what to do."""
 
+    exit_code = 2
+
 
 class RewardError(ValueError):
     """A custom reward function failed, or returned something that is not a finite number."""
 
+    exit_code = 1
+
 
 class CompareError(ValueError):
-    """The runs cannot be compared; the message says which and why. The command ends with exit code 2."""
+    """The runs cannot be compared; the message says which and why."""
+
+    exit_code = 2
 
 
 class RunError(RuntimeError):
     """A run folder cannot be made, read or written; the message names it and what to do."""
+
+    exit_code = 1
+
+
+class RefusedError(RunError):
+    """A run that cannot be begun or gone on with, or is in use; refused before anything was touched."""
+
+    exit_code = 2
+
+
+class WriteError(RunError, OSError):
+    """A file that cannot be written, named in the message, and in a few words the `reason`."""
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason
 
 
 class LearningError(RunError):
@@ -33,4 +61,12 @@ class LearningError(RunError):
 
 
 class NotFiniteError(LearningError):
-    """A loss or a gradient is nan or infinite; the weights are still those of before this update."""
+    """A loss, a gradient or a prediction is nan or infinite; no weight was changed by it."""
+
+
+class Stopped(BaseException):
+    """A signal; no `except Exception` on the way out may take it for a fault."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 128 + number

@@ -23,9 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     obstacle = find_obstacle(arguments[0] if arguments else "")
     if obstacle is None:
-        from vesselrl.cli import main as run
+        from vesselrl.experiment.stop import stops_on_signals
 
-        return run(arguments)
+        with stops_on_signals():
+            from vesselrl.cli import main as run
+
+            return run(arguments)
 
     python = ROOT / ".venv" / "bin" / "python"
     if python.is_file() and RELAUNCHED not in os.environ:

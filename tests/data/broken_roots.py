@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as pycocotools_mask
 
 from tests.golden import broken_input
-from tests.golden.broken_input import LAYOUTS, PAIRS, DataRoot
+from tests.golden.broken_input import LAYOUTS, PAIRS, POLYGONS, DataRoot, add, again, bars, outlines, redraw
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import mask_to_polygons
 
@@ -25,9 +26,37 @@ def break_runs(root: DataRoot) -> None:
         content["annotations"][1]["segmentation"]["counts"] = [4095]
 
 
+def in_alpha(root: DataRoot) -> None:
+    alpha = bars(1).astype(np.uint8) * 255
+    Image.fromarray(np.dstack([alpha * 0, alpha])).save(root.mask())
+
+
+def in_palette(root: DataRoot) -> None:
+    image = Image.frombytes("P", (64, 64), bars(1).tobytes())
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    image.save(root.mask())
+
+
+def to_be_ignored(values: np.ndarray) -> np.ndarray:
+    return np.where(values, 1, np.where(np.roll(values, 1, 0), 255, 0)).astype(np.uint8)
+
+
+SHARES = [[value / 64 for value in one] for one in outlines(1)]
+FRAMES = {"save_all": True, "append_images": [Image.new("L", (64, 64))]}
+PNG_MASKS = ("both", "masks", "chase")
 FAULTS = broken_input.FAULTS | {
     "broken run lengths": (("rle",), break_runs),
-}
+    "shares": (POLYGONS, lambda root: root.set_outlines(SHARES)),
+    "no area": (POLYGONS, add(10, 10, 30, 10, 60, 10, 45, 10)),
+    "thin": (POLYGONS, add(2, 50, 60, 62.2, 60, 62.5)),
+    "twice around": (POLYGONS, add(*2 * [2, 40, 24, 40, 24, 60, 2, 60])),
+    "frames": (("annotations", "masks", "drive"), again(lambda image: image, **FRAMES)),
+    "12 bits": (broken_input.IN_16_BITS, again(lambda i: Image.fromarray(np.asarray(i).astype("u2") * 16))),
+    "to be ignored": (broken_input.WITH_MASKS, redraw(to_be_ignored)),
+    "numbers": (broken_input.WITH_MASKS, redraw(lambda v: v // 255 * np.arange(32, 96, dtype="u1") // 32)),
+    "alpha": (PNG_MASKS, in_alpha),
+    "palette": ((*PNG_MASKS, "drive"), in_palette),
+}  # fmt: skip
 # The finding of each fault.
 CODES = {
     "missing": "missing_image", "unreadable": "unreadable_image", "truncated": "unreadable_image",
@@ -36,6 +65,9 @@ CODES = {
     "odd length": "odd_length", "outside": "outside_image", "not finite": "bad_polygon",
     "larger image": "scaled_label", "other proportions": "label_size", "size of words": "label_size",
     "empty": "empty_mask", "all foreground": "all_foreground", "duplicate record": "duplicate_record",
+    "shares": "shares", "no area": "few_points", "thin": "thin_polygon", "twice around": "traced_twice",
+    "frames": "several_frames", "12 bits": "sixteen_bit_image", "to be ignored": "ignore_mask",
+    "numbers": "numbered_mask", "alpha": "alpha_mask", "palette": "palette_mask",
     "broken run lengths": "bad_rle", "text as a string": "text_string",
     "too many texts": "text_length", "text of numbers": "bad_text",
     "disagreement": "disagreement", "soft mask": "non_binary_mask", "empty mask": "empty_mask",

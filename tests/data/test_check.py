@@ -22,6 +22,7 @@ from vesselrl.errors import DataError
 LOST = {
     *("missing", "unreadable", "truncated", "same pixels", "odd length", "outside", "not finite"),
     *("other proportions", "size of words", "all foreground", "white mask", "broken run lengths"),
+    *("thin", "twice around", "frames"),
 }
 # Without polygons the label is lost as well.
 LOST_WITHOUT_POLYGONS = {"cut mask", "unreadable mask"}
@@ -147,8 +148,12 @@ def test_faults_of_the_whole_root_and_the_text_that_groups_findings(tmp_path: Pa
         for record in content:
             record["mask"][1] = [5, 5]
     lines = render(check(root), limit=3).splitlines()
-    assert lines[1] == "warning: polygon with fewer than 3 points, left out: 4"
+    assert lines[1] == "warning: polygon of fewer than 3 points or without area, left out: 4"
     assert lines[-2:] == ["  … and 1 more; --json lists all", "0 errors, 4 warnings"]
+    with edited(root.file) as content:
+        for record in content:
+            record.update(mask=[WHOLE], text=["vessel"])
+    assert check_data(root.path).of("error")[0].message.startswith("All 4 masks are without background")
     with edited(root.file) as content:
         for record in content:
             record.update(mask=[], text=[])

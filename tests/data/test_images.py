@@ -1,5 +1,6 @@
 """Pixels of images and masks, read from files that `find_samples` has found."""
 
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.test_formats import PERSON, SIZE, square, write_image
-from vesselrl.data.images import read_mask, read_oddities
+from tests.data.test_formats import PERSON, SIZE, failure, record, square, write_image, write_records
+from vesselrl.data.images import MAX_PIXELS, read_mask, read_oddities, read_rgb, read_size
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 
@@ -42,7 +43,9 @@ def masked(root: Path, mask: Image.Image, name: str = "train_001.png") -> Sample
         ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
         ("P", 1, (10, 20, 30)),
         ("I;16", 32896, (128, 128, 128)),  # 32896 = 128 · 257
-        ("I;16", 4095, (16, 16, 16)),  # 12 bits stay dark: 4095 · 255 / 65535 = 15.93
+        ("I;16", 4095, (255, 255, 255)),  # the brightest of 12 bits
+        ("I;16", 4096, (64, 64, 64)),  # 13 bits are read as 14: 4096 / 64
+        ("I;16", 200, (200, 200, 200)),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path: Path, mode: str, colour: object, expected: tuple) -> None:
@@ -140,3 +143,118 @@ def test_sixteen_bits_are_deep_and_eight_are_not_whatever_the_width(tmp_path: Pa
     if suffix in ("png", "tif"):
         cv2.imwrite(str(file), np.full((12, 16, 3), 4095, np.uint16))
         assert list(read_oddities(file, "record")) == ["sixteen_bit_image"]
+
+
+def test_twelve_bits_in_sixteen_look_as_with_eight_and_dark_colours_are_refused(tmp_path: Path) -> None:
+    pixels = np.arange(192, dtype=np.uint16).reshape(12, 16) + 60
+    for name, values, mode in (("a.png", pixels * 16, "I;16"), ("b.tif", pixels * 16, "I")):
+        Image.fromarray(values.astype({"I": np.int32}.get(mode, np.uint16))).save(tmp_path / name)
+        assert (read_rgb(tmp_path / name, "record") == pixels[:, :, None]).all()
+    colours = np.stack([pixels, pixels // 2, pixels // 3], axis=2)
+    cv2.imwrite(str(tmp_path / "c.png"), colours[:, :, ::-1] * 256)
+    assert (read_rgb(tmp_path / "c.png", "record") == colours).all()
+    cv2.imwrite(str(tmp_path / "c.png"), colours * 16)
+    with pytest.raises(DataError, match="of which 14 or fewer are used") as raised:
+        read_rgb(tmp_path / "c.png", "record")
+    assert raised.value.code == "too_many_bits"
+
+
+@pytest.mark.parametrize("size", [(2**13, 2**12 + 1), (2**15, 2**13)])  # Pillow itself refuses the second
+def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path: Path, size: tuple) -> None:
+    assert size[0] * size[1] > MAX_PIXELS
+    (tmp_path / "a.pgm").write_text(f"P4 {size[0]} {size[1]}\n")
+    Image.new("L", (64, 64)).save(tmp_path / "a.tif", tiffinfo={0x8001: size[0], 0x8002: size[1]})
+    content = (tmp_path / "a.tif").read_bytes()  # own tags become the size of a tile
+    for own, tag in ((b"\x01\x80", b"\x42\x01"), (b"\x02\x80", b"\x43\x01")):
+        assert content.count(own) == 1
+        content = content.replace(own, tag)
+    (tmp_path / "a.tif").write_bytes(content)
+    for read, name in product((read_rgb, read_mask, read_size, read_oddities), ("a.pgm", "a.tif")):
+        with pytest.raises(DataError, match=r"more than 33,554,432") as raised:
+            read(tmp_path / name, "record")
+        assert raised.value.code == "too_large"
+
+
+def test_a_size_that_exif_explains_is_explained(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_records(tmp_path, record(imageWidth=SIZE[0], imageHeight=SIZE[1]))
+    Image.new("L", SIZE).save(tmp_path / "images" / "train_001.png", exif=exif)
+    assert "The likely cause is the EXIF orientation 6" in failure(tmp_path)
+    Image.new("L", (16, 13)).save(tmp_path / "images" / "train_001.png", exif=exif)
+    assert "EXIF" not in failure(tmp_path)
+
+
+def blocks(*values: int) -> np.ndarray:
+    """Rows of 2 px, one for each value, between zeros."""
+    pixels = np.zeros((40, 60), np.uint8)
+    for number, value in enumerate(values):
+        pixels[3 * number + 2 : 3 * number + 4, 5:50] = value
+    return pixels
+
+
+def voc(core: int = 1) -> np.ndarray:
+    """A line of one px within a border of 255."""
+    pixels = blocks(255, 0, 0)
+    pixels[4, 5:50], pixels[5:7, 5:50] = core, 255
+    return pixels
+
+
+def rgba(colour: np.ndarray, alpha: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.dstack([colour, colour, colour, alpha]).astype(np.uint8))
+
+
+def palette(values: np.ndarray, *colours: int) -> Image.Image:
+    image = Image.frombytes("P", values.shape[::-1], values.tobytes())
+    image.putpalette([*colours] + [0] * (768 - len(colours)))
+    return image
+
+
+LINE, NOISE = blocks(255), np.random.default_rng(0).integers(0, 4, (40, 60)).astype(np.uint8)
+SOFT = np.array(Image.fromarray(LINE).resize((120, 80), Image.Resampling.BICUBIC))
+RED, NONE = LINE // 255 * 128, LINE * 0
+# Name -> code, image, and what `--fix` takes for vessel; None: it cannot be told.
+MASKS = {
+    "thin with a border to be ignored": ("ignore_mask", voc(), voc() == 1),
+    "numbers with a border to be ignored": ("ignore_mask", blocks(1, 2, 255, 3), blocks(1, 2, 0, 3) > 0),
+    "numbers": ("numbered_mask", blocks(1, 2, 0, 5), blocks(1, 2, 0, 5) > 0),
+    "many numbers": ("numbered_mask", blocks(*range(1, 13)), blocks(*range(1, 13)) > 0),
+    "number 2 with 255": ("non_binary_mask", voc(2), None),
+    "three greys": ("non_binary_mask", blocks(255, 128, 255), None),
+    "dim greys": ("non_binary_mask", blocks(50, 100), None),
+    "1 and 255 without 0": ("non_binary_mask", np.where(LINE, 255, 1).astype(np.uint8), None),
+    "noise of an empty mask": ("non_binary_mask", NOISE, None),
+    "soft": ("non_binary_mask", SOFT, SOFT >= 128),
+    "mostly vessel": ("numbered_mask", (LINE == 0).astype(np.uint8) * 7, None),
+    "red": ("non_binary_mask", np.dstack([RED, NONE, NONE]), LINE > 0),
+    "red and green": ("coloured_mask", np.dstack([blocks(128), blocks(0, 128), NONE]), None),
+    "alpha, black": ("alpha_mask", rgba(NONE, LINE), LINE > 0),
+    "alpha, white": ("alpha_mask", rgba(NONE + 255, LINE), LINE > 0),
+    "black on transparent white": ("alpha_mask", rgba(255 - LINE, LINE), LINE > 0),
+    "white on black on transparent white": (
+        "alpha_mask", rgba(~blocks(0, 255, 0), blocks(255, 255, 255)), blocks(255, 0, 255) > 0),
+    "palette of VOC": ("palette_mask", palette(RED // 128, 0, 0, 0, 128, 0, 0), LINE > 0),
+    "palette, two": ("palette_mask", palette(blocks(1, 2), 0, 0, 0, 128, 0, 0, 0, 128, 0), blocks(1, 2) > 0),
+    "palette, ignored": ("palette_mask", palette(voc(), 0, 0, 0, 128, 0, 0), voc() == 1),
+    "palette, black last": ("non_binary_mask", palette(1 - RED // 128, 128, 0, 0), LINE > 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_vessel_of_a_strange_mask_is_right_or_refused(tmp_path: Path, name: str) -> None:
+    code, image, expected = MASKS[name]
+    image, file = image if isinstance(image, Image.Image) else Image.fromarray(image), tmp_path / "a.png"
+    image.save(file)
+    with pytest.raises(DataError) as raised:
+        read_mask(file, "record")
+    assert raised.value.code == code
+    if expected is not None:
+        assert (read_mask(file, "record", guess=True) == expected).all()
+    else:
+        with pytest.raises(DataError, match="cannot be told for sure"):
+            read_mask(file, "record", guess=True)
+
+
+def test_a_white_drawing_on_transparent_black_is_a_mask(tmp_path: Path) -> None:
+    rgba(LINE, LINE).save(tmp_path / "a.png")
+    assert (read_mask(tmp_path / "a.png", "record") == (LINE > 0)).all()

@@ -7,7 +7,7 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from tests.data.broken_roots import encode_mask
-from vesselrl.data.polygons import mask_to_polygons, rasterise, read_polygon, read_run_lengths
+from vesselrl.data.polygons import is_doubtful, mask_to_polygons, rasterise, read_polygon, read_run_lengths
 from vesselrl.errors import DataError
 
 
@@ -78,8 +78,29 @@ def test_round_trip_keeps_holes_borders_and_single_pixels_without_needless_point
 def test_errors_name_polygon_and_value(value, message):
     with pytest.raises(DataError, match=message):
         read_polygon(value, (4, 3), "polygon 1")
-    assert [read_polygon(flat, (4, 4), "") for flat in ([], [1, 1], [0, 0, 1, 1])] == [None] * 3
+    empty = ([], [1, 1], [0, 0, 1, 1], [1, 0, 1, 4, 1, 2], [0, 0, 1, 1, 3, 3, 2, 2], [0, 0, 2, 1, 3, 3, 2, 1])
+    assert [read_polygon(flat, (4, 4), "") for flat in empty] == [None] * len(empty)
+    assert read_polygon([0, 0, 4, 0, 0, 4, 4, 4], (4, 4), "") is not None  # a bow: its lobes cancel out
     assert read_polygon([-1, -1, 5, -1, 5, 5], (4, 4), "").tolist() == [[-1, -1], [5, -1], [5, 5]]
+
+
+HOLE = np.pad(~np.pad(np.ones((7, 7), bool), 1), 5)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "expected"),
+    [
+        (curved_vessel(2), (False, False)),
+        (curved_vessel(0.4), (True, False)),  # falls apart
+        ([[3, 3.6], [60, 3.6], [60, 4.4]], (True, False)),  # between the centres of two rows: no pixel
+        (np.tile([[5, 5], [40, 5], [40, 30], [5, 30]], (2, 1)), (False, True)),
+        (np.concatenate([curved_vessel(5), curved_vessel(4.8)]), (False, True)),  # not quite the same
+        (mask_to_polygons(HOLE)[0], (False, False)),
+        ([[-1, -1], [-0.5, -1], [-0.5, 0]], (True, False)),  # outside
+    ],
+)
+def test_outlines_that_are_thinner_than_a_pixel_or_traced_twice(polygon, expected):
+    assert is_doubtful(np.array(polygon, np.float64), (128, 128)) == expected
 
 
 def test_run_lengths_agree_with_pycocotools():
@@ -113,3 +134,5 @@ def test_broken_run_lengths(change, message):
         read_run_lengths({"size": [64, 64], "counts": [4096]} | change, (64, 64), "annotation 2")
     assert raised.value.code == "bad_rle"
     assert str(raised.value).startswith("annotation 2: ")
+    with pytest.raises(DataError, match=r"more than 33,554,432"):  # 4 GiB from 40 bytes
+        read_run_lengths({"size": [65535, 65535], "counts": [65535**2]}, (65535, 65535), "annotation 2")

@@ -18,7 +18,6 @@ from vesselrl.data.check import check_data
 from vesselrl.data.patients import (
     identify,
     is_impersonal,
-    names_a_person,
     parse_by_pattern,
     parse_name,
     read_aliases,
@@ -50,7 +49,6 @@ READ = dict.fromkeys(WITH_ID, "id:0123456789") | WITHOUT_ID | {name: f"file:{nam
 def test_what_is_read_from_a_name(name, person):
     identity = parse_name(name)
     assert identity.person == person
-    assert names_a_person(name) == (name not in OTHERS)
     assert identity.sequence == ("1-2_3_0a1b2c3d" if name in WITH_ID or TAIL in name else "")
     assert identity.frame == ("" if name in OTHERS else "000011")
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.data.samples import find_samples, load_mask
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.evaluate import (
     describe_reward,
     evaluate,
@@ -47,6 +47,24 @@ PICTURES = [picture(number, *truth) for number, truth in enumerate(TRUTHS)]
 def predict(image):
     mask = ANSWERS[int(image[0, 0, 0])]
     return None if mask is None else SimpleNamespace(mask=mask)
+
+
+def test_a_prediction_that_is_not_finite_has_failed_and_the_log_says_so(caplog):
+    def overflow(image):
+        if image[0, 0, 0] == 3:  # an empty mask would be right
+            raise NotFiniteError("The model gives no numbers.")
+        return SimpleNamespace(mask=predict(image).mask, probabilities=predict(image).mask.astype(np.float32))
+
+    pictures = [PICTURES[0], PICTURES[3]]
+    for given in (overflow, with_flips(overflow)):
+        result = evaluate(given, pictures, load=load)
+        assert [row["failed"] for row in result.rows] == [False, True]
+        assert result.summary["n_failed"] == 1
+        assert result.too_many_failed
+    assert (
+        caplog.text.count("P003_S1_F0003: failed, and counted as an empty mask. The model gives no numbers")
+        == 2
+    )
 
 
 def test_scores_by_hand():

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from vesselrl.errors import RunError
+from vesselrl.errors import RefusedError, RunError
 from vesselrl.experiment import run_folder
-from vesselrl.experiment.run_folder import RunFolder, check_writable, git_commit
+from vesselrl.experiment.run_folder import LOCK_FILE, RunFolder, check_writable, git_commit
 
 
 @pytest.fixture
@@ -60,6 +61,44 @@ def test_json_is_strict_and_whole_and_metrics_are_one_line_each(run: RunFolder) 
     assert (run.path / "metrics.jsonl").read_text().splitlines() == [
         '{"step": 1, "train/loss": 0.5}', '{"step": 2, "train/loss": null}'
     ]  # fmt: skip
+
+
+def test_a_torn_metrics_file_keeps_its_whole_lines(run: RunFolder) -> None:
+    for step in range(4):
+        run.append_metrics({"step": step})
+    whole = run.metrics_file.read_bytes()
+    assert not run.cut_metrics(len(whole))
+    assert run.metrics_file.read_bytes() == whole
+    assert not run.cut_metrics(len(whole) // 2)
+    assert run.metrics_file.read_bytes() == whole[: len(whole) // 2]
+    run.metrics_file.write_bytes(b'{"step": 0}\n\xff\n{"st\0p": 1}\n[2]\n{"step": 3}\n{"step"')
+    assert run.cut_metrics(len(whole))
+    assert run.metrics_file.read_bytes() == b'{"step": 0}\n{"step": 3}\n'
+    run.metrics_file.unlink()
+    assert run.cut_metrics(len(whole))
+    assert run.metrics_file.read_bytes() == b""
+
+
+def test_only_one_process_is_inside_a_run(run: RunFolder) -> None:
+    """Also after another one died inside, which leaves the file, but no lock."""
+    code = (
+        "import sys; from pathlib import Path; from vesselrl.experiment.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked(): print('inside', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", code, run.path], **pipes)
+    assert other.stdout.readline() == b"inside\n"
+    with pytest.raises(RefusedError, match="in use by another training"), run.locked():
+        pytest.fail("two are inside")
+    other.kill()
+    other.communicate()
+    (run.path / f".config.json.{other.pid}.partial").touch()  # it died while it wrote
+    assert (run.path / LOCK_FILE).exists()
+    with run.locked():
+        assert [path.name for path in run.path.iterdir()] == [LOCK_FILE]
+        with pytest.raises(RefusedError), RunFolder(run.path).locked():
+            pytest.fail("two are inside")
+    assert list(run.path.iterdir()) == []
 
 
 def test_git_commit_says_whether_files_were_changed(tmp_path: Path, monkeypatch) -> None:

@@ -38,11 +38,13 @@ def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """An adapter on all four components, as large as after a long training; read only."""
     folder = tmp_path_factory.mktemp("run") / "best_lora"
     model = load_sa2va(lively_checkpoint)[0]
-    torch.manual_seed(3)
-    peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if ".lora_B." in name:
-            parameter.data.normal_(0, 0.05)
+            parameter.data.normal_(0, 0.05, generator=generator)
     save_adapter(peft_model, folder)
     return folder
 

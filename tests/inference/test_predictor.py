@@ -1,6 +1,9 @@
 """Images in, masks out: thresholds, batches, several [SEG], adapters; image files in, PNG files out."""
 
+import csv
 import stat
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,8 @@ import torch
 from PIL import Image
 
 from tests.golden.broken_input import cut
-from vesselrl.errors import DataError, RunError
+from vesselrl.cli import main
+from vesselrl.errors import DataError, NotFiniteError, RunError
 from vesselrl.inference import predictor as module
 from vesselrl.inference.predictor import Prediction, Predictor, predict_files
 from vesselrl.models.processing import Sa2VAInputs
@@ -45,6 +49,15 @@ def test_sizes_types_and_probabilities(predictor: Predictor, images: list[np.nda
         far = Predictor(ShiftedModel(predictor.model, 1e4), predictor.processor).predict(images[0])
     assert not far.probabilities.any()
     assert not far.mask.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_output_that_is_no_number_is_no_empty_mask(
+    predictor: Predictor, images: list[np.ndarray], value: float
+) -> None:
+    broken = Predictor(ShiftedModel(predictor.model, value), predictor.processor)
+    with pytest.raises(NotFiniteError, match="The model gives no numbers for 4096 of 4096 pixels"):
+        broken.predict(images[0])
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.71])
@@ -137,73 +150,203 @@ def test_prompt_adapter_and_bfloat16_change_what_they_should(
 
 def save_picture(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.repeat(grey_levels()[..., None], 3, axis=2)).save(path)
     return path
+
+
+def grey_levels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (40, 72), dtype=np.uint8)
+
+
+class Threshold:
+    """A stand-in for a predictor: what is brighter than a level is vessel; counts its images."""
+
+    def __init__(self, level: int = 128) -> None:
+        self.level, self.num_images = level, 0
+
+    def fingerprint(self) -> str:
+        return str(self.level)
+
+    def predict(self, image: np.ndarray) -> Prediction:
+        self.num_images += 1
+        bright = image[..., 0] > self.level
+        return Prediction(bright, bright.astype(np.float32), bright.astype(np.float32))
+
+
+def statuses(predictor: Threshold, *paths: Path) -> dict[str, str]:
+    return {row["result"]: row["status"] for row in predict_files(predictor, *paths)}
 
 
 def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
     grey = np.full((2, 3, 3), 100, np.uint8)
     probabilities = np.array([[0, 0.25, 0.5], [0.75, 1, 1e-5]], np.float32)
     prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32))
-    row = module.write_prediction(grey, prediction, tmp_path, "heart")
-    assert row == {"mask": str(tmp_path / "heart_mask.png"), "foreground": 2 / 6}
-    names = ("mask", "probability", "overlay")
-    mask, probability, overlay = (np.asarray(Image.open(tmp_path / f"heart_{name}.png")) for name in names)
+    assert module.write_prediction(grey, prediction, tmp_path / "heart.v2", {}) == 2 / 6
+    files = (tmp_path / f"heart.v2_{kind}.png" for kind in ("mask", "probability", "overlay"))
+    mask, probability, overlay = map(np.asarray, map(Image.open, files))
     assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 0, 0], [255, 255, 0]])
     assert (probability.dtype, probability.tolist()) == (np.uint16, [[0, 16384, 32768], [49151, 65535, 1]])
     assert overlay.shape == (2, 3, 3)
     assert (overlay[1, 0] != 100).any()
 
 
-def test_results_do_not_carry_the_name_of_a_person(predictor: Predictor, tmp_path: Path) -> None:
-    for name in (f"{PERSON}.png", "left heart.png"):
-        save_picture(tmp_path / "in" / name)
-    rows = list(predict_files(predictor, tmp_path / "in", tmp_path / "out"))
-    names = sorted(path.name for path in (tmp_path / "out").glob("*_mask.png"))
-    assert names == ["P001_S1_F0011_mask.png", "left heart_mask.png"]
-    assert sorted(Path(row["mask"]).name for row in rows) == names
-    mapping = tmp_path / "out" / "patients.mapping.json"
+def test_a_name_that_may_be_a_persons_becomes_a_pseudonym(tmp_path: Path, capsys) -> None:
+    """With an ID or without; the second call keeps the pseudonyms though a file came in between."""
+    folder, out, secrets = tmp_path / "in", tmp_path / "out", ("ZHANG", "1234567890", "ylva", "Qvarn")
+    for name in (PERSON, "ylva", "Qvarn heart", "train_007"):
+        save_picture(folder / f"{name}.png")
+    cut(broken := save_picture(folder / "ylva broken.png"))
+    rows = list(predict_files(Threshold(), folder, out))
+    shown = [row["image"] for row in rows]
+    assert (shown[0], shown[2]) == (f"image 1 of 5 in name order ({rows[0]['result']})", "train_007.png")
+    assert rows[3]["reason"].startswith("the file is damaged")
+    mapping = out / "patients.mapping.json"
     assert stat.S_IMODE(mapping.stat().st_mode) == 0o600
-    assert PERSON in mapping.read_text()  # the only place that knows
+    assert all(secret in mapping.read_text() for secret in (PERSON, "ylva", "Qvarn heart"))
+    others = [path for path in out.iterdir() if path != mapping]
+    assert len(others) == 4 * 3 + 1
+    written = "".join(path.name + path.read_bytes().decode("latin-1") for path in others)
+    assert not any(secret in f"{written} {rows}" for secret in secrets)
+    broken.unlink()
+    save_picture(folder / "alva.png")
+    again = statuses(Threshold(), folder, out)
+    kept = {row["result"] for row in rows if row["status"] == "done"}
+    assert kept == {name for name, status in again.items() if status == "kept"}
+    assert sorted(again.values()) == ["done", *["kept"] * 4]
+
+
+def test_three_hundred_images_three_damaged_and_a_second_call(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Exit code 3; the second call looks at the three again and at nothing else; 1 where all are damaged."""
+    folder, out, predictor = tmp_path / "in", tmp_path / "out", Threshold()
+    picture = save_picture(folder / "000.png").read_bytes()
+    for number in range(1, 300):
+        (folder / f"{number:03d}.png").write_bytes(picture if number % 100 != 50 else picture[:400])
+    monkeypatch.setattr(Predictor, "from_pretrained", lambda *_, **__: predictor)
+    command = ["predict", "--image", str(folder), "--output_dir", str(out)]
+    assert main(command) == 3
+    said = capsys.readouterr()
+    assert said.out.startswith("297 images written")
+    assert said.err.splitlines()[0] == "3 could not be done:"
+    assert [line[:7] for line in said.err.splitlines()[1:]] == ["050.png", "150.png", "250.png"]
+    listed = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+    assert Counter(row["status"] for row in listed) == {"done": 297, "failed": 3}
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert len(times) == 3 * 297
+    assert main(command) == 3
+    assert "297 were done before and are kept" in capsys.readouterr().out
+    assert predictor.num_images == 297
+    assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    (folder / "050.png").write_bytes(picture)
+    for path in folder.glob("[12]50.png"):
+        path.unlink()
+    assert main(command) == 0
+    assert predictor.num_images == 298
+    for path in folder.iterdir():
+        path.write_bytes(picture[:400])
+    assert main(["predict", "--image", str(folder), "--output_dir", str(tmp_path / "none")]) == 1
+
+
+def test_done_means_all_three_files_whole_of_this_image_and_these_settings(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number in range(6):
+        save_picture(folder / f"{number}.png")
+    assert {*statuses(Threshold(), folder, out).values()} == {"done"}
+    (out / "1_overlay.png").unlink()
+    content = bytearray((out / "2_probability.png").read_bytes())
+    content[-40] ^= 1
+    (out / "2_probability.png").write_bytes(content)
+    Image.new("RGB", (9, 9)).save(folder / "3.png")
+    Image.new("L", (9, 9)).save(out / "4_mask.png")
+    target = tmp_path / "elsewhere.png"
+    (out / "5_mask.png").rename(target)
+    (out / "5_mask.png").symlink_to(target)
+    before = target.read_bytes()
+    found = statuses(Threshold(), folder, out)
+    assert found == dict(zip("012345", "kept done done replaced done done".split(), strict=True))
+    assert target.read_bytes() == before
+    assert not (out / "5_mask.png").is_symlink()
+    assert {*statuses(Threshold(90), folder, out).values()} == {"replaced"}
+    assert (np.asarray(Image.open(out / "0_mask.png")) == 255 * (grey_levels() > 90)).all()
+
+
+def test_the_fingerprint_tells_models_prompts_and_settings_apart(
+    predictor: Predictor, lively_checkpoint: Path, adapter: Path
+) -> None:
+    weight = predictor.model.lm.get_input_embeddings().weight.detach()
+    prints = [predictor.fingerprint()]
+    others = ({"prompt": "Where?"}, {"post": PostProcessing(0.4)})
+    parts = predictor.model, predictor.processor
+    prints += [Predictor(*parts, **other).fingerprint() for other in others]
+    prints.append(Predictor.from_pretrained(lively_checkpoint, adapter, "cpu").fingerprint())
+    saved = weight[:2].clone()
+    for changed in (saved.flip(0), saved + torch.eye(*saved.shape) * 1e-6):
+        weight[:2] = changed
+        prints.append(predictor.fingerprint())
+        weight[:2] = saved
+    assert len({*prints}) == 6
+    assert predictor.fingerprint() == prints[0]
 
 
 def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Path) -> None:
     folder, out, calls = tmp_path / "in", tmp_path / "out" / "deep", []
-    for name in ("b.PNG", "a.png", "c.tiff", ".hidden.png", "sub/d.png"):
+    for name in ("02.PNG", "01.png", "03.tiff", ".hidden.png", "sub/04.png"):
         save_picture(folder / name)
     (folder / "notes.txt").write_text("no picture")
-    save_picture(out / "a_mask.png")  # an older one
     rows = list(predict_files(predictor, folder, out, lambda *numbers: calls.append(numbers)))
-    assert [row["image"] for row in rows] == ["a.png", "b.PNG", "c.tiff"]
+    assert [row["image"] for row in rows] == ["01.png", "02.PNG", "03.tiff"]
     assert calls == [(1, 3), (2, 3), (3, 3)]
-    assert len(list(out.iterdir())) == 9
-    expected = predictor.predict(np.asarray(Image.open(folder / "a.png"))).mask
-    assert (np.asarray(Image.open(out / "a_mask.png")) == 255 * expected).all()
+    assert len(list(out.iterdir())) == 10
+    expected = predictor.predict(np.asarray(Image.open(folder / "01.png"))).mask
+    assert (np.asarray(Image.open(out / "01_mask.png")) == 255 * expected).all()
     assert rows[0]["foreground"] == pytest.approx(expected.mean())
 
 
-def test_an_unreadable_file_is_named_but_not_the_person(predictor: Predictor, tmp_path: Path) -> None:
-    for name, shown in (("img_002", "img_002.png"), (PERSON, "image 2 of 2 in name order")):
-        save_picture(tmp_path / name / "001.png")
-        cut(save_picture(tmp_path / name / f"{name}.png"))
-        rows = predict_files(predictor, tmp_path / name, tmp_path / f"out of {shown}")
-        assert next(rows)["image"] == "001.png"
-        with pytest.raises(DataError, match=f"^{shown}: the file is damaged(?!.*ZHANG)"):
-            next(rows)
-        assert len(list((tmp_path / f"out of {shown}").glob("*.png"))) == 3  # the first image's, complete
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    """Kept for 80 pictures of 48 KB: less than one of them."""
+    for number in range(100):
+        Image.new("RGB", (128, 128), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows, peaks = predict_files(Threshold(), tmp_path, tmp_path / "out"), []
+    tracemalloc.start()
+    for number, _ in enumerate(rows):
+        if number in (10, 90):
+            peaks.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 40_000
 
 
-def test_unusable_folders_are_refused_before_anything_is_written(
-    predictor: Predictor, tmp_path: Path
-) -> None:
+def test_unusable_folders_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """No message holds the path."""
     for name in ("001.png", "002.png", "002.jpg"):
-        file = save_picture(tmp_path / "in" / name)
+        file = save_picture(tmp_path / "ylva" / name)
+    (tmp_path / "ylva" / "empty").mkdir()
     for path, out, message in (
-        (tmp_path / "nowhere", "out", "nowhere does not exist"),
-        (tmp_path, "out", r"holds no image; known endings are \.png"),
+        (tmp_path / "ylva" / "nowhere", "out", "path of --image does not exist"),
+        (tmp_path / "ylva" / "empty", "out", r"holds no image; known endings are \.png"),
         (file.parent, "out", r"1 file names differ only by their ending: 002\.jpg and the next"),
-        (file, "in/002.jpg", r"Cannot write to .*002\.jpg.*[Gg]ive another --output_dir"),
     ):
-        with pytest.raises((DataError, RunError), match=message):
-            list(predict_files(predictor, path, tmp_path / out))
+        with pytest.raises(DataError, match=message) as caught:
+            list(predict_files(Threshold(), path, tmp_path / out))
+        assert "ylva" not in str(caught.value)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(RunError, match=r"Cannot write to .*002\.jpg.*[Gg]ive another --output_dir"):
+        list(predict_files(Threshold(), file, file))
+    (file.parent / "002.png").unlink()
+    with pytest.raises(DataError, match="The images lie in the output folder"):
+        list(predict_files(Threshold(), file.parent, file.parent))
+
+
+def test_what_is_odd_about_a_file_is_logged(predictor: Predictor, tmp_path: Path, caplog) -> None:
+    """The same twelve bits in 16 and in 8 give the same mask; of frames the first is used."""
+    grey = np.asarray(Image.open(save_picture(tmp_path / "in" / "001.png")).convert("L")) // 2
+    masks = {}
+    for name, values in (("001", grey.astype(np.uint16) * 16), ("002", grey)):
+        picture = Image.fromarray(values)
+        frames = {"save_all": True, "append_images": [Image.new("L", picture.size)]} if name == "002" else {}
+        picture.save(tmp_path / "in" / f"{name}.tif", **frames)
+    (tmp_path / "in" / "001.png").unlink()
+    for row in predict_files(predictor, tmp_path / "in", tmp_path / "out"):
+        masks[row["image"]] = np.asarray(Image.open(tmp_path / "out" / f"{row['result']}_mask.png"))
+    assert (masks["001.tif"] == masks["002.tif"]).all()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("001.tif: 16-bit image")
+    assert second.startswith("002.tif: file with several frames: 2.")

@@ -1,13 +1,28 @@
-"""Official and native tensor names: the published 8B checkpoint on the meta device, and both directions."""
+"""Official and native tensor names, folders as others save them, and damaged ones, which are named."""
 
 import json
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
-from vesselrl.models.checkpoint import is_unused, native_names, native_state, official_names, read_tensors
+from vesselrl.models.checkpoint import (
+    LARGEST_WEIGHT,
+    is_unused,
+    load_sa2va,
+    load_tokenizer,
+    native_names,
+    native_state,
+    official_names,
+    read_tensors,
+)
 from vesselrl.models.miniature import random_sa2va
 from vesselrl.models.sa2va import Sa2VA
 
@@ -66,3 +81,192 @@ def test_mismatches_are_listed(tiny_checkpoint: Path, name: str, tensor: object,
     given = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
     with pytest.raises(CheckpointError, match=message):
         native_state(random_sa2va(), given, torch.float32)
+
+
+# ---- Folders as other programs save them give the same masks
+
+
+HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+INDEX = "model.safetensors.index.json"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+TEXTS = ("<img><IMG_CONTEXT></img>Sure, [SEG].<|im_end|>", "can't  \u8840\u7ba1 \u00bd \r\n\n 123 [SEG][SEG]")
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+
+
+@torch.inference_mode()
+def mask_logits(folder: Path) -> torch.Tensor:
+    model, processor = load_sa2va(folder)
+    return model(processor([np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)]))[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint: Path) -> torch.Tensor:
+    return mask_logits(tiny_checkpoint)
+
+
+def change_config(folder: Path, section: str | None = None, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config[section] if section else config).update(fields)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(folder: Path, **changed: object) -> None:
+    """Replaces tensors of model.safetensors; `None` removes one."""
+    tensors = load_file(folder / "model.safetensors") | changed
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("section", ["llm_config", None])
+def test_tied_embeddings_need_no_head(folder: Path, expected: torch.Tensor, section: str | None) -> None:
+    change_tensors(folder, **{HEAD: None})
+    with pytest.raises(CheckpointError, match=r"1 missing: lm\.lm_head\.weight"):
+        load_sa2va(folder)
+    change_config(folder, section, tie_word_embeddings=True)
+    assert torch.equal(mask_logits(folder), expected)
+    assert torch.equal(
+        load_sa2va(folder)[0].lm.lm_head.weight, load_file(folder / "model.safetensors")[EMBEDDING]
+    )
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_tokenizer_in_one_file_gives_the_same_ids(
+    folder: Path, expected: torch.Tensor, alone: bool
+) -> None:
+    names = (
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    )
+    official = Qwen2Tokenizer.from_pretrained(folder)
+    assert [load_tokenizer(folder)(text)["input_ids"] for text in TEXTS] == [
+        official(text)["input_ids"] for text in TEXTS
+    ]
+    for name in names:
+        (folder / name).unlink()
+    official.save_pretrained(folder)
+    # A pattern that would take years on a long word: patterns of files are never used.
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    if alone:
+        (folder / "tokenizer_config.json").unlink()
+    found = load_tokenizer(folder)
+    assert [found(text)["input_ids"] for text in TEXTS] == [official(text)["input_ids"] for text in TEXTS]
+    assert torch.equal(mask_logits(folder), expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True},
+        {"rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        {"architectures": None, "model_type": "qwen2"},
+        {"torch_dtype": "bfloat16", "num_beams": "many", "use_cache": "yes", "pruned_heads": 3},
+    ],
+)
+def test_fields_of_resaved_configurations(folder: Path, expected: torch.Tensor, fields: dict) -> None:
+    change_config(folder, "llm_config", **fields)
+    change_config(folder, "vision_config", use_flash_attn=True, _attn_implementation="flash_attention_2")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    assert torch.equal(mask_logits(folder), expected)
+
+
+# ---- What cannot be right is refused in words
+
+
+def test_weights_of_real_models_are_in_range_and_flipped_exponents_are_not(folder: Path) -> None:
+    """400 is about the largest published one, a bias of Qwen2's keys."""
+    bias = load_file(folder / "model.safetensors")[LOST]
+    for value in (400.0, -LARGEST_WEIGHT):
+        bias[1] = value
+        change_tensors(folder, **{LOST: bias})
+        load_sa2va(folder)
+    for bits, dtype, integer in ((30, torch.float32, torch.int32), (14, torch.bfloat16, torch.int16)):
+        small = torch.full((32,), 0.02, dtype=dtype)
+        small.view(integer)[5] ^= 1 << bits
+        change_tensors(folder, **{LOST: small})
+        with pytest.raises(CheckpointError, match=rf"{LOST} holds values as large as 6\.\d+e\+36"):
+            load_sa2va(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
+def test_a_single_value_that_no_weight_has_is_refused(folder: Path, value: float) -> None:
+    weight = load_file(folder / "model.safetensors")[EMBEDDING]
+    weight[3, 5] = value
+    change_tensors(folder, **{EMBEDDING: weight})
+    with pytest.raises(CheckpointError, match=rf"{EMBEDDING} holds "):
+        load_sa2va(folder)
+    change_tensors(folder, **{EMBEDDING: torch.ones(weight.shape, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=rf"{EMBEDDING} is int8; quantised"):
+        load_sa2va(folder)
+
+
+def point_index_to(name: object) -> Callable[[Path], None]:
+    return lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+
+
+def config_text(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def fields(section: str | None = None, **values: object) -> Callable[[Path], None]:
+    return lambda folder: change_config(folder, section, **values)
+
+
+REFUSED = {
+    "shard is a pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS), "pointer.*git lfs pull"),
+    "config is a pointer": (lambda f: (f / "config.json").write_bytes(LFS), "config.json is only a Git LFS"),
+    "merges are a pointer": (lambda f: (f / "merges.txt").write_bytes(LFS), "merges.txt is only a Git LFS"),
+    "index leaves": (point_index_to("../x.safetensors"), "names '../x.safetensors', which is no file"),
+    "index is absolute": (point_index_to("/etc/passwd"), "which is no file of this folder"),
+    "index of parents": (point_index_to(".."), "lacks 1 of 1 shards"),
+    "index of numbers": (point_index_to(3), "names 3, which is no file"),
+    "index of lists": (point_index_to(["a"]), "which is no file of this folder"),
+    "deep": (config_text('{"a":' * 10**5 + "1" + "}" * 10**5), "nested too deep"),
+    "long number": (config_text('{"a":' + "9" * 5000 + "}"), "is not valid JSON"),
+    "deep tokenizer": (lambda f: (f / "vocab.json").write_text("[" * 10**5), "vocab.json.*nested too deep"),
+    "layers for ever": (fields("llm_config", num_hidden_layers=10**9), "whole numbers for num_hidden_layers"),
+    "layers below zero": (fields("vision_config", num_hidden_layers=-1), "needs whole numbers for"),
+    "theta is a word": (fields("llm_config", rope_theta="large"), "rope_theta = 'large'; numbers"),
+    "theta is nan": (fields("llm_config", rope_theta=float("nan")), "rope_theta = nan"),
+    "large epsilon": (fields("llm_config", rms_norm_eps=1e9), "rms_norm_eps = 10000"),
+    "scaling is a list": (fields("llm_config", rope_scaling=[2]), "rope_scaling = .2.; objects"),
+    "scaling of unknown kind": (fields("llm_config", rope_scaling={"rope_type": "x"}), "no model can be"),
+    "unknown activation": (fields("llm_config", hidden_act="x"), "no model can be built"),
+    "unknown norm": (fields("vision_config", norm_type="x"), "no model can be built"),
+    "odd layer types": (fields("llm_config", layer_types=[1]), "no model can be built"),
+    "heads do not divide": (fields("llm_config", num_key_value_heads=3), "does not fit|no model"),
+    "class is a number": (fields("llm_config", architectures=5), "names the language model 5"),
+    "another model": (fields("llm_config", architectures=None, model_type="phi3"), "names the language"),
+    "tile is a word": (fields(force_image_size="448"), "force_image_size = '448'"),
+    "huge tile": (fields(force_image_size=56000), "force_image_size = 56000"),
+    "ratio is a list": (fields(downsample_ratio=[1]), r"downsample_ratio = \[1\]"),
+    "ratio is nan": (fields(downsample_ratio=float("nan")), "downsample_ratio = nan"),
+    "token numbers": (
+        lambda f: (f / "added_tokens.json").write_text('{"[SEG]": 99999}'), "cannot be used|token 99999"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_used_is_named_at_once(folder: Path, kind: str) -> None:
+    spoil, message = REFUSED[kind]
+    spoil(folder)
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match=message):
+        load_sa2va(folder)
+    assert time.monotonic() - begun < 10

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vesselrl.errors import CheckpointError
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, adapter_parameters, attach_lora
@@ -79,7 +80,8 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
     expected = peft_model.get_base_model()(inputs)[0]
     first, second = tmp_path / "first", tmp_path / "second"
     lora.save_adapter(peft_model, first)
-    assert sorted(p.name for p in first.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["SHA256SUMS", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in first.iterdir()) == names
     base = model(inputs)[0]
     again = lora.load_adapter(model, first, is_trainable=True)
     assert torch.equal(expected, again.get_base_model()(inputs)[0])
@@ -93,6 +95,144 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
     names = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
     assert set(load_file(first / "adapter_model.safetensors")) == names  # as PEFT itself saves them
     assert torch.allclose(peft_model.merge_and_unload()(inputs)[0], expected, atol=1e-4)
+
+
+# ---- Adapters as PEFT can write them: equal to the weights merged by hand, or refused by name
+
+
+TARGETS = ["text_hidden_fcs.0", "text_hidden_fcs.2"]
+PLAIN = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": TARGETS,
+    "base_model_name_or_path": "/gone",
+}
+
+
+def write_adapter(
+    folder: Path, settings: dict | None = None, rename=lambda name: name, change=lambda n, t: t
+):
+    """Writes an adapter on the two layers from [SEG] to SAM2; returns its matrices by target."""
+    folder.mkdir()
+    generator, pairs, content = torch.Generator().manual_seed(0), {}, {}
+    for target, (rows, columns) in zip(TARGETS, ((48, 48), (32, 48)), strict=True):
+        pairs[target] = [torch.randn(shape, generator=generator) for shape in ((4, columns), (rows, 4))]
+        for part, tensor in zip("AB", pairs[target], strict=True):
+            name = f"base_model.model.{target}.lora_{part}.weight"
+            content[rename(name)] = change(name, tensor)
+    save_file({name: t for name, t in content.items() if t is not None}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | (settings or {})))
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, (2, 2)),
+        ({"use_rslora": True}, (4, 4)),
+        ({"alpha_pattern": {TARGETS[0]: 32}}, (8, 2)),
+        ({"alpha_pattern": {"2": 1.5, TARGETS[1]: 32}}, (2, 0.375)),  # the first key that fits counts
+        (
+            {"r": 2, "rank_pattern": {"0": 4, TARGETS[1]: 4}, "alpha_pattern": {"2": 4}, "use_rslora": True},
+            (4, 2),
+        ),
+        (
+            {
+                "init_lora_weights": "gaussian",
+                "corda_config": None,
+                "qalora_group_size": 16,
+                "peft_version": "9",
+            },
+            (2, 2),
+        ),
+        ({"a_later_field": True, "bias": "none", "layers_to_transform": None, "loftq_config": {}}, (2, 2)),
+    ],
+)
+def test_settings_of_peft_equal_weights_merged_by_hand(
+    model: Sa2VA, tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, scales: tuple
+) -> None:
+    pairs = write_adapter(tmp_path / "adapter", settings)
+    layers = [model.get_submodule(target) for target in TARGETS]
+    expected = [
+        layer.weight + scale * b @ a
+        for layer, scale, (a, b) in zip(layers, scales, pairs.values(), strict=True)
+    ]
+    merged = lora.load_adapter(model, tmp_path / "adapter").merge_and_unload()
+    for target, weight in zip(TARGETS, expected, strict=True):
+        torch.testing.assert_close(merged.get_submodule(target).weight, weight, rtol=1e-5, atol=1e-5)
+    assert ("are ignored: a_later_field" in caplog.text) == ("a_later_field" in settings)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [lambda n: n.replace(".weight", ".default.weight"), lambda n: f"base_model.model.{n}", lambda n: n[17:]],
+)
+def test_names_as_other_ways_of_saving_leave_them(tiny_checkpoint: Path, tmp_path: Path, rename) -> None:
+    found = []
+    for name, given in (("plain", lambda name: name), ("other", rename)):
+        write_adapter(tmp_path / name, rename=given)
+        adapted = lora.load_adapter(load_sa2va(tiny_checkpoint)[0], tmp_path / name, is_trainable=True)
+        found.append(adapter_parameters(adapted))
+    assert len(found[0]) == 4
+    assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
+
+
+REFUSED_SETTINGS = [
+    *({"lora_alpha": value} for value in (0, -8, 1e9, float("nan"), float("inf"), "8", True, None)),
+    *({"r": value} for value in (0, -1, 10**9, 4.5, "4", float("nan"))),
+    *({"lora_dropout": value} for value in (1, -0.1, float("nan"))),
+    *({"alpha_pattern": value} for value in ({TARGETS[0]: 0}, {TARGETS[1]: 1e9}, {"text.*": 9}, [9])),
+    *({"rank_pattern": value} for value in ({TARGETS[0]: 10**9}, {"(a+)+$": 4}, {r"text_hidden_fcs\.0": 4})),
+    *({"init_lora_weights": value} for value in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", ["x"])),
+    {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm"]}, {"layers_to_transform": 0},
+    {"fan_in_fan_out": True}, {"exclude_modules": "x"}, {"lora_bias": True}, {"use_rslora": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", REFUSED_SETTINGS, ids=str)
+def test_settings_that_are_not_supported_are_refused_by_name(
+    model: Sa2VA, tmp_path: Path, settings: dict
+) -> None:
+    write_adapter(tmp_path / "adapter", settings)
+    (name,) = settings
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json has {name} = "):
+        lora.load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("targets", ["(a+)+$", "all-linear", ["(a+)+$"], [3], [["x"]], [], None, {}])
+def test_target_modules_are_plain_names(model: Sa2VA, tmp_path: Path, targets: object) -> None:
+    write_adapter(tmp_path / "adapter", {"target_modules": targets})
+    with pytest.raises(CheckpointError, match="describes no LoRA of vesselrl"):
+        lora.load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("message", "settings", "change"),
+    [
+        ("lora_A.weight holds nan", {}, lambda name, t: t * float("nan")),
+        ("lora_A.weight holds values as large as 1e", {}, lambda name, t: torch.full_like(t, 1e38)),
+        ("2 tensors missing", {}, lambda name, t: t if ".0." in name else None),
+        ("has rank 4, its adapter_config.json says 8", {"r": 8}, lambda name, t: t),
+        ("size mismatch for .*lora_B", {}, lambda name, t: t[:7].clone()),
+        ("has rank", {}, lambda name, t: torch.tensor(1.0)),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    model: Sa2VA, tmp_path: Path, message: str, settings, change
+) -> None:
+    write_adapter(tmp_path / "adapter", settings, change=change)
+    with pytest.raises(CheckpointError, match=message):
+        lora.load_adapter(model, tmp_path / "adapter")
+
+
+def test_an_adapter_that_changes_nothing_is_said(model: Sa2VA, tmp_path: Path, caplog) -> None:
+    write_adapter(tmp_path / "one", change=lambda name, t: t * (".0." in name))
+    lora.load_adapter(model, tmp_path / "one")
+    assert "changes nothing" not in caplog.text
+    write_adapter(tmp_path / "zero", change=lambda name, t: t * ("lora_A" in name))
+    lora.load_adapter(model, tmp_path / "zero")
+    assert "zero changes nothing: all of its lora_B are 0" in caplog.text
 
 
 def adapted(dropout: float = 0.0) -> nn.Module:

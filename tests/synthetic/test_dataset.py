@@ -92,3 +92,20 @@ def test_data_that_cannot_be_drawn_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path / "data", TARGET, 1, 2, 1, size=64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_runs_that_draw_the_same_data_the_second_takes_what_the_first_has_drawn(tmp_path, monkeypatch):
+    """The other process, played by a second call, finishes while this one is at its last frame."""
+    write_frame, calls = dataset._write_frame, []
+
+    def and_the_other(*frame):
+        calls.append(frame)
+        if len(calls) == 1:
+            write_dataset(tmp_path / "other", TARGET, 1, 1, 2, size=64)
+            (tmp_path / "other").rename(tmp_path / "data")
+        return write_frame(*frame)
+
+    monkeypatch.setattr(dataset, "_write_frame", and_the_other)
+    assert write_dataset(tmp_path / "data", TARGET, 1, 1, 2, size=64) == tmp_path / "data"
+    assert len(calls) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.training.runs import train_debug
 from vesselrl.data.dataset import TrainBatch
@@ -135,6 +136,11 @@ def test_what_is_no_control_run_is_none(finished_run: Path, tmp_path: Path) -> N
     assert load_control(finished_run) is None
     UNet().save(tmp_path)
     assert isinstance(load_control(tmp_path), UNet)
+    weights = load_file(tmp_path / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no control that can be read .* nan instead of numbers"):
+        load_control(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="holds no control that can be read"):
         load_control(tmp_path)

@@ -2,20 +2,30 @@
 
 import errno
 import json
+import random
 import shutil
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.training.runs import metrics_of, no_charts, same_weights, train_debug
 from vesselrl import cli
-from vesselrl.errors import RunError
-from vesselrl.training import checkpoint, health
+from vesselrl.data.samples import find_samples
+from vesselrl.data.splits import read_split
+from vesselrl.errors import DataError, RefusedError, RunError
+from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.run_folder import RunFolder, damaged_files, run_settings
+from vesselrl.scoring.rewards import get_reward_function, import_function, source_hash
+from vesselrl.training import checkpoint, health, setup
 from vesselrl.training import train as training
-from vesselrl.training.checkpoint import STATE_FILE, read_state, write_state
+from vesselrl.training.checkpoint import PREVIOUS_FILE, STATE_FILE, read_state, write_state
 from vesselrl.training.health import Health
 from vesselrl.training.logging import Monitor
 
@@ -27,12 +37,13 @@ STAGES = {
 }  # fmt: skip
 CONSTRAINED = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 3, "num_passes": 1, "val_freq": 3, "learning_rate": 4e-3}
-# Settings and the steps after which the plug is pulled; 5.5: after the files of a validation, before the
-# state of the run that goes with them; 12.75: after that, before the checkpoint of the epoch.
+# Settings and the steps after which the plug is pulled; 0.25: before the first validation; 5.5: after the
+# files of a validation, before the state of the run that goes with them; 5: there with a damaged newest
+# state; 12.75: after the state, before the checkpoint of the epoch.
 RUNS = {
     "two stages": (STAGES, (8, 12.75, 16)),
     "constrained, going wrong": (CONSTRAINED, (5.5,)),
-    "unet": (UNET, (4,)),
+    "unet": (UNET, (0.25, 5)),
 }
 
 
@@ -53,6 +64,9 @@ def train_and_copy(settings: dict, cuts: tuple, output: Path, is_whole: bool = T
         Monitor_log_step(self, step, metrics)
         copy(self.run.path, step)
 
+    def show_image(self: Monitor, path: Path) -> None:
+        copy(self.run.path, 0.25)
+
     def write(folder: Path, state: dict) -> None:
         copy(folder, state["step"] + 0.5)
         write_state(folder, state)
@@ -61,8 +75,16 @@ def train_and_copy(settings: dict, cuts: tuple, output: Path, is_whole: bool = T
     Monitor_log_step = Monitor.log_step
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Monitor, "log_step", log_step)
+        patch.setattr(Monitor, "show_image", show_image)
         patch.setattr(checkpoint, "write_state", write)
         return train_debug(output / "whole", **settings)
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    """Flips one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
 
 
 def goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,13 +109,17 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(
     if "wrong" in name:
         goes_wrong(monkeypatch)
     whole = train_and_copy({"model_path": tiny_checkpoint, "data_root": angiograms} | changes, cuts, tmp_path)
-    assert not (whole.folder / STATE_FILE).exists()
+    assert not {STATE_FILE, PREVIOUS_FILE, "run.lock"} & {path.name for path in whole.folder.iterdir()}
     codes = [one["code"] for one in whole.info["findings"]]
     assert codes.count("correction") == (2 if "wrong" in name else 0)
     kind = "control" if name == "unet" else "lora"
     for cut in cuts:
         folder = tmp_path / str(cut)
-        assert read_state(folder)["step"] < cut
+        newest = read_state(folder)["step"]
+        if cut == 5:
+            flip(folder / STATE_FILE, random.Random(0))
+            assert read_state(folder)["step"] < newest
+        assert newest < cut
         done = no_charts(training.resume)(folder, ["second"])
         assert done.folder == folder
         assert metrics_of(folder) == metrics_of(whole.folder)
@@ -139,7 +165,8 @@ def test_the_best_adapter_of_a_lost_validation_is_not_kept(cut: Path, monkeypatc
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "run.lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize(
@@ -148,14 +175,27 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("cut short", "cannot be read"),
         ("no state in it", "cannot be read"),
         ("of another version", "its version is 1"),
-        ("not there", "first validation"),
+        ("not there", f"it has no {STATE_FILE}"),
         ("finished", "has finished"),
-        # Adapters begin with other random values, and there are fewer images.
-        ("changed", "^The run cannot be resumed.*: training images, values of the adapters"),
+        ("no config", "it has no config.json"),
+        ("torn config", "config.json is damaged"),
+        ("in use", "is in use by another training"),
+        ("settings", r"^The run .*: settings \(max_train_samples 4, now 3; seed 42, now 43\)\. "),
+        ("reward", r"have changed since: reward \(source or version\)\. .* --allow_change reward\."),
+        ("model", r"have changed since: model \(weights"),
+        ("images", r"have changed since: images \(1 of \d+, such as P\d+_S1_F\d+\)\. "),
+        ("masks", r"have changed since: masks \(1 of"),
+        ("split", r"have changed since: split \(.*images, now"),
     ],
 )
-def test_what_cannot_be_resumed_is_left_alone(cut: Path, broken: str, message: str, monkeypatch) -> None:
-    file = cut / STATE_FILE
+def test_what_cannot_be_resumed_is_left_alone(
+    cut: Path, cut_once: Path, tmp_path: Path, broken: str, message: str, monkeypatch
+) -> None:
+    file, data = cut / STATE_FILE, shutil.copytree(cut_once.parent / "data", tmp_path / "as it was")
+    monkeypatch.setattr(setup, "builtin_data", None)
+    used, stack = read_state(cut)["fingerprint"]["images"], ExitStack()
+    if broken in ("cut short", "no state in it", "not there", "finished"):
+        (cut / PREVIOUS_FILE).unlink()
     if broken == "cut short":
         file.write_bytes(file.read_bytes()[:5000])
     elif broken == "no state in it":
@@ -164,7 +204,25 @@ def test_what_cannot_be_resumed_is_left_alone(cut: Path, broken: str, message: s
         monkeypatch.setattr(checkpoint, "STATE_VERSION", "1")
         write_state(cut, {})
         monkeypatch.undo()
-    elif broken == "changed":
+        (cut / PREVIOUS_FILE).unlink()
+    elif broken == "no config":
+        (cut / "config.json").unlink()
+    elif broken == "torn config":
+        (cut / "config.json").write_text((cut / "config.json").read_text()[:500])
+    elif broken == "in use":
+        stack.enter_context(RunFolder(cut).locked())
+    elif broken in ("reward", "model"):
+        state = read_state(cut)
+        state["fingerprint"][broken] = "another"
+        write_state(cut, state)
+    elif broken in ("images", "masks"):  # the pixels may be the same
+        first = next(sample for sample in find_samples(cut_once.parent / "data") if sample.key in used)
+        with (first.image_path if broken == "images" else first.mask_path).open("ab") as changed:
+            changed.write(b"0")
+    elif broken == "split":
+        for place in ("images", "masks"):
+            min((cut_once.parent / "data" / place).iterdir()).unlink()
+    elif broken == "settings":
         config = json.loads((cut / "config.json").read_text())
         config["args"] |= {"seed": 43, "max_train_samples": 3}
         (cut / "config.json").write_text(json.dumps(config))
@@ -173,14 +231,93 @@ def test_what_cannot_be_resumed_is_left_alone(cut: Path, broken: str, message: s
     if broken == "finished":
         (cut / "training_info.json").write_text("{}")
     before = contents(cut)
-    with pytest.raises(RunError, match=message) as error:
-        training.resume(cut, [])
-    assert "validation images" not in str(error.value)
+    try:
+        with stack, pytest.raises(RefusedError, match=message):
+            training.resume(cut, [])
+    finally:
+        shutil.rmtree(cut_once.parent / "data")
+        shutil.move(data, cut_once.parent / "data")
     assert contents(cut) == before
 
 
+def test_what_may_have_changed_is_taken_as_it_is_now(
+    cut: Path, cut_once: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also scores of before are those of the images of now, and lost metrics are no obstacle."""
+    folder, data = cut, shutil.copytree(cut_once.parent / "data", tmp_path / "data")
+    config = json.loads((folder / "config.json").read_text())
+    config["args"] |= {"data_root": str(data), "num_workers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RefusedError, match=r"settings \(data_root\)\. .*--allow_change settings"):
+        training.resume(folder, [], allow_change=["images", "masks"])
+    before = json.loads((folder / "val_before.json").read_text())["rows"]
+    for sample in find_samples(data):
+        Image.fromarray(~np.asarray(Image.open(sample.mask_path))).save(sample.mask_path)
+    (folder / "metrics.jsonl").unlink()
+    done = no_charts(training.resume)(folder, [], allow_change=["settings", "masks"])
+    assert "taken as it is now: settings (data_root)" in caplog.text
+    assert "metrics.jsonl has lost lines" in caplog.text
+    now = json.loads((folder / "val_before.json").read_text())["rows"]
+    assert [row["key"] for row in now] == [row["key"] for row in before]
+    assert not {row["truth_hash"] for row in now} & {row["truth_hash"] for row in before}
+    assert done.info["initial_metrics"]["dice"] != done.info["final_metrics"]["dice"]
+    assert run_settings(folder)["data_root"] == str(data)  # config.json is whole again
+
+
+def test_the_text_of_a_reward_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = {source_hash(get_reward_function()), source_hash(get_reward_function("simple_dice"))}
+    for number in range(2):
+        text = f"HALF = {number}\n\ndef score(pred, gt):\n    return HALF * 0.5\n"
+        (tmp_path / f"own_reward_{number}.py").write_text(text)
+        custom = import_function(f"own_reward_{number}:score")
+        hashes.add(source_hash(get_reward_function(custom=custom)))
+    assert len(hashes) == 4
+    assert source_hash(get_reward_function(custom=custom)) in hashes
+
+
+def test_one_flipped_bit_is_noticed_or_harmless(cut_once: Path, tmp_path: Path) -> None:
+    """In 50 random places of every file that a run is gone on with or used by."""
+    rng, cut, folder = random.Random(0), cut_once, tmp_path / "flipped"
+    state = read_state(cut)
+    assert "values" not in checkpoint._read_state(cut / PREVIOUS_FILE)
+    samples = find_samples(cut.parent / "data")
+    split, settings = read_split(cut / "data_split.json", samples), run_settings(cut)
+    files = [*(cut / "best_lora").glob("adapter_*")]
+    assert len(files) == 2
+    assert damaged_files(cut / "best_lora") == []
+    noticed = Counter()
+    for _ in range(50):
+        shutil.copytree(cut, folder)
+        for name in (STATE_FILE, "data_split.json", "config.json"):
+            flip(folder / name, rng)
+        found = read_state(folder)
+        assert "values" not in found or str(found) == str(state)
+        noticed[STATE_FILE] += "values" not in found
+        try:
+            assert read_split(folder / "data_split.json", samples) == split
+        except DataError:
+            noticed["split"] += 1
+        try:
+            assert run_settings(folder) == settings
+        except RefusedError:
+            noticed["config"] += 1
+        try:
+            now = TrainConfig.from_dict(run_settings(folder, may_be_changed=True)).to_dict()
+            if not checkpoint.check_fingerprint(state, {"settings": now}, []):
+                assert now | {name: settings[name] for name in checkpoint.FREE_SETTINGS} == settings
+        except (RefusedError, ValueError):
+            noticed["resume"] += 1
+        file = rng.choice(files)
+        flip(folder / "best_lora" / file.name, rng)
+        assert damaged_files(folder / "best_lora") == [file.name]
+        shutil.rmtree(folder)
+    assert noticed[STATE_FILE] > 45
+    assert min(noticed.values()) > 15
+
+
 def test_a_state_stays_until_a_new_one_is_complete(tmp_path: Path, monkeypatch) -> None:
-    state = {"count": torch.tensor(7.0), "big": 2**100, "nan": float("nan"), "none": None}
+    state = {"step": 7, "count": torch.tensor(7.0), "big": 2**100, "nan": float("nan"), "none": None}
     write_state(tmp_path, state)
 
     def full_disk(tensors: dict, path: Path, metadata: dict) -> None:
@@ -188,9 +325,14 @@ def test_a_state_stays_until_a_new_one_is_complete(tmp_path: Path, monkeypatch) 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(RunError, match=r"No space left .* Make room, then go on with --resume_from"):
+    with pytest.raises(RunError, match=r"resume\.safetensors cannot be written \(No space left.*Make room"):
         write_state(tmp_path, {"count": torch.tensor(8.0)})
     assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
+    assert str(read_state(tmp_path)) == str(state)
+    monkeypatch.undo()
+    write_state(tmp_path, {"step": 8})
+    assert {path.name for path in tmp_path.iterdir()} == {STATE_FILE, PREVIOUS_FILE}
+    (tmp_path / STATE_FILE).unlink()  # killed between the two renames
     assert str(read_state(tmp_path)) == str(state)
 
 

@@ -209,6 +209,22 @@ def test_a_gradient_whose_norm_is_no_number_is_refused(spoilt: float) -> None:
     assert weight.grad.tolist() == pytest.approx([0.6, 0.8])
 
 
+def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None:
+    (issue,) = diagnose(lambda p, m: {"train/grad_norm": 4e9, "train/reward": -1e12})
+    assert issue.code == "gradient_explodes"
+    assert "because the reward is -1e+12" in issue.symptom
+    assert "--learning_rate is not the cause" in issue.advice
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for reward, kind, words in (
+        (-1e12, LearningError, "the reward is the cause"),
+        (5.0, NotFiniteError, "rate"),
+    ):
+        weight.grad = torch.tensor([1e30, 0.0])
+        with pytest.raises(LearningError, match=words) as raised:
+            clip_gradients([weight], 1.0, reward)
+        assert type(raised.value) is kind  # smaller steps would not help: no roll back
+
+
 def sanity_run(output: Path, monkeypatch: pytest.MonkeyPatch, steps: int, **changes: object) -> TrainResult:
     """A run over the same two images, one each step, without validation at the ends of epochs."""
     monkeypatch.setattr("vesselrl.training.setup.SANITY_STEPS", steps)

@@ -12,7 +12,7 @@ from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora
 from vesselrl.models.sa2va import ImageFeatures
 from vesselrl.training import policy as policy_module
-from vesselrl.training.checkpoint import with_values
+from vesselrl.training.checkpoint import tensor_hash, with_values
 from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks
 
 
@@ -80,11 +80,16 @@ PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
 @pytest.fixture
 def encoder() -> Mock:
     """Counts how often it is asked."""
-    return Mock(side_effect=lambda pixels=PIXELS: ImageFeatures(pixels + 1, pixels * 2, pixels**2))
+    channels_last = torch.channels_last
+    return Mock(
+        side_effect=lambda x=PIXELS: ImageFeatures(x + 1, (x * 2).to(memory_format=channels_last), x**2)
+    )
 
 
 def equal(one: ImageFeatures, other: ImageFeatures) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    """The same values in the same memory layout, which decides how a convolution rounds."""
+    pairs = list(zip(one, other, strict=True))
+    return all(torch.equal(a, b) and a.stride() == b.stride() for a, b in pairs)
 
 
 def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path, encoder: Mock) -> None:
@@ -115,3 +120,29 @@ def test_a_limit_a_damaged_file_and_a_full_disk_are_said(tmp_path, encoder, monk
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_flipped_bit_in_a_kept_file_is_noticed(tmp_path: Path, encoder: Mock) -> None:
+    rng = np.random.default_rng(0)
+    expected = FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder)
+    (file,) = (tmp_path / "model").iterdir()
+    for number in range(100):
+        whole = bytearray(file.read_bytes())
+        whole[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(whole)
+        assert equal(FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder), expected), number
+    assert encoder.call_count == 101
+
+
+def test_the_identity_of_a_model_sees_weights_and_prompt(tiny_checkpoint) -> None:
+    policies = []
+    for _ in range(2):
+        torch.manual_seed(0)  # of the adapters' start
+        policies.append(make_policy(tiny_checkpoint))
+    first, before = policies[0], policies[1].identity()
+    assert first.identity() == before
+    with torch.no_grad():
+        next(p for p in first.model.parameters() if not p.requires_grad).view(-1)[0] += 1
+    assert first.identity() != before
+    half = torch.arange(3.0).bfloat16()
+    assert tensor_hash(half) != tensor_hash(half + 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vesselrl.data.dataset import TrainBatch
-from vesselrl.errors import LearningError
+from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import get_preset
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
@@ -94,6 +94,25 @@ def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
     assert differ(before, weights(update)) == set()
     assert metrics["train/zero_variance_groups"] == 1.0
     assert metrics["train/grad_norm"] == 0.0
+
+
+def test_a_reward_beyond_all_numbers_is_named(tiny_checkpoint) -> None:
+    class Huge(MultiObjectiveReward):
+        def overlap_terms(self, tp, fp, fn):
+            return {name: term * 1e37 for name, term in super().overlap_terms(tp, fp, fn).items()}
+
+    update = make_update(tiny_checkpoint, Huge())
+    before = weights(update)
+    with pytest.raises(LearningError, match=r"the reward is the cause, with values of .*e\+3"):
+        update.step(crossing_lines(64))
+    assert differ(before, weights(update)) == set()
+
+
+def test_logits_that_are_no_numbers_are_no_empty_masks(tiny_checkpoint, monkeypatch) -> None:
+    update, logits = make_update(tiny_checkpoint), MaskPolicy.logits
+    monkeypatch.setattr(MaskPolicy, "logits", lambda *given: [one * float("nan") for one in logits(*given)])
+    with pytest.raises(NotFiniteError, match="logits are not finite"):
+        update.step(crossing_lines(64))
 
 
 def spoil(update: PPOUpdate, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Data of a run, its caveats, and its batches in an order of its own for every pass."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -50,6 +51,17 @@ def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(angiograms, tmp_path, m
         prepared(tmp_path / "a", angiograms)
     data = prepared(tmp_path / "b", angiograms, near_duplicates="allow")
     assert list(data.test_caveats) == [Caveat.NEAR_DUPLICATES]
+
+
+def test_frames_that_are_a_patient_each_are_said_aloud(
+    angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(angiograms, tmp_path / "data")
+    for file in sorted(root.rglob("*.png")):  # to SANA_000001
+        file.rename(file.with_name(re.sub(r"ZHANG_(\w+)\(.*_(\d+)\.png", r"\g<1>_\g<2>.png", file.name)))
+    data = prepared(tmp_path, root)
+    assert list(data.test_caveats) == [Caveat.UNCLEAR_PATIENTS]
+    assert "PATIENTS: Frames that count as a patient each: 20 of 20 patients have one image" in caplog.text
 
 
 def keys(source: BatchSource, epoch: int, skip: int = 0) -> list[str]:

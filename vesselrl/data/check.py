@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -18,8 +19,10 @@ import numpy as np
 
 from vesselrl.data import samples
 from vesselrl.data.formats import list_entries
-from vesselrl.data.images import read_oddities, read_rgb
-from vesselrl.data.polygons import rasterise
+from vesselrl.data.images import read_oddities
+from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look_of
+from vesselrl.data.patients import lone_frames
+from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
 from vesselrl.data.records import (
     CODES,
@@ -34,6 +37,8 @@ from vesselrl.data.records import (
 from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
+# Findings of patients who are not kept apart: a training logs them in full.
+PATIENT_CODES = ("patients", "lone_frames", "one_patient")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class DataReport:
     agreement: dict[str, float] | None = None
     # Share of the image that is vessel, by key of every usable sample; `split_by_patient` can stratify by it.
     foreground: dict[str, float] = field(default_factory=dict)
+    # Pairs of images of different patients that look alike, as `find_near_duplicates` gives them.
+    near_duplicates: list[Pair] = field(default_factory=list)
 
     def of(self, severity: Severity) -> list[Finding]:
         """The findings of one severity."""
@@ -60,10 +67,10 @@ class DataReport:
         return 2 if self.of("error") else 0
 
     def to_json(self) -> str:
-        """Everything, as a JSON object."""
+        """Everything, as a JSON object; near duplicates are among the findings."""
         severities = {severity: len(self.of(severity)) for severity in get_args(Severity)}
         values = {"data_root": str(self.root), "exit_code": self.exit_code, "severities": severities}
-        values |= {name: value for name, value in asdict(self).items() if name != "root"}
+        values |= {k: value for k, value in asdict(self).items() if k not in ("root", "near_duplicates")}
         return json.dumps(values, indent=1)
 
 
@@ -85,29 +92,31 @@ def render(report: DataReport, limit: int = 3) -> str:
 
 
 def check_data(
-    root: Path | str, patient_pattern: str | None = None, patient_aliases: Path | str | None = None
+    root: Path | str,
+    patient_pattern: str | None = None,
+    patient_aliases: Path | str | None = None,
+    near_duplicates: bool = True,
+    **places: str | None,
 ) -> DataReport:
-    """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`."""
+    """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`.
+
+    Without `near_duplicates` images are not compared with each other.
+    """
     findings, layout = Findings(), ""
     with findings.catching():
-        listing = list_entries(Path(root), findings)
+        listing = list_entries(Path(root), findings, **places)
         layout, mapping = listing.layout, listing.folder.mapping_file
         names = [entry.name for entry in listing.entries]
         with findings.catching(code="patients"):
             aliases = pseudonyms(names, patient_pattern, patient_aliases, mapping, keep="nothing")
-            # Sub-folders with several images, none of which shares its patient: each may be one patient's.
-            sizes = Counter(name.rpartition("/")[0] for name in aliases if "/" in name)
-            shared = [size for size in sizes.values() if size > 1]
-            num_patients = len({alias.patient for alias in aliases.values()})
-            if patient_pattern is None and shared and num_patients == len(aliases):
-                findings.add("patients", images=len(aliases), shared=sum(shared), folders=len(shared))
-            return check_listing(listing, aliases, findings)
+            _check_patients(aliases, patient_pattern, findings)
+            return check_listing(listing, aliases, findings, near_duplicates)
     return DataReport(Path(root), layout, tuple(findings))
 
 
-def foreground_shares(root: Path | str, **names: str | None) -> dict[str, float] | None:
+def foreground_shares(root: Path | str, **options: str | None) -> dict[str, float] | None:
     """Foreground shares by key, for the stratification of the split; None where a fault stops training."""
-    report = check_data(root, **names)
+    report = check_data(root, **options, near_duplicates=False)
     return None if report.exit_code else report.foreground
 
 
@@ -121,27 +130,49 @@ class CheckedEntry:
     foreground: float | None = None  # share of the image that is vessel; None: the mask cannot be read
     agreement: float | None = None  # Dice of mask file and polygons; None where there is only one of them
     digest: str = ""  # of the decoded pixels; empty where the image cannot be decoded
+    look: Look | None = field(default=None, repr=False)  # None: not asked for, or the image cannot be decoded
 
 
-def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings) -> DataReport:
+def _check_patients(aliases: Mapping[str, Pseudonym], pattern: str | None, findings: Findings) -> None:
+    """Names that may hide who is whom: what looks like frames is a patient each, or one patient is all."""
+    sizes = Counter(alias.patient for alias in aliases.values())
+    if len(sizes) == 1 and len(aliases) > 2:
+        findings.add("one_patient", count=len(aliases))
+    # Sub-folders with several images, none of which shares its patient: each may be one patient's.
+    folders = Counter(name.rpartition("/")[0] for name in aliases if "/" in name)
+    shared = [size for size in folders.values() if size > 1]
+    if pattern is None and shared and len(sizes) == len(aliases):
+        findings.add("patients", images=len(aliases), shared=sum(shared), folders=len(shared))
+    elif groups := lone_frames({name: alias.patient for name, alias in aliases.items()}):
+        counts = {"count": sum(map(len, groups)), "groups": len(groups)}
+        findings.add("lone_frames", **counts, patients=len(sizes))
+
+
+def check_listing(
+    listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings, near_duplicates: bool = False
+) -> DataReport:
     """The report of a data root whose entries have pseudonyms already; adds to `findings`."""
     folder = listing.folder
     entries = list(samples.different_images(listing, aliases, findings))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = list(pool.map(lambda entry: check_entry(entry, aliases[entry.name], folder), entries))
+        check = partial(check_entry, folder=folder, with_look=near_duplicates)
+        checked = list(pool.map(lambda entry: check(entry, aliases[entry.name]), entries))
     for result in checked:
         findings.extend(result.findings)
     usable = [result for result in checked if result.sample is not None]
     _check_whole(listing, entries, usable, findings)
+    pairs = _compare_images(usable, findings) if near_duplicates else []
     agreement = None
     if values := [result.agreement for result in checked if result.agreement is not None]:
         agreement = {"images": len(values), "mean": sum(values) / len(values), "lowest": min(values)}
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
     foreground = {result.sample.key: result.foreground for result in usable}
-    if usable and not any(foreground.values()):
-        text = f"All {len(usable)} masks are empty. Check that masks or polygons mark the vessels."
-        findings.error("empty_mask", text)
+    shares = set(foreground.values())
+    for share, what, code in ((0, "empty", "empty_mask"), (1, "without background", "all_foreground")):
+        if shares == {share}:
+            text = f"All {len(usable)} masks are {what}. Check that masks or polygons mark the vessels."
+            findings.error(code, text)
     num_files = sum(result.sample.mask_path is not None for result in usable)
     counts = {
         "images": len(usable),
@@ -152,10 +183,20 @@ def check_listing(listing: Listing, aliases: Mapping[str, Pseudonym], findings: 
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
-    return DataReport(folder.path, listing.layout, tuple(findings), counts, agreement, foreground)
+    return DataReport(folder.root, listing.layout, tuple(findings), counts, agreement, foreground, pairs)
 
 
-def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEntry:
+def _compare_images(usable: list[CheckedEntry], findings: Findings) -> list[Pair]:
+    """The near duplicates of different patients; those with the same pixels were found before."""
+    by_key = {result.sample.key: result for result in usable}
+    pairs = find_near_duplicates([result.sample for result in usable], [result.look for result in usable])
+    for one, other in ((by_key[one], by_key[other]) for one, other, _ in pairs):
+        if one.digest != other.digest:
+            findings.add("near_duplicate", one.sample.record, one.file, other=other.sample.record)
+    return pairs
+
+
+def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder, with_look: bool = False) -> CheckedEntry:
     """Reads one image and its label completely."""
     record, findings = entry.record(alias), Findings(file=entry.file)
     sample = samples.build_sample(entry, alias, findings)
@@ -165,18 +206,18 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
     file_of["unreadable_image"] = image_file
     findings[:] = [replace(item, file=file_of.get(item.code, item.file)) for item in findings]
     _check_text(entry, record, findings)
-    digest, mask, agreement = "", None, None
+    digest, look, mask, agreement = "", None, None, None
     if entry.image_path is not None and not findings.of("unreadable_image"):
         with findings.catching(record, image_file):
-            oddities = read_oddities(entry.image_path, f"{record}: image")
-            pixels = read_rgb(entry.image_path, f"{record}: image")
-            for code, value in oddities.items():
-                findings.add(code, record, image_file, value=value, brightest=pixels.max())
+            path, shown = entry.image_path, f"{record}: image"
+            pixels = samples.read_with_findings(path, shown, findings, image_file)
             content = repr(pixels.shape).encode() + pixels.tobytes()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+            look = look_of(pixels) if with_look else None
     if sample is not None:
         with findings.catching(record, mask_file):
             mask = samples.load_mask(sample)
+            _check_label(sample, mask.shape, mask_file, findings)
     if mask is None:
         return CheckedEntry(findings, entry.file, digest=digest)
     share = float(mask.mean())
@@ -185,7 +226,21 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder) -> CheckedEn
         findings.add(code, record, mask_file, share=share)
     if entry.mask_path is not None and entry.read_label is not None:
         agreement = _compare_with_outlines(entry, mask, record, findings)
-    return CheckedEntry(findings, entry.file, sample if digest else None, share, agreement, digest)
+    return CheckedEntry(findings, entry.file, sample if digest else None, share, agreement, digest, look)
+
+
+def _check_label(sample: samples.Sample, shape: tuple[int, int], file: str, findings: Findings) -> None:
+    """Frames of the mask file, or outlines whose pixels are not what was drawn."""
+    if sample.mask_path is not None:
+        frames = read_oddities(sample.mask_path, sample.record).get("several_frames")
+        if frames is not None:
+            findings.add("several_frames", f"{sample.record}: mask", file, value=frames)
+        return
+    polygons = [outline for outline in sample.outlines if not isinstance(outline, RunLengths)]
+    doubts = zip(*(is_doubtful(polygon, shape) for polygon in polygons), strict=True)
+    for code, found in zip(("thin_polygon", "traced_twice"), doubts, strict=False):
+        if count := int(sum(found)):
+            findings.add(code, sample.record, file, count=count, polygons=len(polygons))
 
 
 def _check_text(entry: Entry, record: str, findings: Findings) -> None:

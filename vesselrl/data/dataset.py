@@ -16,6 +16,7 @@ from vesselrl.data.curriculum import open_samples
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
+from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.scoring.topology import Topology, topology
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
@@ -145,24 +146,25 @@ def write_contact_sheet(
     seed: int = 42,
     split_seed: int = 42,
     stratified: bool = True,
-    **names: str | None,
+    **options: str | None,
 ) -> Path:
     """Writes a PNG with training images of a split, as the first epoch shows them.
 
     It shows those that `--max_train_samples` would keep, of fewer than three patients any. `stratified`: by
-    foreground, as for all but the built-in data; `names`: patient_pattern and patient_aliases.
+    foreground, as for all but the built-in data; `options`: the others of `find_samples`.
     """
-    samples = find_samples(data_root, **names)
+    samples = find_samples(data_root, **options)
     if len({sample.patient for sample in samples}) >= 3:
-        shares = foreground_shares(data_root, **names) if stratified else None
+        shares = foreground_shares(data_root, **options) if stratified else None
         samples = split_by_patient(samples, split_seed, shares=shares).train
     chosen = take(samples, num_images, split_seed)
     dataset = VesselDataset(chosen, augmentation=get_augmentation(augment), seed=seed)
     shown = (dataset.augmented(index, epoch=1) for index in range(len(dataset)))
     sheet = contact_sheet([(sample.key, image, mask) for image, mask, sample in shown])
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    with atomic_write(path) as partial:
+        kind = Image.registered_extensions().get(path.suffix.lower(), "PNG")
+        Image.fromarray(sheet).save(partial, format=kind)
     return path
 
 

@@ -5,37 +5,91 @@ All polygons, shapes and annotations of an image are one target; a label file go
 
 import base64
 import io
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vesselrl.data import polygons, records
-from vesselrl.data.images import read_mask
+from vesselrl.data import pairing, polygons, records
+from vesselrl.data.images import IMAGE_SUFFIXES, read_mask
+from vesselrl.data.pairing import Names, below, fold, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, describe, mask_to_polygons
-from vesselrl.data.records import DataFolder, Entry, Findings, Listing, below, list_files
+from vesselrl.data.pseudonyms import MAPPING_FILE
+from vesselrl.data.records import DataFolder, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
 ANNOTATIONS = "annotations.json"
 COCO_NAMES = ["coco", "_annotations.coco", "annotations", "instances", "instances_default"]
 COCO_NAMES += [f"instances_{subset}{year}" for subset in ("train", "val", "test") for year in ("", "2017")]
+# Other names of COCO files that messages may show; a name of other words may be a person's.
+_COCO_WORDS = re.compile(
+    r"(?:[-_. ]*(?:result|train|valid|val|test|coco|instances|annotations?|default|labels?|export|\d{1,6}))+"
+)
 OPEN_SHAPES = ("point", "points", "line", "linestrip")
 PAIRS = "image and mask files"
 
 
-def list_entries(root: Path, findings: Findings) -> Listing:
-    """The entries of a data root in the first layout that is there."""
+def list_entries(
+    root: Path,
+    findings: Findings,
+    image_dir: str | None = None,
+    mask_dir: str | None = None,
+    mask_suffix: str | None = None,
+) -> Listing:
+    """The entries of a data root in the first layout that is there.
+
+    Folders of images and masks below it, and what follows the image's name in that of its mask, are searched
+    where they are not given.
+    """
     if not root.is_dir():
         raise DataError(f"The data root {root} is not a folder. Give the folder that holds images/.")
-    folder = DataFolder(root)
-    for read in READERS:
-        if (listing := read(folder, findings)) is not None:
-            return listing
+    folder = DataFolder(root, image_dir, mask_dir, mask_suffix)
+    if (listing := _read_first(folder, findings)) is not None:
+        return listing
+    if image_dir is mask_dir is None and (listing := _list_subsets(folder, mask_suffix, findings)):
+        return listing
     raise DataError(
         f"{root} holds no annotations: neither annotations.json nor masks/, and no json/, COCO file or pairs "
-        f"of images and labels either. Add one of them (label folders: {', '.join(records.LABEL_FOLDERS)})."
+        f"of images and labels either. It holds {pairing.inventory(folder.path)}. Give the folder above "
+        "images/ and masks/ as the data root, or name the two with --image_dir and --mask_dir (docs/data.md)."
     )
+
+
+def _read_first(folder: DataFolder, findings: Findings) -> Listing | None:
+    return next((found for read in READERS if (found := read(folder, findings)) is not None), None)
+
+
+def _list_subsets(folder: DataFolder, mask_suffix: str | None, findings: Findings) -> Listing | None:
+    """The entries of train/, valid/ and test/: all of an export, the training images of published pairs.
+
+    An export deals out single images, which is no split by patient; a published test set is left alone.
+    """
+    listings: dict[str, Listing] = {}
+    for path in folder.subsets:
+        first = next(iter(listings.values()), None)
+        subset = DataFolder(path, mask_suffix=mask_suffix)
+        subset.root, subset.prefix = folder.root, f"{path.name}/"
+        try:
+            if (listing := _read_first(subset, findings)) is not None:
+                listings[path.name] = listing
+        except DataError:
+            if first is None or not first.pairs:
+                raise
+    if not listings:
+        return None
+    first, *others = listings.values()
+    if first.pairs:
+        first.folder.mapping_file = folder.mapping_file
+        if others:
+            counts = [f"{one.folder.prefix} ({len(one.entries)})" for one in others]
+            findings.add("other_subsets", what=", ".join(counts))
+        return first
+    entries = [replace(e, name=f"{name}/{e.name}") for name, one in listings.items() for e in one.entries]
+    images, masks = ([f for one in (first, *others) for f in getattr(one, k)] for k in ("images", "masks"))
+    return Listing(folder, first.layout, entries, images, masks)
 
 
 def _size(content: Mapping, *fields: str) -> tuple | None:
@@ -59,23 +113,33 @@ def read_record_list(folder: DataFolder, findings: Findings) -> Listing | None:
     """`annotations.json`: a list of `{image, mask, text, …}`, polygons flat or nested; it may be COCO."""
     if not (folder.path / ANNOTATIONS).is_file():
         return None
-    contents = records.read_json(folder.path / ANNOTATIONS, ANNOTATIONS)
+    file = folder.prefix + ANNOTATIONS
+    contents = records.read_json(folder.path / ANNOTATIONS, file)
     if _is_coco(contents):
-        return _list_coco(folder, [(ANNOTATIONS, contents)], findings)
+        return _list_coco(folder, [(file, contents)], findings)
     if not isinstance(contents, list) or not contents:
         fault = "is an empty list" if contents == [] else "holds no list"
         advice = 'Write a record for each image: [{"image": ..., "mask": ...}, ...].'
-        raise DataError(f"{ANNOTATIONS} {fault}. {advice}", "bad_json")
+        raise DataError(f"{file} {fault}. {advice}", "bad_json")
+    _refuse_label_studio(file, contents)
     entries = []
     for index, content in enumerate(contents):
-        place = f"{ANNOTATIONS} record {index}"
-        with findings.catching(place, ANNOTATIONS):
+        place = f"{file} record {index}"
+        with findings.catching(place, file):
             content = content if isinstance(content, dict) else {}
             located = folder.locate(content.get("image"), place)
             label = partial(_read_mask_field, content["mask"]) if "mask" in content else None
             size = _size(content, "imageWidth", "imageHeight") or _size(content, "width", "height")
             entries.append(Entry(located[0], place, located[1], label, size, content))
     return folder.listing(ANNOTATIONS, entries)
+
+
+def _refuse_label_studio(file: str, content: object) -> None:
+    """Refuses the two own forms of Label Studio's export, which hold no outlines in px."""
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and ({"data", "annotations"} <= set(first) or "annotation_id" in first):
+        advice = "Export the project as COCO, or the brush labels as PNG."
+        raise DataError(f"{file} is Label Studio's own JSON, which is not read. {advice}", "bad_json")
 
 
 def _read_mask_field(mask: object, size: Size, record: str, findings: Findings) -> list[Outline]:
@@ -103,13 +167,36 @@ def _read_mask_field(mask: object, size: Size, record: str, findings: Findings) 
 
 def read_coco(folder: DataFolder, findings: Findings) -> Listing | None:
     """COCO files with polygons or run lengths; an image without annotations has an empty mask."""
-    folders = (folder.path, folder.image_folder, folder.path / "annotations")
+    folders = dict.fromkeys((folder.path, folder.image_folder, folder.path / "annotations"))
     files = [place / f"{name}.json" for place in folders for name in COCO_NAMES]
-    contents = [(file.name, records.read_json(file, file.name)) for file in files if file.is_file()]
+    files = [(folder.prefix + file.name, file) for file in files if file.is_file()]
+    contents = [(name, records.read_json(file, name)) for name, file in files]
     for name, content in contents:
+        _refuse_label_studio(name, content)
         if not _is_coco(content):
             raise DataError(f"{name} has no lists 'images' and 'annotations', as COCO files do.", "bad_json")
+    if not contents and folder.pair_folder is None:
+        contents = [item for place in folders for item in _find_coco(folder, place)]
     return _list_coco(folder, contents, findings) if contents else None
+
+
+def _find_coco(folder: DataFolder, place: Path) -> Iterator[tuple[str, dict]]:
+    """COCO files of any other name in a folder; JSON that is called after an image is LabelMe."""
+    files = list_files(place, deep=False) if place.is_dir() else []
+    images = {fold(file.stem) for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
+    for file in files:
+        if file.suffix.lower() != ".json" or fold(file.stem) in images or file.name == MAPPING_FILE:
+            continue
+        shown = folder.prefix + file.name if _COCO_WORDS.fullmatch(file.stem) else folder.shown(file)
+        try:
+            content = records.read_json(file, shown)
+        except DataError:
+            if _COCO_WORDS.fullmatch(file.stem):
+                raise
+            continue  # nothing says that it is about these images
+        _refuse_label_studio(shown, content)
+        if _is_coco(content):
+            yield shown, content
 
 
 def _is_coco(content: object) -> bool:
@@ -121,28 +208,32 @@ def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: F
     """An entry for each image of some COCO objects, given with the names of their files."""
     entries = []
     for file, content in contents:
-        known = {image["id"] for image in content["images"] if _has_id(image, "id")}
+        known = {_id(image, "id") for image in content["images"]} - {None}
         annotations = defaultdict(list)
         for index, annotation in enumerate(content["annotations"]):
             place = f"{file} annotation {index}"
             with findings.catching(place, file):
-                if not _has_id(annotation, "image_id"):
+                if (image_id := _id(annotation, "image_id")) is None:
                     raise DataError(f"{place} has no 'image_id'. Add it, or remove it.", "bad_record")
-                if annotation["image_id"] not in known:
-                    fault = "belongs to no image of the file. Add the image, or remove the annotation."
+                if image_id not in known:
+                    kinds = {type(value) for value in (*known, image_id)}
+                    mixed = " (some ids are texts, others numbers)" if len(kinds) > 1 else ""
+                    fault = (
+                        f"belongs to no image of the file{mixed}. Add the image, or remove the annotation."
+                    )
                     raise DataError(f"{place} {fault}", "missing_image")
-                annotations[annotation["image_id"]].append((f"annotation {index}", annotation))
+                annotations[image_id].append((f"annotation {index}", annotation))
         first: dict[object, int] = {}
         for index, image in enumerate(content["images"]):
             place = f"{file} image {index}"
             with findings.catching(place, file):
-                if not _has_id(image, "id"):
+                if (image_id := _id(image, "id")) is None:
                     raise DataError(f"{place} has no 'id'. Add it, or remove it.", "bad_record")
-                if (other := first.setdefault(image["id"], index)) != index:
+                if (other := first.setdefault(image_id, index)) != index:
                     fault = f"{place} has the same 'id' as image {other}. Give each image its own."
                     raise DataError(fault, "duplicate_record")
                 name, path = folder.locate(image.get("file_name"), place, "file_name")
-                parts = annotations[image["id"]]
+                parts = annotations[image_id]
                 label = partial(_read_parts, parts, _read_annotation)
                 size = _size(image, "width", "height")
                 entries.append(Entry(name, place, path, label, size, {"annotations": [a for _, a in parts]}))
@@ -151,8 +242,14 @@ def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: F
     return folder.listing("COCO", entries)
 
 
-def _has_id(value: object, name: str) -> bool:
-    return isinstance(value, dict) and type(value.get(name)) in (int, str)
+def _id(value: object, name: str) -> int | str | None:
+    """An id of COCO: 1, 1.0 (as pandas writes it) and "1" are the same; None: it has none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    if isinstance(found, float):
+        return int(found) if found.is_integer() else None
+    if isinstance(found, str):
+        return int(found) if re.fullmatch("0|[1-9][0-9]{0,17}", found) else found
+    return found if type(found) is int else None
 
 
 def _read_annotation(annotation: dict, size: Size, where: str) -> list[Outline | None]:
@@ -168,13 +265,16 @@ def _read_annotation(annotation: dict, size: Size, where: str) -> list[Outline |
 def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
     """`json/<stem>.json`, or beside the images; images without one are entries if they have a label file."""
     json_folder = folder.path / "json"
+    by_name = Names({below(path, folder.image_folder): path for path in reversed(folder.images)})
     if not json_folder.is_dir():
         json_folder = folder.image_folder
-        if not any(json_folder.glob("*.json")):
+        beside = [below(path, json_folder) for path in json_folder.glob("*.json")]
+        # In the data root itself JSON may be anything.
+        if not beside or (json_folder == folder.path and not any(map(by_name.get, beside))):
             return None
     if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
-        raise DataError(f"{folder.path} holds no annotations: json/ is empty. Fill it, or remove it.")
-    by_name = {below(path, folder.image_folder): path for path in reversed(folder.images)}
+        raise DataError(f"{folder.root} holds no annotations: json/ is empty. Fill it, or remove it.")
+    files = [file for file in files if file != folder.mapping_file]
     entries = []
     for file in files:
         name, place = below(file, json_folder), folder.shown(file)
@@ -184,8 +284,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
                 raise DataError(f"{place} has no list 'shapes', so it is no LabelMe file.", "bad_json")
             if (image := by_name.get(name)) is None:
                 with suppress(DataError):  # the path often holds the folders of another machine
-                    written = str(content.get("imagePath")).replace("\\", "/").rsplit("/", 1)[-1]
-                    image = folder.locate(written, "")[1]
+                    image = folder.locate(content.get("imagePath"), "")[1]
             if image is not None and image.is_relative_to(folder.image_folder):
                 name = below(image, folder.image_folder)
             parts = [(f"shape {number}", shape) for number, shape in enumerate(content["shapes"])]
@@ -194,9 +293,9 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
             content.pop("imageData", None)  # the image once more
             entries.append(Entry(name, place, image, label, size, content))
     used = {entry.image_path for entry in entries}
-    others = ((name, path) for name, path in sorted(by_name.items()) if path not in used)
+    others = ((name, path) for name, path in sorted(by_name.files.items()) if path not in used)
     entries += [Entry(name, folder.shown(path), path) for name, path in others]
-    return folder.listing("LabelMe", entries, by_name)
+    return folder.listing("LabelMe", entries, by_name.files)
 
 
 def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
@@ -213,13 +312,17 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
         fault = f"holds {describe(wrong[0])} where a point was expected"
     elif wrong:
         fault, code = f"has a point of {len(wrong[0])} coordinates", "odd_length"
-    elif kind not in ("polygon", "rectangle", "mask"):
-        fault = "is no polygon, rectangle or mask"
-    elif kind != "polygon" and len(points) != 2:
-        fault = f"has {len(points)} corners where 2 were expected"
+    elif kind not in ("polygon", "rectangle", "rotation", "circle", "mask"):
+        fault = "is no polygon, rectangle, circle or mask"
+    elif kind in ("circle", "mask") and len(points) != 2:
+        fault = f"has {len(points)} points where 2 were expected"
+    elif kind == "rectangle" and len(points) not in (2, 4):
+        fault = f"has {len(points)} corners where 2 or 4 were expected"
     if fault:
         raise DataError(f"{where} {fault}. Draw it again as a polygon, or remove it.", code)
-    if kind == "polygon":
+    if kind == "circle":
+        points = polygons.circle(points, size, where)
+    if kind not in ("rectangle", "mask") or len(points) == 4:  # X-AnyLabeling writes all four corners
         return [polygons.read_polygon([value for point in points for value in point], size, where)]
     (left, top), (right, bottom) = points
     corners = polygons.read_polygon([left, top, right, top, right, bottom, left, bottom], size, where)
@@ -239,31 +342,40 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
 
 
 def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
-    """`images/` and a folder of labels, as DRIVE and CHASE_DB1: LABEL_FOLDERS and _ENDINGS of `records`."""
-    if folder.label_folder is None:
+    """A folder of images and one of labels, by their usual names, as DRIVE and nnU-Net; see `pairing`."""
+    if folder.pair_folder in (None, folder.image_folder):
         return None
-    labels, path, images = f"{folder.label_folder.name}/", folder.path, folder.images
+    if not folder.is_label_given:
+        pairing.refuse_rivals(folder.path, folder.pair_folder)
+    labels, root, images = folder.shown_folder(folder.pair_folder), folder.root, folder.images
     if not folder.image_folder.is_dir():
-        raise DataError(f"{path} has {labels} but no images/. Put the images into images/.")
+        raise DataError(f"{root} has {labels} but no images/. Put the images into images/.")
     entries = [Entry(below(image, folder.image_folder), folder.shown(image), image) for image in images]
     listing = folder.listing(PAIRS, entries)
     if not listing.entries:
-        fault = f"none of {len(images)} images in images/ has a mask of the same name in {labels}"
-        advice = "Name the masks <image>_mask.png or <image>.png."
-        raise DataError(f"{path} holds no annotations: {fault}. {advice}")
+        place = folder.shown_folder(folder.image_folder)
+        fault = f"none of {len(images)} images in {place} has a mask of the same name in {labels}"
+        wanted = "<image>_mask.png or <image>.png, or with one and the same ending after all image names"
+        wanted = wanted if len(folder.endings) > 1 else f"<image>{folder.endings[0]}.png"
+        advice = f"Name the masks {wanted}, or give --image_dir, --mask_dir or --mask_suffix (docs/data.md)."
+        raise DataError(
+            f"{root} holds no annotations: {fault}. It holds {pairing.inventory(folder.path)}. {advice}"
+        )
     return listing
 
 
 def read_flat_pairs(folder: DataFolder, _: Findings) -> Listing | None:
     """Images with their labels beside them, in `images/` or in the data root itself, as DCA1."""
     place = folder.image_folder if folder.image_folder.is_dir() else folder.path
-    endings = tuple(ending for ending in records.LABEL_ENDINGS if ending)
+    endings = tuple(fold(ending) for ending in (*folder.endings, *pairing.SECOND_OBSERVER) if ending)
     kinds: dict[bool, list[Path]] = {True: [], False: []}
-    for file in records.list_images(place, deep=False):
-        kinds[file.stem.endswith((*records.SECOND_OBSERVER, *endings))].append(file)
-    labels = {path.stem: path for path in reversed(kinds[True])}
-    pairs = [(path, records.find_label([path.stem], labels, endings)) for path in kinds[False]]
+    for file in list_images(place, deep=False):
+        kinds[fold(file.stem).endswith(endings)].append(file)
+    labels = Names({path.stem: path for path in reversed(kinds[True])})
+    endings = labels.endings_in_use(ending for ending in folder.endings if ending)
+    pairs = [(path, pairing.find_label([path.stem], labels, endings)) for path in kinds[False]]
     entries = [Entry(path.stem, folder.shown(path), path, mask_path=mask) for path, mask in pairs if mask]
+    pairing.refuse_shared({entry.name: entry.mask_path for entry in entries})
     return Listing(folder, PAIRS, entries, kinds[False], kinds[True]) if entries else None
 
 

@@ -8,7 +8,7 @@ correlate by up to 0.84. Frames that were processed differently, or lie further 
 import logging
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -22,35 +22,38 @@ from vesselrl.errors import DataError
 logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str, int]  # key, key, number of different bits
+Look = tuple[np.ndarray, np.ndarray]  # the hash, bool (256,), and the vessel map, float32 (64, 64)
 HASH_BITS = 16  # per side
 MAX_DISTANCE = 72  # bits
 MIN_CORRELATION = 0.70  # of the vessel maps, at a shift of up to 10 %
 _SIZE, _MAP_SIZE, _MAX_SHIFT = 256, 64, 6  # px; the shift in those of the map
 
 
-def find_near_duplicates(samples: Sequence[Sample], load: Callable[[Sample], np.ndarray]) -> list[Pair]:
-    """Pairs of images (uint8 (H, W, 3)) of different patients, probably frames of one run, nearest first."""
-    samples = sorted(samples, key=lambda sample: sample.key)
+def look_of(image: np.ndarray) -> Look:
+    """Hash and vessel map of an image, uint8 (H, W, 3)."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    grey = cv2.resize(grey, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
+    return hash_image(grey), _vessel_map(grey)
+
+
+def find_near_duplicates(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Pair]:
+    """Pairs of images of different patients, probably frames of one run, nearest first."""
     if len(samples) < 2:
         return []
-    hashes, maps = [], []
-    for sample in samples:
-        grey = cv2.cvtColor(load(sample), cv2.COLOR_RGB2GRAY)
-        grey = cv2.resize(grey, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
-        hashes.append(hash_image(grey))
-        maps.append(_vessel_map(grey))
+    order = sorted(range(len(samples)), key=lambda place: samples[place].key)
+    samples, looks = [samples[place] for place in order], [looks[place] for place in order]
     patients = np.unique([sample.patient for sample in samples], return_inverse=True)[1]
-    near = _near_hashes(np.stack(hashes), patients, MAX_DISTANCE)
-    alike = [(i, j, bits) for i, j, bits in near if _correlation(maps[i], maps[j]) >= MIN_CORRELATION]
+    near = _near_hashes(np.stack([bits for bits, _ in looks]), patients, MAX_DISTANCE)
+    alike = [(i, j, n) for i, j, n in near if _correlation(looks[i][1], looks[j][1]) >= MIN_CORRELATION]
     found = [(samples[i].key, samples[j].key, bits) for i, j, bits in alike]
     return sorted(found, key=lambda pair: (pair[2], pair))
 
 
-def check_near_duplicates(split: Split, load: Callable[[Sample], np.ndarray]) -> list[Pair]:
+def check_near_duplicates(split: Split, found: Sequence[Pair]) -> list[Pair]:
     """The pairs in one subset, perhaps one patient under two names; pairs across subsets are a DataError."""
     samples = [(subset, sample) for subset in SUBSETS for sample in getattr(split, subset)]
-    pairs = find_near_duplicates([sample for _, sample in samples], load)
     subset_of = {sample.key: subset for subset, sample in samples}
+    pairs = [pair for pair in found if {*pair[:2]} <= subset_of.keys()]
     if across := [pair[:2] for pair in pairs if subset_of[pair[0]] != subset_of[pair[1]]]:
         shown = {sample.key: f"{sample.record} ({subset})" for subset, sample in samples}
         records = [map(shown.get, pair) for pair in across[:10]]

@@ -1,7 +1,8 @@
 """Whose image it is: reads patient, sequence and frame from file names; an alias file joins spellings.
 
-A patient is a 10-digit ID, or a name without case, spaces and punctuation, which means the ID that occurs
-with it elsewhere if there is exactly one; docs/data.md has the forms of names and of the alias file.
+What tools add to a name is taken away first. A patient is a 10-digit ID, or a name without case, spaces and
+punctuation, which means the ID that occurs with it elsewhere if there is exactly one; docs/data.md has the
+forms of names and of the alias file.
 """
 
 import csv
@@ -11,8 +12,10 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
+from vesselrl.data.file_names import SUBSET_FOLDERS, copy_groups, source_names
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.errors import DataError
 
@@ -40,6 +43,23 @@ _EYE = re.compile(rf"(?P<case>(?:{_WORD}[-_ ]?)?\d{{1,6}})[-_ ]?(?P<eye>l|r)(?:e
 # The people of the built-in synthetic data are made up.
 _MADE_UP = re.compile(r"SYNTH(?:_[A-J]+_frame_|[_^ ]*\(?\d{10}\)?[_ ]).*")
 
+# CVAT: task_3_NAME_frame_000011, or frame_000011 in the folder of its video; not in one of these folders.
+_TASK = re.compile(r"(?:task|job)[-_ ]\d+[-_ ]+(?=\S.*?[\s_]frame[\s_]+\d)", re.IGNORECASE)
+_FRAME = re.compile(r"frame[\s_]*\d+", re.IGNORECASE)
+# They say nothing of a patient, though ten digits may stand in them: UUIDs, hashes, times in ms, DICOM UIDs.
+_UNREAD = re.compile(
+    r"(?<![0-9a-z])(?:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|1[4-8]\d{11}"
+    r"|(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{16,})(?![0-9a-z])"
+    r"|(?<![0-9a-z])(?<!\d\.)[0-2](?:\.\d+){5,}"
+    r"|(?<![0-9a-z])[12]_(?:2_840|3_12|3_46|3_6_1|16_840)(?:_\d+){3,}",
+    re.IGNORECASE,
+)
+_SERIES = re.compile(r"[^\W_]+-[^\W_]+[\s_]+[^\W_]+[\s_]+[0-9a-f]{8}", re.IGNORECASE)  # S-N_K_HEX8
+# Words beside a number that name no person, besides _WORD.
+_ORDINARY = re.compile(rf"{_WORD}|[a-z]|patient|subject|subj|sub|pat|no|nr|left|right", re.IGNORECASE)
+
+FIRST_TIME, DAY_S = 1_262_304_000, 86_400  # Unix times: 2010 and later
+
 ALIAS_HEADER = ["file_name", "patient"]
 
 
@@ -51,6 +71,7 @@ class Identity:
     other_name: str = ""  # "name:…" where the person has an ID as well
     sequence: str = ""  # empty where the file name has none
     frame: str = ""
+    may_be_time: bool = False  # the ID may be a Unix time: see `_without_times`
 
 
 def parse_name(name: str) -> Identity:
@@ -59,19 +80,89 @@ def parse_name(name: str) -> Identity:
     >>> parse_name("LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011").person
     'id:0123456789'
     """
-    name = unicodedata.normalize("NFKC", name)
+    return _read_source(source_names([name])[name][0])
+
+
+def _read_source(name: str) -> Identity:
+    """Reads the name of a source picture."""
     folder, _, stem = name.rpartition("/")
-    stem = stem.strip()
-    match = _WITH_ID.fullmatch(stem) or _WITHOUT_ID.fullmatch(stem)
-    plain = "" if match is None else _plain(match["name"])
-    number = None if match is None else match.groupdict().get("id")
+    if _FRAME.fullmatch(stem):
+        videos = [part for part in folder.split("/") if part and not SUBSET_FOLDERS.fullmatch(part)]
+        stem = "_".join([*videos[-1:], stem])
+    stem = _TASK.sub("", stem)
+    hidden = _UNREAD.sub(lambda found: "x" * len(found[0]), stem)
+    match = _WITH_ID.fullmatch(hidden) or _WITHOUT_ID.fullmatch(hidden)
+    part = {key: stem[slice(*match.span(key))] for key in match.groupdict()} if match else {}
+    number, written = part.get("id"), part.get("name", "")
+    plain = _plain(_UNREAD.sub(" ", written)) or ("" if number else _plain(written))
     if not plain and not number:
         if (eye := _EYE.fullmatch(stem)) is None:
             return Identity(f"file:{name}")
         return Identity(f"eyes:{folder}/{eye['case'].casefold()}", sequence=eye["eye"].casefold())
-    sequence = re.sub(r"[\s_]+", "_", match["sequence"] or "").strip("_").casefold()
-    person, other = (f"id:{number}", f"name:{plain}") if number else (f"name:{plain}", "")
-    return Identity(person, other, sequence, match["frame"] or "")
+    sequence = re.sub(r"[\s_]+", "_", part.get("sequence", "")).strip("_").casefold()
+    if not number:
+        return Identity(f"name:{plain}", "", sequence, part["frame"])
+    # The forms of hospitals are IDs, whatever their number.
+    is_id = match.string[match.end("id") :].startswith((")", "__")) or _SERIES.match(
+        part["sequence"].lstrip("-_ ")
+    )
+    may_be_time = not is_id and FIRST_TIME <= int(number) < 2_000_000_000
+    return Identity(f"id:{number}", f"name:{plain}", sequence, part["frame"], may_be_time)
+
+
+def _read_names(names: Iterable[str]) -> dict[str, Identity]:
+    """Reads all names of a data set."""
+    sources = {name: source for name, (source, _) in source_names(names).items()}
+    return _without_times({name: _read_source(source) for name, source in sources.items()}, sources)
+
+
+def _without_times(found: Mapping[str, Identity], sources: Mapping[str, str]) -> dict[str, Identity]:
+    """Takes several IDs of one name for Unix times where all may be and most lie within a day of the next.
+
+    Without a name they do so only where most files have another one; then the name behind them counts.
+    """
+    result, files_of = dict(found), defaultdict(list)
+    for name, identity in found.items():
+        if identity.other_name:
+            files_of[identity.other_name].append(name)
+    for other, names in files_of.items():
+        numbers = sorted({int(found[name].person[3:]) for name in names})
+        gaps = sorted(later - one for one, later in pairwise(numbers))
+        if not gaps or gaps[len(gaps) // 2] > DAY_S or not all(found[name].may_be_time for name in names):
+            continue
+        if not re.fullmatch(rf"name:{_WORD}?\d*", other):
+            result |= {name: replace(found[name], person=other, other_name="") for name in names}
+        elif 2 * len(numbers) > len(names):
+            without = {
+                name: _read_source(re.sub(r"(?<!\d)1\d{9}(?!\d)", "", sources[name])) for name in names
+            }
+            nobody = {name: Identity(f"file:{name}") for name in names}
+            result |= nobody | {name: one for name, one in without.items() if one.person.startswith("name:")}
+    return result
+
+
+def lone_frames(patients: Mapping[str, str]) -> list[list[str]]:
+    """Groups of files whose names differ in numbers or hashes only, as those of frames do.
+
+    `patients`: by file name; only those with one file, or copies of one, count. Not meant are numbers with
+    an ordinary word (train_001, 07L, 21_training), and names with an ID.
+    """
+    groups, files_of = defaultdict(list), defaultdict(dict)
+    for name, (source, _) in source_names(patients).items():
+        files_of[patients[name]][source] = name
+    lone = [name for files in files_of.values() if len(files) == 1 for name in files.values()]
+    for name, identity in _read_names(lone).items():
+        stem = source_names([name])[name][0].rpartition("/")[2]
+        text = _UNREAD.sub(" 0 ", stem)
+        words = re.findall(r"[^\W\d_]+", text.casefold())
+        named = tuple(word for word in words if not _ORDINARY.fullmatch(word))
+        says_frame = {"frame", "slice"} & {*words} or text != stem or re.search(r"\d{10}", stem)
+        is_nobody = identity.person.startswith("file:") or identity.may_be_time
+        is_id = identity.other_name and not identity.may_be_time
+        if not is_id and re.search(r"\d\W*$", text) and (named or (is_nobody and says_frame)):
+            groups[named].append(name)
+    found = [group for group in groups.values() if len(group) > 1]
+    return found if sum(map(len, found)) > 2 else []
 
 
 def _plain(name: str) -> str:
@@ -108,17 +199,12 @@ def is_impersonal(name: str) -> bool:
     return _IMPERSONAL.fullmatch(name) is not None
 
 
-def names_a_person(name: str) -> bool:
-    """Whether a file name is that of an angiography export, with a person or an ID in it."""
-    return parse_name(name).person.startswith(("id:", "name:"))
-
-
 def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
     """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
     is_usual = patient_pattern is None
-    found = {n: parse_name(n) for n in names} if is_usual else parse_by_pattern(names, patient_pattern)
+    found = _read_names(names) if is_usual else parse_by_pattern(names, patient_pattern)
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:
@@ -130,6 +216,7 @@ def identify(
     rows = [] if aliases is None else read_aliases(aliases)
     if rows:
         persons = _join_persons(persons, only_id, rows, Path(aliases).name)
+    persons = _join_copies(persons)
     texts = [*names, *(patient for *_, patient in rows)]
     impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
     return {name: replace(found[name], person=persons[name]) for name in names}, impersonal
@@ -183,15 +270,9 @@ def _join_persons(
         lines.setdefault(name, line)
     parent: dict[str, str] = {}
     single: dict[str, str] = {}
-
-    def root(person: str) -> str:
-        while person in parent:
-            person = parent[person]
-        return person
-
     for person, targets in wanted.items():
         if len(set(targets.values())) == 1:
-            one, other = sorted((root(person), root(next(iter(targets.values())))))
+            one, other = sorted((_root(parent, person), _root(parent, next(iter(targets.values())))))
             if one != other:
                 parent[other] = one
             continue
@@ -202,7 +283,26 @@ def _join_persons(
                 f"leave out {num_left} more of its files. Add a line for each of them."
             )
         single.update(targets)
-    return {name: root(single.get(name, person)) for name, person in persons.items()}
+    return {name: _root(parent, single.get(name, person)) for name, person in persons.items()}
+
+
+def _root(parent: Mapping[str, str], person: str) -> str:
+    """The person that another one was joined to in the end."""
+    while person in parent:
+        person = parent[person]
+    return person
+
+
+def _join_copies(persons: Mapping[str, str]) -> dict[str, str]:
+    """One person for all copies of a source picture, whatever a pattern or an alias file says."""
+    parent: dict[str, str] = {}
+    for group in copy_groups(persons):
+        found = {_root(parent, persons[name]) for name in group}
+        first, *others = sorted(found, key=lambda person: (person.startswith("file:"), person))
+        parent |= dict.fromkeys(others, first)
+    if parent:
+        logger.info("Copies of one source picture joined %d patients to others.", len(parent))
+    return {name: _root(parent, person) for name, person in persons.items()}
 
 
 def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) -> str:

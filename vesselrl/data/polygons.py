@@ -3,13 +3,16 @@
 Coordinates are (x, y) in px as in COCO and LabelMe: pixel (r, c) has its centre at (c + 0.5, r + 0.5).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from scipy import ndimage
 from skimage.measure import find_contours
 
+from vesselrl.data.images import check_pixels
 from vesselrl.errors import DataError
 
 Size = tuple[int, int]  # width, height
@@ -53,9 +56,50 @@ def rasterise(outlines: Iterable[Outline | Sequence[float]], shape: tuple[int, i
     return mask
 
 
+def is_doubtful(polygon: np.ndarray, shape: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether a polygon in an image of this shape is thinner than a pixel, and whether it lies on itself.
+
+    Too thin: no pixel, or several components with less than 90 % in the largest. On itself: the even-odd rule
+    leaves less than half of what has a winding number other than 0, as where a ring is traced twice.
+    """
+    low = np.clip(np.floor(polygon.min(axis=0)), 0, shape[::-1]).astype(int)
+    high = np.clip(np.ceil(polygon.max(axis=0)), low, shape[::-1]).astype(int)
+    width, height = high - low
+    points = polygon - low
+    inside = (_count_turns(points, (height, width))[1] & 1).astype(np.uint8)
+    (x, y), num_pixels = points.T, np.count_nonzero(inside)
+    is_thin = _falls_apart(inside)
+    # The signed area counts every turn; the winding numbers themselves take longer.
+    if not is_thin and abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 3 * num_pixels:
+        return False, False
+    wound = (_count_turns(points, (height, width), signed=True)[1] != 0).astype(np.uint8)
+    is_twice = 2 * num_pixels < np.count_nonzero(wound)
+    return _falls_apart(wound) if is_twice else is_thin, is_twice
+
+
+def _falls_apart(mask: np.ndarray) -> bool:
+    """Whether a uint8 mask is empty, or less than 90 % of it are in its largest component."""
+    if (num_labels := cv2.connectedComponents(mask)[0] if mask.size else 1) < 3:  # the background is one
+        return num_labels == 1
+    sizes = cv2.connectedComponentsWithStats(mask)[2][1:, cv2.CC_STAT_AREA]
+    return bool(sizes.max() < 0.9 * sizes.sum())
+
+
 def _fill(mask: np.ndarray, points: np.ndarray) -> None:
-    """Adds one polygon to `mask`, from the places where its edges cross the centre line of each row."""
-    height, width = mask.shape
+    """Adds one polygon to `mask` by the even-odd rule."""
+    rows, turns = _count_turns(points, mask.shape)
+    mask[rows] |= (turns & 1).astype(bool)
+
+
+def _count_turns(
+    points: np.ndarray, shape: tuple[int, int], signed: bool = False
+) -> tuple[slice, np.ndarray]:
+    """The rows in which a polygon lies, and how often its edges are crossed from the left up to each pixel.
+
+    It follows from where the edges cross the centre line of each row. If `signed` it is the winding number:
+    an edge that leads upwards takes away what one that leads downwards adds.
+    """
+    height, width = shape
     ends = np.roll(points, -1, axis=0)
     downwards = (points[:, 1] <= ends[:, 1])[:, None]
     top, bottom = np.where(downwards, points, ends), np.where(downwards, ends, points)
@@ -64,7 +108,7 @@ def _fill(mask: np.ndarray, points: np.ndarray) -> None:
     last = np.clip(np.ceil(bottom[:, 1] - 0.5), 0, height).astype(np.int64)
     num_rows = last - first
     if not num_rows.any():
-        return
+        return slice(0), np.zeros((0, width), np.int64)
     edge = np.repeat(np.arange(len(points)), num_rows)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows) + first[edge]
     # From each crossing to the right, inside and outside change places.
@@ -73,8 +117,9 @@ def _fill(mask: np.ndarray, points: np.ndarray) -> None:
     column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
     start, stop = row.min(), row.max() + 1
     cell = (row - start) * (width + 1) + column
-    crossings = np.bincount(cell, minlength=(stop - start) * (width + 1)).reshape(stop - start, width + 1)
-    mask[start:stop] |= np.cumsum(crossings[:, :width], axis=1) % 2 == 1
+    signs = np.where(downwards, 1, -1)[edge, 0] if signed else None
+    crossings = np.bincount(cell, signs, (stop - start) * (width + 1)).reshape(stop - start, width + 1)
+    return slice(start, stop), np.cumsum(crossings[:, :width], axis=1)
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[np.ndarray]:
@@ -116,7 +161,7 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
-    """A polygon `[x1, y1, …]`, at most 1 px outside its image, as (N, 2); None of fewer than three points."""
+    """A polygon `[x1, y1, …]`, at most 1 px outside its image, as (N, 2); None if it encloses nothing."""
     if not isinstance(flat, list):
         raise DataError(f"{where} is {describe(flat)}, not a list. Correct it, or remove it.", "bad_polygon")
     for value in flat:
@@ -138,12 +183,37 @@ def read_polygon(flat: object, size: Size, where: str) -> np.ndarray | None:
         advice = "Write the size it was drawn on (imageWidth, imageHeight) into the record, or remove that."
         fault = f"{value}, outside its image of {size[0]}×{size[1]} px. {advice}"
         raise DataError(fault, "outside_image")
-    return points
+    return points if _has_area(points) else None
+
+
+def _has_area(points: np.ndarray) -> bool:
+    """Whether a polygon encloses anything; a line there and back does not."""
+    extent = np.ptp(points, axis=0)
+    if not extent.all():
+        return False
+    x, y = ((points - points.min(axis=0)) / extent).T
+    if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6:
+        return True
+    # Two lobes of opposite direction may cancel out, so it is drawn.
+    grid = np.zeros((256, 256), bool)
+    _fill(grid, np.stack([x, y], axis=1) * 256)
+    return bool(grid.any())
+
+
+def circle(points: list, size: Size, where: str) -> list[list[float]]:
+    """A circle, by its centre and a point on it, as a polygon of the same area, cut off at the border."""
+    read_polygon([value for point in points for value in (*point, *point)], size, where)  # numbers
+    (x, y), (right, bottom) = points
+    step = 2 * math.pi / 180
+    radius = math.hypot(right - x, bottom - y) * math.sqrt(step / math.sin(step))
+    corners = ((x + radius * math.cos(k * step), y + radius * math.sin(k * step)) for k in range(180))
+    return [[min(max(a, 0), size[0]), min(max(b, 0), size[1])] for a, b in corners]
 
 
 def read_run_lengths(value: dict, size: Size, where: str) -> RunLengths:
     """A run-length mask `{"size": [H, W], "counts": …}`, compressed (a text) or plain (a list of numbers)."""
     shape, counts, (width, height) = value.get("size"), value.get("counts"), size
+    check_pixels(size, where)
     counts = _decompress(counts) if isinstance(counts, str) else counts
     if shape != [height, width]:
         is_size = isinstance(shape, list) and all(type(n) is int for n in shape[:2])

@@ -19,7 +19,7 @@ from string import ascii_lowercase
 from typing import Literal
 
 from vesselrl.data.patients import Identity, identify
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, WriteError
 from vesselrl.experiment.run_folder import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -219,6 +219,6 @@ def _write_map(path: Path, patient_pattern: str | None, found: PseudonymMap) -> 
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
-    except OSError as error:
+    except WriteError as error:
         note = "%s cannot be written (%s): files that are added may change pseudonyms."
-        logger.info(note, path.name, error.strerror)
+        logger.info(note, path.name, error.reason)

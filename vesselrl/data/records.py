@@ -1,8 +1,9 @@
 """Findings, the files of a data root, and the entries that the readers of all layouts make of them."""
 
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,18 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from vesselrl.data import pairing
 from vesselrl.data.images import IMAGE_SUFFIXES
+from vesselrl.data.pairing import (
+    LABEL_ENDINGS,
+    SECOND_OBSERVER,
+    Names,
+    below,
+    fold,
+    folder_key,
+    list_files,
+    list_images,
+)
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
@@ -30,12 +42,20 @@ _KINDS = {
     "extra_mask": "mask file of no image|. Remove it, if another label goes before it.",
     "unreadable_image": "unreadable or truncated image",
     "unreadable_mask": "unreadable or truncated mask",
-    "too_many_bits": "image with more than 16 bits",
-    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by its full range; its brightest value is then "
-    "{brightest} of 255. Save it with 8 bits in the window you label in.",
+    "too_large": "image or mask with too many pixels",
+    "too_many_bits": "image whose bits do not fit into 8",
+    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by the range of the bits it uses; its brightest "
+    "value is then {brightest} of 255. Save it with 8 bits in the window you label in.",
+    "several_frames": "file with several frames|: {value}. The first one is used. Save the frame that you "
+    "mean as a file of its own.",
     "alpha_image": "image with an alpha channel| ({value}), which is dropped. Save it without.",
     "rotated_image": "image turned by its EXIF orientation| {value}. Its label must be drawn on that image.",
-    "few_points": "polygon with fewer than 3 points, left out|: {count}.",
+    "few_points": "polygon of fewer than 3 points or without area, left out|: {count}.",
+    "thin_polygon": "polygon thinner than a pixel|: the masks of {count} of {polygons} are empty or fall "
+    "apart. Draw them wider, or give a mask file.",
+    "traced_twice": "polygon that lies on itself|: {count} of {polygons}. What is traced twice counts as "
+    "outside (even-odd rule), which takes more than half of the area. Trace it once.",
+    "shares": "coordinates that look like shares of the image",
     "odd_length": "polygon with an odd number of coordinates",
     "outside_image": "polygon with coordinates outside the image",
     "bad_polygon": "polygon that is no list of finite numbers",
@@ -52,6 +72,11 @@ _KINDS = {
     "all_foreground": "mask without background|. Label it again, or remove the record.",
     "mostly_foreground": "mask with more vessel than background|: {share:.0%}. Inverted, or a field of view?",
     "non_binary_mask": "mask that is not binary",
+    "ignore_mask": "mask in which 255 is to be ignored and smaller numbers are vessel",
+    "numbered_mask": "mask of numbers of vessels or classes, all of them vessel",
+    "coloured_mask": "mask of several colours",
+    "palette_mask": "mask with a palette, whose indices other than 0 and 255 are vessel",
+    "alpha_mask": "mask drawn in the alpha channel",
     "disagreement": "mask file and polygons disagree|: Dice {dice:.3f} only. The mask file is used; make "
     "sure that it is the right one.",
     "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} "
@@ -59,9 +84,19 @@ _KINDS = {
     "duplicate_record": "second record of one image",
     "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
     "split may put the same image into two subsets.",
+    "near_duplicate": "image that looks like one of another patient|, {other}: frames of one run? Give both "
+    "the same patient in an alias file (file_name,patient), or remove one of the two.",
+    "lone_frames": "frames that count as a patient each|: {count} of {patients} patients have one image, and "
+    "the names of these differ in a number or a hash only, in {groups} groups. If a group is a patient, "
+    "frames of one patient may be in training and test: give --patient_pattern, such as "
+    r"'^(?P<patient>.+?)[-_ ]*\d+$', or --patient_aliases.",
+    "one_patient": "images that all count as one patient|: {count}. A training needs three patients: give "
+    "--patient_pattern for the part of the file name that tells them apart, or --patient_aliases.",
     "patients": "patients cannot be told apart|. Each of {images} images counts as a patient of its own, but "
     "{shared} of them share {folders} sub-folders. If a folder is a patient, give --patient_pattern "
     "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets.",
+    "other_subsets": "labelled images beside the training images, not read|: {what}. To read them, "
+    "give their folder as the data root.",
     "repaired": "repaired|: {what}.",
     "left_out": "left out of the repaired copy|: {why}",
 }
@@ -115,16 +150,7 @@ class Findings(list[Finding]):
         return [item for item in self if kind in (item.severity, item.code)]
 
 
-# Folders of label files, the first that exists is read; DRIVE's `mask/` is the field of view, not a label.
-LABEL_FOLDERS = ("masks", "1st_manual", "manual1", "labels", "ground_truth", "gt")
-# What comes after the name of the image in the name of its label, best first.
-LABEL_ENDINGS = ("_mask", "", "_1stHO", "_manual1", "_manual", "_gt", "_label")
-# Labels of a second observer: never read, never reported as left over.
-SECOND_OBSERVER = ("_2ndHO", "_manual2")
-# What an image has where its label has the ending: 21_training.tif and 21_manual1.gif (DRIVE).
-IMAGE_ENDINGS = ("_training", "_test")
 _LIST_PLACE = re.compile(r" (?:record|image) \d+$")
-_KNOWN_FOLDERS = ("images", "json", *LABEL_FOLDERS)
 _NO_FILE_NAME = re.compile("[\0\ud800-\udfff]")  # zero, and one half of a surrogate pair
 
 # Called with the size of the image the label was drawn on, the record for messages, and what takes faults.
@@ -157,64 +183,144 @@ class Entry:
 class DataFolder:
     """The files of a data root, and how messages name them without the persons in their names."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.image_folder = path / "images"
-        self.label_folder = next((path / name for name in LABEL_FOLDERS if (path / name).is_dir()), None)
-        self.mapping_file = path / MAPPING_FILE
+    def __init__(
+        self,
+        root: Path,
+        image_dir: str | None = None,
+        mask_dir: str | None = None,
+        mask_suffix: str | None = None,
+    ):
+        self.root = root  # as the user calls it: what was entered below may have the name of a person
+        self.path = path = pairing.enter(root) if image_dir is mask_dir is None else root
+        self.mapping_file = root / MAPPING_FILE
+        self.prefix = ""  # of places in messages, such as train/
+        self.endings = LABEL_ENDINGS
+        if mask_suffix is not None:
+            ending = Path(f"_{mask_suffix}").suffix.lower()
+            self.endings = (mask_suffix[: -len(ending)] if ending in IMAGE_SUFFIXES else mask_suffix,)
+        self.image_folder = self._given("image_dir", image_dir)
+        self.image_folder = self.image_folder or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
+        self.pair_folder = self._given("mask_dir", mask_dir)
+        self.is_label_given = mask_dir is not None
+        self.pair_folder = self.pair_folder or pairing.find_labels(path, self.image_folder)
+        self.image_folder = self.image_folder or pairing.find_images(path, self.pair_folder)
+        # Beside JSON a folder counts only if it can hold nothing but labels.
+        is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
+        self.label_folder = self.pair_folder if mask_dir or is_usual else None
         self._numbers: dict[str, dict[Path, int]] = {}
+
+    def _given(self, option: str, value: str | None) -> Path | None:
+        """The folder that an option names, from the data root or from where the user is."""
+        if value is None:
+            return None
+        found = next((path for path in (self.path / value, Path(value)) if path.is_dir()), None)
+        if found is None:
+            raise DataError(f"--{option} {value} is no folder. Write its path as it is below {self.path}.")
+        inside = os.path.relpath(os.path.abspath(found), os.path.abspath(self.path))
+        if inside.split(os.sep)[0] == "..":
+            advice = "Give the folder that holds images and labels as the data root."
+            raise DataError(f"--{option} {value} lies outside the data root {self.path}. {advice}")
+        return self.path / inside
 
     @cached_property
     def images(self) -> list[Path]:
-        """All files in `images/`."""
-        return list_images(self.image_folder)
+        """All images of the image folder."""
+        found, labels = list_images(self.image_folder, deep=self.image_folder != self.path), self.pair_folder
+        if labels in (None, self.image_folder) or not labels.is_relative_to(self.image_folder):
+            return found
+        return [path for path in found if not path.is_relative_to(labels)]
+
+    @property
+    def subsets(self) -> list[Path]:
+        """The folders train/, valid/, test/ and the like, training first."""
+        found = pairing.subfolders(self.path)
+        return [path for name in pairing.SUBSETS for path in found if folder_key(path.name) == name]
+
+    @cached_property
+    def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
+        """Names and files of all images by the folded last part of their paths."""
+        base, files = self.image_folder, self.images
+        if not base.is_dir():
+            base, files = self.path, [p for p in list_images(self.path) if not pairing.is_label(p, self.path)]
+        found = defaultdict(list)
+        for file in files:
+            found[fold(file.name)].append((file.relative_to(base).as_posix(), file))
+        return found
 
     def locate(self, written: object, place: str, field_name: str = "image") -> tuple[str, Path | None]:
-        """Name and file of the image that a record calls `a.jpg` or `images/a.jpg`, with either slash."""
+        """Name and file of the image that a record calls `a.jpg`, `images/a.jpg`, or by any path or URL.
+
+        A path of another machine means an image if one of the two paths is the end of the other.
+        """
         if not isinstance(written, str) or not PurePosixPath(written).name.strip():
             fault = f"{place} has no text '{field_name}'. Name the image file there, or remove the record."
             raise DataError(fault, "bad_record")
-        path = PurePosixPath(written.replace("\\", "/"))
+        path = PurePosixPath(pairing.plain_path(written))
         path = PurePosixPath(*path.parts[1:]) if len(path.parts) > 1 and path.parts[0] == "images" else path
-        if path.is_absolute() or ".." in path.parts or not path.name:
+        longest = max((len(part.encode(errors="replace")) for part in path.parts), default=0)
+        if longest > 255 or len(str(path)) > 1000 or _NO_FILE_NAME.search(str(path)):
+            raise DataError(f"{place}: '{field_name}' is no usable file name. Correct it.", "bad_record")
+        leaves = path.is_absolute() or ".." in path.parts or not path.name
+        files = () if leaves else (self.image_folder / path, self.path / path)
+        if exact := next((file for file in files if file.is_file()), None):
+            return str(path.with_suffix("")), exact
+        named_so = self._by_last_part.get(fold(path.name), ())
+        if len(fits := [item for item in named_so if pairing.is_end(item[0], path.as_posix())]) > 1:
+            fault = f"{place}: '{field_name}' fits {len(fits)} images. Write the path of one below images/."
+            raise DataError(fault, "missing_image")
+        if fits:
+            return str(PurePosixPath(fits[0][0]).with_suffix("")), fits[0][1]
+        if leaves:
             fault = f"{place}: '{field_name}' points outside the data root. Write the name it has in images/."
             raise DataError(fault, "bad_record")
-        longest = max(len(part.encode(errors="replace")) for part in path.parts)
-        if longest > 255 or len(written) > 1000 or _NO_FILE_NAME.search(written):
-            raise DataError(f"{place}: '{field_name}' is no usable file name. Correct it.", "bad_record")
-        files = (self.image_folder / path, self.path / path)
-        return str(path.with_suffix("")), next((file for file in files if file.is_file()), None)
+        return str(path.with_suffix("")), None
 
     def shown(self, path: Path) -> str:
         """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's."""
         parts = path.relative_to(self.path).parts
         folder = parts[0] if len(parts) > 1 else ""
-        if len(parts) < 3 and is_impersonal(path.stem) and folder in ("", *_KNOWN_FOLDERS):
-            return "/".join(parts)
+        is_known = folder_key(folder) in pairing.KNOWN_FOLDERS
+        if len(parts) < 3 and (is_known or not folder) and is_impersonal(path.stem):
+            return self.prefix + "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
             files = list_files(self.path / folder, deep=bool(folder))
             kinds = [[f for f in files if f.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, (".json",))]
             self._numbers[folder] = {file: k for kind in kinds for k, file in enumerate(kind, 1)}
-        place = f"{folder}/" if folder in _KNOWN_FOLDERS else "another folder" if folder else "data root"
-        return f"{place} file {self._numbers[folder].get(path, 0)} in name order"
+        place = f"{folder}/" if is_known else "another folder" if folder else "data root"
+        return f"{self.prefix}{place} file {self._numbers[folder].get(path, 0)} in name order"
+
+    def shown_folder(self, folder: Path) -> str:
+        """`masks/`, or words for a folder whose name may be a person's."""
+        parts = folder.relative_to(self.path).parts
+        if parts and all(folder_key(part) in pairing.KNOWN_FOLDERS for part in parts):
+            return f"{self.prefix}{'/'.join(parts)}/"
+        return "the folder of labels" if folder == self.pair_folder else "the folder of images"
 
     def listing(self, layout: str, entries: Sequence[Entry], names: Iterable[str] = ()) -> "Listing":
         """Gives each entry its label file; one that then has no label of any kind and no content is left out.
 
         A label in another folder fits only if no other of all images, which are `names`, has the same stem.
         """
-        masks = [] if self.label_folder is None else list_images(self.label_folder)
-        png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
-        labels = {below(path, self.label_folder): path for path in png_last}
         all_names = set(names) or {entry.name for entry in entries}
         num_stems = Counter(PurePosixPath(name).name for name in all_names)
-        complete = []
+        only_pairs = all(entry.read_label is None and not entry.content for entry in entries)
+        folder = self.pair_folder if only_pairs else self.label_folder
+        masks = [] if folder is None else list_images(folder)
+        if self.endings != LABEL_ENDINGS:  # with --mask_suffix other files are no labels
+            masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
+        png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
+        labels = Names({below(path, folder): path for path in png_last})
+        endings, found = labels.endings_in_use(self.endings), {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
-            mask_path = find_label(own_names, labels, LABEL_ENDINGS)
-            if mask_path or entry.read_label or entry.content:
-                complete.append(replace(entry, mask_path=mask_path))
+            if path := pairing.find_label(own_names, labels, endings):
+                found[entry.name] = path
+        if only_pairs and entries and not found and self.endings == LABEL_ENDINGS:
+            found = pairing.infer_labels([entry.name for entry in entries], labels)
+        pairing.refuse_shared(found)
+        complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
+        complete = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
         return Listing(self, layout, complete, self.images, masks)
 
 
@@ -244,35 +350,6 @@ class Listing:
         """Label files that no entry uses, without those of a second observer."""
         used = {entry.mask_path for entry in self.entries}
         return [path for path in self.masks if path not in used and not path.stem.endswith(SECOND_OBSERVER)]
-
-
-def find_label(own_names: Sequence[str], labels: Mapping[str, Path], endings: Sequence[str]) -> Path | None:
-    """The label file of an image that goes by one of `own_names`; `labels` are the files by name."""
-    drive = [name.removesuffix(ending) for name in own_names for ending in IMAGE_ENDINGS]
-    for name in (*own_names, *drive):
-        for ending in endings:
-            # The bare number of DRIVE is not enough: `21` may be the label of another image.
-            if name + ending in labels and (ending or name in own_names):
-                return labels[name + ending]
-    return None
-
-
-def list_files(folder: Path, deep: bool = True) -> list[Path]:
-    """The files of a folder in the order of their names, without hidden ones; sub-folders too if `deep`."""
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    files = [path for path in paths if not path.name.startswith(".") and path.is_file()]
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def list_images(folder: Path, deep: bool = True) -> list[Path]:
-    """The image files of a folder in the order of their names; none where there is no folder."""
-    files = list_files(folder, deep) if folder.is_dir() else []
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def below(path: Path, folder: Path) -> str:
-    """The name of a file: its path below the folder without the ending."""
-    return path.relative_to(folder).with_suffix("").as_posix()
 
 
 def read_json(path: Path, shown: str) -> object:

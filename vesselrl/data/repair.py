@@ -18,7 +18,7 @@ from PIL import Image
 from vesselrl.data.check import DataReport, check_entry, check_listing
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
-from vesselrl.data.polygons import mask_to_polygons, resize_mask
+from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
 from vesselrl.data.records import CODES, DataFolder, Entry, Findings
 from vesselrl.data.samples import load_mask
@@ -29,6 +29,10 @@ TEXT = "blood vessel"  # where a record has none
 _REWRITTEN_IMAGES = {"rotated_image", "sixteen_bit_image", "alpha_image"}
 # A person has to look at these; the copy has them as well.
 _KEPT = {"empty_mask", "mostly_foreground"}
+# Masks of which `read_mask` may guess the vessel.
+_GUESSED = {"non_binary_mask", "ignore_mask", "numbered_mask", "palette_mask", "alpha_mask"}
+# No errors, but the label, or the frame it was drawn on, is not sure.
+_UNSURE = ("several_frames", "thin_polygon", "traced_twice")
 _OWN_FIELDS = {"image", "mask", "text", "imageWidth", "imageHeight", "width", "height"}
 
 
@@ -48,8 +52,11 @@ def repair_data(
     out: Path | str,
     patient_pattern: str | None = None,
     patient_aliases: Path | str | None = None,
+    **places: str | None,
 ) -> DataReport:
     """Writes a repaired copy that passes the check, with the same pseudonyms; the data root stays as it is.
+
+    Arguments but for `out` are those of `find_samples`.
 
     A record is left out where its image or its whole label cannot be known: a broken image, a broken polygon
     (the rest would be a label with a gap), a mask without background, the second of two equal images. The
@@ -61,7 +68,7 @@ def repair_data(
     inside, outside = out.resolve(), root.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
         raise DataError(f"{out} overlaps the data root {root}. Give a folder beside it for the copy.")
-    listing = list_entries(root, Findings())
+    listing = list_entries(root, Findings(), **places)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
         groups[entry.name].append(entry)
@@ -111,6 +118,8 @@ def _write_group(
             mended |= codes - _KEPT
         if mask.all():
             raise DataError("its mask is all foreground.")
+        if "few_points" in mended and not mask.any():
+            raise DataError("nothing that was drawn encloses an area.")
     except DataError as error:
         written.findings.add("left_out", written.record, first.file, why=error)
         return written
@@ -140,18 +149,32 @@ def _write_group(
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:
     """The whole label of an entry, the codes of what was found, and the digest of its image."""
     checked = check_entry(entry, alias, folder)
-    errors, codes = checked.findings.of("error"), {finding.code for finding in checked.findings}
-    if not errors:
+    faults, codes = checked.findings.of("error"), {finding.code for finding in checked.findings}
+    unsure = [finding for code in _UNSURE for finding in checked.findings.of(code)]
+    if not faults and not unsure:
         return load_mask(checked.sample), codes, checked.digest
-    if checked.digest and {error.code for error in errors} == {"non_binary_mask"}:
-        width, height = read_size(entry.image_path, "")
-        mask = read_mask(entry.mask_path, "", guess=True)
-        return resize_mask(mask, (height, width)), codes, checked.digest
+    kinds = {fault.code for fault in (*faults, *unsure)}
+    if checked.digest and kinds == {"shares"}:
+        scaled = replace(entry, read_label=partial(_read_shares, entry), label_size=None)
+        mask, more, digest = _read_label(scaled, alias, folder)
+        return mask, codes | more, digest
+    if checked.digest and entry.mask_path is not None and len(kinds) == 1 and kinds <= _GUESSED:
+        try:
+            mask = read_mask(entry.mask_path, entry.record(alias), guess=True)
+            return resize_mask(mask, read_size(entry.image_path, "")[::-1]), codes, checked.digest
+        except DataError as error:
+            faults = [replace(faults[0], message=str(error))]
     if checked.digest and entry.mask_path is not None and entry.read_label is not None:
         mask, more, digest = _read_label(replace(entry, mask_path=None), alias, folder)
         if mask.any():
             return mask, codes | more, digest
-    raise DataError(errors[0].message, errors[0].code)
+    fault = (*faults, *unsure)[0]
+    raise DataError(fault.message, fault.code)
+
+
+def _read_shares(entry: Entry, size: Size, record: str, findings: Findings) -> list[Outline]:
+    """Outlines in shares of an image, as if they were drawn on one pixel, in px."""
+    return list(scale_polygons(entry.read_label((1, 1), record, findings), (1, 1), size))
 
 
 def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:

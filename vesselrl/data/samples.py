@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vesselrl.data.formats import list_entries
-from vesselrl.data.images import read_mask, read_rgb, read_size
+from vesselrl.data.images import read_mask, read_oddities, read_rgb, read_size
 from vesselrl.data.polygons import Outline, Size, rasterise, resize_mask, scale_polygons
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
 from vesselrl.data.records import CODES, Entry, Findings, Listing
@@ -34,15 +34,19 @@ class Sample:
 
 
 def find_samples(
-    data_root: Path | str, patient_pattern: str | None = None, patient_aliases: Path | str | None = None
+    data_root: Path | str,
+    patient_pattern: str | None = None,
+    patient_aliases: Path | str | None = None,
+    **places: str | None,
 ) -> list[Sample]:
     """All samples of a data root, ordered by key; headers of images and masks are read, pixels are not.
 
     Without `patient_pattern` and `patient_aliases` (see `vesselrl.data.patients`) the names of angiography
-    exports are understood, and any other file is a patient of its own. The first fault is a DataError.
+    exports are understood, and any other file is a patient of its own. `places`: image_dir, mask_dir and
+    mask_suffix, see `list_entries`. The first fault is a DataError.
     """
     findings = Findings(strict=True)
-    listing = list_entries(Path(data_root), findings)
+    listing = list_entries(Path(data_root), findings, **places)
     names = [entry.name for entry in listing.entries]
     aliases = pseudonyms(names, patient_pattern, patient_aliases, listing.folder.mapping_file)
     entries = different_images(listing, aliases, findings)
@@ -60,8 +64,26 @@ def find_samples(
 
 
 def load_image(sample: Sample) -> np.ndarray:
-    """The image as uint8 (H, W, 3), RGB, upright; grey of 16 bits is scaled by its full range."""
+    """The image as uint8 (H, W, 3), RGB, upright; see `read_rgb` on deep ones."""
     return read_rgb(sample.image_path, sample.record)
+
+
+def read_with_findings(path: Path, record: str, findings: Findings, file: str = "") -> np.ndarray:
+    """The image as `load_image` reads it; what is odd about its file is added to `findings`."""
+    oddities, pixels = read_oddities(path, record), read_rgb(path, record)
+    for code, value in oddities.items():
+        findings.add(code, record.removesuffix(": image"), file, value=value, brightest=pixels.max())
+    return pixels
+
+
+def read_image(path: Path, record: str) -> np.ndarray:
+    """An image of no data root, as `load_image` reads it; what is odd about its file is logged."""
+    findings = Findings()
+    pixels = read_with_findings(path, record, findings)
+    for finding in findings:
+        if finding.code != "rotated_image":  # there is no label that must be turned as well
+            logger.warning("%s", finding.message)
+    return pixels
 
 
 def load_mask(sample: Sample) -> np.ndarray:
@@ -101,7 +123,7 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
         size = read_size(entry.image_path, f"{record}: image")
         if entry.mask_path is not None:
             mask_size = read_size(entry.mask_path, f"{record}: mask", "unreadable_mask")
-            _check_size("mask", mask_size, size, record, findings)
+            _check_size("mask", mask_size, size, entry, record, findings)
         elif entry.read_label is None:
             fault = "has no 'mask', and masks/ has no file for it. Add one of the two."
             raise DataError(f"{record} {fault}", "missing_label")
@@ -117,21 +139,36 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
     """The outlines of an entry in px of its image, scaled where they were drawn on another size."""
     with findings.catching(record):
         drawn_on = entry.label_size or size
+        if all(drawn in (None, own) for drawn, own in zip(drawn_on, size, strict=True)):
+            drawn_on = size  # one of the two may be missing
         if not all(type(n) in (int, float) and n == n // 1 and 0 < n < 2**16 for n in drawn_on):
             fault = "width and height of the labelled image are no whole numbers of px. Correct them."
             raise DataError(f"{record}: {fault}", "label_size")
         drawn_on = (int(drawn_on[0]), int(drawn_on[1]))
-        _check_size("label", drawn_on, size, record, findings)
-        return scale_polygons(entry.read_label(drawn_on, record, findings), drawn_on, size)
+        _check_size("label", drawn_on, size, entry, record, findings)
+        outlines = entry.read_label(drawn_on, record, findings)
+        values = [outline for outline in outlines if isinstance(outline, np.ndarray)]
+        if values and len(values) == len(outlines) and max(size) > 1 and np.concatenate(values).max() <= 1.05:
+            fault = "look like shares of the image, from 0 to 1. Multiply them by its width and height"
+            raise DataError(f"{record}: the coordinates {fault}; `data check --fix` does.", "shares")
+        return scale_polygons(outlines, drawn_on, size)
     return ()
 
 
-def _check_size(kind: str, label: Size, image: Size, record: str, findings: Findings) -> None:
+def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:
     """Refuses a label of other proportions than its image, and warns where it is scaled."""
     sizes = f"{label[0]}×{label[1]} px, its image {image[0]}×{image[1]} px"
-    # One is the other one scaled, but for rounding to whole px.
-    if abs(label[0] * image[1] - label[1] * image[0]) > max(*label, *image) / 2:
+    if not _are_proportional(label, image):
         advice = "It was cut or turned in between: bring it to the size of the image, or remove the record."
+        turn = read_oddities(entry.image_path, f"{record}: image").get("rotated_image", 1)
+        if turn >= 5 and _are_proportional(label, image[::-1]):
+            likely = f"The likely cause is the EXIF orientation {turn} of the image, which is stored lying"
+            advice = f"{likely} and shown turned. Give size and label of the image as it is shown."
         raise DataError(f"{record}: the {kind} has {sizes}. {advice}", "label_size")
     if label != image:
         findings.add("scaled_label", record, sizes=sizes)
+
+
+def _are_proportional(one: Size, other: Size) -> bool:
+    """Whether one size is the other one scaled, but for rounding to whole px."""
+    return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other) / 2

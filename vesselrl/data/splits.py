@@ -17,10 +17,11 @@ from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
 
+from vesselrl.data.file_names import copy_groups
 from vesselrl.data.patients import parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
-from vesselrl.experiment.run_folder import write_text
+from vesselrl.experiment.run_folder import json_hash, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def split_by_patient(
     if unit == "frame":
         logger.warning("%s. Use its results for nothing but a comparison with such results.", LEAKY)
     groups = _group_in_order(samples, "key" if unit == "frame" else "patient")
+    groups = _join_copies(groups, samples) if unit == "frame" else groups
     what = f"The data has {len(groups)} {'image' if unit == 'frame' else 'patient'}s"
     if len(groups) < 3:
         advice = "" if unit == "frame" else " Add patients, or give a patient_pattern that tells them apart."
@@ -95,6 +97,20 @@ def split_by_patient(
     subsets = [tuple(chain.from_iterable(own)) for own in members]
     means = tuple(sum(shares[s.key] for s in subset) / len(subset) for subset in subsets) if shares else None
     return Split(*subsets, seed, tuple(ratios), unit, fold and tuple(fold), means)
+
+
+def _join_copies(
+    groups: dict[Hashable, list[Sample]], samples: Sequence[Sample]
+) -> dict[Hashable, list[Sample]]:
+    """Puts the copies of one source picture into the first of their groups, which hold an image each."""
+    names = [path.with_suffix("").as_posix() for path in relative_paths(samples)]
+    key_of = {name: sample.key for name, sample in zip(names, samples, strict=True)}
+    place = {key: number for number, key in enumerate(groups)}
+    joined = dict(groups)
+    for copies in copy_groups(names):
+        first, *others = sorted((key_of[name] for name in copies), key=place.__getitem__)
+        joined[first] = list(chain(joined[first], *(joined.pop(key) for key in others)))
+    return joined
 
 
 def _assign(
@@ -213,7 +229,7 @@ def write_split(path: Path | str, split: Split) -> None:
         "patients": patients,
         "samples": keys,
     }
-    write_text(Path(path), json.dumps(content, indent=1) + "\n")
+    write_text(Path(path), json.dumps(content | {"checksum": json_hash(content)}, indent=1) + "\n")
 
 
 def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
@@ -221,6 +237,7 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        checksum = content.pop("checksum", None)
         keys = {subset: [str(key) for key in content["samples"][subset]] for subset in SUBSETS}
         fold, foreground, unit = content.get("fold"), content.get("foreground"), content["unit"]
         settings = {
@@ -238,6 +255,9 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
         raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{path.name} is not a split that this program wrote. Make a new split.") from None
+    if checksum is not None and checksum != json_hash(content):
+        fault = f"{path.name} is damaged: its content is not what was written"
+        raise DataError(f"{fault}. Put it back; if the change is meant, remove its line checksum.")
     advice = "Restore the data, or make a new split and train again."
     by_key = {sample.key: sample for sample in samples}
     if missing := [key for subset in SUBSETS for key in keys[subset] if key not in by_key]:

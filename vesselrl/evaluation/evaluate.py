@@ -17,7 +17,7 @@ import numpy as np
 from vesselrl.data.images import read_size
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.data.splits import Split, relative_paths
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.results import Caveat, Evaluation, read_caveats, summarise
 from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
@@ -66,7 +66,10 @@ def evaluate(
 def predict_each(
     predict: Predict, samples: Sequence[Sample], load: Load = load_pixels, progress: Progress | None = None
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields prediction and true mask of every sample; `progress` is told when they were used."""
+    """Yields prediction and true mask of every sample; `progress` is told when they were used.
+
+    A prediction that is not finite has failed (None), which the log says.
+    """
     if not samples:
         raise ValueError("There is nothing to evaluate: got 0 samples. Check split and max_val_samples.")
     check_unique([sample.key for sample in samples])
@@ -76,7 +79,12 @@ def predict_each(
         if truth.shape != image.shape[:2]:
             sizes = f"the true mask is {truth.shape}, its image {image.shape[:2]}"
             raise ValueError(f"{sample.key}: {sizes}. They must be of one size; check the annotation.")
-        yield predict(image), truth
+        try:
+            prediction = predict(image)
+        except NotFiniteError as error:
+            logger.warning("%s: failed, and counted as an empty mask. %s", sample.key, error)
+            prediction = None
+        yield prediction, truth
         if progress is not None:
             progress(number, len(samples))
 

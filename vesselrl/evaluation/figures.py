@@ -175,22 +175,20 @@ def nearest(values: Sequence[float], wanted: float) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
-    """Reads a metrics.jsonl: key -> (steps, values), steps ascending, values finite; the last of a step."""
+    """Reads a metrics.jsonl: key -> (steps, values), steps ascending, values finite; the last of a step.
+
+    Damaged lines are skipped with a warning: they must not keep a trained run from its report.
+    """
     series: dict[str, dict[int, float]] = {}
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                logger.warning("%s: the last line is cut off and was skipped.", path)
-                break
-            raise ValueError(f"{path} line {number} is not JSON ({error}). Remove or repair it.") from error
-        if not isinstance(entry, dict) or "step" not in entry:
-            raise ValueError(f"{path} line {number} has no 'step': got {line[:60]!r}. Log one on every line.")
-        step = int(entry.pop("step"))
+            step = int(entry.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            logger.warning("%s line %d is damaged and was skipped.", path, number)
+            continue
         for key, value in entry.items():
             if type(value) in (int, float) and math.isfinite(value):
                 series.setdefault(key, {})[step] = float(value)

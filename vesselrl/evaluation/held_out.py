@@ -16,13 +16,13 @@ from vesselrl.data.check import foreground_shares
 from vesselrl.data.near_duplicates import pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
-from vesselrl.errors import DataError, RunError
+from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
-from vesselrl.experiment.config import RANDOM_MODEL
+from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate
 from vesselrl.experiment.run_folder import check_writable, find_run, run_settings, write_json
 from vesselrl.inference.predictor import Predictor, adapter_folder
@@ -146,7 +146,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     for key in ("base_model", "lora_weights"):
         first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
         if first != second:
-            raise RunError(f"{path} holds the evaluation of another model. Give another --output_dir.")
+            raise RefusedError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 
 def choose_samples(
@@ -160,16 +160,15 @@ def choose_samples(
     if root is None:
         size = SMALL if settings.get("model_path") == RANDOM_MODEL else FULL
         root = builtin_data(run.resolve().parent if run else "output", size)
-    names = ("patient_pattern", "patient_aliases")
-    names = {name: getattr(options, name) or kept.get(name) for name in names}
-    samples = find_samples(root, **names)
+    reading = {name: getattr(options, name) or kept.get(name) for name in READING}
+    samples = find_samples(root, **reading)
     seen = pretraining_overlap(options.base_trained_on or kept.get("base_trained_on", "none"), samples)
     if options.split == "all":
         return samples, _validation(options, []), caveats_of(None, samples, seen)
     split, caveats = _known_split(options, run, own, samples), {}
     if split is None:
         logger.warning("no data_split.json belongs to this data: splitting by patient anew (seed 42)")
-        shares = foreground_shares(root, **names) if options.data_root or stored else None
+        shares = foreground_shares(root, **reading) if options.data_root or stored else None
         split = split_by_patient(samples, shares=shares)
         if lora_weights:
             caveats = {Caveat.UNKNOWN_PATIENTS: Caveat.UNKNOWN_PATIENTS.text()}

@@ -35,6 +35,10 @@ class Caveat(Enum):
 
     PATIENT_LEAKAGE = "LEAKY: split by frame, so that frames of one patient are on several sides."
     NEAR_DUPLICATES = "NEAR DUPLICATES: images of different patients on two sides of the split look alike."
+    UNCLEAR_PATIENTS = (
+        "UNCLEAR PATIENTS: file names look like those of frames, but images count as a patient each, so that "
+        "frames of one patient may be on several sides."
+    )
     UNKNOWN_START = (
         "UNKNOWN START: --init_lora has no data_split.json beside it, so its adapter may have been trained "
         "on the patients of this test."
@@ -84,6 +88,12 @@ class Evaluation:
     def metrics(self) -> tuple[str, ...]:
         """Names of the scored columns, in the order of the rows."""
         return metric_names(self.rows)
+
+    @property
+    def headline(self) -> dict[str, float]:
+        """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
+        metrics, names = self.summary["metrics"], (*HEADLINE, "custom_score")
+        return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
 
     @property
     def too_many_failed(self) -> bool:

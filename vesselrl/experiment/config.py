@@ -20,10 +20,24 @@ UNET_LEARNING_RATE = 4e-3
 RL_RATE_SHARE = 0.025
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
+# How a data root is read: arguments of `find_samples` and options of the commands.
+READING = ("patient_pattern", "patient_aliases", "image_dir", "mask_dir", "mask_suffix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where images and masks lie in a data root, and what tells a mask's name from its image's."""
+
+    # Folder of the images below data_root; none: the run's own, or images, Original, imagesTr and the like.
+    image_dir: str | None = None
+    # Folder of the masks below data_root; none: the run's own, or masks, 1st_manual, labelsTr and the like.
+    mask_dir: str | None = None
+    # What follows the image's name in that of its mask, such as _seg; none: the run's own, or _mask, _gt …
+    mask_suffix: str | None = None
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Places):
     """Images of a training, their split, and how they are shown."""
 
     # Folder with images/ and annotations.json or masks/; none: the built-in synthetic angiograms.

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from vesselrl.experiment.config import Places
+
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
 
 
@@ -14,10 +16,12 @@ class Resume:
 
     # Folder of the interrupted run.
     resume_from: str
+    # What may have changed since the run began, and is taken as it is now.
+    allow_change: tuple[Literal["settings", "reward", "model", "split", "images", "masks"], ...] = ()
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Places):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
@@ -132,7 +136,7 @@ class DataDraw:
 
 
 @dataclass(frozen=True)
-class DataCheck:
+class DataCheck(Places):
     """Look at every record, image and mask of a data set; exit code 2 if something must be repaired."""
 
     # Data folder.
@@ -148,7 +152,7 @@ class DataCheck:
 
 
 @dataclass(frozen=True)
-class DataShow:
+class DataShow(Places):
     """Write a contact sheet: images with the outline of their masks, as training sees them."""
 
     # Data folder; none: the built-in synthetic angiograms.
@@ -170,7 +174,7 @@ class DataShow:
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Doctor(Places):
     """Look at machine, packages, model folder and data before a long run."""
 
     # Checkpoint folder; none: no model is looked at.

@@ -1,14 +1,18 @@
 """A run folder: settings, metrics and results of one training, written so that nothing is ever half there."""
 
+import errno
+import hashlib
 import json
 import math
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -16,9 +20,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vesselrl.errors import RunError
+from vesselrl.errors import RefusedError, RunError, Stopped, WriteError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 PREFIX = "sa2va_lora_ppo_"
+CONFIG_FILE = "config.json"
+LOCK_FILE = "run.lock"
+SUMS_FILE = "SHA256SUMS"  # of an adapter folder, as the command sha256sum reads it
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
+}
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -40,7 +57,7 @@ class RunFolder:
                 if path.is_dir():
                     continue
                 fault = f"Cannot write to the output folder {base} ({error.strerror or error})"
-                raise RunError(f"{fault}; give another --output_dir.") from None
+                raise RefusedError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
@@ -52,6 +69,36 @@ class RunFolder:
     def remove(self) -> None:
         """Deletes the folder, for a run that failed before its first result."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out for the length of a `with` block; a RefusedError where one is inside.
+
+        The kernel takes the lock back when the process dies; what it was writing then is removed here.
+        """
+        path = self.path / LOCK_FILE
+        in_use = RefusedError(f"{self.path} is in use by another training. Wait for its end, or stop it.")
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            fault = f"{path} cannot be written ({error.strerror})"
+            raise RefusedError(f"{fault}. {_ADVICE.get(error.errno, 'Check the disk.')}") from None
+        with file:
+            with suppress(OSError):  # a file system without locks
+                try:
+                    if fcntl is not None:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise in_use from None
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise in_use  # its owner has just ended and removed it
+            try:
+                for partial in [*self.path.rglob(".*.partial")]:
+                    _discard(partial)
+                yield
+            finally:
+                with suppress(OSError):  # the folder may be gone, or read-only
+                    path.unlink()
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
         """Writes a JSON file of the run; see the function `write_json`."""
@@ -66,8 +113,40 @@ class RunFolder:
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(strict(values), allow_nan=False) + "\n")
+
+    def cut_metrics(self, num_bytes: int) -> bool:
+        """Keeps the whole lines within the first bytes of metrics.jsonl; returns whether any are missing."""
+        there = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        kept = b"".join(filter(_is_entry, there[:num_bytes].splitlines(keepends=True)))
+        if kept != there or not self.metrics_file.exists():
+            write_text(self.metrics_file, kept.decode())
+        return len(kept) < num_bytes
+
+    def check_there(self) -> None:
+        """A WriteError where the folder was removed: writing a file would make it anew, with that alone."""
+        with writing(self.path):
+            (self.path / CONFIG_FILE).stat()
+
+    @contextmanager
+    def says_how_to_go_on(self) -> Iterator[None]:
+        """Where a signal or a disk ends the training, the message has the command that goes on with it."""
+        try:
+            yield
+        except (Stopped, OSError) as error:
+            with suppress(OSError):  # it may be out of reach
+                if any(self.path.glob("resume.*safetensors")):
+                    error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
+            raise
+
+
+def _is_entry(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is complete."""
+    try:
+        return line.endswith(b"\n") and "step" in json.loads(line)
+    except (ValueError, TypeError):
+        return False
 
 
 def find_run(lora_weights: str | Path | None) -> Path | None:
@@ -78,40 +157,116 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
     return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
 
 
-def run_settings(run: Path | None) -> dict[str, Any]:
-    """The flat settings that a run was trained with, empty without a run; damaged ones are a RunError."""
-    if run is None or not (run / "config.json").exists():
+def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, Any]:
+    """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError."""
+    if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["args"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise RunError(f"{run / 'config.json'} is damaged: it holds no settings of a run.") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        settings = dict(values["args"])
+    except (ValueError, KeyError, TypeError):
+        raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
+    if not may_be_changed and values.get("args_sha256", json_hash(settings)) != json_hash(settings):
+        advice = "Put it back; if the change is meant, remove its line args_sha256."
+        raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
+    return settings
+
+
+def json_hash(values: Mapping[str, Any]) -> str:
+    """The sha256 of values as JSON, whatever their order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the sha256 of every file in a folder beside them."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS_FILE)
+    write_text(folder / SUMS_FILE, "".join(f"{file_hash(path)}  {path.name}\n" for path in files))
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """The files of a folder that are not as `write_sums` saw them; none where it was never called."""
+    path = folder / SUMS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    sums = {Path(name).name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return [n for n, digest in sums.items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or folder to, which takes its place when the block ends.
 
-    After an error nothing of it is left, and what `path` held before stays. The folder of `path` is made.
+    It is on the disk before it has the name, so that a power cut leaves the old or the new. After an error
+    nothing of it is left, and what `path` held before stays, or stays as `previous`. The folder of `path`
+    is made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        os.replace(partial, path)
+        with writing(path, partial):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            for file in partial.rglob("*") if partial.is_dir() else (partial,):
+                _flush(file)
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(partial, path)
+            with suppress(OSError):  # not every file system can flush a folder
+                _flush(path.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
+        _discard(partial)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # a file may be read-only
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _discard(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):  # the folder may be gone or read-only, and has nothing of it then
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(*paths: Path) -> Iterator[None]:
+    """Turns the error of a disk or folder into a WriteError that names the first path.
+
+    Errors of other files pass, such as one that is read meanwhile.
+    """
+    tensors = sys.modules.get("safetensors")  # needed by few commands
+    faults = (OSError, tensors.SafetensorError) if tensors else (OSError,)
+    try:
+        yield
+    except WriteError:
+        raise
+    except faults as error:
+        code = re.search(r"os error (\d+)", str(error))  # as safetensors writes it
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        file = Path(os.fsdecode(getattr(error, "filename", None) or paths[0]))
+        if not any(path.is_relative_to(file) or file.is_relative_to(path) for path in paths):
+            raise
+        reason = os.strerror(number) if number else str(error)
+        fault = f"{paths[0]} cannot be written ({reason})"
+        raise WriteError(f"{fault}. {_ADVICE.get(number, 'Check the disk.')}", reason) from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has."""
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -120,12 +275,24 @@ def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """A RunError where a folder can be neither made nor written to; changes nothing."""
-    place = next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
+    """A RefusedError where a folder can be neither made nor written to; changes nothing."""
+    place = _existing(folder)
     if not place.is_dir():
-        raise RunError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: {place} is a file. Give another --output_dir.")
     if not os.access(place, os.W_OK):
-        raise RunError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+        raise RefusedError(f"Cannot write to {folder}: no permission in {place}. Give another --output_dir.")
+
+
+def check_room(folder: Path, num_bytes: float, purpose: str) -> None:
+    """A RefusedError where a disk has not that many bytes free for a purpose; changes nothing."""
+    if (free := shutil.disk_usage(_existing(folder)).free) < num_bytes:
+        fault = f"{folder} has {free / 1e6:,.0f} MB free; {num_bytes / 1e6:,.0f} MB are needed for {purpose}"
+        raise RefusedError(f"{fault}. Make room, or choose another folder.")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next((p for p in (folder, *folder.resolve().parents) if p.exists()), Path("/"))
 
 
 def strict(value: object) -> object:

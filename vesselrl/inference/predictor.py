@@ -1,28 +1,42 @@
 """Images in, vessel masks out: arrays with `Predictor`, files with `predict_files`."""
 
+import csv
+import hashlib
+import json
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy.special import expit
 
-from vesselrl.data.images import IMAGE_SUFFIXES, read_rgb
-from vesselrl.data.patients import is_impersonal, names_a_person
+from vesselrl.data.images import IMAGE_SUFFIXES, read_size
+from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.records import list_images
-from vesselrl.errors import DataError
-from vesselrl.experiment.run_folder import check_writable
+from vesselrl.data.samples import read_image
+from vesselrl.errors import DataError, NotFiniteError
+from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
+
+LIST_FILE = "predictions.csv"
+COLUMNS = ("image", "result", "status", "foreground", "reason")
+KINDS = ("mask", "probability", "overlay")
+STAMP = "vesselrl"  # the text in every result that says from which image and by which settings it is
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BROKEN_PNG = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Prediction(NamedTuple):
@@ -75,10 +89,31 @@ class Predictor:
         cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
         for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+            check_finite(logits)
             probabilities = expit(logits)
             mask = self.post.postprocess_for(probabilities)(logits > cut)
             results.append(Prediction(mask, probabilities, logits))
         return results
+
+    def fingerprint(self) -> str:
+        """Hash of all that a mask depends on beside its image: model, tokenizer, prompt, post-processing."""
+        sums = []
+        for name, tensor in self.model.state_dict().items():
+            bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
+            # Sums are much faster than a hash; the second tells apart what stands in another order.
+            totals = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::13])]
+            sums.append((name, str(tensor.dtype), tuple(tensor.shape), totals))
+        tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
+        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post)
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Refuses an output that would pass for an empty mask: nan is not above any threshold."""
+    if not np.isfinite(logits).all():
+        count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
+        advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
+        raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
 
 
 def adapter_folder(path: Path) -> Path:
@@ -92,40 +127,115 @@ def predict_files(
 ) -> Iterator[dict]:
     """Segments an image or a folder of images and writes mask, probability and overlay of each.
 
-    A pseudonym stands for a stem that names a person; only `patients.mapping.json` in the output folder says
-    which file it is. Files of the same name are replaced. `progress` takes (images done, images in all).
-    Yields `image` (file name), `foreground` (share of pixels, 0 to 1) and `mask` (path) of each.
+    Goes on after a file that cannot be used; results of the same image by the same model and settings are
+    kept. A pseudonym stands for a name that may be a person's; only `patients.mapping.json` in the output
+    folder says which file it is. Yields a row of `COLUMNS` for each image, also listed in `predictions.csv`:
+    `status` is done, replaced (there was another result), kept or failed. `progress` takes (done, in all).
     """
-    if not path.exists():
-        raise DataError(f"--image {path} does not exist; give an image file or a folder of images.")
-    if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
-        raise DataError(f"{path} holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
-    stems = [file.stem for file in files]
-    # Messages call a file by its name where that says nothing about a person, else by its place.
-    places = (f"image {place} of {len(files)} in name order" for place in range(1, len(files) + 1))
-    shown = [f.name if is_impersonal(f.stem) else place for f, place in zip(files, places, strict=True)]
-    if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
-        fault = f"{len(twice)} file names differ only by their ending: {shown[stems.index(twice[0])]}"
-        raise DataError(f"{fault} and the next; rename one of each.")
+    files = find_inputs(path, output_dir)
     check_writable(output_dir)
+    with suppress(DataError):  # said when it is its turn
+        width, height = read_size(files[0], _place(1, files))
+        check_room(output_dir, 4 * len(files) * width * height, f"{len(files)} images of this size")
     output_dir.mkdir(parents=True, exist_ok=True)
-    people = [stem for stem in stems if names_a_person(stem)]
-    keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE) if people else {}
-    for done, (file, name) in enumerate(zip(files, shown, strict=True), start=1):
-        image = read_rgb(file, name)
-        stem = keys[file.stem].key if file.stem in keys else file.stem
-        yield write_prediction(image, predictor.predict(image), output_dir, stem) | {"image": file.name}
-        if progress is not None:
-            progress(done, len(files))
+    people = [file.stem for file in files if not is_impersonal(file.stem)]
+    keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE, keep="all") if people else {}
+    made_by = predictor.fingerprint()
+    with _listing(output_dir / LIST_FILE) as add:
+        for done, file in enumerate(files, start=1):
+            stem, name = file.stem, file.name
+            if stem in keys:
+                stem = keys[stem].key
+                name = f"{_place(done, files)} ({stem})"
+            row = {"image": name, "result": stem}
+            try:
+                row |= _predict_file(predictor, file, name, output_dir / stem, made_by)
+            except (DataError, NotFiniteError) as error:
+                row |= {"status": "failed", "reason": str(error).removeprefix(f"{name}: ")}
+            add(row)
+            yield row
+            if progress is not None:
+                progress(done, len(files))
 
 
-def write_prediction(image: np.ndarray, prediction: Prediction, output_dir: Path, stem: str) -> dict:
-    """Writes `<stem>_mask.png` (0/255), `<stem>_probability.png` (16 bit) and `<stem>_overlay.png`."""
-    pictures = {
-        "mask": prediction.mask.astype(np.uint8) * 255,
-        "probability": np.round(prediction.probabilities * 65535).astype(np.uint16),
-        "overlay": overlay(image, prediction.mask),
-    }
-    for kind, pixels in pictures.items():
-        Image.fromarray(pixels).save(output_dir / f"{stem}_{kind}.png")
-    return {"mask": str(output_dir / f"{stem}_mask.png"), "foreground": float(prediction.mask.mean())}
+def find_inputs(path: Path, output_dir: Path) -> list[Path]:
+    """The images to predict, in name order; a DataError, without the path, where that cannot be done."""
+    if not path.exists():
+        raise DataError("The path of --image does not exist; give an image file or a folder of images.")
+    if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
+        raise DataError(f"The folder --image holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
+    stems = [file.stem for file in files]
+    if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
+        first = stems.index(twice[0])
+        shown = files[first].name if is_impersonal(twice[0]) else _place(first + 1, files)
+        fault = f"{len(twice)} file names differ only by their ending: {shown}"
+        raise DataError(f"{fault} and the next; rename one of each.")
+    if path.is_dir() and path.resolve() == output_dir.resolve():
+        advice = "A second call would take masks for images: give another --output_dir."
+        raise DataError(f"The images lie in the output folder. {advice}")
+    return files
+
+
+def _place(number: int, files: list[Path]) -> str:
+    """How messages call a file whose name may be a person's."""
+    return f"image {number} of {len(files)} in name order"
+
+
+@contextmanager
+def _listing(path: Path) -> Iterator[Callable[[dict], object]]:
+    """Writes rows to a CSV file that appears when all are in it."""
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        yield writer.writerow
+
+
+def _predict_file(predictor: Predictor, file: Path, name: str, result: Path, made_by: str) -> dict:
+    """Predicts one image, unless its results are there; status and foreground."""
+    try:
+        with file.open("rb") as content:
+            origin = {"image": hashlib.file_digest(content, "sha256").hexdigest(), "made_by": made_by}
+    except OSError as error:
+        raise DataError(f"{name}: the file cannot be read ({error.strerror}).") from None
+    if origin.items() <= (there := read_stamp(result)).items():
+        return {"status": "kept", "foreground": there["foreground"]}
+    image = read_image(file, name)
+    foreground = write_prediction(image, predictor.predict(image), result, origin)
+    return {"status": "replaced" if there else "done", "foreground": foreground}
+
+
+def write_prediction(image: np.ndarray, prediction: Prediction, result: Path, origin: dict) -> float:
+    """Writes `<result>_mask.png` (0/255), `_probability.png` (16 bit), `_overlay.png`; foreground in [0, 1].
+
+    A link in their place is replaced, not followed; nothing but pixels and `origin` is in them.
+    """
+    pixels = (
+        prediction.mask.astype(np.uint8) * 255,
+        np.round(prediction.probabilities * 65535).astype(np.uint16),
+        overlay(image, prediction.mask),
+    )
+    foreground, stamp = float(prediction.mask.mean()), PngImagePlugin.PngInfo()
+    stamp.add_text(STAMP, json.dumps(origin | {"foreground": foreground}))
+    for kind, values in zip(KINDS, pixels, strict=True):
+        with atomic_write(_picture(result, kind)) as partial:
+            Image.fromarray(values).save(partial, format="PNG", pnginfo=stamp)
+    return foreground
+
+
+def read_stamp(result: Path) -> dict:
+    """The origin that all three results of an image name; empty where one is missing, damaged or a link."""
+    texts = set()
+    try:
+        for kind in KINDS:
+            path = _picture(result, kind)
+            with Image.open(path, formats=["PNG"]) as picture:
+                texts.add("" if path.is_symlink() else picture.info.get(STAMP, ""))
+                picture.verify()  # checksums
+        stamp = json.loads(texts.pop()) if len(texts) == 1 else None
+    except _BROKEN_PNG:
+        return {}
+    return stamp if isinstance(stamp, dict) and "foreground" in stamp else {}
+
+
+def _picture(result: Path, kind: str) -> Path:
+    return result.with_name(f"{result.name}_{kind}.png")

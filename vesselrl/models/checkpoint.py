@@ -3,6 +3,7 @@
 Every official tensor is used, known to be unused, or an error, and every native one is filled, or an error.
 """
 
+import math
 import re
 import shutil
 from collections import defaultdict
@@ -16,15 +17,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
-from vesselrl.experiment.run_folder import atomic_write, write_json
-from vesselrl.models.config import SAM2_SIDECAR, Sa2VAConfig, Sam2Dimensions, read_config, read_json_object
+from vesselrl.experiment.run_folder import atomic_write, check_room, write_json
+from vesselrl.models.config import (
+    SAM2_SIDECAR,
+    Sa2VAConfig,
+    Sam2Dimensions,
+    read_config,
+    read_json_object,
+    unreadable,
+)
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import NAMES, POINTS, UNUSED, Sa2VA
 
+INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "embedded"
+# Trained weights stay below about 1e3 (the largest are biases of Qwen2's keys); the top exponent bit,
+# flipped, makes 1e34 of 1e-4.
+LARGEST_WEIGHT = 1e4
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_EMBEDDING, _HEAD = "lm.model.embed_tokens.weight", "lm.lm_head.weight"
 _ROWS = [
     [prefixes[k > 0] + name for k, name in enumerate(row.split())]
     for prefixes, text in NAMES.items()
@@ -87,8 +101,12 @@ def load_sa2va(
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
     processor = Sa2VAProcessor(config, load_tokenizer(folder))
-    with torch.device("meta"):
-        model = Sa2VA(config)
+    try:
+        with torch.device("meta"):
+            model = Sa2VA(config)
+    except Exception as error:  # transformers checks its configurations in many ways
+        fault = f"{folder}: no model can be built from config.json and {SAM2_SIDECAR}"
+        raise CheckpointError(f"{fault} ({' '.join(str(error).split())}). Copy them again.") from None
     state = native_state(model, read_tensors(folder), dtype, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
     # The rotary table is computed, not stored; on the meta device it is still empty.
@@ -101,27 +119,56 @@ def load_sa2va(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the checkpoint's tokenizer without running its code."""
-    needed = ("vocab.json", "merges.txt", "tokenizer_config.json")
+    """Builds the checkpoint's Qwen2 tokenizer from vocab.json and merges.txt, or from tokenizer.json alone.
+
+    Only vocabulary, merges and added tokens are read: no code and no pattern of the files is used.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    whole, settings, added = (read_json_object(folder / n) if (folder / n).exists() else {} for n in names)
+    needed = () if whole else ("vocab.json", "merges.txt", "tokenizer_config.json")
     if missing := ", ".join(name for name in needed if not (folder / name).exists()):
         raise CheckpointError(f"{folder} lacks the tokenizer files {missing}. Copy them from the source.")
     try:
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        if whole:
+            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
+        else:
+            vocab, merges = read_json_object(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+        tokens = {one["id"]: one for one in whole.get("added_tokens") or ()}
+        tokens |= {number: {"content": text, "special": True} for text, number in added.items()}
+        tokens |= {int(number): one for number, one in (settings.get("added_tokens_decoder") or {}).items()}
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        decoder = {
+            number: AddedToken(one["content"], **{name: one[name] for name in flags if name in one})
+            for number, one in sorted(tokens.items())
+        }
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, added_tokens_decoder=decoder)
+        found = {number: tokenizer.convert_tokens_to_ids(one.content) for number, one in decoder.items()}
     except Exception as error:  # the tokenizers library raises nothing narrower
-        fault = f"{folder}: the tokenizer files cannot be used ({error})"
+        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
+        fault = f"{folder}: the tokenizer files cannot be used ({kind}{error})"
         raise CheckpointError(f"{fault}. Copy them again.") from None
+    if moved := [number for number, got in found.items() if got != number]:
+        fault = f"{folder}: the tokenizer files give token {moved[0]} the number {found[moved[0]]}"
+        raise CheckpointError(f"{fault}; they are of different models. Copy them again.")
+    return tokenizer
+
+
+def _read_merges(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise unreadable(file, error) from None
+    if lines[0].startswith("version https://git-lfs"):
+        raise unreadable(file, ValueError(lines[0]))
+    return [line for line in lines if line and not line.startswith("#version")]
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, each of which exists."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
-        names = sorted(set(weight_map.values()))
-        if missing := [name for name in names if not (folder / name).exists()]:
-            lacks = f"{folder} lacks {len(missing)} of {len(names)} shards named in {index.name}"
+    if names := sorted(set(read_index(folder).values())):
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            lacks = f"{folder} lacks {len(missing)} of {len(names)} shards named in {INDEX}"
             raise CheckpointError(f"{lacks}: {', '.join(missing)}.")
         return [folder / name for name in names]
     if not (files := sorted(folder.glob("model*.safetensors"))):
@@ -129,9 +176,43 @@ def shard_files(folder: Path) -> list[Path]:
     return files
 
 
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of every tensor as the index has it; empty where there is no index."""
+    index = folder / INDEX
+    if not index.exists():
+        return {}
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no `weight_map` object. Copy it again from the source.")
+    # Plain file names only: `../other.safetensors`, an absolute path or a number would leave the folder.
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            fault = f"{index} names {name!r:.60}, which is no file of this folder"
+            raise CheckpointError(f"{fault}. Copy it again from the source.")
+    return weight_map
+
+
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields official names and tensors of all shards, one at a time."""
-    return chain.from_iterable(map(read_shard, shard_files(folder)))
+    """Yields official names and tensors of all shards, one at a time; what a mask needs holds numbers."""
+    for name, tensor in chain.from_iterable(map(read_shard, shard_files(folder))):
+        if not is_unused(name):
+            check_weight(name, tensor, folder)
+        yield name, tensor
+
+
+def check_weight(name: str, tensor: Tensor, source: Path) -> None:
+    """Refuses a tensor with nan, infinity or a value that no trained weight has."""
+    if tensor.dtype not in _FLOATS:
+        fault = f"{source}: {name} is {str(tensor.dtype).removeprefix('torch.')}"
+        raise CheckpointError(f"{fault}; quantised weights are not read. Give the original, in floats.")
+    # The extremes of a tensor with a nan are nan.
+    largest = max(abs(float(end)) for end in tensor.aminmax()) if tensor.numel() else 0.0
+    if not largest <= LARGEST_WEIGHT:
+        found = (
+            f"values as large as {largest:.3g}" if math.isfinite(largest) else f"{largest} instead of numbers"
+        )
+        fault = f"{source}: {name} holds {found}; weights are below {LARGEST_WEIGHT:g}"
+        raise CheckpointError(f"{fault}. The file is damaged or its training has failed: take another copy.")
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +222,7 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
                 yield name, shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}). Is it truncated? Copy it again.") from None
+        raise unreadable(file, error) from None
 
 
 def native_state(
@@ -169,6 +250,8 @@ def native_state(
         got, shape = tuple(state[name].shape), tuple(expected[name].shape)
         if got != shape:
             wrong.append(f"{official_names(name)[0]} {got} (model {name}: {shape})")
+    if model.config.is_tied and _EMBEDDING in state:
+        state.setdefault(_HEAD, state[_EMBEDDING])
     problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
     listed = [f"{len(names)} {kind}: {'; '.join(names[:3])}" for kind, names in problems.items() if names]
     if listed:
@@ -205,18 +288,22 @@ def save_sa2va(model: Sa2VA, folder: Path) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
-def copy_with_weights(source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None) -> None:
-    """Copies a checkpoint with the model's weights for its own, in `dtype` or in that of each tensor."""
+def copy_with_weights(
+    source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None
+) -> set[torch.dtype]:
+    """Copies a checkpoint with the model's weights for its own, in `dtype` or in that of each tensor.
+
+    Returns the kinds of numbers that were written.
+    """
     shards = shard_files(source)
-    needed, free = sum(file.stat().st_size for file in shards), shutil.disk_usage(target.parent).free
-    if free < needed * 1.05:
-        place = f"{target.parent} has {free / 1e9:.1f} GB free"
-        raise CheckpointError(f"{place}; {needed / 1e9:.1f} GB are needed.")
-    state = model.state_dict()
+    check_room(target.parent, 1.05 * sum(file.stat().st_size for file in shards), "the merged copy")
+    state, written = model.state_dict(), set()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
     for file in shards:
         tensors = {}
         for name, original in read_shard(file):
             new = original if is_unused(name) else official_tensor(name, state)
             tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
+            written.add(tensors[name].dtype)
         save_file(tensors, target / file.name, metadata={"format": "pt"})
+    return written

@@ -3,9 +3,11 @@
 A suffix such as `q_proj` also names SAM2's attention; every target is therefore listed by its full path.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError
-from vesselrl.models.checkpoint import read_shard
+from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums, writing
+from vesselrl.models.checkpoint import LARGEST_WEIGHT, check_weight, read_shard
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
+
+logger = logging.getLogger(__name__)
 
 # The parts of the model that a scope may name: prefix of their modules, and which of these are adapted.
 # `projector` is the one from [SEG] to SAM2; the vision tower and its own projector stay as they are. The IoU
@@ -30,6 +35,15 @@ _PARTS = {
     "image_encoder": ("sam.vision_encoder.", r"backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs.+"),
 }
 SCOPES = tuple(_PARTS)
+
+
+# Settings of PEFT's LoraConfig that make another function of the same tensors.
+_UNSUPPORTED = (
+    "use_dora use_qalora use_bdlora lora_bias bias fan_in_fan_out modules_to_save exclude_modules "
+    "layers_to_transform layers_pattern layer_replication target_parameters trainable_token_indices "
+    "alora_invocation_tokens megatron_config loftq_config arrow_config kasa_config velora_config "
+    "monteclora_config"
+).split()
 
 
 class LoraPreset(NamedTuple):
@@ -83,29 +97,126 @@ def attach_lora(
 def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> PeftModel:
     """Puts a saved adapter on a model; a CheckpointError says why the two do not fit."""
     check_adapter(folder)
-    source, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    config = read_json_object(source)
-    kind, targets = config.get("peft_type"), config.get("target_modules")
-    if kind != "LORA" or not isinstance(targets, list) or not targets:
-        fault = f"{source} describes no LoRA of vesselrl (peft_type {kind!r})"
-        raise CheckpointError(f"{fault}; give an adapter that vesselrl has trained.")
+    if damaged := damaged_files(folder):
+        advice = f"Copy the folder again; if the change is meant, remove its {SUMS_FILE}"
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} is not as it was saved. {advice}.")
+    file = folder / "adapter_model.safetensors"
+    config = read_adapter_config(folder / "adapter_config.json")
+    targets = sorted(config.target_modules)
     if absent := sorted(set(targets) - {name for name, _ in model.named_modules()}):
         fault = f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}"
         raise CheckpointError(f"{fault}; it was trained on another base model.")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_shard(file):
+        check_weight(name, tensor, folder)
+        if tensors.setdefault(_plain_name(name), tensor) is not tensor:
+            raise CheckpointError(f"{file} holds {_plain_name(name)} twice. Copy the folder again.")
     # PEFT fills missing tensors at random and ignores unknown ones; here both are errors.
-    found = {name for name, _ in read_shard(file)}
-    expected = {f"base_model.model.{name}.lora_{part}.weight" for name in targets for part in "AB"}
-    if found != expected:
-        missing, unknown = sorted(expected - found), sorted(found - expected)
+    expected = {f"{target}.lora_{part}.weight" for target in targets for part in "AB"}
+    if tensors.keys() != expected:
+        missing, unknown = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
         count = f"{len(missing)} tensors missing, {len(unknown)} unknown, such as {(missing + unknown)[0]}"
         raise CheckpointError(f"{file} does not fit its adapter_config.json: {count}. Copy the folder again.")
+    for target in targets:  # before PEFT makes matrices of a rank that may be absurd
+        stated = config.rank_pattern.get(target, config.r)
+        found = next(iter(tensors[f"{target}.lora_A.weight"].shape), 0)
+        if found != stated:
+            fault = f"{folder}: {target} has rank {found}, its adapter_config.json says {stated}"
+            raise CheckpointError(f"{fault}. Copy the folder again.")
+    if not any(bool(tensor.any()) for name, tensor in tensors.items() if ".lora_B." in name):
+        logger.warning("%s changes nothing: all of its lora_B are 0. Was it saved before training?", folder)
     model.requires_grad_(False)
+    config.inference_mode = not is_trainable
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        peft_model = get_peft_model(model, config)
+        for target in targets:
+            layer = model.get_submodule(target)
+            for part in ("lora_A", "lora_B"):
+                weight = getattr(layer, part)["default"].weight
+                if weight.shape != (shape := tensors[f"{target}.{part}.weight"].shape):
+                    sizes = f"size mismatch for {target}.{part}: {tuple(shape)}, not {tuple(weight.shape)}"
+                    raise ValueError(sizes)
+                weight.data.copy_(tensors[f"{target}.{part}.weight"])
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{folder} does not fit this model: {reason}") from None
+    if not is_trainable:
+        peft_model.eval()
     return _checked(peft_model, targets)
+
+
+def _plain_name(name: str) -> str:
+    """The tensor's name without the prefixes and the adapter's name that some ways of saving leave in it."""
+    while name.startswith("base_model.model."):
+        name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", name)
+
+
+def read_adapter_config(file: Path) -> LoraConfig:
+    """Reads adapter_config.json; a setting that changes the function and is not supported is an error."""
+    values = read_json_object(file)
+    kind, targets = values.get("peft_type"), values.get("target_modules")
+    if kind != "LORA" or not isinstance(targets, list) or not targets or not all(map(_is_name, targets)):
+        fault = (
+            f"{file} describes no LoRA of vesselrl (peft_type {kind!r:.40}, target_modules {targets!r:.40})"
+        )
+        raise CheckpointError(f"{fault}; give an adapter that vesselrl has trained.")
+    other = [name for name in _UNSUPPORTED if not _is_neutral(values.get(name))]
+    start = values.get("init_lora_weights")
+    if start not in (None, True, False, "gaussian", "eva", "orthogonal"):  # the others change the base model
+        other.append("init_lora_weights")
+    if other:
+        shown = ", ".join(f"{name} = {values[name]!r:.40}" for name in other)
+        raise CheckpointError(
+            f"{file} has {shown}, which is not supported. Merge it with PEFT, or train anew."
+        )
+    later = values.keys() - {field.name for field in fields(LoraConfig)}
+    if unknown := sorted(name for name in later if not _is_neutral(values[name])):
+        logger.warning("%s has fields that are not known and are ignored: %s", file, ", ".join(unknown))
+    numbers = {"lora_dropout": 0.0} | values
+    rank, alpha, dropout = (_number(file, n, numbers.get(n)) for n in ("r", "lora_alpha", "lora_dropout"))
+    patterns = {n: _by_target(file, n, values.get(n), targets) for n in ("rank_pattern", "alpha_pattern")}
+    use_rslora = values.get("use_rslora", False)
+    if not isinstance(use_rslora, bool):
+        raise CheckpointError(f"{file} has use_rslora = {use_rslora!r:.40}; true or false is needed.")
+    shared = {"target_modules": targets, "use_rslora": use_rslora, "bias": "none", **patterns}
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **shared)
+
+
+def _is_neutral(value: object) -> bool:
+    """Whether a setting is left as PEFT has it without one; the number 0 is none: it may name a layer."""
+    return value is None or value is False or value in ([], {}, "none")
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value is the name of a module or the end of one, and no regular expression."""
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.]+", value) is not None
+
+
+def _by_target(file: Path, name: str, pattern: object, targets: list[str]) -> dict[str, float]:
+    """A pattern's values by full name; as in PEFT the first key counts that is a target or the end of one."""
+    if not isinstance(pattern, dict | None) or not all(map(_is_name, pattern or ())):
+        fault = f"{file} has {name} = {pattern!r:.60}"
+        raise CheckpointError(f"{fault}; only plain names of modules are supported, no regular expressions.")
+    keys = {t: next((k for k in pattern or () if f".{t}".endswith(f".{k}")), None) for t in targets}
+    return {target: _number(file, name, pattern[key]) for target, key in keys.items() if key is not None}
+
+
+def _number(file: Path, name: str, value: object) -> float:
+    """A rank, alpha or dropout within its range."""
+    limits = {
+        "lora_dropout": (0, 0.99),
+        "lora_alpha": (1e-4, LARGEST_WEIGHT),
+        "alpha_pattern": (1e-4, LARGEST_WEIGHT),
+    }
+    lowest, highest = limits.get(name, (1, 2**16))
+    kinds = (int, float) if name in limits else (int,)
+    if type(value) not in kinds or not lowest <= value <= highest:
+        kind = "a number" if name in limits else "a whole number"
+        raise CheckpointError(
+            f"{file} has {name} = {value!r:.40}; {kind} from {lowest:g} to {highest:g} is needed."
+        )
+    return value
 
 
 def check_adapter(folder: Path) -> None:
@@ -133,9 +244,11 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, nothing else."""
-    peft_model.save_pretrained(str(folder), safe_serialization=True)
+    """Writes adapter_config.json, adapter_model.safetensors and their checksums, nothing else."""
+    with writing(folder):
+        peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    write_sums(folder)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,7 +4,9 @@
 or arrays of them (one entry per "if this pixel flipped"), and `structure_terms`, of masks.
 """
 
+import hashlib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -228,6 +230,16 @@ def make_reward(settings: Mapping[str, Any]) -> Reward:
         custom_weight=settings.get("reward_fn_weight", 1.0),
         **options,
     )
+
+
+def source_hash(reward: Reward) -> str:
+    """Hash of what a reward depends on beside settings: its version, and the text of the user's module."""
+    module = inspect.getmodule(reward.custom) if reward.custom else None
+    try:
+        source = inspect.getsource(module) if module else ""
+    except (OSError, TypeError):  # compiled, or typed in
+        source = ""
+    return hashlib.sha256(f"{type(reward).__name__} {reward.spec_version} {source}".encode()).hexdigest()
 
 
 def import_function(name: str) -> CustomReward:

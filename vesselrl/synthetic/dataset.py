@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
-from vesselrl.experiment.run_folder import atomic_write
+from vesselrl.experiment.run_folder import atomic_write, check_room
 from vesselrl.synthetic.rendering import Domain, Style, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
 
@@ -97,25 +97,37 @@ def write_dataset(
     # The last two are constant now, and keep the folders that were drawn before.
     own = {"size": size, "seed": seed, "layout": layout, "vary_names": False, "first_patient": 1}
     settings = {"version": VERSION, "domain": asdict(domain)} | counts | own
-    root = Path(root)
-    if root.exists() and any(root.iterdir()):
-        _check_same(root, json.loads(json.dumps(settings)), num_patients * num_sequences * num_frames)
-        logger.info("reusing the synthetic angiograms in %s", root)
-        return root
+    root, num_images = Path(root), num_patients * num_sequences * num_frames
+    if not root.exists() or not any(root.iterdir()):
+        check_room(root, num_images * (size**2 + 10_000), f"{num_images} images")
+        try:
+            _draw(root, domain, settings)
+            return root
+        except OSError:
+            if not any(root.glob("*")):
+                raise  # else another process has drawn it meanwhile
+    _check_same(root, json.loads(json.dumps(settings)), num_images)
+    logger.info("reusing the synthetic angiograms in %s", root)
+    return root
+
+
+def _draw(root: Path, domain: Domain, settings: dict) -> None:
+    """Draws and writes all files of a data set."""
+    size, seed, layout = settings["size"], settings["seed"], settings["layout"]
+    num_patients, num_sequences = settings["num_patients"], settings["num_sequences"]
     with atomic_write(root) as partial:
         (partial / "images").mkdir(parents=True)
         if layout != "nested":
             (partial / "masks").mkdir()
         records = []
         for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
-            frames = draw_sequence(domain, patient, sequence, num_frames, size, seed)
-            stems = _stems(seed, patient, sequence, num_frames)
+            frames = draw_sequence(domain, patient, sequence, settings["num_frames"], size, seed)
+            stems = _stems(seed, patient, sequence, settings["num_frames"])
             drawn = zip(frames, stems, strict=True)
             records += [_write_frame(partial, layout, *frame, stem) for frame, stem in drawn]
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
         (partial / "synthetic.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return root
 
 
 def _check_same(root: Path, settings: dict, num_images: int) -> None:

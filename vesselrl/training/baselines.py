@@ -20,7 +20,9 @@ from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, write_json
-from vesselrl.inference.predictor import Prediction
+from vesselrl.inference.predictor import Prediction, check_finite
+from vesselrl.models.checkpoint import check_weight
+from vesselrl.training.checkpoint import tensors_hash
 
 BEST = "best_control"
 FILE = "control.json"
@@ -97,6 +99,10 @@ class UNet:
         with atomic_write(folder / WEIGHTS) as partial:
             save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, partial)
 
+    def identity(self) -> str:
+        """Hash of the first weights."""
+        return tensors_hash(self.start)
+
 
 class Frangi:
     """The Frangi filter for dark vessels with Gaussians of some sigmas, in px, cut at a vesselness.
@@ -136,6 +142,10 @@ class Frangi:
         """Writes control.json."""
         settings = {"control": "frangi", "sigmas": self.sigmas, "threshold": self.threshold}
         write_json(folder / FILE, {"format": FORMAT} | settings)
+
+    def identity(self) -> str:
+        """Where the choice of a filter starts."""
+        return str(self.start)
 
 
 def vesselness(image: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
@@ -179,8 +189,10 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
         if kind == "unet" and tuple(settings["features"]) == UNET_FEATURES:
-            model = UNet(device)
-            model.net.load_state_dict(load_file(place / WEIGHTS, device=device))
+            model, weights = UNet(device), load_file(place / WEIGHTS, device=device)
+            for name, tensor in weights.items():
+                check_weight(name, tensor, place)
+            model.net.load_state_dict(weights)
             return model
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{place} holds no control that can be read ({error}). Train it again.") from error
@@ -188,4 +200,5 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
 
 
 def _prediction(logits: np.ndarray) -> Prediction:
+    check_finite(logits)
     return Prediction(logits > 0, expit(logits), logits)

@@ -1,14 +1,15 @@
 """Resuming: an interrupted training goes on as if nothing had happened.
 
-All that its next steps depend on lies in one file of the run folder, from the first validation to the end:
-tensors as safetensors, numbers as JSON in the header. Data, model and settings are checked by fingerprints.
+All that its next steps depend on lies in one file of the run folder, from beginning to end: tensors as
+safetensors, numbers as JSON in the header. Settings, reward, model and data are checked by fingerprints.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +20,27 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from vesselrl.errors import RunError
-from vesselrl.experiment.run_folder import atomic_write
+from vesselrl.data.polygons import RunLengths
+from vesselrl.data.samples import Sample
+from vesselrl.errors import RefusedError
+from vesselrl.experiment.run_folder import (
+    CONFIG_FILE,
+    RunFolder,
+    atomic_write,
+    file_hash,
+    json_hash,
+    run_settings,
+    write_text,
+)
 from vesselrl.inference.predictor import Prediction
 
+logger = logging.getLogger(__name__)
+
 STATE_FILE = "resume.safetensors"
-STATE_VERSION = "2"
+PREVIOUS_FILE = "resume.previous.safetensors"
+STATE_VERSION = "3"
+# Settings that change where and how fast a training runs, but no result.
+FREE_SETTINGS = {"output_dir", "log_freq", "num_workers", "gpu", "use_wandb", "cache_gb"}
 _TENSOR = "tensor:"  # in the JSON, in the place of a tensor, before its name
 
 
@@ -39,6 +55,7 @@ class Model(Protocol):
     values: Callable[[], Any]  # a copy of all that training changes
     restore: Callable[[Any], None]  # sets such values
     distance: Callable[[], float]  # from the start; 0 if nothing has moved
+    identity: Callable[[], str]  # changes with everything that its masks depend on at the start
     save: Callable[[Path], None]  # writes the values to a folder
 
 
@@ -54,35 +71,76 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises RunError."""
+    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises WriteError.
+
+    The state before is kept as resume.previous.safetensors.
+    """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
-    path = folder / STATE_FILE
-    try:
-        with atomic_write(path) as partial:
-            save_file(tensors, partial, {"format": "pt", "version": STATE_VERSION, "state": plain})
-    except (SafetensorError, OSError) as error:
-        advice = f"Make room, then go on with --resume_from {folder}."
-        raise RunError(f"{path} cannot be written ({error}). {advice}") from None
+    header = {"version": STATE_VERSION, "state": plain, "sha256": tensors_hash(tensors, plain)}
+    with atomic_write(folder / STATE_FILE, previous=folder / PREVIOUS_FILE) as partial:
+        save_file(tensors, partial, {"format": "pt"} | header)
+
+
+def interrupted_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run's folder, which may have been changed: the state knows what they were."""
+    if not (folder / CONFIG_FILE).is_file():
+        fault = f"{folder} cannot be resumed: it has no {CONFIG_FILE}, the settings of a run"
+        raise RefusedError(f"{fault}. Give the folder of an interrupted run, or start anew.")
+    return run_settings(folder, may_be_changed=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads the state that `write_state` wrote, tensors on the CPU, or raises RunError."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        if (folder / "training_info.json").is_file():
-            raise RunError(f"{folder} has finished: there is nothing to resume. See its report.html.")
-        reason = f"it has no {STATE_FILE}, which runs write at their first validation"
-        advice = "Give the folder of an interrupted run, or start anew."
-        raise RunError(f"{folder} cannot be resumed: {reason}. {advice}")
+    """Reads the newest state that `write_state` wrote and that is whole, tensors on the CPU.
+
+    RefusedError where there is none. A damaged one is left for `forget_damaged`.
+    """
+    faults = {}
+    for name in (STATE_FILE, PREVIOUS_FILE):
+        try:
+            state = _read_state(folder / name)
+        except FileNotFoundError:
+            faults[name] = "it is missing"
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            faults[name] = f"it cannot be read: {' '.join(str(error).split())}"
+        else:
+            if faults:
+                fault = f"{folder / STATE_FILE}: {faults[STATE_FILE]}"
+                logger.warning("%s. Going on from the state before it, after step %d.", fault, state["step"])
+            return state
+    if set(faults.values()) != {"it is missing"}:
+        found = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise RefusedError(f"{folder} cannot be resumed ({found}). Start the training anew.")
+    if (folder / "training_info.json").is_file():
+        raise RefusedError(f"{folder} has finished: there is nothing to resume. See its report.html.")
+    advice = "Give the folder of an interrupted run, or start anew."
+    raise RefusedError(f"{folder} cannot be resumed: it has no {STATE_FILE}. {advice}")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Reads one file, or raises what is wrong with it."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        if header["version"] != STATE_VERSION:
+            raise ValueError(f"its version is {header['version']}, not {STATE_VERSION}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if header["sha256"] != tensors_hash(tensors, header["state"]):
+        raise ValueError("its checksum is wrong")
+    return _with_tensors(json.loads(header["state"]), tensors.__getitem__)  # shared stay shared
+
+
+def forget_damaged(folder: Path) -> None:
+    """Removes the newest state where it is damaged, so that it never takes the place of the one before."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            if header["version"] != STATE_VERSION:
-                raise ValueError(f"its version is {header['version']}, not {STATE_VERSION}")
-            return _with_tensors(json.loads(header["state"]), cache(file.get_tensor))  # shared stay shared
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}). Start the training anew.") from None
+        _read_state(folder / STATE_FILE)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError):
+        (folder / STATE_FILE).unlink(missing_ok=True)
+
+
+def remove_states(folder: Path) -> None:
+    """Removes all states of a run that has finished, the newest last."""
+    for name in (PREVIOUS_FILE, STATE_FILE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def random_state() -> dict[str, Tensor]:
@@ -119,26 +177,103 @@ def tensor_hash(values: Tensor) -> str:
     """First 32 hex digits of the sha256 of a tensor's shape, type and bytes."""
     values = values.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(values.shape)} {values.dtype}".encode())
-    digest.update(values.view(-1).numpy().tobytes())
+    digest.update(values.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 
-def fingerprint(keys: Mapping[str, list[str]], model: Model) -> dict[str, str]:
-    """Hashes of what must be the same before and after an interruption: keys of images, starting weights."""
-    lines = dict(keys)
-    if model.trainable:
-        lines["start"] = [f"{name} {tensor_hash(value)}" for name, value in model.start.items()]
-    return {name: hashlib.sha256("\n".join(each).encode()).hexdigest()[:16] for name, each in lines.items()}
+def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """The sha256 over names, shapes, types and bytes of tensors, and a text."""
+    with ThreadPoolExecutor() as pool:  # for a whole model; a small tensor is faster than a thread
+        apply = pool.map if sum(value.nbytes for value in tensors.values()) > 2**28 else map
+        hashes = dict(zip(tensors, apply(tensor_hash, tensors.values()), strict=True))
+    return hashlib.sha256(f"{sorted(hashes.items())} {text}".encode()).hexdigest()
 
 
-def check_fingerprint(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises RunError, with a list, where images or model are not those that the run began with."""
-    labels = {"train": "training images", "val": "validation images", "test": "test images"}
-    labels["start"] = "values of the adapters before the first step (another model, seed or version)"
-    changed = [label for name, label in labels.items() if before.get(name) != now[name]]
-    if changed:
-        fault = f"The run cannot be resumed, because these have changed since: {', '.join(changed)}"
-        raise RunError(f"{fault}. Put them back, or start anew.")
+def data_fingerprint(subsets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """The keys of each subset, and the hash of every image file and of every mask, by key."""
+    samples = {sample.key: sample for subset in subsets.values() for sample in subset}
+    with ThreadPoolExecutor() as pool:
+        hashes = {
+            "images": pool.map(lambda sample: file_hash(sample.image_path)[:16], samples.values()),
+            "masks": pool.map(_mask_hash, samples.values()),
+        }
+        found = {name: dict(zip(samples, each, strict=True)) for name, each in hashes.items()}
+    return {"split": {name: [sample.key for sample in subset] for name, subset in subsets.items()}} | found
+
+
+def _mask_hash(sample: Sample) -> str:
+    if sample.mask_path is not None:
+        return file_hash(sample.mask_path)[:16]
+    digest = hashlib.sha256()
+    for outline in sample.outlines:
+        values = outline.runs if isinstance(outline, RunLengths) else outline
+        digest.update(f"{values.shape} {values.dtype} {getattr(outline, 'shape', '')}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprint(
+    state: Mapping[str, Any] | None, now: Mapping[str, Any], allowed: Sequence[str]
+) -> list[str]:
+    """The parts of a run that have changed since it began, or a RefusedError that lists all not allowed."""
+    before = now if state is None else state["fingerprint"]
+    changed = {name: said for name in now if (said := _difference(name, before[name], now[name]))}
+    listed = ", ".join(f"{name}{said}" for name, said in changed.items())
+    if changed.keys() <= set(allowed):
+        if changed:
+            logger.warning("changed since the run began, and taken as it is now: %s", listed)
+        return [*changed]
+    fault = f"The run cannot be resumed, because these have changed since: {listed}"
+    advice = f"Put them back, start anew, or take them as they are with --allow_change {' '.join(changed)}."
+    raise RefusedError(f"{fault}. {advice}")
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """What has changed in one part of a fingerprint, in words; "" if nothing."""
+    if name == "settings":
+        names = [n for n in before.keys() | now if n not in FREE_SETTINGS and before.get(n) != now.get(n)]
+        # Texts can be paths, and paths carry names of people.
+        values = (
+            n if isinstance(now.get(n), str) or isinstance(before.get(n), str)
+            else f"{n} {before.get(n)}, now {now.get(n)}" for n in sorted(names)
+        )  # fmt: skip
+        return f" ({'; '.join(values)})" if names else ""
+    if before == now:
+        return ""
+    if name == "split":
+        subsets = (name for name, keys in before.items() if keys != now[name])
+        return f" ({'; '.join(f'{n} {len(before[n])} images, now {len(now[n])}' for n in subsets)})"
+    if name in ("images", "masks"):
+        keys = [key for key in now if key in before and before[key] != now[key]]
+        return f" ({len(keys)} of {len(now)}, such as {keys[0]})" if keys else ""
+    return " (weights, tokenizer, configuration or seed)" if name == "model" else " (source or version)"
+
+
+def write_first_files(
+    run: RunFolder, place: RunFolder, state: Mapping[str, Any] | None, start: Mapping[str, Any], config: dict
+) -> None:
+    """Writes config.json, and the state that a new run would begin anew from, in the same folder.
+
+    Of an older run `place` holds the split and the difficulties, which are put back.
+    """
+    if state is None:
+        write_state(run.path, start)
+    else:
+        forget_damaged(run.path)
+        for file in place.path.glob("*.json"):
+            write_text(run.path / file.name, file.read_text(encoding="utf-8"))
+        config = config | {"provenance": state["provenance"]}
+    run.write_json(CONFIG_FILE, config | {"args_sha256": json_hash(config["args"])})
+
+
+def check_fits(state: Mapping[str, Any], model: Model) -> None:
+    """Raises RefusedError where the values of a state are not of this model's shape."""
+    kept = state.get("values", model.values())
+    if not model.trainable or not isinstance(kept, dict):
+        return
+    shapes = [{name: tuple(value.shape) for name, value in one.items()} for one in (kept, model.values())]
+    if shapes[0] != shapes[1]:
+        raise RefusedError("The run cannot be resumed: its adapters have other shapes now. Start anew.")
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

@@ -24,6 +24,7 @@ WINDOW = 20  # steps that a rule looks at: a single one says nothing, unless it 
 MAX_CORRECTIONS = 5
 HEALTHY = 0.5  # part of every `roll_back` threshold below which weights count as good
 FLAT_VALIDATIONS = 4  # validations in a row without gain
+HUGE_REWARD = 1e4  # the built-in ones stay below 20; beyond it no learning rate is at fault
 
 
 class Issue(NamedTuple):
@@ -182,6 +183,10 @@ RULES = (
     Rule("gradient_vanishes", "grad_norm", lambda h: -h.median("grad_norm") or -math.inf, -1e-4, None,
          "The gradient has a norm of only {0:.2g}.",
          "Add mask_decoder and image_encoder to --lora_scope; check that the reward differs between masks."),
+    Rule("gradient_explodes", "reward excess_grad_norm",  # before the next: the first of a code is reported
+         lambda h: h.median("excess_grad_norm") if abs(h.median("reward")) > HUGE_REWARD else -math.inf,
+         100, None, "The gradient's norm is {0:.0f} times --max_grad_norm, because the reward is {now:.3g}.",
+         "Scale the reward to at most about 10 for a good mask; --learning_rate is not the cause."),
     Rule("gradient_explodes", "excess_grad_norm", lambda h: h.median("excess_grad_norm"), 100, None,
          "The gradient's norm is {0:.0f} times --max_grad_norm: nearly all of it is cut away, and a few "
          "pixels decide.", "Lower --learning_rate."),
@@ -314,27 +319,38 @@ class Health:
 # ---- A step, with checks that stop a run with a LearningError
 
 
-def take_step(model: Model, optimizer: Optimizer, loss: Tensor, max_norm: float, is_first: bool) -> float:
+def take_step(
+    model: Model, optimizer: Optimizer, loss: Tensor, max_norm: float, is_first: bool, reward: float = 0.0
+) -> float:
     """Updates the weights by the gradient of a loss, clipped to a norm, and returns the norm that it had.
 
-    A loss or a gradient that is not finite is refused, and a first gradient that misses a weight.
+    A loss or a gradient that is not finite is refused, and a first gradient that misses a weight. `reward`
+    is the size of the rewards behind the loss.
     """
     if not bool(torch.isfinite(loss.detach()).all()):
-        raise NotFiniteError(f"The loss is {float(loss.detach())}: --learning_rate is probably too high.")
+        raise not_finite(f"The loss is {float(loss.detach())}", reward)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if is_first:
         model.check_gradients()
-    norm = clip_gradients(model.trainable.values(), max_norm)
+    norm = clip_gradients(model.trainable.values(), max_norm, reward)
     optimizer.step()
     return norm
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+def not_finite(fault: str, reward: float) -> LearningError:
+    """The error for a step that is not finite; with an absurd reward no smaller learning rate would help."""
+    if abs(reward) <= HUGE_REWARD:
+        return NotFiniteError(f"{fault}: --learning_rate is probably too high.")
+    cause = f"the reward is the cause, with values of {reward:.3g}"
+    return LearningError(f"{fault}: {cause}. Scale it to at most about 10 for a good mask.")
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, reward: float = 0.0) -> float:
     """Clips the gradients to a norm and returns what it was; one that is nan or infinite is refused."""
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
     if not math.isfinite(norm):  # clipped by an infinite norm all gradients would be 0, and pass for a step
-        raise NotFiniteError(f"The gradient has a norm of {norm}: --learning_rate is probably too high.")
+        raise not_finite(f"The gradient has a norm of {norm}", reward)
     return norm
 
 
@@ -344,4 +360,14 @@ def check_moved(distance: float) -> None:
         raise LearningError(
             f"After the first update the adapter has moved by {distance}. Check --learning_rate (0 teaches "
             "nothing, nan or inf means that it is far too large)."
+        )
+
+
+def check_learned(num_steps: int, distance: float) -> None:
+    """Raises LearningError for a run that has ended exactly where it began."""
+    if num_steps and distance == 0:
+        raise LearningError(
+            f"After {num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
+            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
+            "constant one teaches nothing) and --learning_rate."
         )

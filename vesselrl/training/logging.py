@@ -4,13 +4,17 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich import progress
 from rich.console import Console
 
+from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder
+from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,9 @@ class Monitor:
         self.issues: list[Issue] = []
         self._reward_s = self._step_s = 0.0
         purge_step = None if resumed_at is None else resumed_at + 1
-        self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=purge_step)
+        self._folder = run.path / "tensorboard"
+        with writing(self._folder):
+            self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._wandb = None
         if config.run.use_wandb:
             import wandb
@@ -60,17 +66,30 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        self.board.close()
+        try:
+            with writing(self._folder):
+                self.board.close()
+        except WriteError:
+            if not any(exception):  # else the run has ended by what is more telling
+                raise
         if self._wandb is not None:
             self._wandb.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores any metrics."""
         self.run.append_metrics({"step": step, **metrics})
-        for name, value in metrics.items():
-            self.board.add_scalar(name, value, step)
+        with writing(self._folder):
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(metrics, step=step)
+
+    def show_image(self, path: Path) -> None:
+        """Shows a picture in TensorBoard, if there is one."""
+        if path.exists():
+            pixels = np.asarray(Image.open(path))
+            with writing(self._folder):
+                self.board.add_image(f"train/{path.stem}", pixels, 0, dataformats="HWC")
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores the metrics of one training step and moves the bar."""
@@ -116,17 +135,21 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Sums and issues so far, and the length of metrics.jsonl."""
         sums = (self.grad_norm_max, self._reward_s, self._step_s)
-        return {"sums": sums, "issues": self.issues, "bytes": self.run.metrics_file.stat().st_size}
+        path = self.run.metrics_file
+        with writing(path), path.open("ab") as file:  # on the disk before the state that counts on it
+            os.fsync(file.fileno())
+            return {"sums": sums, "issues": self.issues, "bytes": file.tell()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores sums and issues; metrics.jsonl loses what it got after that."""
+        """Restores sums and issues; metrics.jsonl loses what it got after that, and damaged lines."""
         self.grad_norm_max, self._reward_s, self._step_s = state["sums"]
         self.issues = [Issue(*issue) for issue in state["issues"]]
-        os.truncate(self.run.metrics_file, state["bytes"])
+        if self.run.cut_metrics(state["bytes"]):
+            logger.warning("%s has lost lines: curves lack those steps.", self.run.metrics_file)
         self._write_issues()
 
 
 def check_wandb() -> None:
-    """Raises ModuleNotFoundError, with advice, where the package is missing."""
+    """Raises ValueError, with advice, where the package is missing."""
     if find_spec("wandb") is None:
-        raise ModuleNotFoundError("--use_wandb needs the package wandb: pip install wandb.")
+        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")

@@ -5,6 +5,7 @@ sampled together (a Gaussian copula over a smooth random field), so that samples
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,7 +25,7 @@ from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.lora import adapter_delta_norm, adapter_parameters, save_adapter, trainable_counts
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
-from vesselrl.training.checkpoint import tensor_hash, with_values
+from vesselrl.training.checkpoint import tensor_hash, tensors_hash, with_values
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ GIB = 1024**3
 class FeatureStore:
     """Features of the frozen image encoder by image, on the CPU: in memory first, then in files.
 
-    A file is named after the model (`weights_hash`) and the pixels, so runs share the folder. `disk_bytes`
-    limits it, files of other models included; without a folder there is memory only.
+    A file is named after the model (`weights_hash`) and the pixels, so runs share the folder. Read back they
+    are the computed ones to the last bit, in the same memory layout, which decides how later layers round.
+    `disk_bytes` limits the folder, files of other models included; without one there is memory only.
     """
 
     def __init__(
@@ -71,8 +73,15 @@ class FeatureStore:
 
     def _read(self, file: Path) -> ImageFeatures | None:
         try:
-            return ImageFeatures(**load_file(file))
-        except (SafetensorError, TypeError, OSError) as error:
+            with safe_open(file, framework="pt") as opened:
+                header = opened.metadata()
+                levels = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            if header["sha256"] != tensors_hash(levels, header["strides"]):
+                raise ValueError("its checksum is wrong")
+            strides = json.loads(header["strides"])
+            levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
+            return ImageFeatures(**levels)
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s cannot be read (%s): computed again", file, error)
             return None
 
@@ -87,12 +96,15 @@ class FeatureStore:
                 )
             self._disk_left = 0
             return
+        levels = {name: level.contiguous() for name, level in features._asdict().items()}
+        strides = json.dumps({name: level.stride() for name, level in features._asdict().items()})
+        header = {"strides": strides, "sha256": tensors_hash(levels, strides)}
         try:
             with atomic_write(file) as partial:
-                save_file({name: level.contiguous() for name, level in features._asdict().items()}, partial)
+                save_file(levels, partial, header)
             self._disk_left -= size
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s cannot be written (%s): features are kept in memory only", file, error)
+        except OSError as error:
+            logger.warning("%s Features are kept in memory only.", error)
             self._disk_left = 0
 
 
@@ -155,6 +167,12 @@ class MaskPolicy:
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's layout."""
         save_adapter(self.peft_model, folder)
+
+    def identity(self) -> str:
+        """Hash of base weights, the adapters' start, configuration, tokenizer and prompt."""
+        weights = {n: v for n, v in self.model.state_dict().items() if ".lora_" not in n} | self.start
+        tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
+        return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}")
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
         """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""

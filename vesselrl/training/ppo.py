@@ -25,7 +25,7 @@ from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
-from vesselrl.training.health import check_moved, take_step
+from vesselrl.training.health import check_moved, not_finite, take_step
 from vesselrl.training.policy import MaskPolicy, sample_masks
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
@@ -70,7 +70,11 @@ class PPOUpdate:
         decoded = policy.decode(inputs, batch.keys)
         choice = decoded.best()  # the candidate masks, kept for all passes
         logits = policy.logits(decoded, choice, inputs)
+        if not all(bool(torch.isfinite(one).all()) for one in logits):  # its masks would all be empty
+            raise not_finite("The logits are not finite", 0.0)
         images, metrics, reward_varies = self.collect(batch, logits)
+        # The largest in size, with its sign.
+        reward = max((metrics[f"train/{n}"] for n in ("reward", "greedy_reward", "reward_std")), key=abs)
         if reward_varies:
             reference = policy.reference_logits(inputs, batch.keys, choice)
             if is_first:
@@ -81,7 +85,8 @@ class PPOUpdate:
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
                 loss, update = self._loss(logits, images, reference)
-                norm = take_step(policy, self.optimizer, loss, self.max_grad_norm, is_first=not self.checked)
+                shared = policy, self.optimizer, loss, self.max_grad_norm
+                norm = take_step(*shared, is_first=not self.checked, reward=reward)
                 if number == 0:
                     metrics["train/first_ratio_gap"] = update["ratio_gap"]
                 if not self.checked:
@@ -196,7 +201,7 @@ class PPOUpdate:
         self.policy.freeze_reference(state["reference"])
         self.generator.set_state(state["generator"])
         self.rng = region_rng(self.seed, state["num_spawned"])
-        if self.constrained:
+        if self.constrained and state["multipliers"]:  # none where another objective had been set
             self.constrained.multipliers = dict(state["multipliers"])
 
 

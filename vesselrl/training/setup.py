@@ -2,12 +2,13 @@
 
 import logging
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,26 +17,27 @@ import torch
 from PIL import Image
 
 from vesselrl.data.augment import get_augmentation
-from vesselrl.data.check import DataReport, check_data
+from vesselrl.data.check import PATIENT_CODES, DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
 from vesselrl.data.dataset import BatchSource, VesselDataset, contact_sheet
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
-from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
-from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, find_run
+from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
-from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
 from vesselrl.models.miniature import random_checkpoint
-from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
+from vesselrl.training.logging import check_wandb
 from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -45,6 +47,8 @@ logger = logging.getLogger(__name__)
 SPLIT_FILE = "data_split.json"
 SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
+PICTURES_BYTES = 5_000_000  # of pictures, reports and metrics
+STATE_COPIES = 21  # of the adapters' values: up to seven in a state, the one before and the next beside it
 # On validation 0.95 was a little better than Adam's own 0.999 with every seed tried; docs/results.md, R040.
 BETAS = (0.9, 0.95)
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
@@ -72,7 +76,7 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
     report = check_before_training(config) if data.data_root else None
     size = SMALL if config.model.model_path == RANDOM_MODEL else FULL
     root = Path(data.data_root) if data.data_root else builtin_data(config.run.output_dir, size)
-    samples = find_samples(root, data.patient_pattern, data.patient_aliases)
+    samples = find_samples(root, **{name: getattr(data, name) for name in READING})
     split = make_split(config, samples, report)
     write_split(run.path / SPLIT_FILE, split)
     train = take(list(split.train), sanity or data.max_train_samples, data.split_seed)
@@ -97,9 +101,11 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
 def check_before_training(config: TrainConfig) -> DataReport:
     """Checks every file of the user's data: DataError for errors, warnings are counted in the log."""
     root = config.data.data_root
-    report = check_data(root, config.data.patient_pattern, config.data.patient_aliases)
+    reading = {name: getattr(config.data, name) for name in READING}
+    report = check_data(root, **reading)
     errors, warnings = report.of("error"), report.of("warning")
-    hint = f"`vesselrl data check {root}`"
+    given = [f" --{name} {shlex.quote(value)}" for name, value in reading.items() if value is not None]
+    hint = f"`vesselrl data check {root}{''.join(given)}`"
     if errors:
         count = f"This is the first of {len(errors)} errors; {hint} lists all."
         raise DataError(f"{errors[0].message} {count if len(errors) > 1 else f'{hint} shows more.'}")
@@ -107,6 +113,9 @@ def check_before_training(config: TrainConfig) -> DataReport:
         kinds = Counter(finding.code for finding in warnings)
         listed = ", ".join(f"{CODES[code]}: {number}" for code, number in kinds.items())
         logger.warning("data check: %s (%s lists them)", listed, hint)
+        for finding in warnings:
+            if finding.code in PATIENT_CODES:
+                logger.warning("PATIENTS: %s", finding.message)
     return report
 
 
@@ -130,9 +139,11 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
         split = split if init_lora is None else replace(split, caveats=(Caveat.UNKNOWN_START.text(),))
     for caveat in split.caveats:
         logger.warning(caveat)
-    if data.data_root and not split.is_leaky:
+    if report is not None and not split.is_leaky:
+        if {finding.code for finding in report.findings} & {*PATIENT_CODES}:
+            split = replace(split, caveats=(*split.caveats, Caveat.UNCLEAR_PATIENTS.text()))
         try:
-            check_near_duplicates(split, load_image)
+            check_near_duplicates(split, report.near_duplicates)
         except DataError as error:
             if data.near_duplicates == "stop":
                 raise DataError(f"{error} Or accept them with --near_duplicates allow.") from None
@@ -161,19 +172,30 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
-    Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(run.path / SHEET_FILE)
+    with atomic_write(run.path / SHEET_FILE) as partial_file:
+        Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
     return batches
 
 
 @contextmanager
-def new_folder(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
-    """A new run folder, which an error removes again; to resume, a scratch folder in its place."""
-    if resume_from is not None:
+def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
+    """The run's folder, a new one or that to go on in, kept from other processes."""
+    if resume_from is None:
+        run = RunFolder.create(config.run.output_dir)
+        logger.info("run folder %s", run.path)
+    else:
+        run = RunFolder(resume_from)
+    with run.locked():
+        yield run
+
+
+@contextmanager
+def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
+    """Where to prepare a run: in its new folder, which an error removes again, or in a scratch folder."""
+    if not is_new:
         with TemporaryDirectory() as scratch:
             yield RunFolder(Path(scratch))
         return
-    run = RunFolder.create(config.run.output_dir)
-    logger.info("run folder %s", run.path)
     try:
         yield run
     except BaseException:
@@ -205,11 +227,30 @@ def make_updates(
     return optimizer, updates
 
 
+def check_settings(config: TrainConfig) -> Reward:
+    """The reward of these settings, before anything is written; an error says which of them cannot be met."""
+    check_scope(config.model.lora_scope)
+    if config.run.use_wandb:
+        check_wandb()
+    return make_reward(config.to_dict())
+
+
+def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
+    """Raises RefusedError where the disk has no room for all that the run will write, caches apart."""
+    one = sum(values.numel() * values.element_size() for values in model.trainable.values())
+    adapters = 2 + config.optim.num_epochs // config.run.save_freq
+    check_room(run.path, PICTURES_BYTES + one * (adapters + STATE_COPIES), "this training")
+
+
 def check_reward(reward: Reward, data: RunData) -> None:
     """Scores a perfect and an empty mask, so that a broken function of the user's stops the run at once."""
     truth = load_mask(data.train[0])
-    for mask in (truth, np.zeros_like(truth)):
-        reward(mask, truth)
+    try:
+        for mask in (truth, np.zeros_like(truth)):
+            reward(mask, truth)
+    except RewardError as error:
+        error.exit_code = 2  # nothing has begun
+        raise
 
 
 def select_device(gpu: int) -> str:
@@ -264,6 +305,16 @@ def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | Non
     logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
     encoder_hash = weights_hash(policy.model.sam.vision_encoder)
     return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
+
+
+def learning_rate(config: TrainConfig, batches: BatchSource) -> Callable[[int], float]:
+    """The learning rate of a training by step, counted from 0, before the health rules lower it."""
+    stage_of = partial(config.stage_of_epoch, num_epochs=batches.num_epochs)
+    stages = [
+        (sum(map(batches.num_batches, epochs)), config.rate_of_stage(stage))
+        for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
+    ]
+    return partial(staged_warm_cosine, stages=stages, warmup_share=config.optim.warmup_share)
 
 
 def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:

@@ -1,39 +1,37 @@
 """One training from data to verdict: `train` is the whole story, its steps follow below it in order."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 
-from vesselrl.data.dataset import BatchSource, VesselDataset
-from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
+from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
 from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, provenance, run_settings
+from vesselrl.experiment.run_folder import RunFolder, provenance
+from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
-from vesselrl.models.lora import check_scope
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
-from vesselrl.scoring.rewards import Reward, make_reward
+from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
-from vesselrl.training.health import Health
-from vesselrl.training.logging import Monitor, check_wandb
+from vesselrl.training.health import Health, check_learned
+from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
-from vesselrl.training.setup import staged_warm_cosine
 from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
@@ -63,10 +61,12 @@ class Training:
     updates: dict[str, PPOUpdate | SupervisedUpdate]  # by stage, `rl` and `sft`; none: the model has no steps
     reward: Reward
     provenance: dict
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, Any]
+    changed: list[str]  # parts of the fingerprint that are not as they were when the run began
     monitor: Monitor = field(init=False)
     health: Health = field(init=False)
     step: int = 0
+    validated: int = -1  # the step of the latest validation
     before: Evaluation | None = None
     latest: Evaluation | None = None
     best: Evaluation | None = None
@@ -86,110 +86,130 @@ class Training:
 
 
 def train(
-    config: TrainConfig, argv: list[str], console: Console | None = None, resume_from: Path | None = None
+    config: TrainConfig,
+    argv: list[str],
+    console: Console | None = None,
+    resume_from: Path | None = None,
+    allow_change: Sequence[str] = (),
 ) -> TrainResult:
     """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
     `argv` is the command line, stored as provenance; without a console there are no progress bars.
+    `allow_change` names parts of the fingerprint that may have changed since the run began.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
             folder is removed again, an older one left as it is.
         LearningError: the run does not learn.
+        Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
-    # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
-    state = None if resume_from is None else checkpoint.read_state(resume_from)
-    t = set_up(config, argv, resume_from, state)
-    with Monitor(t.run, config, t.num_steps, console, state and state["step"]) as t.monitor:
-        t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
-        # 2. Validate before the first update: the starting adapter is the first `best_lora`.
-        if state is None:
-            if (sheet := t.run.path / setup.SHEET_FILE).exists():
-                pixels = np.asarray(Image.open(sheet))
-                t.monitor.board.add_image("train/contact_sheet", pixels, 0, dataformats="HWC")
-            validate(t)
-        else:
-            restore(t, state)
-        # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
-        if config.optim.control == "frangi":
-            fit_filter(t)
-        else:
-            run_epochs(t)
-        # 4. Save the last adapter.
-        t.model.save(t.run.path / f"final_{t.model.kind}")
-        check_learned(t)
-        # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
-        tested = score_test(t)
-    # 6. Write results, curves, pictures and the report.
-    draw(t)
-    return write_results(t, tested)
+    reward = setup.check_settings(config)
+    with setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
+        # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
+        state = None if resume_from is None else checkpoint.read_state(run.path)
+        t = set_up(config, argv, run, reward, state, allow_change)
+        with Monitor(run, config, t.num_steps, console, state and state["step"]) as t.monitor:
+            t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
+            if state is not None:
+                restore(t, state)
+            # 2. Validate before the first update: the starting adapter is the first `best_lora`.
+            if t.latest is None:
+                t.monitor.show_image(run.path / setup.SHEET_FILE)
+                validate(t)
+            # 3. Epoch by epoch: PPO or supervised steps, validation, the best adapter kept.
+            if config.optim.control == "frangi":
+                fit_filter(t)
+            else:
+                run_epochs(t)
+            # 4. Save the last adapter.
+            t.model.save(run.path / f"final_{t.model.kind}")
+            check_learned(t.num_steps, t.model.distance())
+            # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
+            tested = score_test(t)
+        # 6. Write results, curves, pictures and the report.
+        draw(t)
+        return write_results(t, tested)
 
 
-def resume(folder: Path, argv: list[str], console: Console | None = None) -> TrainResult:
+def resume(
+    folder: Path, argv: list[str], console: Console | None = None, allow_change: Sequence[str] = ()
+) -> TrainResult:
     """Goes on with an interrupted training after its last validation, with its own settings.
 
     On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
-    RunError where the run has finished, or images or model have changed since.
+    RefusedError where the run has finished, is in use, or is not the same any more but for `allow_change`.
     """
-    return train(TrainConfig.from_dict(run_settings(folder)), argv, console, resume_from=folder)
+    config = TrainConfig.from_dict(checkpoint.interrupted_settings(folder))
+    return train(config, argv, console, folder, allow_change)
 
 
 # ---- 1. Data and model
 
 
 def set_up(
-    config: TrainConfig, argv: list[str], resume_from: Path | None, state: Mapping[str, Any] | None
+    config: TrainConfig,
+    argv: list[str],
+    run: RunFolder,
+    reward: Reward,
+    state: Mapping[str, Any] | None,
+    allow_change: Sequence[str],
 ) -> Training:
-    """Checks the settings, prepares data and model, and writes config.json of a new run."""
-    reward = make_reward(config.to_dict())
-    check_scope(config.model.lora_scope)
-    if config.run.use_wandb:
-        check_wandb()
-    with setup.new_folder(config, resume_from) as run:
-        data = setup.prepare_data(config, run)
+    """Prepares data and model, checks that they are those of `state`, and writes the first files of a run."""
+    fingerprint = {"settings": config.to_dict(), "reward": source_hash(reward)}
+    changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
+    with setup.untouched(run, is_new=state is None) as place:
+        data = setup.prepare_data(config, place)
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
         model = setup.make_model(config, device)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
-        batches = setup.training_batches(config, data, run)
+        setup.check_disk(config, model, run)
+        batches = setup.training_batches(config, data, place)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
-        keys = {name: [sample.key for sample in samples] for name, samples in subsets.items()}
-        fingerprint = checkpoint.fingerprint(keys, model)
-        if state is None:
-            counts = data.counts | {"trainable": model.counts}
-            run.write_json("config.json", {"args": config.to_dict(), "counts": counts, "provenance": origin})
-        else:
-            checkpoint.check_fingerprint(state["fingerprint"], fingerprint)
-            run = RunFolder(resume_from)
+        own = {"model": model.identity()} | checkpoint.data_fingerprint(subsets)
+        changed += checkpoint.check_fingerprint(state, own, allow_change)
+        checkpoint.check_fits(state or {}, model)
+        fingerprint |= own
+        counts = data.counts | {"trainable": model.counts}
+        start = {"fingerprint": fingerprint, "provenance": origin, "step": 0}
+        values = {"args": config.to_dict(), "counts": counts, "provenance": origin}
+        checkpoint.write_first_files(run, place, state, start, values)
     optimizer, updates = setup.make_updates(config, model, reward)
-    if updates and state is None:
+    if state is None:
         logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
-    return Training(config, run, data, batches, model, optimizer, updates, reward, origin, fingerprint)
+    parts = (data, batches, model, optimizer, updates, reward, origin, fingerprint, changed)
+    return Training(config, run, *parts)
 
 
 # ---- 2. Validation
 
 
-def validate(t: Training, is_last: bool = False) -> None:
+def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
-    t.latest = evaluate_subset(t, "val", "validation")
-    t.before = t.before or t.latest
-    means = headline(t.latest)
-    t.monitor.log_validation(t.step, means)
-    if t.best is None or means["reward"] > headline(t.best)["reward"]:
-        keep_best(t, t.step, t.latest)
-    name = "val_before" if t.step == 0 else "val_latest"
-    results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
-    t.health.after_validation(t.step, means, is_last)
+    latest = evaluate_subset(t, "val", "validation")
+    with finish_first():
+        t.latest, t.validated = latest, t.step
+        t.before = t.before or t.latest
+        means = t.latest.headline
+        t.monitor.log_validation(t.step, means)
+        if t.best is None or means["reward"] > t.best.headline["reward"]:
+            keep_best(t, t.step, t.latest)
+        name = "val_before" if t.step == 0 else "val_latest"
+        results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+        t.health.after_validation(t.step, means, is_last)
+        update_multipliers(t, stage)
 
 
-def evaluate_subset(t: Training, subset: str, label: str) -> Evaluation:
-    """Scores the model as it is on the `val` or `test` images."""
+def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
+    """Scores the model on the `val` or `test` images, as it is or with other values."""
     samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
     shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
-    return evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    with with_values(t.model, t.model.values() if values is None else values):
+        scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+    t.run.check_there()
+    return scored
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
@@ -197,12 +217,6 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
     prediction = t.model.predict(image)
     postprocess = t.post.postprocess_for(prediction.probabilities)
     return prediction._replace(mask=postprocess(prediction.mask))
-
-
-def headline(evaluation: Evaluation) -> dict[str, float]:
-    """Patient-macro means of the headline metrics, and of the user's own term where there is one."""
-    metrics, names = evaluation.summary["metrics"], (*results.HEADLINE, "custom_score")
-    return {name: metrics[name]["patient_mean"] for name in names if name in metrics}
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
@@ -217,49 +231,62 @@ def keep_best(t: Training, step: int, result: Evaluation) -> None:
 
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
-    batches, optim, run = t.batches, t.config.optim, t.config.run
+    batches, run = t.batches, t.config.run
     stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
-    schedule = [
-        (sum(map(batches.num_batches, epochs)), t.config.rate_of_stage(stage))
-        for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
-    ]
+    rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
     end = 0
-    for epoch in range(1, batches.num_epochs + 1):
-        begin, end = end, end + batches.num_batches(epoch)
-        if end < t.step:
-            continue
-        stage = stage_of(epoch)
-        if t.step <= begin and (epoch == 1 or stage != stage_of(epoch - 1)):
-            t.optimizer.state.clear()  # the moments of another loss say nothing about this one
-            update_multipliers(t, stage)
-        for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
-            rate = t.health.rate_factor * staged_warm_cosine(t.step, schedule, optim.warmup_share)
-            for group in t.optimizer.param_groups:
-                group["lr"] = rate
-            t.step += 1
-            try:
-                metrics = t.updates[stage].step(batch)
-            except NotFiniteError as error:
-                metrics = {}
-                t.health.roll_back(t.step, str(error))
-            t.health.after_step(t.step, metrics)
-            t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+    try:
+        for epoch in range(1, batches.num_epochs + 1):
+            begin, end = end, end + batches.num_batches(epoch)
+            if end < t.step:
+                continue
+            stage = stage_of(epoch)
+            begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
+            if t.step > begin:  # a signal may have come before the validation
+                validate_if_due(t, stage, end)
+            for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+                with finish_first():
+                    if t.step == begin and begins_stage:
+                        t.optimizer.state.clear()  # the moments of another loss say nothing about this one
+                        update_multipliers(t, stage)
+                    take_step(t, batch, stage, rate_at(t.step), epoch)
+                validate_if_due(t, stage, end)
+            if epoch % run.save_freq == 0 and not run.sanity_overfit:
+                t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+    except Stopped:
+        save_state(t)
+        raise
 
-            is_last, ends_epoch = t.step == batches.num_steps, t.step == end and not run.sanity_overfit
-            if is_last or ends_epoch or t.step % run.val_freq == 0:
-                validate(t, is_last)
-                update_multipliers(t, stage)
-                save_state(t)
-        if epoch % run.save_freq == 0 and not run.sanity_overfit:
-            t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+
+def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: int) -> None:
+    """One update and its metrics, or a roll-back."""
+    rate *= t.health.rate_factor
+    for group in t.optimizer.param_groups:
+        group["lr"] = rate
+    t.step += 1
+    try:
+        metrics = t.updates[stage].step(batch)
+    except NotFiniteError as error:
+        metrics = {}
+        t.health.roll_back(t.step, str(error))
+    t.health.after_step(t.step, metrics)
+    t.monitor.log_step(t.step, metrics | {"train/learning_rate": rate, "train/epoch": float(epoch)})
+
+
+def validate_if_due(t: Training, stage: str, end: int) -> None:
+    """Validates after some steps, an epoch, which ends with step `end`, and the last step; then saves."""
+    is_last, ends_epoch = t.step == t.num_steps, t.step == end and not t.config.run.sanity_overfit
+    if t.validated < t.step and (is_last or ends_epoch or t.step % t.config.run.val_freq == 0):
+        validate(t, is_last, stage)
+        save_state(t)
 
 
 def update_multipliers(t: Training, stage: str) -> None:
     """Updates the Lagrange multipliers of the constrained objective from the latest validation."""
     if stage == "rl" and (constrained := t.updates[stage].constrained):
-        constrained.update_multipliers(headline(t.latest))
+        constrained.update_multipliers(t.latest.headline)
 
 
 def fit_filter(t: Training) -> None:
@@ -272,9 +299,8 @@ def fit_filter(t: Training) -> None:
 
 def save_state(t: Training) -> None:
     """Writes all that an interrupted run needs to go on from here."""
-    state = {
-        name: getattr(t, name) for name in ("fingerprint", "provenance", "step", "best_step", "best_values")
-    }
+    names = ("fingerprint", "provenance", "step", "validated", "best_step", "best_values")
+    state = {name: getattr(t, name) for name in names}
     state |= {f"evaluation_{name}": getattr(t, name).to_json() for name in ("before", "best", "latest")}
     state |= {
         "values": t.model.values(),
@@ -289,16 +315,26 @@ def save_state(t: Training) -> None:
 
 def restore(t: Training, state: Mapping[str, Any]) -> None:
     """Restores the state that `save_state` wrote."""
-    t.step = state["step"]
+    t.step, t.validated = state["step"], state.get("validated", state["step"])
     logger.info("going on after step %d of %d", t.step, t.num_steps)
     earlier = state["provenance"]
     resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
     t.provenance = earlier | {"resumed": resumed}
+    if "values" not in state:  # nothing had been evaluated
+        t.run.cut_metrics(0)
+        return
     t.monitor.load_state_dict(state["monitor"])
     read = partial(results.evaluation_from_json, source=t.run.path / STATE_FILE)
     t.before, best, t.latest = (read(state[f"evaluation_{name}"]) for name in ("before", "best", "latest"))
+    if t.changed:  # scores of other images, or by another reward, are no measure for later ones
+        weights = (t.model.start, state["best_values"], state["values"])
+        t.before, best, t.latest = (evaluate_subset(t, "val", "again", values) for values in weights)
+        results.write_evaluation(t.run.path, "val_before", t.before, {"step": 0})
+        results.write_evaluation(t.run.path, "val_latest", t.latest, {"step": t.step})
     with with_values(t.model, state["best_values"]):  # the folder may hold those of a later step
         keep_best(t, state["best_step"], best)
+    if not t.run.metrics_file.read_bytes():  # all lost; curves need a point
+        t.monitor.log_validation(t.step if t.changed else t.validated, t.latest.headline)
     t.model.restore(state["values"])
     checkpoint.restore_moments(t.optimizer, t.model, state["moments"])
     t.health.load_state_dict(state["health"])
@@ -310,22 +346,11 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 # ---- 4. to 6. The last weights, the test, and the results
 
 
-def check_learned(t: Training) -> None:
-    """Raises LearningError for a run that has ended exactly where it began."""
-    if t.num_steps and t.model.distance() == 0:
-        raise LearningError(
-            f"After {t.num_steps} steps the adapter is exactly where it started: no sampled mask ever earned "
-            "more than another, or every change had to be taken back (the log says so). Check the reward (a "
-            "constant one teaches nothing) and --learning_rate."
-        )
-
-
 def score_test(t: Training) -> dict[str, Evaluation]:
     """Scores the base model (`before`) and the best weights (`after`) on the test images."""
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
-        with with_values(t.model, values):
-            tested[name] = evaluate_subset(t, "test", f"test {name}")
+        tested[name] = evaluate_subset(t, "test", f"test {name}", values)
         extra = {"threshold": 0.5, "run": t.run.name}
         results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
     return tested
@@ -338,8 +363,9 @@ def draw(t: Training) -> None:
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
-            with with_values(t.model, values):
-                masks.append(predict(t, image).mask)
+            masks.append(np.zeros(truth.shape, bool))  # a prediction that fails, as the log has told
+            with with_values(t.model, values), suppress(NotFiniteError):
+                masks[-1] = predict(t, image).mask
         cases.append(Case(key, image, truth, *masks, rank))
     plot_panels(cases, t.run.path / "panel.png")
     write_cases(t.run.path, cases)
@@ -347,14 +373,15 @@ def draw(t: Training) -> None:
 
 def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
+    t.run.check_there()
     info = {
         "args": t.config.to_dict(),
         "counts": t.data.counts | {"trainable": t.model.counts},
-        "initial_metrics": headline(t.before),
-        "final_metrics": headline(t.latest),
-        "best_metrics": headline(t.best),
-        "test_metrics": {name: headline(evaluation) for name, evaluation in tested.items()},
-        "best_val_dice": headline(t.best)["dice"],
+        "initial_metrics": t.before.headline,
+        "final_metrics": t.latest.headline,
+        "best_metrics": t.best.headline,
+        "test_metrics": {name: evaluation.headline for name, evaluation in tested.items()},
+        "best_val_dice": t.best.headline["dice"],
         "total_steps": t.num_steps,
         "adapter_delta_norm": t.model.distance(),
         "grad_norm_max": t.monitor.grad_norm_max,
@@ -365,8 +392,8 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     }
     t.run.write_json("training_info.json", info)
     write_run_report(t.run.path)
-    (t.run.path / STATE_FILE).unlink(missing_ok=True)
-    names = tuple(headline(t.before))
+    checkpoint.remove_states(t.run.path)
+    names = tuple(t.before.headline)
     validation = results.before_after_table(t.before, t.best, names)
     test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
     caveats = dict.fromkeys((*t.data.val_caveats.values(), *t.data.test_caveats.values()))

@@ -1,0 +1,55 @@
+"""Killed trainings end as uninterrupted ones; caches and a second process at the same time change nothing."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kills import RUNS, run_kills
+from tests.training.runs import same_weights, train_debug
+from tests.training.test_checkpoint import flip
+
+FROZEN = {
+    "stage": "sft+rl", "num_epochs": 2, "learning_rate": 1e-2, "val_freq": 9, "max_val_samples": 1,
+    "lora_scope": ["projector", "mask_decoder"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    assert run_kills(list(RUNS), 10, 1, tmp_path) == 0
+
+
+def test_cold_warm_damaged_and_no_cache_give_the_same_weights(
+    angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the last bit, supervised and PPO, with one flipped bit in every cached file."""
+
+    def train(**changes: object) -> Path:
+        return train_debug(tmp_path, **FROZEN | {"data_root": angiograms} | changes).folder / "final_lora"
+
+    rng, cold = random.Random(0), train()
+    files = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(files) == 4
+    assert same_weights(train(), cold)  # warm
+    assert same_weights(train(cache_gb=0), cold)
+    for file in files:
+        flip(file, rng)
+    assert same_weights(train(), cold)
+    assert caplog.text.count("computed again") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_new_runs_at_once_share_data_and_cache(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vesselrl", "train", "--preset", "debug", "--output_dir", str(tmp_path)]
+    command += "--lora_scope projector mask_decoder --stage sft --learning_rate 0.01".split()
+    both = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    one, other = tmp_path.glob("sa2va_lora_ppo_*")
+    assert same_weights(one / "final_lora", other / "final_lora")
+    assert len([*(tmp_path / "data").iterdir()]) == 1
