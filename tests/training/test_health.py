@@ -138,7 +138,7 @@ SILENT = {
     "empty": lambda p, m: {"train/foreground": 0.0},
     "nearer": lambda p, m: {"train/foreground": 6 - 4 * p},
     "PPO's loss": lambda p, m: {"train/loss": 0.3 + p},
-    "PPO's loss beside a multiplier": lambda p, m: {"train/loss": 0.3 + p, "train/price/recall": 0.1},
+    "PPO's loss beside a multiplier": lambda p, m: {"train/loss": 0.3 + 9 * p, "train/price/recall": 0.1},
     # The reward's meaning changes from step to step.
     "a moving multiplier": lambda p, m: {"train/reward/topology": 0.6 + p, "train/reward/dice": 4 - p,
                                          "train/kl_ref": 30, "train/reward": 3.4 - p,
