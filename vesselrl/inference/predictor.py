@@ -18,9 +18,9 @@ from PIL import Image, PngImagePlugin
 from scipy.special import expit
 
 from vesselrl.data.images import IMAGE_SUFFIXES, read_size
+from vesselrl.data.pairing import list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
-from vesselrl.data.records import list_images
 from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
