@@ -17,7 +17,7 @@ from benchmarks.trainings import INFO_FILE, METHODS, SEED, SUITES, prepare_split
 from vesselrl.evaluation.results import Evaluation, before_after_table, csv_text, group_means, summarise
 from vesselrl.evaluation.statistics import DRAWS, MIN_PATIENTS, small_sample_stretch
 from vesselrl.evaluation.words import Cell, metric_name, with_interval
-from vesselrl.experiment.run_folder import check_writable, git_commit, write_text
+from vesselrl.experiment.run_folder import check_writable, git_commit, hide_paths_of_command, write_text
 from vesselrl.synthetic.dataset import builtin_data
 
 RL = ("rl", "rl_post", "sft_rl", "sft_rl_post")
@@ -206,7 +206,7 @@ def write_report(folder: Path, about: str, results: Results, verdicts: Verdicts,
     shared = {
         "data": about.partition(",")[0].removeprefix("on "),
         "real_or_synthetic": "synthetic" if "synthetic" in about else "real",
-        "command": f"`python -m benchmarks.learning {' '.join(sys.argv[1:])}`",
+        "command": f"`python -m benchmarks.learning {' '.join(hide_paths_of_command(sys.argv[1:]))}`",
         "commit": ", ".join(commit[:7] + commit[40:] if commit else "no commit" for commit in commits),
         "seeds": ", ".join(str(SEED + number) for number in range(len(results["base"]))),
         "date": date.today().isoformat(),

@@ -122,9 +122,9 @@ PLACE = r"images/ file {} in name order \(P\d{{3}}_S1_F0000\): "
 # The folders given, of which the first is spoilt; how; what is said.
 SPOILT: dict[str, tuple[str, Callable[[Path], object], str]] = {
     **{f"model: {kind}": ("model_path", MODELS[kind], words) for kind, words in BAD_MODELS.items()},
-    "no root": ("data_root", shutil.rmtree, r"The data root \S+data_root is not a folder"),
+    "no root": ("data_root", shutil.rmtree, "The data root is not a folder"),
     "no annotations": ("data_root", lambda data: shutil.rmtree(data / "masks"),
-                       "data_root holds no annotations: neither annotations.json nor masks/"),
+                       "The data root holds no annotations: neither annotations.json nor masks/"),
     "missing image": ("data_root", lose_an_image,
                       r"annotations.json record 3 \(P\d{3}_S1_F0001\): its image is missing in images/"),
     "mask of another size": ("data_root", lambda data: clear_masks(data, 1, 32),

@@ -1,4 +1,4 @@
-"""No name and no ID of a patient leaves the data root: every byte that a training and its reports write."""
+"""No name and no ID of a patient leaves the data root: every byte that any command writes or prints."""
 
 import base64
 import contextlib
@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from tests.golden.broken_input import cut
 from vesselrl.cli import main
 from vesselrl.data.pseudonyms import MAPPING_FILE
+from vesselrl.experiment.run_folder import PRIVATE_FILE
 
 # Made up, in every pattern that exports use; the words and numbers occur nowhere else.
 NAMES = ("QUIRINIUS_XANTHOPOULOS", "欧阳娜娜", "Brünhilde Zwölfender", "Ylva^Qvarnström")
@@ -29,6 +33,8 @@ STEMS = (
     "Ylva^Qvarnström_frame_{:06d}",
     "Qvarnström Ylva no pattern {:06d}",
     "4827163956_frame_{:06d}",
+    "Ylva heart {}",
+    "Brünhilde Zwölfender/scan {}",
 )
 SECRETS = "quirinius xanthopoulos 欧阳 娜娜 brünhilde zwölfender ylva qvarnström 482716395".split()
 TEXT_FILES = {".json", ".jsonl", ".csv", ".md", ".html", ".txt", ".log", ".svg"}
@@ -38,21 +44,25 @@ PNG = rb"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture(scope="module")
 def named_angiograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """10 patients with two 64-px frames each; names in file names, image fields, texts and PNG comments."""
-    root = tmp_path_factory.mktemp("data")
+    """Two 64-px frames of each patient; names in file and folder names, texts, EXIF and PNG comments."""
+    root = tmp_path_factory.mktemp("data") / "QUIRINIUS XANTHOPOULOS" / "Zwölfender"
+    root.mkdir(parents=True)
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
     records = []
     for number, pattern in enumerate(STEMS):
         for frame in range(2):
-            x, y = 8 + 4 * number + 2 * frame, 4
+            x, y = 4 + 4 * number + 2 * frame, 4
             polygon = [y, x, 60, x, 60, x + 5, y, x + 5]
             image = rng.integers(120, 180, (64, 64), np.uint8)
             image[x : x + 5, y:60] = 70
             comment = PngImagePlugin.PngInfo()
             comment.add_text("PatientName", NAMES[0])
+            exif = Image.Exif()
+            exif[0x010E] = exif[0x013B] = NAMES[2]  # description and artist
             name = f"{pattern.format(frame)}.png"
-            Image.fromarray(image).convert("RGB").save(root / "images" / name, pnginfo=comment)
+            (root / "images" / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(image).convert("RGB").save(root / "images" / name, pnginfo=comment, exif=exif)
             texts = {"text": [f"vessels of {NAMES[1]}"], "name": NAMES[2]}
             records.append({"image": name, "mask": [polygon], **texts})
     (root / "annotations.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
@@ -61,20 +71,46 @@ def named_angiograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that `train`, `evaluate` and `compare` write on this data, with what they said in a log."""
-    folder = tmp_path_factory.mktemp("out")
+    """Everything that the commands write on this data, with what they log and print."""
+    folder, images = tmp_path_factory.mktemp("out"), named_angiograms / "images"
     handler = logging.FileHandler(folder / "log.log", encoding="utf-8")
     loggers = [logging.getLogger(name) for name in (None, "vesselrl")]
-    model, data = ["--model_path", str(tiny_checkpoint)], ["--data_root", str(named_angiograms)]
     levels = [logger.level for logger in loggers]
     loggers[0].addHandler(handler)
     for logger in loggers:
         logger.setLevel(logging.DEBUG)
+    bad = tmp_path_factory.mktemp("bad") / "Ylva Qvarnström"
+    shutil.copytree(images, bad)
+    cut(bad / "Ylva heart 1.png")
+    root, out = ["--data_root", str(named_angiograms)], ["--output_dir", str(folder)]
+    train, aliases = ["train", "--preset", "debug", "--model_path", str(tiny_checkpoint)], str(bad / "no.csv")
+
+    def call(*arguments: str) -> int:
+        file = (folder / "printed.txt").open("a", encoding="utf-8")
+        with file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            return main([*map(str, arguments)])
+
     try:
-        assert main(["train", "--preset", "debug", *model, *data, "--output_dir", str(folder)]) == 0
+        assert call(*train, *root, *out) == 0
         run = next(path for path in folder.iterdir() if (path / "best_lora").is_dir())
-        assert main(["evaluate", "--lora_weights", str(run)]) == 0
-        assert main(["compare", "--output_dir", str(folder)]) in (0, 2)
+        assert call("evaluate", "--lora_weights", run, "--second_masks", bad) in (1, 2)
+        assert call("evaluate", "--lora_weights", run, "--tune_post") == 0
+        assert call("evaluate", "--lora_weights", run, *root, *out, "--split", "val") == 0
+        assert call("compare", *out) in (0, 2)
+        assert call("data", "check", named_angiograms) == 0
+        assert call("data", "check", named_angiograms, "--json") == 0
+        assert call("data", "show", named_angiograms, "--output", folder / "sheet.png") == 0
+        assert call("doctor", *root) in (0, 1)
+        predict = ["predict", "--lora_weights", run, "--base_model", tiny_checkpoint]
+        assert call(*predict, "--image", bad, "--output_dir", folder / "predicted") == 3
+        assert call(*predict, "--image", bad / "Ylva heart 1.png", "--output_dir", folder / "none") == 1
+        for place in (bad, bad / "nowhere", bad / "Ylva heart 0.png"):
+            assert call("data", "check", place) == 2
+            assert call(*train, "--data_root", place, *out) in (1, 2)
+            assert call("evaluate", "--data_root", place, *out) in (1, 2)
+        assert call("predict", "--image", bad / "nowhere", *out) in (1, 2)
+        for option in ("--patient_aliases", "--base_trained_on", "--split_file"):
+            assert call(*train, *root, *out, option, aliases) in (1, 2)
     finally:
         loggers[0].removeHandler(handler)
         handler.close()
@@ -109,13 +145,18 @@ def secrets_in(path: Path) -> set[str]:
 
 
 def test_no_output_holds_a_planted_name_or_id_or_any_number_of_ten_digits(output: Path) -> None:
-    files = [path for path in output.rglob("*") if path.is_file()]
+    files, private = [path for path in output.rglob("*") if path.is_file()], []
+    for path in list(files):
+        if path.name in (MAPPING_FILE, PRIVATE_FILE):  # of predictions and of the run
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert secrets_in(path)
+            private.append(path.name)
+            files.remove(path)
+    assert sorted(private) == [PRIVATE_FILE, MAPPING_FILE, MAPPING_FILE]
     assert {".json", ".jsonl", ".csv", ".png", ".log", ".safetensors"} <= {path.suffix for path in files}
     found = {str(path.relative_to(output)): secrets_in(path) for path in files}
     assert {name: secrets for name, secrets in found.items() if secrets} == {}
     for path in files:
-        # The mapping file stays with the data.
-        assert not path.name.endswith(MAPPING_FILE)
         assert b'"readings"' not in path.read_bytes()
         if not path.name.startswith("events.out.tfevents."):  # TensorBoard puts the time of day there
             assert not re.search(r"(?<!\d)\d{10}(?!\d)", path.name)
@@ -127,7 +168,7 @@ def test_no_output_holds_a_planted_name_or_id_or_any_number_of_ten_digits(output
 def test_pseudonyms_are_what_is_written_instead(output: Path) -> None:
     split = json.loads(next(output.glob("*/data_split.json")).read_text())
     keys = [key for side in split["samples"].values() for key in side]
-    assert len(keys) == 20
+    assert len(keys) == 24
     assert all(re.fullmatch(r"P\d{3}_S\d_F\d{4}", key) for key in keys)
     assert split["shared_patients"] == {"train_val": [], "train_test": [], "val_test": []}
 
@@ -147,4 +188,4 @@ def test_the_planted_names_would_be_found(named_angiograms: Path, tmp_path: Path
     for path in tmp_path.iterdir():
         assert secrets_in(path) == {"zwölfender"}, path.name
     plain = next((named_angiograms / "images").glob("4827*"))
-    assert secrets_in(plain) == {"482716395", "quirinius", "xanthopoulos"}
+    assert {"482716395", "quirinius", "xanthopoulos"} <= secrets_in(plain)

@@ -68,8 +68,8 @@ def fail(error: Exception) -> int:
     if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
         raise error
     text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}."
+    if isinstance(error, OSError) and error.filename:  # it may be that of a patient
+        text = f"A file cannot be used ({error.strerror}); VESSELRL_TRACEBACK=1 shows which."
     text = " ".join([text, *getattr(error, "__notes__", ())])
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)

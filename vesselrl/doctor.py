@@ -287,7 +287,7 @@ def check_data(data_root: Path, **places: str | None) -> Check:
     from vesselrl.data.check import check_data as check_every_record
 
     report = check_every_record(data_root, **places)
-    todo = f"`vesselrl data check {data_root}` lists every finding; docs/data.md shows the layouts."
+    todo = "`vesselrl data check DATA_ROOT` lists every finding; docs/data.md shows the layouts."
     if errors := report.of("error"):
         more = f" (and {len(errors) - 1} more errors)" if len(errors) > 1 else ""
         return Check("data", "problem", errors[0].message + more, todo)

@@ -73,6 +73,13 @@ MEANT = {
     "train_*files": "adapter folders hold SHA256SUMS",
     "resuming/*/cut/files": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
     "resuming/*/message": "a run without config.json is refused before its state is looked for",
+    **dict.fromkeys(
+        "*/data_root *plan/second_masks broken_roots/*/keys doctor/ill/message/* train_*files "
+        "resuming/*/cut/files bad_input/left?behind".split(),
+        "paths to data stand in paths.private.json alone; no other output and no message has them",
+    ),
+    "train_*/info/custom_*": "calls of the user's reward function are counted",
+    "masks/predict */files": "predict lists its results, and keeps the mapping of made-up names too",
 }
 
 

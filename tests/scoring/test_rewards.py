@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+import threading
 
 import cv2
 import numpy as np
@@ -9,12 +11,14 @@ import pytest
 import torch
 
 from vesselrl.errors import RewardError
+from vesselrl.scoring import custom
 from vesselrl.scoring.rewards import (
     MultiObjectiveReward,
     RecallFocusedReward,
     SimpleDiceReward,
     get_reward_function,
     make_reward,
+    score_or_skip,
 )
 from vesselrl.scoring.scores import score_mask
 from vesselrl.scoring.topology import topology
@@ -198,9 +202,53 @@ def test_a_custom_function_returns_any_finite_number_or_is_named_with_its_error(
     assert (total, details["custom_term"], details["custom_score"], len(calls)) == (10.0, 0.0, 7.0, 1)
     for value in (1, np.float32(1), np.array(1.0), torch.tensor(1.0)):
         assert SimpleDiceReward(custom=lambda *masks, value=value: value)(TREE, TREE)[0] == 11
-    for value in (math.nan, math.inf, None, "0.5", np.zeros(2), 1j):
+    for value in (math.nan, math.inf, -1e31, None, "0.5", np.zeros(2), 1j):
         with pytest.raises(RewardError, match="<lambda> must return a finite number, got"):
             SimpleDiceReward(custom=lambda pred, gt, value=value: value)(TREE, TREE)
     with pytest.raises(RewardError, match=r"area_error.* failed with TypeError") as caught:
         SimpleDiceReward(custom=functools.partial(area_error, 1))(TREE, TREE)
     assert isinstance(caught.value.__cause__, TypeError)
+
+
+class Unsure:
+    """Fails in another way in every `period`-th call."""
+
+    __qualname__ = "unsure"
+
+    def __init__(self, period: int) -> None:
+        self.period, self.num_calls = period, 0
+
+    def __call__(self, pred: np.ndarray, gt: np.ndarray) -> float:
+        self.num_calls += 1
+        if self.num_calls % self.period:
+            return 1.0
+        if self.num_calls % 3 == 0:
+            sys.exit("gone")
+        return math.nan if self.num_calls % 2 else 1 / 0
+
+
+def test_a_custom_function_may_fail_in_a_twentieth_of_its_calls_and_no_more():
+    """One in 21 is skipped, for good; of one in 19 the sixth failure is the end."""
+    reward = SimpleDiceReward(custom=Unsure(21))
+    totals = [score_or_skip(reward, TREE, TREE)[0] for _ in range(840)]
+    assert [total for total in totals if total != 11] == pytest.approx([math.nan] * 40, nan_ok=True)
+    assert (reward.calls.num_calls, reward.calls.num_failed) == (840, 40)
+    reward = SimpleDiceReward(custom=Unsure(19))
+    with pytest.raises(RewardError, match=r"unsure .* 6 of 114 calls so far, more than 5% of the calls"):
+        [score_or_skip(reward, TREE, TREE) for _ in range(200)]
+    assert reward.calls.num_calls == 114
+
+
+def test_a_custom_function_that_hangs_is_named_and_never_waited_for_again(monkeypatch):
+    def endless(pred: np.ndarray, gt: np.ndarray) -> float:
+        forever.wait()
+        return 1.0
+
+    forever = threading.Event()
+    monkeypatch.setattr(custom, "CALL_LIMIT_S", 0.05)
+    reward = SimpleDiceReward(custom=endless)
+    for _ in range(2):
+        with pytest.raises(RewardError, match=r"endless has not returned within"):
+            score_or_skip(reward, TREE, TREE)
+        monkeypatch.setattr(custom, "CALL_LIMIT_S", 1e6)
+    forever.set()

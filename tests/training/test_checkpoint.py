@@ -246,16 +246,16 @@ def test_what_may_have_changed_is_taken_as_it_is_now(
     """Also scores of before are those of the images of now, and lost metrics are no obstacle."""
     folder, data = cut, shutil.copytree(cut_once.parent / "data", tmp_path / "data")
     config = json.loads((folder / "config.json").read_text())
-    config["args"] |= {"data_root": str(data), "num_workers": 1}
+    config["args"] |= {"data_root": str(data), "kl_coef": 0.5, "num_workers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RefusedError, match=r"settings \(data_root\)\. .*--allow_change settings"):
+    with pytest.raises(RefusedError, match=r"settings \(kl_coef 0.01, now 0.5\)\. .*--allow_change settings"):
         training.resume(folder, [], allow_change=["images", "masks"])
     before = json.loads((folder / "val_before.json").read_text())["rows"]
     for sample in find_samples(data):
         Image.fromarray(~np.asarray(Image.open(sample.mask_path))).save(sample.mask_path)
     (folder / "metrics.jsonl").unlink()
     done = no_charts(training.resume)(folder, [], allow_change=["settings", "masks"])
-    assert "taken as it is now: settings (data_root)" in caplog.text
+    assert "taken as it is now: settings (kl_coef 0.01, now 0.5)" in caplog.text
     assert "metrics.jsonl has lost lines" in caplog.text
     now = json.loads((folder / "val_before.json").read_text())["rows"]
     assert [row["key"] for row in now] == [row["key"] for row in before]

@@ -14,6 +14,7 @@ from vesselrl.training.credit import (
     choose_regions,
     overlap_credit,
 )
+from vesselrl.training.ppo import rollout_metrics
 
 TRUTH = np.zeros((24, 24), bool)
 TRUTH[10:13, 2:22] = TRUTH[3:12, 14:16] = True
@@ -205,3 +206,33 @@ def test_constrained_overlap_is_dice_and_multiplier_times_score_above_the_bound(
     }
     structure = one.structure_terms(BROKEN, TRUTH, topology(TRUTH))
     assert structure == MultiObjectiveReward().structure_terms(BROKEN, TRUTH)
+
+
+# ---- A user's function that fails
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_where_a_users_function_fails_no_mask_of_the_image_has_its_term(constrained) -> None:
+    """The credit is that of the reward without the function, with the same regions; the next image has it."""
+
+    def custom(pred: np.ndarray, gt: np.ndarray) -> float:
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError("gone")
+        return float(pred.mean())
+
+    calls: list[int] = []
+    image = noisy(1), probability(noisy(2))
+    plain, own = MultiObjectiveReward(), MultiObjectiveReward(custom=custom)
+    if constrained:
+        plain, own = (ConstrainedReward(one, {"recall": 0.9}, {"recall": 3.0}) for one in (plain, own))
+    failed, expected = credit_of(*image, own, 8)[0], credit_of(*image, plain, 8)[0]
+    assert len(calls) == 5
+    assert failed.num_regions == expected.num_regions > 3
+    for name in ("overlap", "structure", "rewards"):
+        assert np.array_equal(getattr(failed, name), getattr(expected, name))
+    assert "custom" not in failed.terms
+    following, _ = credit_of(*image, own, 8)
+    assert "custom" in following.terms
+    metrics = rollout_metrics([failed, following])
+    assert metrics["train/reward/custom"] == following.terms["custom"].mean()

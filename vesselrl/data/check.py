@@ -45,7 +45,6 @@ PATIENT_CODES = ("patients", "lone_frames", "one_patient")
 class DataReport:
     """The result of a check of one data root."""
 
-    root: Path
     layout: str  # such as "annotations.json" or "LabelMe"; empty where none was recognised
     findings: tuple[Finding, ...]
     # images, patients, sequences, masks_from_files, masks_from_polygons, empty_masks, scaled_labels.
@@ -69,15 +68,15 @@ class DataReport:
     def to_json(self) -> str:
         """Everything, as a JSON object; near duplicates are among the findings."""
         severities = {severity: len(self.of(severity)) for severity in get_args(Severity)}
-        values = {"data_root": str(self.root), "exit_code": self.exit_code, "severities": severities}
-        values |= {k: value for k, value in asdict(self).items() if k not in ("root", "near_duplicates")}
+        values = {"exit_code": self.exit_code, "severities": severities}
+        values |= {k: value for k, value in asdict(self).items() if k != "near_duplicates"}
         return json.dumps(values, indent=1)
 
 
 def render(report: DataReport, limit: int = 3) -> str:
     """The report as text: a line of counts, then every kind of finding with its first messages (0: all)."""
     counts = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in report.counts.items())
-    lines = [f"{report.root} ({report.layout or 'no layout recognised'}): {counts or 'nothing read'}"]
+    lines = [f"{report.layout or 'no layout recognised'}: {counts or 'nothing read'}"]
     if report.agreement:
         text = "masks against polygons: mean Dice {mean:.4f} over {images} images, lowest {lowest:.4f}"
         lines.append(text.format(**report.agreement))
@@ -111,7 +110,7 @@ def check_data(
             aliases = pseudonyms(names, patient_pattern, patient_aliases, mapping, keep="nothing")
             _check_patients(aliases, patient_pattern, findings)
             return check_listing(listing, aliases, findings, near_duplicates)
-    return DataReport(Path(root), layout, tuple(findings))
+    return DataReport(layout, tuple(findings))
 
 
 def foreground_shares(root: Path | str, **options: str | None) -> dict[str, float] | None:
@@ -183,7 +182,7 @@ def check_listing(
         "empty_masks": sum(share == 0 for share in foreground.values()),
         "scaled_labels": len(findings.of("scaled_label")),
     }
-    return DataReport(folder.root, listing.layout, tuple(findings), counts, agreement, foreground, pairs)
+    return DataReport(listing.layout, tuple(findings), counts, agreement, foreground, pairs)
 
 
 def _compare_images(usable: list[CheckedEntry], findings: Findings) -> list[Pair]:

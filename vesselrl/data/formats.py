@@ -5,6 +5,7 @@ All polygons, shapes and annotations of an image are one target; a label file go
 
 import base64
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -44,17 +45,18 @@ def list_entries(
     Folders of images and masks below it, and what follows the image's name in that of its mask, are searched
     where they are not given.
     """
-    if not root.is_dir():
-        raise DataError(f"The data root {root} is not a folder. Give the folder that holds images/.")
+    if not os.path.isdir(root):  # unlike Path's it is false where a folder above cannot be entered
+        raise DataError("The data root is not a folder. Give the folder that holds images/.")
     folder = DataFolder(root, image_dir, mask_dir, mask_suffix)
     if (listing := _read_first(folder, findings)) is not None:
         return listing
     if image_dir is mask_dir is None and (listing := _list_subsets(folder, mask_suffix, findings)):
         return listing
     raise DataError(
-        f"{root} holds no annotations: neither annotations.json nor masks/, and no json/, COCO file or pairs "
-        f"of images and labels either. It holds {pairing.inventory(folder.path)}. Give the folder above "
-        "images/ and masks/ as the data root, or name the two with --image_dir and --mask_dir (docs/data.md)."
+        "The data root holds no annotations: neither annotations.json nor masks/, and no json/, COCO file or "
+        f"pairs of images and labels either. It holds {pairing.inventory(folder.path)}. Give the folder "
+        "above images/ and masks/ as the data root, or name the two with --image_dir and --mask_dir "
+        "(docs/data.md)."
     )
 
 
@@ -71,7 +73,7 @@ def _list_subsets(folder: DataFolder, mask_suffix: str | None, findings: Finding
     for path in folder.subsets:
         first = next(iter(listings.values()), None)
         subset = DataFolder(path, mask_suffix=mask_suffix)
-        subset.root, subset.prefix = folder.root, f"{path.name}/"
+        subset.prefix = f"{path.name}/"
         try:
             if (listing := _read_first(subset, findings)) is not None:
                 listings[path.name] = listing
@@ -273,7 +275,7 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
         if not beside or (json_folder == folder.path and not any(map(by_name.get, beside))):
             return None
     if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
-        raise DataError(f"{folder.root} holds no annotations: json/ is empty. Fill it, or remove it.")
+        raise DataError("The data root holds no annotations: json/ is empty. Fill it, or remove it.")
     files = [file for file in files if file != folder.mapping_file]
     entries = []
     for file in files:
@@ -347,9 +349,9 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
         return None
     if not folder.is_label_given:
         pairing.refuse_rivals(folder.path, folder.pair_folder)
-    labels, root, images = folder.shown_folder(folder.pair_folder), folder.root, folder.images
+    labels, images = folder.shown_folder(folder.pair_folder), folder.images
     if not folder.image_folder.is_dir():
-        raise DataError(f"{root} has {labels} but no images/. Put the images into images/.")
+        raise DataError(f"The data root has {labels} but no images/. Put the images into images/.")
     entries = [Entry(below(image, folder.image_folder), folder.shown(image), image) for image in images]
     listing = folder.listing(PAIRS, entries)
     if not listing.entries:
@@ -359,7 +361,8 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
         wanted = wanted if len(folder.endings) > 1 else f"<image>{folder.endings[0]}.png"
         advice = f"Name the masks {wanted}, or give --image_dir, --mask_dir or --mask_suffix (docs/data.md)."
         raise DataError(
-            f"{root} holds no annotations: {fault}. It holds {pairing.inventory(folder.path)}. {advice}"
+            f"The data root holds no annotations: {fault}. "
+            f"It holds {pairing.inventory(folder.path)}. {advice}"
         )
     return listing
 

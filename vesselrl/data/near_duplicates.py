@@ -119,7 +119,7 @@ def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"--base_trained_on {choice} is no file. Give none, all or a text file.") from None
+        raise DataError("--base_trained_on is no file. Give none, all or a text file.") from None
     except UnicodeDecodeError:
         raise DataError(f"{path.name} is not UTF-8. Save it as UTF-8, one file name per line.") from None
     lines = [unicodedata.normalize("NFKC", line).strip().replace("\\", "/") for line in text.splitlines()]

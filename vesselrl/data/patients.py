@@ -228,7 +228,7 @@ def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"There is no alias file {path}. Give a CSV file: {header}.") from None
+        raise DataError(f"There is no alias file in that place. Give a CSV file: {header}.") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{path.name} line {line} is not UTF-8. Save the alias file as UTF-8.") from None

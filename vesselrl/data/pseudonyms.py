@@ -7,7 +7,6 @@ patients cannot tell P007; the salt is a hash of all file names, so that two cop
 import hashlib
 import json
 import logging
-import os
 import re
 import stat
 from collections import defaultdict
@@ -20,7 +19,7 @@ from typing import Literal
 
 from vesselrl.data.patients import Identity, identify
 from vesselrl.errors import DataError, WriteError
-from vesselrl.experiment.run_folder import atomic_write
+from vesselrl.experiment.run_folder import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -215,10 +214,7 @@ def _write_map(path: Path, patient_pattern: str | None, found: PseudonymMap) -> 
     readings = _read_readings(path) | {patient_pattern or "": asdict(found)}
     text = json.dumps({"about": ABOUT, "format": FORMAT, "readings": readings}, ensure_ascii=False, indent=1)
     try:
-        with atomic_write(path) as partial:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+        write_text(path, text + "\n", mode=0o600)
     except WriteError as error:
         note = "%s cannot be written (%s): files that are added may change pseudonyms."
         logger.info(note, path.name, error.reason)

@@ -190,7 +190,6 @@ class DataFolder:
         mask_dir: str | None = None,
         mask_suffix: str | None = None,
     ):
-        self.root = root  # as the user calls it: what was entered below may have the name of a person
         self.path = path = pairing.enter(root) if image_dir is mask_dir is None else root
         self.mapping_file = root / MAPPING_FILE
         self.prefix = ""  # of places in messages, such as train/

@@ -67,7 +67,7 @@ def repair_data(
         raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
     inside, outside = out.resolve(), root.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise DataError(f"{out} overlaps the data root {root}. Give a folder beside it for the copy.")
+        raise DataError(f"{out} overlaps the data root. Give a folder beside it for the copy.")
     listing = list_entries(root, Findings(), **places)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
@@ -91,7 +91,7 @@ def repair_data(
                     file.unlink()
                 item.findings.add("left_out", item.record, why=f"it has the pixels of {other.record}.")
         if not (contents := [item.content for item in written if item.content is not None]):
-            raise DataError(f"Nothing in {root} can be repaired: no image is left with a label that is sure.")
+            raise DataError("Nothing can be repaired: no image is left with a label that is sure.")
         if not listing.pairs:
             (copy / ANNOTATIONS).write_text(json.dumps(contents), encoding="utf-8")
         # Not `check_data`: the alias file may name images that are left out.
@@ -100,7 +100,7 @@ def repair_data(
         if report.exit_code:
             raise DataError(f"The repaired copy still has faults: {report.of('error')[0].message}")
     done = [finding for item in written for finding in item.findings]
-    return replace(report, root=out, findings=(*done, *report.findings))
+    return replace(report, findings=(*done, *report.findings))
 
 
 def _write_group(

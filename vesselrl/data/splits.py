@@ -250,7 +250,9 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
         }
         expected = content["sha256"]
     except FileNotFoundError:
-        raise DataError(f"There is no split {path}. Train first, or give the run that holds it.") from None
+        raise DataError(
+            f"There is no split {path.name}. Train first, or give the run that holds it."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
     except (AttributeError, KeyError, TypeError, ValueError):

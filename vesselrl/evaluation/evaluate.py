@@ -23,7 +23,7 @@ from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask
 from vesselrl.scoring.postprocessing import PostProcessing
-from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.rewards import Reward, score_or_skip
 from vesselrl.scoring.scores import evaluation_scores
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
         row |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
         if reward is not None:
-            value, terms = reward(pred, truth)
+            value, terms = score_or_skip(reward, pred, truth)
             row["reward"] = float(value)
             if "custom_score" in terms:  # the user wants to see whether it moves
                 row["custom_score"] = float(terms["custom_score"])
@@ -198,14 +198,16 @@ def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sampl
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. Give the folder with the second observer's masks.")
+        raise DataError(
+            "There is no folder --second_masks. Give the folder with the second observer's masks."
+        )
     others, num_named = [], Counter(sample.image_path.stem for sample in samples)
     for sample, below in zip(samples, relative_paths(samples), strict=True):
         stems = [below.with_suffix(""), below.stem] if num_named[below.stem] == 1 else [below.with_suffix("")]
         tried = (folder / f"{stem}{end}" for stem in stems for end in MASK_SUFFIXES)
         path = next((path for path in tried if path.is_file()), None)
         if path is None:
-            missing = f"{sample.key}: the second observer has no mask of it in {folder}"
+            missing = f"{sample.key}: the second observer has no mask of it"
             raise DataError(f"{missing}. Name masks as the images, or leave the second observer out.")
         record = f"{sample.record}: second observer"
         size, image_size = read_size(path, record), read_size(sample.image_path, sample.record)

@@ -24,7 +24,7 @@ from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_ev
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate
-from vesselrl.experiment.run_folder import check_writable, find_run, run_settings, write_json
+from vesselrl.experiment.run_folder import check_writable, find_run, hide_paths, run_settings, write_json
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -67,7 +67,7 @@ def evaluate_held_out(
     settings = run_settings(run)
     folder, name = result_place(options, lora_weights, run)
     check_writable(folder)
-    plan = {"side" if key == "split" else key: value for key, value in vars(options).items()}
+    plan = hide_paths({"side" if key == "split" else key: value for key, value in vars(options).items()})
     plan["lora_weights"] = lora_weights
     if run is None:
         _refuse_to_replace(folder / f"{name}.json", plan)

@@ -307,7 +307,9 @@ def evaluation_page(path: Path) -> dict[str, Any]:
         other = path.with_name(f"{path.stem}_{ending}.json")
         # An earlier evaluation under the same name may have left files of another model or of other data.
         if other.is_file() and (facts := read_extra(other)).get("plan") == plan:
-            tuned[f"{masks_in_words(facts)}, {tuned_for}"] = read_evaluation(other)
+            one = read_evaluation(other)
+            if not set_mismatch(given, one, "0.5", "tuned"):
+                tuned[f"{masks_in_words(facts)}, {tuned_for}"] = one
     observer = path.with_name(f"{plan['side']}_human_agreement.json")
     if observer.is_file():
         human = {words.LABELS["columns"][HUMAN]: read_evaluation(observer)}

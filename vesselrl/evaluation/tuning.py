@@ -14,7 +14,7 @@ import numpy as np
 from vesselrl.evaluation.statistics import patient_mean
 from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
-from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.rewards import Reward, score_or_skip
 from vesselrl.scoring.scores import cached_truth
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def score_postprocessing(
                 if (num_pixels := np.count_nonzero(mask)) != num_scored:  # else it is scored already
                     num_scored = num_pixels
                     closed = [mask if low is None else low.close(mask) for low in low_masks]
-                    scores = [reward(one, image.truth, topology)[0] for one in closed]
+                    scores = [score_or_skip(reward, one, image.truth, topology)[0] for one in closed]
                 for level, score in zip(gap_levels, scores, strict=True):
                     rewards[PostProcessing(threshold, size, level)].append(score)
     patients = [image.patient for image in images]

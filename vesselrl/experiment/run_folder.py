@@ -36,6 +36,9 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
 }
+# Options that hold a path to data, which may name a patient: outputs show DATA_ROOT, this file the path.
+PRIVATE_FILE = "paths.private.json"
+DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -106,6 +109,13 @@ class RunFolder:
         write_json(path, values)
         return path
 
+    def write_data_paths(self, settings: Mapping[str, Any]) -> None:
+        """Writes the paths that `hide_paths` takes out of settings to a file that only the owner can read."""
+        shown = hide_paths(settings)
+        hidden = {name: value for name, value in settings.items() if shown[name] != value}
+        if hidden:
+            write_text(self.path / PRIVATE_FILE, json.dumps(hidden, indent=2) + "\n", mode=0o600)
+
     @property
     def metrics_file(self) -> Path:
         """One JSON object per line, with the step that it belongs to."""
@@ -158,18 +168,24 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
 
 
 def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, Any]:
-    """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError."""
+    """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError.
+
+    Without the private file, as in a run that was passed on, paths to data stay hidden.
+    """
     if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         settings = dict(values["args"])
+        private = run / PRIVATE_FILE
+        hidden = json.loads(private.read_text(encoding="utf-8")) if private.exists() else {}
+        shown = {name: path for name, path in hidden.items() if settings[name] == name.upper()}
     except (ValueError, KeyError, TypeError):
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
     if not may_be_changed and values.get("args_sha256", json_hash(settings)) != json_hash(settings):
         advice = "Put it back; if the change is meant, remove its line args_sha256."
         raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
-    return settings
+    return settings | shown
 
 
 def json_hash(values: Mapping[str, Any]) -> str:
@@ -195,6 +211,32 @@ def damaged_files(folder: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     sums = {Path(name).name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     return [n for n, digest in sums.items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
+
+
+def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with an option's name, as DATA_ROOT, in place of each path to data."""
+    hidden = {name: settings[name] for name in DATA_PATHS if settings.get(name) not in (None, "none", "all")}
+    return {name: name.upper() if name in hidden else value for name, value in settings.items()}
+
+
+def hide_paths_of_command(argv: Sequence[str]) -> list[str]:
+    """A command line with DATA_ROOT, and the like, in place of each path to data.
+
+    >>> hide_paths_of_command(["vesselrl", "train", "--data-root", "/angio/ZHANG", "--split_file=a.json"])
+    ['vesselrl', 'train', '--data-root', 'DATA_ROOT', '--split_file=SPLIT_FILE']
+    """
+    shown, option = [], ""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if option:
+            argument, option = hide_paths({option: argument})[option], ""
+        elif key in DATA_PATHS and equals:
+            argument = f"{name}={hide_paths({key: value})[key]}"
+        elif key in DATA_PATHS and key != name:
+            option = key
+        shown.append(argument)
+    return shown
 
 
 @contextmanager
@@ -263,10 +305,17 @@ def writing(*paths: Path) -> Iterator[None]:
         raise WriteError(f"{fault}. {_ADVICE.get(number, 'Check the disk.')}", reason) from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has."""
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="")
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has.
+
+    `mode`: rights of others, less those that the umask takes.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
+    with atomic_write(path) as place, open(place, "w", encoding="utf-8", newline="", opener=opener) as file:
+        file.write(text)
 
 
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -310,7 +359,7 @@ def provenance(argv: list[str], device: str) -> dict:
     """Where a result comes from: command, commit, versions, machine."""
     found = {name: next(iter(metadata.distributions(name=name)), None) for name in _PACKAGES}
     return {
-        "command": argv,
+        "command": hide_paths_of_command(argv),
         "git_commit": git_commit(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections import Counter
@@ -160,7 +161,7 @@ def predict_files(
 
 def find_inputs(path: Path, output_dir: Path) -> list[Path]:
     """The images to predict, in name order; a DataError, without the path, where that cannot be done."""
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path's it is false where a folder above cannot be entered
         raise DataError("The path of --image does not exist; give an image file or a folder of images.")
     if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
         raise DataError(f"The folder --image holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")

@@ -8,8 +8,8 @@ import hashlib
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from vesselrl.errors import RewardError
 from vesselrl.scoring import overlap
+from vesselrl.scoring.custom import MAX_CUSTOM_SCORE, CustomCalls, CustomReward
 from vesselrl.scoring.scores import cldice_scores, length_ratio
 from vesselrl.scoring.topology import Topology, check_topology, prototype_topology, topology
 
@@ -28,8 +29,6 @@ TERM_WEIGHTS = ("dice_weight", "recall_weight", "topology_weight", "length_weigh
 # Weight of the precision guard: the smallest multiple of 0.05 that keeps the order perfect > dilated 3x3 >
 # eroded 3x3 > dilated 7x7 > empty > all-foreground by 0.2 at every step (measurements in docs/rewards.md).
 PRECISION_WEIGHT = 0.75
-
-CustomReward = Callable[[np.ndarray, np.ndarray], float]  # of two bool masks (H, W)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +90,24 @@ class Reward:
     def _shape_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> dict:
         return {}
 
+    @cached_property
+    def calls(self) -> CustomCalls:
+        """The calls of the user's function so far."""
+        return CustomCalls(getattr(self.custom, "__qualname__", repr(self.custom)))
+
+    def without_custom(self, error: RewardError) -> "Reward":
+        """The reward for an image on which the user's function failed; raises where that is too often."""
+        self.calls.skip(error)
+        return replace(self, custom=None)
+
     def _call_custom(self, pred: np.ndarray, gt: np.ndarray) -> float:
         """Call the user's function on copies, and report what goes wrong under its name."""
-        name = getattr(self.custom, "__qualname__", repr(self.custom))
-        try:
-            value = self.custom(pred.copy(), gt.copy())
-        except Exception as error:  # the user's code can raise anything
-            problem = f"{type(error).__name__}: {error}"
-            raise RewardError(f"custom reward {name} failed with {problem}. Fix the function.") from error
+        value = self.calls.run(self.custom, pred.copy(), gt.copy())
         if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
             value = value.item()  # a 0-d array or tensor
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"custom reward {name} must return a finite number, got {value!r}.")
+        if not isinstance(value, Real) or not abs(value) <= MAX_CUSTOM_SCORE:  # nan is not
+            name = self.calls.name
+            raise RewardError(f"custom reward {name} must return a finite number, got {value!r:.60}.")
         return float(value)
 
 
@@ -190,6 +195,15 @@ class RecallFocusedReward(Reward):
         """Weighted terms dice, recall and, in spec "default", precision; elementwise over counts."""
         weights = 1 - self.recall_weight, self.recall_weight
         return _dice_recall_guard(self, (tp, fp, fn), weights, slopes=(30, 10))
+
+
+def score_or_skip(reward: Reward, *masks: Any) -> tuple[float, dict]:
+    """Reward and details of one prediction; nan for both scores where the user's function failed on it."""
+    try:
+        return reward(*masks)
+    except RewardError as error:
+        reward.without_custom(error)
+        return math.nan, {"custom_score": math.nan}
 
 
 # ---- Making a reward ----

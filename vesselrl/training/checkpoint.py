@@ -28,6 +28,7 @@ from vesselrl.experiment.run_folder import (
     RunFolder,
     atomic_write,
     file_hash,
+    hide_paths,
     json_hash,
     run_settings,
     write_text,
@@ -262,8 +263,10 @@ def write_first_files(
         forget_damaged(run.path)
         for file in place.path.glob("*.json"):
             write_text(run.path / file.name, file.read_text(encoding="utf-8"))
-        config = config | {"provenance": state["provenance"]}
-    run.write_json(CONFIG_FILE, config | {"args_sha256": json_hash(config["args"])})
+    run.write_data_paths(config["args"])
+    args, origin = hide_paths(config["args"]), (state or start)["provenance"]
+    values = {"args": args, "provenance": origin, "args_sha256": json_hash(args)}
+    run.write_json(CONFIG_FILE, config | values)
 
 
 def check_fits(state: Mapping[str, Any], model: Model) -> None:

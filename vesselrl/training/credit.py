@@ -11,12 +11,14 @@ credit adds up to what flipping it is worth.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
 import numpy as np
 
+from vesselrl.errors import RewardError
 from vesselrl.scoring.overlap import counts
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing
 from vesselrl.scoring.rewards import Reward
@@ -76,6 +78,10 @@ class ConstrainedReward:
         """Structure terms of the reward."""
         return self.reward.structure_terms(pred, gt, gt_topology)
 
+    def without_custom(self, error: RewardError) -> "ConstrainedReward":
+        """The same without the user's own term; see `Reward.without_custom`."""
+        return replace(self, reward=self.reward.without_custom(error))
+
     def update_multipliers(self, means: Mapping[str, float]) -> None:
         """One step of dual ascent from the mean scores of a validation."""
         for name, bound in self.lower_bounds.items():
@@ -95,8 +101,26 @@ def assign_credit(
 ) -> Credit:
     """Scores the sampled masks (K, H, W) of one image, after post-processing, and credits its pixels.
 
-    Up to `num_regions` regions, which `rng` chooses, are flipped in the greedy mask.
+    Up to `num_regions` regions, which `rng` chooses, are flipped in the greedy mask. Where the user's
+    function fails, no mask of this image has its term: all are compared by the same, and no value is made up.
     """
+    image = (masks, probabilities, truth, truth_topology)
+    try:
+        return _assign_credit(*image, reward, post, num_regions, deepcopy(rng))
+    except RewardError as error:
+        return _assign_credit(*image, reward.without_custom(error), post, num_regions, rng)
+
+
+def _assign_credit(
+    masks: np.ndarray,
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    truth_topology: Topology,
+    reward: Reward | ConstrainedReward,
+    post: PostProcessing,
+    num_regions: int,
+    rng: np.random.Generator,
+) -> Credit:
     postprocess = post.postprocess_for(probabilities)
 
     def score(mask: np.ndarray) -> dict[str, float]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, writing
+from vesselrl.experiment.run_folder import RunFolder, hide_paths, writing
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Monitor:
         if config.run.use_wandb:
             import wandb
 
-            self._wandb = wandb.init(project="vesselrl", name=run.name, config=config.to_dict())
+            self._wandb = wandb.init(project="vesselrl", name=run.name, config=hide_paths(config.to_dict()))
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(

@@ -223,7 +223,8 @@ def rollout_metrics(credits: list[Credit]) -> dict[str, float]:
         "dice": [dice_from_counts(*c.greedy_counts) for c in credits],
         "foreground": (tp + fp) / (tp + fn) if tp + fn else empty_ratio,  # predicted over true vessel area
     }
-    for name in credits[0].terms:
-        metrics[f"reward/{name}"] = [c.terms[name].mean() for c in credits]
-        metrics[f"reward_std/{name}"] = [c.terms[name].std() for c in credits]
+    for name in dict.fromkeys(name for credit in credits for name in credit.terms):
+        having = [credit for credit in credits if name in credit.terms]  # the user's function may have failed
+        metrics[f"reward/{name}"] = [c.terms[name].mean() for c in having]
+        metrics[f"reward_std/{name}"] = [c.terms[name].std() for c in having]
     return {f"train/{name}": float(np.mean(values)) for name, values in metrics.items()}

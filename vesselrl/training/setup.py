@@ -28,7 +28,7 @@ from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run, hide_paths
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
@@ -104,8 +104,8 @@ def check_before_training(config: TrainConfig) -> DataReport:
     reading = {name: getattr(config.data, name) for name in READING}
     report = check_data(root, **reading)
     errors, warnings = report.of("error"), report.of("warning")
-    given = [f" --{name} {shlex.quote(value)}" for name, value in reading.items() if value is not None]
-    hint = f"`vesselrl data check {root}{''.join(given)}`"
+    given = [f" --{n} {shlex.quote(v)}" for n, v in hide_paths(reading).items() if v is not None]
+    hint = f"`vesselrl data check DATA_ROOT{''.join(given)}`"
     if errors:
         count = f"This is the first of {len(errors)} errors; {hint} lists all."
         raise DataError(f"{errors[0].message} {count if len(errors) > 1 else f'{hint} shows more.'}")

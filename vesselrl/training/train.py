@@ -20,7 +20,7 @@ from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_pa
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, provenance
+from vesselrl.experiment.run_folder import RunFolder, hide_paths, provenance
 from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
@@ -155,7 +155,7 @@ def set_up(
     allow_change: Sequence[str],
 ) -> Training:
     """Prepares data and model, checks that they are those of `state`, and writes the first files of a run."""
-    fingerprint = {"settings": config.to_dict(), "reward": source_hash(reward)}
+    fingerprint = {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
     changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
     with setup.untouched(run, is_new=state is None) as place:
         data = setup.prepare_data(config, place)
@@ -172,9 +172,8 @@ def set_up(
         changed += checkpoint.check_fingerprint(state, own, allow_change)
         checkpoint.check_fits(state or {}, model)
         fingerprint |= own
-        counts = data.counts | {"trainable": model.counts}
         start = {"fingerprint": fingerprint, "provenance": origin, "step": 0}
-        values = {"args": config.to_dict(), "counts": counts, "provenance": origin}
+        values = {"args": config.to_dict(), "counts": data.counts | {"trainable": model.counts}}
         checkpoint.write_first_files(run, place, state, start, values)
     optimizer, updates = setup.make_updates(config, model, reward)
     if state is None:
@@ -375,7 +374,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
     t.run.check_there()
     info = {
-        "args": t.config.to_dict(),
+        "args": hide_paths(t.config.to_dict()),
         "counts": t.data.counts | {"trainable": t.model.counts},
         "initial_metrics": t.before.headline,
         "final_metrics": t.latest.headline,
@@ -386,6 +385,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
         "adapter_delta_norm": t.model.distance(),
         "grad_norm_max": t.monitor.grad_norm_max,
         "reward_time_share": t.monitor.reward_time_share,
+        **t.reward.calls.to_json(),
         "findings": [issue.to_json() for issue in t.monitor.issues],
         "metric_spec": METRIC_SPEC,
         "provenance": t.provenance,
