@@ -83,7 +83,7 @@ def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pyte
     shutil.copytree(images, bad)
     cut(bad / "Ylva heart 1.png")
     root, out = ["--data_root", str(named_angiograms)], ["--output_dir", str(folder)]
-    train, aliases = ["train", "--preset", "debug", "--model_path", str(tiny_checkpoint)], str(bad / "no.csv")
+    train = ["train", "--preset", "debug", "--model_path", str(tiny_checkpoint)]
 
     def call(*arguments: str) -> int:
         file = (folder / "printed.txt").open("a", encoding="utf-8")
@@ -99,18 +99,24 @@ def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pyte
         assert call("compare", *out) in (0, 2)
         assert call("data", "check", named_angiograms) == 0
         assert call("data", "check", named_angiograms, "--json") == 0
+        assert call("data", "check", named_angiograms, "--fix", bad.parent / "Brünhilde") == 0  # data again
+        assert call("data", "check", bad, "--fix", bad) == 2
         assert call("data", "show", named_angiograms, "--output", folder / "sheet.png") == 0
         assert call("doctor", *root) in (0, 1)
         predict = ["predict", "--lora_weights", run, "--base_model", tiny_checkpoint]
         assert call(*predict, "--image", bad, "--output_dir", folder / "predicted") == 3
         assert call(*predict, "--image", bad / "Ylva heart 1.png", "--output_dir", folder / "none") == 1
+        merge = ["merge", "--lora_weights", run, "--base_model", tiny_checkpoint]
+        assert call(*merge, "--output_model", folder / "merged") in (0, 1)  # where no vessel is found
+        (folder / "merged/model.safetensors").unlink()  # numbers by the million spell a short name by chance
         for place in (bad, bad / "nowhere", bad / "Ylva heart 0.png"):
             assert call("data", "check", place) == 2
             assert call(*train, "--data_root", place, *out) in (1, 2)
             assert call("evaluate", "--data_root", place, *out) in (1, 2)
         assert call("predict", "--image", bad / "nowhere", *out) in (1, 2)
         for option in ("--patient_aliases", "--base_trained_on", "--split_file"):
-            assert call(*train, *root, *out, option, aliases) in (1, 2)
+            for place in (bad, bad / "no.csv", named_angiograms / "annotations.json"):
+                assert call(*train, *root, *out, option, place) in (1, 2)
     finally:
         loggers[0].removeHandler(handler)
         handler.close()

@@ -64,10 +64,10 @@ def repair_data(
     """
     root, out = Path(root), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is not empty. Give a new folder for the repaired copy.")
+        raise DataError("The folder of --fix exists and is not empty. Give a new one for the repaired copy.")
     inside, outside = out.resolve(), root.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise DataError(f"{out} overlaps the data root. Give a folder beside it for the copy.")
+        raise DataError("The folder of --fix overlaps the data root. Give one beside it for the copy.")
     listing = list_entries(root, Findings(), **places)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
