@@ -211,10 +211,11 @@ def test_a_gradient_whose_norm_is_no_number_is_refused(spoilt: float) -> None:
 
 
 def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None:
-    (issue,) = diagnose(lambda p, m: {"train/grad_norm": 4e9, "train/reward": -1e12})
-    assert issue.code == "gradient_explodes"
-    assert "because the reward is -1e+12" in issue.symptom
-    assert "--learning_rate is not the cause" in issue.advice
+    for moving in ({}, {"train/price/recall": 1.0}):  # a multiplier
+        (issue,) = diagnose(lambda p, m, more=moving: {"train/grad_norm": 4e9, "train/reward": -1e12} | more)
+        assert issue.code == "gradient_explodes"
+        assert "rewards have a size of 1e+12" in issue.symptom
+        assert "--learning_rate is not the cause" in issue.advice
     weight = torch.nn.Parameter(torch.zeros(2))
     for reward, kind, words in (
         (-1e12, LearningError, "the reward is the cause"),

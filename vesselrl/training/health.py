@@ -183,9 +183,9 @@ RULES = (
     Rule("gradient_vanishes", "grad_norm", lambda h: -h.median("grad_norm") or -math.inf, -1e-4, None,
          "The gradient has a norm of only {0:.2g}.",
          "Add mask_decoder and image_encoder to --lora_scope; check that the reward differs between masks."),
-    Rule("gradient_explodes", "reward excess_grad_norm",  # before the next: the first of a code is reported
-         lambda h: h.median("excess_grad_norm") if abs(h.median("reward")) > HUGE_REWARD else -math.inf,
-         100, None, "The gradient's norm is {0:.0f} times --max_grad_norm, because the reward is {now:.3g}.",
+    Rule("gradient_explodes", "score_size excess_grad_norm",  # before the next: the first is reported
+         lambda h: h.median("excess_grad_norm") if h.median("score_size") > HUGE_REWARD else -math.inf,
+         100, None, "The gradient's norm is {0:.0f} times --max_grad_norm: rewards have a size of {now:.3g}.",
          "Scale the reward to at most about 10 for a good mask; --learning_rate is not the cause."),
     Rule("gradient_explodes", "excess_grad_norm", lambda h: h.median("excess_grad_norm"), 100, None,
          "The gradient's norm is {0:.0f} times --max_grad_norm: nearly all of it is cut away, and a few "
@@ -243,9 +243,12 @@ class Health:
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step, none where its loss or gradient was not finite."""
-        norm = metrics.get("train/grad_norm")
-        excess = {} if norm is None else {"train/excess_grad_norm": norm / self.max_grad_norm}
-        self.history.add({**metrics, **excess})
+        derived = {}  # not hidden while multipliers move: the size of rewards is no measure of progress
+        if "train/grad_norm" in metrics:
+            derived["train/excess_grad_norm"] = metrics["train/grad_norm"] / self.max_grad_norm
+        if "train/reward" in metrics:
+            derived["train/score_size"] = abs(metrics["train/reward"])
+        self.history.add({**metrics, **derived})
         known = {name for name, values in self.history.latest.items() if len(values) == WINDOW}
         rules = [rule for rule in RULES if rule.metrics and known.issuperset(rule.metrics.split())]
         severity = self._apply(rules, step, WINDOW)
