@@ -139,6 +139,9 @@ def test_what_is_no_control_run_is_none(finished_run: Path, tmp_path: Path) -> N
     weights = load_file(tmp_path / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] = float("nan")
     save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is not as it was saved"):
+        load_control(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"holds no control that can be read .* nan instead of numbers"):
         load_control(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")

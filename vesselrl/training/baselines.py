@@ -19,7 +19,7 @@ from torch.nn import functional
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
-from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.experiment.run_folder import atomic_write, damaged_files, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight
 from vesselrl.training.checkpoint import tensors_hash
@@ -98,6 +98,7 @@ class UNet:
         write_json(folder / FILE, {"format": FORMAT, "control": "unet", "features": UNET_FEATURES})
         with atomic_write(folder / WEIGHTS) as partial:
             save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, partial)
+        write_sums(folder)
 
     def identity(self) -> str:
         """Hash of the first weights."""
@@ -142,6 +143,7 @@ class Frangi:
         """Writes control.json."""
         settings = {"control": "frangi", "sigmas": self.sigmas, "threshold": self.threshold}
         write_json(folder / FILE, {"format": FORMAT} | settings)
+        write_sums(folder)
 
     def identity(self) -> str:
         """Where the choice of a filter starts."""
@@ -184,6 +186,8 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
     if place is None:
         return None
     try:
+        if damaged := damaged_files(place):
+            raise ValueError(f"{damaged[0]} is not as it was saved")
         settings: dict[str, Any] = json.loads((place / FILE).read_text(encoding="utf-8"))
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
