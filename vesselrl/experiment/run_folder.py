@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vesselrl.errors import RefusedError, RunError, Stopped, WriteError
+from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
 
 try:
     import fcntl
@@ -141,10 +141,10 @@ class RunFolder:
 
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:
-        """Where a signal or a disk ends the training, the message has the command that goes on with it."""
+        """Where signal, disk or a user's reward end the training, the message has the command to go on."""
         try:
             yield
-        except (Stopped, OSError) as error:
+        except (Stopped, OSError, RewardError) as error:
             with suppress(OSError):  # it may be out of reach
                 if any(self.path.glob("resume.*safetensors")):
                     error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
