@@ -3,7 +3,6 @@
 Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.nn import functional
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
-from vesselrl.experiment.run_folder import atomic_write, write_json
+from vesselrl.experiment.run_folder import atomic_write, read_json, write_json
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight
 from vesselrl.training.checkpoint import tensors_hash
@@ -184,7 +183,7 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
     if place is None:
         return None
     try:
-        settings: dict[str, Any] = json.loads((place / FILE).read_text(encoding="utf-8"))
+        settings: dict[str, Any] = read_json(place / FILE)
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
