@@ -31,6 +31,7 @@ def test_written_json_is_strict_and_reads_back(made, tmp_path):
         ({"rows": []}, "rows is missing"),
         ({"rows": document["rows"][:1]}, "do not match its image_list_hash"),
         ({"rows": relabelled}, "do not match its label_hash"),
+        ({"rows": [3]}, r"test_after\.json is damaged.*AttributeError"),
         (None, r"test_after\.json is not valid JSON"),
     ):
         paths[0].write_text("{" if change is None else json.dumps(document | change))

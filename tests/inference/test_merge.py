@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vesselrl.errors import CheckpointError, RefusedError
+from vesselrl.errors import CheckpointError, RefusedError, RunError
 from vesselrl.inference import merge as merging
 from vesselrl.inference.merge import merge
 from vesselrl.inference.predictor import Predictor
@@ -107,7 +107,7 @@ def test_a_copy_that_is_not_right_never_appears(
 
     monkeypatch.setattr(checkpoint, "save_file", check_and_save)
     before = digests(base)
-    with pytest.raises((OSError, CheckpointError), match=FAULTS[fault]):
+    with pytest.raises((OSError, CheckpointError, RunError), match=FAULTS[fault]):
         merge(base, adapter, workplace / "merged")
     assert list(workplace.iterdir()) == []
     assert digests(base) == before
@@ -121,7 +121,7 @@ def test_probabilities_prove_a_copy_as_well_as_masks(
 
     monkeypatch.setattr(merging, "MIN_DICE", 0)
     monkeypatch.setattr(checkpoint, "save_file", save_changed)
-    with pytest.raises(CheckpointError, match=r"probabilities 0\.0\d+ apart, at most 0\.0003"):
+    with pytest.raises(RunError, match=r"probabilities 0\.0\d+ apart, at most 0\.0003"):
         merge(lively_checkpoint, adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 

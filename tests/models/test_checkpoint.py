@@ -137,13 +137,7 @@ def test_tied_embeddings_need_no_head(folder: Path, expected: torch.Tensor, sect
 def test_a_tokenizer_in_one_file_gives_the_same_ids(
     folder: Path, expected: torch.Tensor, alone: bool
 ) -> None:
-    names = (
-        "vocab.json",
-        "merges.txt",
-        "added_tokens.json",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    )
+    names = "vocab.json merges.txt added_tokens.json special_tokens_map.json tokenizer_config.json".split()
     official = Qwen2Tokenizer.from_pretrained(folder)
     assert [load_tokenizer(folder)(text)["input_ids"] for text in TEXTS] == [
         official(text)["input_ids"] for text in TEXTS
@@ -153,12 +147,8 @@ def test_a_tokenizer_in_one_file_gives_the_same_ids(
     official.save_pretrained(folder)
     # A pattern that would take years on a long word: patterns of files are never used.
     whole = json.loads((folder / "tokenizer.json").read_text())
-    whole["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": {"Regex": "(a+)+$"},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    whole["pre_tokenizer"] = slow
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     if alone:
         (folder / "tokenizer_config.json").unlink()

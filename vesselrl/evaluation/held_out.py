@@ -24,7 +24,14 @@ from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_ev
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate
-from vesselrl.experiment.run_folder import check_writable, find_run, hide_paths, run_settings, write_json
+from vesselrl.experiment.run_folder import (
+    check_writable,
+    find_run,
+    hide_paths,
+    reading,
+    run_settings,
+    write_json,
+)
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -142,10 +149,11 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     """Refuses to write over the result of another model, where the name does not tell them apart."""
     if not path.is_file():
         return
-    before = read_extra(path).get("plan") or {}
-    for key in ("base_model", "lora_weights"):
-        first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
-        if first != second:
+    with reading(path, "Give another --output_dir."):
+        both = read_extra(path).get("plan") or {}, plan
+        keys = ("base_model", "lora_weights")
+        one, other = ([one.get(key) and Path(one[key]).resolve() for key in keys] for one in both)
+        if one != other:
             raise RefusedError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, neare
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, read_extra, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
-from vesselrl.experiment.run_folder import write_text
+from vesselrl.experiment.run_folder import read_json, reading, write_text
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.compare import Comparison
@@ -29,12 +28,14 @@ MAX_PICTURE_BYTES = 3_000_000
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
     """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out."""
-    return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
+    with reading(Path(run_folder), "Put its files back."):
+        return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
 
 
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
     """Writes NAME.html and NAME.md beside NAME.json, from it and the files of the same evaluation."""
-    return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
+    with reading(Path(path), "Evaluate again."):
+        return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
 
 
 def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Path, Path, Path]:
@@ -58,7 +59,7 @@ def _write(template: str, stem: Path, page: Mapping[str, Any]) -> tuple[Path, Pa
 
 def render(template: str, form: str, page: Mapping[str, Any]) -> str:
     """A template filled in: as "html", with all text escaped, or as "md"."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     loader = PackageLoader("vesselrl.evaluation")
     environment = Environment(
@@ -81,7 +82,10 @@ def render(template: str, form: str, page: Mapping[str, Any]) -> str:
         "subset_name": lambda subset: words.LABELS["subsets"].get(subset, subset),
         "svg": figures.svg,
     }
-    text = environment.get_template(template).render(page)
+    try:
+        text = environment.get_template(template).render(page)
+    except UndefinedError as error:  # a value that a file lacks
+        raise LookupError(str(error)) from error
     return re.sub(r"\n{2,}", "\n" if form == "html" else "\n\n", text).strip() + "\n"
 
 
@@ -153,7 +157,7 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) | {}
+        return read_json(path) | {}
     except (ValueError, TypeError) as error:
         place = f"{path.name} of {path.parent.name}"
         raise ValueError(f"{place} is no valid JSON object ({error}). Write it again.") from error

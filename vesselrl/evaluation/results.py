@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vesselrl.evaluation import statistics
-from vesselrl.experiment.run_folder import strict, write_json, write_text
+from vesselrl.experiment.run_folder import read_json, reading, strict, write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
@@ -245,7 +244,8 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def read_extra(path: Path) -> dict[str, Any]:
     """Reads the `extra` of a file of `write_evaluation`."""
-    return _read_document(path).get("extra") or {}
+    extra = _read_document(path).get("extra")
+    return extra if isinstance(extra, dict) else {}
 
 
 def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluation:
@@ -253,9 +253,11 @@ def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluatio
     required = ("rows", "metric_spec", "image_list_hash", "label_hash")
     if missing := [name for name in required if not document.get(name)]:
         raise ValueError(f"{source} is incomplete: {', '.join(missing)} is missing. Evaluate again.")
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
-    stored = {"calibration": document.get("calibration"), "caveats": read_caveats(document.get("marks", ()))}
-    evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
+    with reading(source, "Evaluate again."):
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
+        caveats = read_caveats(document.get("marks", ()))
+        stored = {"calibration": document.get("calibration"), "caveats": caveats}
+        evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
     for name in ("image_list_hash", "label_hash"):
         if getattr(evaluation, name) != document[name]:
             raise ValueError(f"{source} was changed: its rows do not match its {name}. Evaluate again.")
@@ -264,8 +266,8 @@ def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluatio
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        document = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Evaluate again.") from error
     found = document.get("format") if isinstance(document, dict) else type(document).__name__
     if found != FORMAT:

@@ -18,9 +18,11 @@ from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
+from vesselrl.experiment.config import TrainConfig
 
 try:
     import fcntl
@@ -39,6 +41,8 @@ _ADVICE = {
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT, this file the path.
 PRIVATE_FILE = "paths.private.json"
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
+# What comes of a file whose values are others than were written.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -155,7 +159,7 @@ def _is_entry(line: bytes) -> bool:
     """Whether a line of metrics.jsonl is complete."""
     try:
         return line.endswith(b"\n") and "step" in json.loads(line)
-    except (ValueError, TypeError):
+    except MALFORMED:
         return False
 
 
@@ -175,17 +179,59 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
     if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         settings = dict(values["args"])
         private = run / PRIVATE_FILE
-        hidden = json.loads(private.read_text(encoding="utf-8")) if private.exists() else {}
+        hidden = read_json(private) if private.exists() else {}
         shown = {name: path for name, path in hidden.items() if settings[name] == name.upper()}
-    except (ValueError, KeyError, TypeError):
+        is_changed = values.get("args_sha256", json_hash(settings)) != json_hash(settings)
+    except MALFORMED:
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
-    if not may_be_changed and values.get("args_sha256", json_hash(settings)) != json_hash(settings):
+    if wrong := [name for name, value in settings.items() if not _is_setting(name, value)]:
+        raise RefusedError(f"{path} is damaged: {wrong[0]} is {settings[wrong[0]]!r:.40}. Put it back.")
+    if is_changed and not may_be_changed:
         advice = "Put it back; if the change is meant, remove its line args_sha256."
         raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
     return settings | shown
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether a value has the type of the setting of this name; True of names that are not known."""
+    hints = {}
+    for group in get_type_hints(TrainConfig).values():
+        hints |= get_type_hints(group)
+    return name not in hints or _fits(value, hints[name])
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:  # of any version
+        return isinstance(value, str)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, with or without a byte order mark; a ValueError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Turns what comes of other values than this program writes to a file into a ValueError that names it."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except MALFORMED as error:
+        fault = f"{path} is damaged: it holds other values than were written"
+        raise ValueError(f"{fault} ({type(error).__name__}: {error}). {advice}") from error
 
 
 def json_hash(values: Mapping[str, Any]) -> str:

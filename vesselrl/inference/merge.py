@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vesselrl.errors import CheckpointError
+from vesselrl.errors import CheckpointError, RunError
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models.checkpoint import EMBEDDED, copy_with_weights, load_sa2va
@@ -50,7 +50,7 @@ def merge(
                 f"Dice {worst:.4f}, at least {MIN_DICE}; probabilities {gap:.2g} apart, at most {allowed:g}"
             )
             fault = f"The merged copy predicts other masks than base plus adapter ({found})"
-            raise CheckpointError(f"{fault} and was removed. Merge with --dtype float32.")
+            raise RunError(f"{fault} and was removed. Merge with --dtype float32.")
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 

@@ -4,7 +4,6 @@ The official `config.json` is silent about SAM2, whose heads and windows leave n
 They are read from `sam2_config.json` beside it; without that file SAM2-Hiera-Large is assumed.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from pathlib import Path
 from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import read_json
 
 SAM2_SIDECAR = "sam2_config.json"
 _TRANSFORMER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -157,16 +157,15 @@ def unreadable(file: Path, error: Exception) -> CheckpointError:
     if is_pointer:
         fault = f"{file} is only a Git LFS pointer to the file"
         return CheckpointError(f"{fault}. Run `git lfs pull` in the clone that it came from.")
-    reason = "it is nested too deep" if isinstance(error, RecursionError) else error
     kind = "is not valid JSON" if file.suffix == ".json" else "cannot be read"
-    return CheckpointError(f"{file} {kind} ({reason}). Is it truncated? Copy it again from the source.")
+    return CheckpointError(f"{file} {kind} ({error}). Is it truncated? Copy it again from the source.")
 
 
 def read_json_object(path: Path) -> dict:
     """Reads one JSON object of a checkpoint, with or without a byte order mark."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also text that is no UTF-8, and numbers of 5,000 digits
+        values = read_json(path)
+    except ValueError as error:  # also text that is no UTF-8, and numbers of 5,000 digits
         raise unreadable(path, error) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, an object was expected.")

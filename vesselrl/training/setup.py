@@ -236,10 +236,12 @@ def check_settings(config: TrainConfig) -> Reward:
 
 
 def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
-    """Raises RefusedError where the disk has no room for all that the run will write, caches apart."""
+    """Raises RefusedError where the disk has no room for all that the run has yet to write, caches apart."""
     one = sum(values.numel() * values.element_size() for values in model.trainable.values())
     adapters = 2 + config.optim.num_epochs // config.run.save_freq
-    check_room(run.path, PICTURES_BYTES + one * (adapters + STATE_COPIES), "this training")
+    written = sum(file.stat().st_size for file in run.path.rglob("*.safetensors"))
+    left = max(0, one * (adapters + STATE_COPIES) - written)
+    check_room(run.path, PICTURES_BYTES + left, "this training")
 
 
 def check_reward(reward: Reward, data: RunData) -> None:
