@@ -23,11 +23,10 @@ from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
-from vesselrl.experiment.options import Evaluate
+from vesselrl.experiment.options import Evaluate, hide_paths
 from vesselrl.experiment.run_folder import (
     check_writable,
     find_run,
-    hide_paths,
     reading,
     run_settings,
     write_json,

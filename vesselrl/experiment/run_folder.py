@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
 from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.options import hide_paths, hide_paths_of_command
 
 try:
     import fcntl
@@ -38,9 +39,8 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
 }
-# Options that hold a path to data, which may name a patient: outputs show DATA_ROOT, this file the path.
+# The paths to data, which may name a patient; see `hide_paths`.
 PRIVATE_FILE = "paths.private.json"
-DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
 # What comes of a file whose values are others than were written.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
@@ -72,10 +72,6 @@ class RunFolder:
     def name(self) -> str:
         """The folder's own name."""
         return self.path.name
-
-    def remove(self) -> None:
-        """Deletes the folder, for a run that failed before its first result."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -257,32 +253,6 @@ def damaged_files(folder: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     sums = {Path(name).name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     return [n for n, digest in sums.items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
-
-
-def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with an option's name, as DATA_ROOT, in place of each path to data."""
-    hidden = {name: settings[name] for name in DATA_PATHS if settings.get(name) not in (None, "none", "all")}
-    return {name: name.upper() if name in hidden else value for name, value in settings.items()}
-
-
-def hide_paths_of_command(argv: Sequence[str]) -> list[str]:
-    """A command line with DATA_ROOT, and the like, in place of each path to data.
-
-    >>> hide_paths_of_command(["vesselrl", "train", "--data-root", "/angio/ZHANG", "--split_file=a.json"])
-    ['vesselrl', 'train', '--data-root', 'DATA_ROOT', '--split_file=SPLIT_FILE']
-    """
-    shown, option = [], ""
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if option:
-            argument, option = hide_paths({option: argument})[option], ""
-        elif key in DATA_PATHS and equals:
-            argument = f"{name}={hide_paths({key: value})[key]}"
-        elif key in DATA_PATHS and key != name:
-            option = key
-        shown.append(argument)
-    return shown
 
 
 @contextmanager

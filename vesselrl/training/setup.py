@@ -3,6 +3,7 @@
 import logging
 import math
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run, hide_paths
+from vesselrl.experiment.options import hide_paths
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
@@ -199,7 +201,7 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
     try:
         yield run
     except BaseException:
-        run.remove()
+        shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
