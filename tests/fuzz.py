@@ -69,7 +69,7 @@ def make_box(scratch: Path) -> Path:
     lose_a_shard(box / "shards")
     shutil.copy(next((box / "shards").glob("*01-of*")), box / "shards" / "model-00002-of-00002.safetensors")
     words = f"train {OPTIONS} --model_path model --data_root data/people --curriculum --learning_rate 0.01"
-    done = run_forked(words.split(), box, scratch / "log")
+    done = run_forked(words.split(), box, scratch / "log", patience_s=60 * MAX_SECONDS)
     assert done.code == 0, done.text
     the_run(box).rename(box / "run")
     assert run(words, box, "report", "SIGTERM").code == 143
@@ -77,13 +77,13 @@ def make_box(scratch: Path) -> Path:
     return box
 
 
-def run_forked(words: list[str], box: Path, log: Path) -> Attempt:
-    """Runs a command line in a forked process; without words that process does nothing."""
+def run_forked(words: list[str], box: Path, log: Path, patience_s: float = 6 * MAX_SECONDS) -> Attempt:
+    """Runs a command line in a forked process, by the clock for so long; without words it does nothing."""
     start = time.monotonic()
     if (pid := os.fork()) == 0:
-        run_child(words, box, log)
+        run_child(words, box, log, patience_s)
     while (ended := os.wait4(pid, os.WNOHANG))[0] == 0:
-        if time.monotonic() - start > 6 * MAX_SECONDS:
+        if time.monotonic() - start > patience_s:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.003)
     code, used = os.waitstatus_to_exitcode(ended[1]), ended[2]
@@ -91,7 +91,7 @@ def run_forked(words: list[str], box: Path, log: Path) -> Attempt:
     return Attempt(code, text, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
-def run_child(words: list[str], box: Path, log: Path) -> None:
+def run_child(words: list[str], box: Path, log: Path, patience_s: float) -> None:
     """Runs the command and ends the process; nothing of the parent's is written twice."""
     code = 70
     try:
@@ -99,7 +99,7 @@ def run_child(words: list[str], box: Path, log: Path) -> None:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        faulthandler.dump_traceback_later(5 * MAX_SECONDS, file=2)  # where it hangs
+        faulthandler.dump_traceback_later(0.8 * patience_s, file=2)  # where it hangs
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 4 * MAX_BYTES, resource.RLIM_INFINITY))
         from vesselrl import launch
