@@ -1,0 +1,274 @@
+"""Every family from a small random checkpoint in its official layout, made from transformers' own classes."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.convert_slow_tokenizer import import_protobuf
+
+from vesselrl.models.checkpoint import copy_with_weights, load_sa2va
+from vesselrl.models.config import Sa2VAConfig
+from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniature
+
+HIDDEN, LAYERS, ROWS = 48, 2, 640
+TEXT = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": ROWS}
+TEXT |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 4096}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}}
+LOOK = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": HIDDEN}
+LOOK |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN25 = LOOK | {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+QWEN3 = LOOK | {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+TOWER_6B = {"norm_type": "rms_norm", "qk_normalization": True, "qkv_bias": False}
+SAM = "grounding_encoder.sam2_model."
+QWEN_VL_TOKENS = {"<img>": "<|vision_start|>", "<IMG_CONTEXT>": "<|image_pad|>", "</img>": "<|vision_end|>"}
+SPECIAL = "<|im_start|> <|im_end|> <img> </img> <IMG_CONTEXT> [SEG] <p> </p> <vp> </vp>".split()
+
+
+class Case(NamedTuple):
+    """One family: its kind for vesselrl, and the plain class with the official text names of its tensors."""
+
+    kind: str
+    plain: type[PreTrainedModel]
+    text: Callable[[], object]  # configuration of the plain class
+    vision: Mapping = MappingProxyType({})
+    template: str = "qwen_chat"
+    decoders: int = 1
+
+
+def whole(config: type, vision: dict) -> Callable[[], object]:
+    text = TEXT | MROPE | ({"head_dim": 12} if config is Qwen3VLConfig else {})
+    return lambda: config(
+        text_config=text, vision_config=vision, image_token_id=261, tie_word_embeddings=False
+    )
+
+
+CASES = {
+    "Qwen2": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT)),
+    "Qwen2 in Phi3's words": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT),
+                                  template="phi3-chat"),
+    "Qwen3": Case("Qwen3ForCausalLM", Qwen3ForCausalLM, lambda: Qwen3Config(**TEXT, head_dim=16)),
+    "InternLM2": Case("InternLM2ForCausalLM", LlamaForCausalLM, lambda: LlamaConfig(**TEXT),
+                      template="internlm2_chat"),
+    "InternLM2 with biases, 6B tower": Case(
+        "InternLM2ForCausalLM", LlamaForCausalLM, lambda: LlamaConfig(**TEXT, attention_bias=True),
+        TOWER_6B, "internlm2_chat"),
+    "Sa2VA-i": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT), decoders=2),
+    "Qwen2.5-VL": Case("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration,
+                       whole(Qwen2_5_VLConfig, QWEN25), QWEN25),
+    "Qwen3-VL": Case("qwen3_vl", Qwen3VLForConditionalGeneration, whole(Qwen3VLConfig, QWEN3), QWEN3),
+}  # fmt: skip
+
+
+def internlm2_tensors(llama: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Llama's tensors as InternLM2 stores them, head by head: two heads of keys, each with two of queries."""
+    found = {"model.tok_embeddings.weight": llama["model.embed_tokens.weight"]}
+    found |= {"output.weight": llama["lm_head.weight"], "model.norm.weight": llama["model.norm.weight"]}
+    for layer in range(LAYERS):
+        at, dim = f"model.layers.{layer}.", HIDDEN // 4
+        for end in ("weight", "bias"):
+            if f"{at}self_attn.q_proj.{end}" in llama:
+                q, k, v = (llama[f"{at}self_attn.{part}_proj.{end}"].split(dim) for part in "qkv")
+                heads = [q[0], q[1], k[0], v[0], q[2], q[3], k[1], v[1]]
+                found[f"{at}attention.wqkv.{end}"] = torch.cat(heads)
+                found[f"{at}attention.wo.{end}"] = llama[f"{at}self_attn.o_proj.{end}"]
+        for theirs, mine in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
+            found[f"{at}feed_forward.{theirs}.weight"] = llama[f"{at}mlp.{mine}_proj.weight"]
+        found[f"{at}attention_norm.weight"] = llama[f"{at}input_layernorm.weight"]
+        found[f"{at}ffn_norm.weight"] = llama[f"{at}post_attention_layernorm.weight"]
+    return found
+
+
+def write_pieces(folder: Path) -> None:
+    """InternLM2's tokenizer: a SentencePiece model of single letters and bytes; the rest is added tokens."""
+    model = import_protobuf().ModelProto()
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"Sure,.onti",
+        "▁S",
+        "Su",
+    ]
+    for number, name in enumerate(names):
+        model.pieces.add(piece=name, score=-float(number))
+    model.trainer_spec.model_type = 2
+    model.normalizer_spec.add_dummy_prefix = False
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    tokens = {len(names) + k: {"content": token, "special": True} for k, token in enumerate(SPECIAL)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": tokens}))
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+
+
+def text_section(case: Case, config: object) -> dict:
+    """The language model's part of config.json in the words of its official class."""
+    text = (config.text_config if case.kind.endswith("_vl") else config).to_dict()
+    if "InternLM2" in case.kind:
+        text |= {"bias": text.pop("attention_bias"), "model_type": "internlm2"}
+    return text | {"architectures": [case.kind]}
+
+
+def make_checkpoint(folder: Path, case: Case) -> PreTrainedModel:
+    """Writes a checkpoint in the official layout; returns the plain class with the same values."""
+    torch.manual_seed(0)
+    plain = case.plain(case.text()).eval()
+    with torch.no_grad():
+        for name, value in plain.state_dict().items():
+            if "norm" in name or "bias" in name:
+                value.add_(0.1 * torch.randn_like(value))
+    is_whole = case.kind.endswith("_vl")
+    vision = case.vision if is_whole else DEBUG_CONFIG.vision | {**case.vision}
+    llm = text_section(case, plain.config)
+    config = Sa2VAConfig(vision, llm, DEBUG_CONFIG.sam2, 56, kind=case.kind)
+    write_miniature(folder, random_sa2va(1, config))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"template": case.template}))
+    if "InternLM2" in case.kind:
+        write_pieces(folder)
+    for file in folder.glob("*token*.json") if is_whole else ():
+        text = file.read_text()
+        for ours, theirs in QWEN_VL_TOKENS.items():
+            text = text.replace(f'"{ours}"', f'"{theirs}"')
+        file.write_text(text)
+    text = internlm2_tensors(plain.state_dict()) if "InternLM2" in case.kind else plain.state_dict()
+    prefix = "model." if is_whole else "language_model."
+    tensors = load_file(folder / "model.safetensors")
+    official = {name for name in tensors if name.startswith(prefix)}
+    assert official == {prefix + name for name in text}  # the names of the official layout
+    tensors |= {prefix + name: value.clone() for name, value in text.items()}
+    tensors[SAM + "maskmem_tpos_enc"] = torch.randn(7, 1, 1, 8)
+    if case.decoders == 2:
+        decoder = {n: t for n, t in tensors.items() if ".sam_mask_decoder." in n}
+        tensors |= {n.replace("decoder.", "decoder_modified.", 1): t for n, t in decoder.items()}
+        tensors |= {name: torch.randn_like(tensor) for name, tensor in decoder.items()}
+    save_file(
+        {n: t.bfloat16() if "mlp1" in n else t for n, t in tensors.items()}, folder / "model.safetensors"
+    )
+    return plain
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    folder = tmp_path_factory.mktemp("family") / "model"
+    return folder, CASES[request.param], make_checkpoint(folder, CASES[request.param])
+
+
+IMAGES = [np.random.default_rng(k).integers(0, 255, (60 + 8 * k, 64, 3), dtype=np.uint8) for k in range(2)]
+
+
+@torch.no_grad()
+def test_what_is_loaded_is_exported_bit_for_bit(made: tuple, tmp_path: Path) -> None:
+    folder, case, _ = made
+    model, _ = load_sa2va(folder)
+    copy_with_weights(folder, tmp_path / "copy", model, set(model.state_dict()))  # all through the key map
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "copy"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    again = load_sa2va(tmp_path / "copy")[0].state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    decoder = "sam_mask_decoder_modified" if case.decoders == 2 else "sam_mask_decoder"
+    mine = model.sam.mask_decoder.iou_token.weight
+    assert torch.equal(mine, before[f"{SAM}{decoder}.iou_token.weight"])
+
+
+@torch.no_grad()
+def test_the_language_model_is_transformers_own(made: tuple) -> None:
+    folder, case, plain = made
+    model, processor = load_sa2va(folder)
+    assert type(model.lm) is case.plain
+    inputs = processor([IMAGES[0]])
+    if case.kind.endswith("_vl"):
+        plain.config.image_token_id = processor.image_token_id
+        given = {"input_ids": inputs.input_ids, "pixel_values": inputs.tiles, "image_grid_thw": inputs.grids}
+        given["mm_token_type_ids"] = (inputs.input_ids == processor.image_token_id).int()
+    else:
+        given = {"input_ids": torch.arange(20)[None] % 7}
+    assert torch.equal(model.lm(**given).logits, plain(**given).logits)
+
+
+class Force(LogitsProcessor):
+    """Makes `generate` write given tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens)] = 0
+        return forced
+
+
+@torch.no_grad()
+def test_the_state_at_seg_is_that_of_generate(made: tuple) -> None:
+    """Also in a batch of two sizes, where the shorter text is padded."""
+    folder, _, _ = made
+    model, processor = load_sa2va(folder)
+    states = model.seg_states(processor(IMAGES))
+    for image, state in zip(IMAGES, states, strict=True):
+        inputs = processor([image])
+        ids, suffix = (
+            inputs.input_ids,
+            processor.tokenizer("Sure, [SEG].", add_special_tokens=False)["input_ids"],
+        )
+        start = next(k for k in range(ids.shape[1]) if ids[0, k : k + len(suffix)].tolist() == suffix)
+        prompt, answer = ids[:, :start], ids[0, start:].tolist()
+        is_image = prompt == model.image_token_id
+        if model.config.family.is_whole:
+            given = {"input_ids": prompt, "pixel_values": inputs.tiles, "image_grid_thw": inputs.grids}
+            given["mm_token_type_ids"] = is_image.int()
+        else:
+            given = {"inputs_embeds": model.embed(prompt, is_image, inputs.tiles)}
+        done = model.lm.generate(
+            **given, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False,
+            eos_token_id=None, pad_token_id=0, logits_processor=LogitsProcessorList([Force(answer)]),
+            return_dict_in_generate=True, output_hidden_states=True,
+        )  # fmt: skip
+        # Step k has the state of the token that step k - 1 wrote.
+        steps = torch.cat([step[-1][0, -1:] for step in done.hidden_states[1:]])
+        expected = steps[answer.index(processor.seg_token_id)]
+        torch.testing.assert_close(state[0], expected, rtol=0, atol=1e-5)
+
+
+def test_prompts_are_the_published_ones(made: tuple) -> None:
+    folder, case, _ = made
+    _, processor = load_sa2va(folder)
+    inputs = processor([IMAGES[0]], "Where?", "Sure, [SEG].")
+    text = processor.tokenizer.decode(inputs.input_ids[0])
+    start, token, end = processor.config.family.image_text
+    image = start + token * text.count(token) + end
+    if case.template == "phi3-chat":
+        expected = f"<|user|>\n{image}\nWhere?<|end|>\n<|assistant|>\nSure, [SEG].<|end|>"
+    else:
+        chat = f"<|im_start|>user\n{image}\nWhere?<|im_end|>\n<|im_start|>assistant\nSure, [SEG].<|im_end|>"
+        expected = "<s>" * ("InternLM2" in case.kind) + chat
+        if "InternLM2" in case.kind:
+            pieces = processor.tokenizer.tokenize("Sure é[SEG]")
+            assert pieces == ["Su", "r", "e", "▁", "<0xC3>", "<0xA9>", "[SEG]"]
+    assert text == expected
+    assert text.count(token) == (4 if not case.kind.endswith("_vl") else int(inputs.grids.prod()) // 4)
