@@ -1,14 +1,18 @@
 """Every family from a small random checkpoint in its official layout, made from transformers' own classes."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -28,8 +32,10 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import import_protobuf
 
+from vesselrl.errors import CheckpointError
 from vesselrl.models.checkpoint import copy_with_weights, load_sa2va
 from vesselrl.models.config import Sa2VAConfig
+from vesselrl.models.lora import attach_lora, save_adapter
 from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniature
 
 HIDDEN, LAYERS, ROWS = 48, 2, 640
@@ -272,3 +278,116 @@ def test_prompts_are_the_published_ones(made: tuple) -> None:
             assert pieces == ["Su", "r", "e", "▁", "<0xC3>", "<0xA9>", "[SEG]"]
     assert text == expected
     assert text.count(token) == (4 if not case.kind.endswith("_vl") else int(inputs.grids.prod()) // 4)
+
+
+@torch.no_grad()
+def test_an_adapter_is_plain_peft_and_merges_into_the_official_layout(made: tuple, tmp_path: Path) -> None:
+    folder, case, _ = made
+    model, processor = load_sa2va(folder)
+    inputs = processor(IMAGES[:1])
+    scope = ("language_model", "projector", "mask_decoder")
+    adapted = attach_lora(model, scope, ("q_proj", "down_proj"), 2, 4)
+    in_language = [name for name in adapted.base_model.targeted_module_names if name.startswith("lm.")]
+    assert len(in_language) == 2 * LAYERS
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            parameter.normal_(0, 0.5, generator=generator)
+    base, expected = load_sa2va(folder)[0](inputs)[0], adapted.get_base_model()(inputs)[0]
+    assert float((base - expected).abs().max()) > 1e-3
+    save_adapter(adapted, tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(load_sa2va(folder)[0], str(tmp_path / "adapter"))
+    torch.testing.assert_close(plain.base_model.model(inputs)[0], expected, rtol=1e-4, atol=1e-5)
+    targets = {f"{name}.weight" for name in adapted.base_model.targeted_module_names}
+    copy_with_weights(folder, tmp_path / "merged", adapted.merge_and_unload(), targets)
+    merged = load_sa2va(tmp_path / "merged")[0](inputs)[0]
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "merged"))
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed == {official for target in targets for official in model.keys.officials(target)}
+    kept = ("maskmem_tpos_enc", "sam_mask_decoder.") if case.decoders == 2 else ("maskmem_tpos_enc",)
+    assert not [name for name in changed if name.startswith(tuple(SAM + part for part in kept))]
+
+
+# ---- What is no Sa2VA of these, or not the whole of one
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def reconfigure(folder: Path, section: str | None = None, **fields: object) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (values[section] if section else values).update(fields)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+REFUSED = {
+    "SAM3": (lambda f: reconfigure(f, architectures=["Sa2VAChatModelSAM3"]), "SAM3 variant .* 1008 px"),
+    "SAM3 by its tensors": (
+        lambda f: rewrite(f, lambda t: t | {"grounding_encoder.sam3_model.x": torch.zeros(1)}), "SAM3"),
+    "LLaVA": (lambda f: reconfigure(f, architectures=["Sa2VAChatModelLlava"]), "LLAVA .*no single image"),
+    "Phi3": (lambda f: reconfigure(f, "llm_config", architectures=["Phi3ForCausalLM"]), "model is Phi3, "),
+    "another class": (lambda f: reconfigure(f, "llm_config", architectures=["GemmaForCausalLM"]),
+                      "names the language model 'GemmaForCausalLM'; supported are Qwen2ForCausalLM, Qwen3"),
+    "another template": (lambda f: reconfigure(f, template="llama3_chat"), "template = 'llama3_chat'; "),
+    "SAMTok, or a base model": (
+        lambda f: rewrite(f, lambda t: {n: v for n, v in t.items() if not n.startswith("grounding")}),
+        r"\d+ missing: grounding_encoder.*alone, or SAMTok, is no Sa2VA"),
+    "the first half": (lambda f: rewrite(f, lambda t: dict([*t.items()][: len(t) // 2])),
+                       r"\d+ missing: .*Only a part was copied \(\d+ tensors fit\)"),
+    "config of another family": (
+        lambda f: reconfigure(f, "llm_config", architectures=["InternLM2ForCausalLM"]),
+        r"20 missing: language_model.output.*26 unknown: .*the tensors of another family"),
+    "config of another size": (lambda f: reconfigure(f, "llm_config", intermediate_size=128),
+                               r"6 wrong shape: language_model.*sizes are of another model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_does_not_fit_is_counted_and_named_with_advice_for_the_case(folder: Path, kind: str) -> None:
+    spoil, message = REFUSED[kind]
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load_sa2va(folder)
+
+
+def test_a_name_on_hugging_face_is_fetched_without_code_or_pickles(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        target = Path(shutil.copytree(tiny_checkpoint, tmp_path / f"{len(asked)}" / "0a1b2c"))
+        files = (
+            "model.safetensors x.json merges.txt tokenizer.model modeling.py a.bin b.pth c.pt d.pkl".split()
+        )
+        assert [*filter_repo_objects(files, allow_patterns=allow_patterns)] == files[:4]
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    for given in ("ByteDance/Sa2VA-1B", "ByteDance/Sa2VA-1B@0a1b2c", "ByteDance/Sa2VA-1B@refs/pr/3"):
+        load_sa2va(given)
+    assert asked == [("ByteDance/Sa2VA-1B", revision) for revision in (None, "0a1b2c", "refs/pr/3")]
+    for name in (
+        "ByteDance/Sa2VA-Qwen3-VL-4B-SAM3",
+        "org/Qwen3-VL-4B-SAMTok",
+    ):  # refused before gigabytes come
+        with pytest.raises(CheckpointError, match="variant of Sa2VA"):
+            load_sa2va(name)
+    assert len(asked) == 3
+    monkeypatch.undo()
+    message = (
+        "x/y@v1 is no folder here, and Hugging Face gives no such model .* or run `hf download x/y` on a"
+    )
+    with pytest.raises(CheckpointError, match=message):  # the tests are offline
+        load_sa2va("x/y@v1")
+    with pytest.raises(CheckpointError, match="does not exist; give --model_path"):
+        load_sa2va(tmp_path / "nowhere")
