@@ -11,25 +11,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from vesselrl.errors import CheckpointError
@@ -41,7 +27,10 @@ from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniatur
 HIDDEN, LAYERS, ROWS = 48, 2, 640
 TEXT = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "vocab_size": ROWS}
 TEXT |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 4096}
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}}
+MROPE = {
+    "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [2, 2, 2]},
+    "rope_theta": 1e4,
+}
 LOOK = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "out_hidden_size": HIDDEN}
 LOOK |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 QWEN25 = LOOK | {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
@@ -53,38 +42,44 @@ SPECIAL = "<|im_start|> <|im_end|> <img> </img> <IMG_CONTEXT> [SEG] <p> </p> <vp
 
 
 class Case(NamedTuple):
-    """One family: its kind for vesselrl, and the plain class with the official text names of its tensors."""
+    """One family: its kind for vesselrl, and the name of transformers' own classes."""
 
     kind: str
-    plain: type[PreTrainedModel]
-    text: Callable[[], object]  # configuration of the plain class
+    plain: str
+    text: Mapping = MappingProxyType({})  # further fields of its language model
     vision: Mapping = MappingProxyType({})
     template: str = "qwen_chat"
     decoders: int = 1
 
+    @property
+    def is_whole(self) -> bool:
+        return self.kind.endswith("_vl")
 
-def whole(config: type, vision: dict) -> Callable[[], object]:
-    text = TEXT | MROPE | ({"head_dim": 12} if config is Qwen3VLConfig else {})
-    return lambda: config(
-        text_config=text, vision_config=vision, image_token_id=261, tie_word_embeddings=False
-    )
+    @property
+    def model(self) -> type[transformers.PreTrainedModel]:
+        return getattr(
+            transformers, self.plain + ("ForConditionalGeneration" if self.is_whole else "ForCausalLM")
+        )
+
+    def config(self) -> transformers.PretrainedConfig:
+        config, text = getattr(transformers, f"{self.plain}Config"), TEXT | {**self.text}
+        whole = {"text_config": text, "vision_config": {**self.vision}, "tie_word_embeddings": False}
+        return config(**(whole if self.is_whole else text))
 
 
+QWEN2, INTERNLM2 = "Qwen2ForCausalLM", "InternLM2ForCausalLM"
 CASES = {
-    "Qwen2": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT)),
-    "Qwen2 in Phi3's words": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT),
-                                  template="phi3-chat"),
-    "Qwen3": Case("Qwen3ForCausalLM", Qwen3ForCausalLM, lambda: Qwen3Config(**TEXT, head_dim=16)),
-    "InternLM2": Case("InternLM2ForCausalLM", LlamaForCausalLM, lambda: LlamaConfig(**TEXT),
-                      template="internlm2_chat"),
+    "Qwen2": Case(QWEN2, "Qwen2"),
+    "Qwen2 in Phi3's words": Case(QWEN2, "Qwen2", template="phi3-chat"),
+    "Qwen3": Case("Qwen3ForCausalLM", "Qwen3", {"head_dim": 16}),
+    "InternLM2": Case(INTERNLM2, "Llama", template="internlm2_chat"),
     "InternLM2 with biases, 6B tower": Case(
-        "InternLM2ForCausalLM", LlamaForCausalLM, lambda: LlamaConfig(**TEXT, attention_bias=True),
-        TOWER_6B, "internlm2_chat"),
-    "Sa2VA-i": Case("Qwen2ForCausalLM", Qwen2ForCausalLM, lambda: Qwen2Config(**TEXT), decoders=2),
-    "Qwen2.5-VL": Case("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration,
-                       whole(Qwen2_5_VLConfig, QWEN25), QWEN25),
-    "Qwen3-VL": Case("qwen3_vl", Qwen3VLForConditionalGeneration, whole(Qwen3VLConfig, QWEN3), QWEN3),
-}  # fmt: skip
+        INTERNLM2, "Llama", {"attention_bias": True}, TOWER_6B, "internlm2_chat"
+    ),
+    "Sa2VA-i": Case(QWEN2, "Qwen2", decoders=2),
+    "Qwen2.5-VL": Case("qwen2_5_vl", "Qwen2_5_VL", MROPE, QWEN25),
+    "Qwen3-VL": Case("qwen3_vl", "Qwen3VL", MROPE | {"head_dim": 12}, QWEN3),
+}
 
 
 def internlm2_tensors(llama: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,22 +127,22 @@ def write_pieces(folder: Path) -> None:
 
 def text_section(case: Case, config: object) -> dict:
     """The language model's part of config.json in the words of its official class."""
-    text = (config.text_config if case.kind.endswith("_vl") else config).to_dict()
+    text = (config.text_config if case.is_whole else config).to_dict()
     if "InternLM2" in case.kind:
         text |= {"bias": text.pop("attention_bias"), "model_type": "internlm2"}
     return text | {"architectures": [case.kind]}
 
 
-def make_checkpoint(folder: Path, case: Case) -> PreTrainedModel:
+def make_checkpoint(folder: Path, case: Case) -> transformers.PreTrainedModel:
     """Writes a checkpoint in the official layout; returns the plain class with the same values."""
     torch.manual_seed(0)
-    plain = case.plain(case.text()).eval()
+    plain = case.model(case.config()).eval()
     with torch.no_grad():
         for name, value in plain.state_dict().items():
             if "norm" in name or "bias" in name:
                 value.add_(0.1 * torch.randn_like(value))
-    is_whole = case.kind.endswith("_vl")
-    vision = case.vision if is_whole else DEBUG_CONFIG.vision | {**case.vision}
+    is_whole = case.is_whole
+    vision = {**case.vision} if is_whole else DEBUG_CONFIG.vision | {**case.vision}
     llm = text_section(case, plain.config)
     config = Sa2VAConfig(vision, llm, DEBUG_CONFIG.sam2, 56, kind=case.kind)
     write_miniature(folder, random_sa2va(1, config))
@@ -207,9 +202,9 @@ def test_what_is_loaded_is_exported_bit_for_bit(made: tuple, tmp_path: Path) -> 
 def test_the_language_model_is_transformers_own(made: tuple) -> None:
     folder, case, plain = made
     model, processor = load_sa2va(folder)
-    assert type(model.lm) is case.plain
+    assert type(model.lm) is case.model
     inputs = processor([IMAGES[0]])
-    if case.kind.endswith("_vl"):
+    if case.is_whole:
         plain.config.image_token_id = processor.image_token_id
         given = {"input_ids": inputs.input_ids, "pixel_values": inputs.tiles, "image_grid_thw": inputs.grids}
         given["mm_token_type_ids"] = (inputs.input_ids == processor.image_token_id).int()
@@ -218,7 +213,7 @@ def test_the_language_model_is_transformers_own(made: tuple) -> None:
     assert torch.equal(model.lm(**given).logits, plain(**given).logits)
 
 
-class Force(LogitsProcessor):
+class Force(transformers.LogitsProcessor):
     """Makes `generate` write given tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
@@ -252,7 +247,7 @@ def test_the_state_at_seg_is_that_of_generate(made: tuple) -> None:
             given = {"inputs_embeds": model.embed(prompt, is_image, inputs.tiles)}
         done = model.lm.generate(
             **given, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False,
-            eos_token_id=None, pad_token_id=0, logits_processor=LogitsProcessorList([Force(answer)]),
+            eos_token_id=None, pad_token_id=0, logits_processor=[Force(answer)],
             return_dict_in_generate=True, output_hidden_states=True,
         )  # fmt: skip
         # Step k has the state of the token that step k - 1 wrote.
@@ -277,7 +272,7 @@ def test_prompts_are_the_published_ones(made: tuple) -> None:
             pieces = processor.tokenizer.tokenize("Sure é[SEG]")
             assert pieces == ["Su", "r", "e", "▁", "<0xC3>", "<0xA9>", "[SEG]"]
     assert text == expected
-    assert text.count(token) == (4 if not case.kind.endswith("_vl") else int(inputs.grids.prod()) // 4)
+    assert text.count(token) == (4 if not case.is_whole else int(inputs.grids.prod()) // 4)
 
 
 @torch.no_grad()
@@ -309,6 +304,16 @@ def test_an_adapter_is_plain_peft_and_merges_into_the_official_layout(made: tupl
     assert not [name for name in changed if name.startswith(tuple(SAM + part for part in kept))]
 
 
+def test_what_no_adapter_touches_keeps_bits_that_the_model_does_not_hold(
+    folder: Path, tmp_path: Path
+) -> None:
+    third = torch.full((1, 1, 32), 1 / 3, dtype=torch.float64)  # the model has 24 of its 53 bits
+    rewrite(folder, lambda tensors: tensors | {"vision_model.embeddings.class_embedding": third})
+    copy_with_weights(folder, tmp_path / "copy", load_sa2va(folder)[0], {"text_hidden_fcs.0.weight"})
+    copied = load_file(tmp_path / "copy" / "model.safetensors")
+    assert torch.equal(copied["vision_model.embeddings.class_embedding"], third)
+
+
 # ---- What is no Sa2VA of these, or not the whole of one
 
 
@@ -334,7 +339,7 @@ REFUSED = {
     "LLaVA": (lambda f: reconfigure(f, architectures=["Sa2VAChatModelLlava"]), "LLAVA .*no single image"),
     "Phi3": (lambda f: reconfigure(f, "llm_config", architectures=["Phi3ForCausalLM"]), "model is Phi3, "),
     "another class": (lambda f: reconfigure(f, "llm_config", architectures=["GemmaForCausalLM"]),
-                      "names the language model 'GemmaForCausalLM'; supported are Qwen2ForCausalLM, Qwen3"),
+                      "names the language model 'GemmaForCausalLM'; supported are Qwen2ForCausalLM, "),
     "another template": (lambda f: reconfigure(f, template="llama3_chat"), "template = 'llama3_chat'; "),
     "SAMTok, or a base model": (
         lambda f: rewrite(f, lambda t: {n: v for n, v in t.items() if not n.startswith("grounding")}),

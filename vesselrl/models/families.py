@@ -179,7 +179,7 @@ def family_name(values: Mapping, source: object) -> str:
         found = first or (kinds.get(kind) if isinstance(kind, str) else None) or kind or "?"
     if not isinstance(found, str) or found not in FAMILIES:
         refuse_known(str(found), source)
-        known = f"{', '.join(FAMILIES)} (docs/reference/models.md)"
+        known = f"{', '.join(FAMILIES)} (docs/explanation/model.md)"
         raise CheckpointError(f"{source} names the language model {found!r:.60}; supported are {known}.")
     return found
 
