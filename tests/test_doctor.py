@@ -75,7 +75,7 @@ def test_large_tensors_are_sampled_at_both_ends_and_a_tokenizer_may_be_one_file(
         save_file({"vision_model.large": large}, tmp_path / "model.safetensors")
         assert doctor.check_weights(tmp_path)[0].status == status
     tokens = [{"id": k, "content": token} for k, token in enumerate(("[SEG]", "<IMG_CONTEXT>"))]
-    whole = {"model": {"vocab": {}, "merges": []}, "normalizer": None, "added_tokens": tokens}
+    whole = {"model": {"vocab": {}, "merges": []}, "added_tokens": tokens}
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert doctor.check_tokenizer(tmp_path).status == "ok"
 

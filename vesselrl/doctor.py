@@ -142,7 +142,8 @@ def check_model(base_model: str | Path, write_config: bool = False) -> list[Chec
         advice = "Give --model_path a Sa2VA checkpoint folder."
         return [Check("model", "problem", f"{folder} does not exist", advice)]
     weights, shapes = check_weights(folder)
-    checks = [weights, check_config(folder, shapes, write_config)]
+    # Of half a model no config.json can be told.
+    checks = [weights, check_config(folder, shapes, write_config and weights.status == "ok")]
     if all(check.status == "ok" for check in checks):
         checks.append(check_tensors(folder, shapes))
     return [*checks, check_tokenizer(folder)]
@@ -188,7 +189,7 @@ def check_config(folder: Path, shapes: Shapes, write_config: bool = False) -> Ch
     from vesselrl.experiment.run_folder import write_json
     from vesselrl.models.config import config_from_shapes, infer_config, read_config
 
-    file, todo, written = folder / "config.json", "Copy config.json from the source again.", ""
+    file, todo, written = folder / "config.json", "", ""
     try:
         if not file.is_file():
             fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())

@@ -32,7 +32,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         }
         if whole:
             vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-            has_bytes, has_prefix = whole["model"].get("byte_fallback"), "Prepend" in str(whole["normalizer"])
+            has_bytes, has_prefix = (
+                whole["model"].get("byte_fallback"),
+                "Prepend" in str(whole.get("normalizer")),
+            )
         elif needed:
             vocab, merges = read_json_object(folder / "vocab.json"), _read_merges(folder / "merges.txt")
             has_bytes = has_prefix = False
