@@ -70,11 +70,12 @@ def test_the_copy_predicts_like_base_and_adapter_and_keeps_all_else(
     assert torch.equal(tensors[MEMORY].float(), original[MEMORY].float())
     changed = {name for name in tensors if not torch.equal(tensors[name], original[name].to(dtypes[name]))}
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-    assert changed == {name for target in targets for name in checkpoint.official_names(f"{target}.weight")}
+    officials = models[0].model.keys.officials
+    assert changed == {name for target in targets for name in officials(f"{target}.weight")}
     lora = load_file(adapter / "adapter_model.safetensors")
     for target in targets:  # base + alpha / r B A by hand, within one rounding
         a, b = (lora[f"base_model.model.{target}.lora_{part}.weight"] for part in "AB")
-        (name,) = checkpoint.official_names(f"{target}.weight")
+        (name,) = officials(f"{target}.weight")
         if a.ndim == 2:
             exact, bits = original[name].float() + 2 * b @ a, 18 if dtypes[name] == torch.float32 else 7
             torch.testing.assert_close(tensors[name].float(), exact, rtol=2.0**-bits, atol=1e-6)

@@ -183,6 +183,8 @@ class Doctor(Places):
 
     # Checkpoint folder; none: no model is looked at.
     base_model: BaseModel = None
+    # Rebuild a missing config.json from the tensor shapes (Sa2VA-1B, InternVL3-2B, 8B, 14B).
+    write_config: bool = False
     # Data folder; none: no data is looked at.
     data_root: str | None = None
     # Folder that runs would be written to.
