@@ -78,7 +78,8 @@ class DataSettings(Places):
 class ModelSettings:
     """The model and its adapters."""
 
-    # Sa2VA checkpoint folder; none: the miniature shipped with the package; random: a tiny one for tests.
+    # Sa2VA checkpoint folder, or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub; none: the miniature
+    # shipped with the package; random: a tiny one for tests.
     model_path: str | None = None
     # The question put to the model; <image> is added.
     prompt: str = "Please segment the blood vessel."

@@ -181,7 +181,7 @@ class DataShow(Places):
 class Doctor(Places):
     """Look at machine, packages, model folder and data before a long run."""
 
-    # Checkpoint folder; none: no model is looked at.
+    # Checkpoint folder, or ORG/NAME of the Hugging Face hub; none: no model is looked at.
     base_model: BaseModel = None
     # Rebuild a missing config.json from the tensor shapes (Sa2VA-1B, InternVL3-2B, 8B, 14B).
     write_config: bool = False
