@@ -216,7 +216,8 @@ class RunSettings:
     gpu: int = 0
     # Threads that score masks.
     num_workers: int = 4
-    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept; 0: memory only.
+    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept, and likewise the
+    # states of a frozen language model; 0: memory only.
     cache_gb: float = 20.0
     # Also log to Weights & Biases.
     use_wandb: bool = False

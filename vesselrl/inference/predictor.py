@@ -85,11 +85,14 @@ class Predictor:
     @torch.inference_mode()
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
         """Segments several images in one pass; their sizes may differ."""
-        inputs = self.processor(images, self.prompt).to(self.model.device)
+        return self.to_predictions(self.model(self.processor(images, self.prompt).to(self.model.device)))
+
+    def to_predictions(self, outputs: list[torch.Tensor]) -> list[Prediction]:
+        """Probabilities and masks from the model's logits (H, W) of each image."""
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
         cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
-        for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+        for logits in (output.float().cpu().numpy() for output in outputs):
             check_finite(logits)
             probabilities = expit(logits)
             mask = self.post.postprocess_for(probabilities)(logits > cut)

@@ -91,12 +91,14 @@ def load_sa2va(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     sam2: Sam2Dimensions | None = None,
+    without: tuple[str, ...] = (),
 ) -> tuple[Sa2VA, Sa2VAProcessor]:
     """Loads a model, without gradients, and its processor; a CheckpointError names what is at fault.
 
     `path` is a folder with config.json, safetensors shards and tokenizer files, or None for the embedded
     miniature; `dtype` that of vision tower, projector and language model: SAM2 and its prompt projection stay
-    float32; `sam2` overrides the dimensions in the side-car.
+    float32; `sam2` overrides the dimensions in the side-car. Parts whose names begin with one of `without`
+    are not read and None in the model.
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
@@ -107,12 +109,13 @@ def load_sa2va(
     except Exception as error:  # transformers checks its configurations in many ways
         fault = f"{folder}: no model can be built from config.json and {SAM2_SIDECAR}"
         raise CheckpointError(f"{fault} ({' '.join(str(error).split())}). Copy them again.") from None
-    state = native_state(model, read_tensors(folder), dtype, str(folder))
+    model.leave_out(without)
+    state = native_state(model, read_tensors(folder, without), dtype, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
-    # The rotary table is computed, not stored; on the meta device it is still empty.
-    model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
+    if model.lm is not None:  # the rotary table is computed, not stored; on the meta device it is still empty
+        model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
-    rows = model.lm.get_input_embeddings().num_embeddings
+    rows = config.native_llm().vocab_size
     if max(processor.image_token_id, processor.seg_token_id) >= rows:
         raise CheckpointError(f"{folder}: the tokenizer has ids beyond the {rows} rows of embeddings.")
     return model.requires_grad_(False).eval().to(device), processor
@@ -192,9 +195,9 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yields official names and tensors of all shards, one at a time; what a mask needs holds numbers."""
-    for name, tensor in chain.from_iterable(map(read_shard, shard_files(folder))):
+    for name, tensor in chain.from_iterable(read_shard(file, without) for file in shard_files(folder)):
         if not is_unused(name):
             check_weight(name, tensor, folder)
         yield name, tensor
@@ -215,12 +218,13 @@ def check_weight(name: str, tensor: Tensor, source: Path) -> None:
         raise CheckpointError(f"{fault}. The file is damaged or its training has failed: take another copy.")
 
 
-def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields names and tensors of one safetensors file."""
+def read_shard(file: Path, without: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yields names and tensors of one safetensors file, but for those whose native name begins so."""
     try:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
-                yield name, shard.get_tensor(name)
+                if not ((without and native_names(name)) or ("",))[0].startswith(without):
+                    yield name, shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from None
 
@@ -250,7 +254,7 @@ def native_state(
         got, shape = tuple(state[name].shape), tuple(expected[name].shape)
         if got != shape:
             wrong.append(f"{official_names(name)[0]} {got} (model {name}: {shape})")
-    if model.config.is_tied and _EMBEDDING in state:
+    if model.config.is_tied and _EMBEDDING in state and _HEAD in expected:
         state.setdefault(_HEAD, state[_EMBEDDING])
     problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
     listed = [f"{len(names)} {kind}: {'; '.join(names[:3])}" for kind, names in problems.items() if names]
@@ -302,7 +306,8 @@ def copy_with_weights(
     for file in shards:
         tensors = {}
         for name, original in read_shard(file):
-            new = original if is_unused(name) else official_tensor(name, state)
+            is_loaded = (native_names(name) or ("",))[0] in state
+            new = official_tensor(name, state) if is_loaded else original
             tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
             written.add(tensors[name].dtype)
         save_file(tensors, target / file.name, metadata={"format": "pt"})

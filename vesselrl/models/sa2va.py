@@ -83,6 +83,10 @@ UNUSED = tuple(
     for name in "memory_attention. memory_encoder. maskmem_tpos_enc no_mem_pos_enc no_obj_ptr obj_ptr_proj. "
     "mask_downsample.".split()
 )
+# Native names of the parts: what a [SEG] state comes from, what makes a mask of it, and what neither needs.
+LANGUAGE = ("vision.", "projector.", "lm.")
+MASKS = ("text_hidden_fcs.", "sam.")
+HEAD = ("lm.lm_head.",)
 
 
 class ImageFeatures(NamedTuple):
@@ -145,7 +149,13 @@ class Sa2VA(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.sam.no_memory_embedding.device
+        return next(self.parameters()).device
+
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Removes parts of the model, each named by the beginning of its parameters' names."""
+        for prefix in prefixes:
+            parent, _, name = prefix.rstrip(".").rpartition(".")
+            setattr(self.get_submodule(parent), name, None)
 
     def forward(self, inputs: Sa2VAInputs) -> list[Tensor]:
         """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks if several."""

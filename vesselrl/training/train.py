@@ -161,7 +161,7 @@ def set_up(
         data = setup.prepare_data(config, place)
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
-        model = setup.make_model(config, device)
+        model = setup.make_model(config, device, data)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
         setup.check_disk(config, model, run)

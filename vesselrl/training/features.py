@@ -1,0 +1,146 @@
+"""Outputs of the frozen parts of a model, kept in memory and in files that all runs of a folder share."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vesselrl.experiment.run_folder import atomic_write, json_hash, write_text
+from vesselrl.models.checkpoint import read_shard, shard_files
+from vesselrl.models.sa2va import HEAD, MASKS, ImageFeatures
+from vesselrl.training.checkpoint import tensor_hash, tensors_hash
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+class SegState(NamedTuple):
+    """The language model's last hidden state at each [SEG] of an image."""
+
+    state: Tensor  # (1, P, hidden)
+
+
+class FeatureStore:
+    """Outputs of a frozen part by image, on the CPU: in memory first, then in files.
+
+    A file is named after the model (such as `weights_hash`) and the pixels, so runs share the folder. Read
+    back they are the computed ones to the last bit, in the same memory layout, which decides how later layers
+    round. `disk_bytes` limits the folder, files of other models included; without one there is memory only.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        model_hash: str = "",
+        memory_bytes: int = 2 * GIB,
+        disk_bytes: int = 20 * GIB,
+        kind: type[tuple] = ImageFeatures,
+    ) -> None:
+        self.folder = None if folder is None else folder / model_hash
+        self.kind = kind
+        self._memory: dict[str | None, ImageFeatures] = {}
+        self._memory_left = memory_bytes
+        self._disk_left = disk_bytes
+        for path in folder.rglob("*") if folder else ():
+            with suppress(FileNotFoundError):  # other runs may remove files meanwhile
+                self._disk_left -= path.stat().st_size if path.is_file() else 0
+
+    def fetch(self, key: str | None, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
+        """Features of one image, kept or computed; within a run a key stands for the same (1, 3, S, S).
+
+        Without a key they are kept in a file alone.
+        """
+        if key in self._memory:
+            return self._memory[key]
+        name = tensor_hash(pixels) if self.folder else ""
+        features = self.read(name)
+        if features is None:
+            features = ImageFeatures(*(level.detach().cpu() for level in compute()))
+            self.write(name, features)
+        size = sum(level.nbytes for level in features)
+        if key is not None and size <= self._memory_left:
+            self._memory_left -= size
+            self._memory[key] = features
+        return features
+
+    def read(self, name: str) -> tuple | None:
+        """What a file holds; None where there is none, or it is damaged, as the log says then."""
+        if self.folder is None or not (file := self.folder / f"{name}.safetensors").exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = opened.metadata()
+                levels = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            if header["sha256"] != tensors_hash(levels, header["strides"]):
+                raise ValueError("its checksum is wrong")
+            strides = json.loads(header["strides"])
+            levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
+            return self.kind(**levels)
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s cannot be read (%s): computed again", file, error)
+            return None
+
+    def write(self, name: str, features: tuple) -> None:
+        """Writes a file while there is room."""
+        if self.folder is None:
+            return
+        file = self.folder / f"{name}.safetensors"
+        size = sum(level.nbytes for level in features)
+        if size > self._disk_left:
+            if self._disk_left > 0:
+                logger.warning(
+                    "%s has reached its limit: the features of further images stay in memory only. "
+                    "Raise --cache_gb, or delete the folder.",
+                    self.folder.parent,
+                )
+            self._disk_left = 0
+            return
+        levels = {name: level.contiguous() for name, level in features._asdict().items()}
+        strides = json.dumps({name: level.stride() for name, level in features._asdict().items()})
+        header = {"strides": strides, "sha256": tensors_hash(levels, strides)}
+        try:
+            with atomic_write(file) as partial:
+                save_file(levels, partial, header)
+            self._disk_left -= size
+        except OSError as error:
+            logger.warning("%s Features are kept in memory only.", error)
+            self._disk_left = 0
+
+
+def weights_hash(module: nn.Module) -> str:
+    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
+    lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
+    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def language_hash(model_folder: Path, notes: Path | None = None) -> str:
+    """The sha256 over the tensors of vision tower and language model, as they stand in the files.
+
+    With a folder for `notes` files that have not changed since are not read again.
+    """
+    stats = [(file.name, file.stat()) for file in shard_files(model_folder)]
+    name = json_hash({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats})
+    note = notes / f"{name[:32]}.txt" if notes else None
+    if note and note.exists() and re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="utf-8")):
+        return known
+    found = tensors_hash(dict(one for n, _ in stats for one in read_shard(model_folder / n, MASKS + HEAD)))
+    if note:
+        write_text(note, found)
+    return found
+
+
+def image_key(image: np.ndarray) -> str:
+    """Name of an image by its content, uint8 (H, W, 3)."""
+    return tensor_hash(torch.from_numpy(np.ascontiguousarray(image)))
