@@ -145,6 +145,15 @@ def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path, 
     full = FeatureStore(memory_bytes=10)
     assert [full.fetch("a", PIXELS, encoder) for _ in range(2)]
     assert encoder.call_count == 1 + 2 + 2
+    # Without a key, as in validation, in files alone; what comes next is read in a thread.
+    assert equal(store.fetch(None, PIXELS, encoder), first)
+    assert not equal(store.fetch(None, PIXELS + 7, lambda: encoder(PIXELS + 7)), first)
+    small = FeatureStore(tmp_path, "model", memory_bytes=0)
+    assert equal(small.fetch("a", PIXELS, encoder), first)
+    small.fetch_ahead(["a", "unknown"])
+    assert list(small._coming) == ["a"]
+    assert equal(small.fetch("a", PIXELS, encoder), first)
+    assert encoder.call_count == 1 + 2 + 2 + 1
 
 
 def test_a_limit_a_damaged_file_and_a_full_disk_are_said(tmp_path, encoder, monkeypatch, caplog) -> None:

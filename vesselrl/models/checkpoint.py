@@ -97,8 +97,8 @@ def load_sa2va(
 
     `path` is a folder with config.json, safetensors shards and tokenizer files, or None for the embedded
     miniature; `dtype` that of vision tower, projector and language model: SAM2 and its prompt projection stay
-    float32; `sam2` overrides the dimensions in the side-car. Parts whose names begin with one of `without`
-    are not read and None in the model.
+    float32, but on a GPU SAM2's image encoder then computes in bfloat16; `sam2` overrides the dimensions in
+    the side-car. Parts whose names begin with one of `without` are not read, and None in the model.
     """
     folder = EMBEDDED if path is None else Path(path)
     config = read_config(folder, sam2)
@@ -114,6 +114,7 @@ def load_sa2va(
     model.load_state_dict(state, strict=True, assign=True)
     if model.lm is not None:  # the rotary table is computed, not stored; on the meta device it is still empty
         model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
+    model.autocasts = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
     rows = config.native_llm().vocab_size
     if max(processor.image_token_id, processor.seg_token_id) >= rows:

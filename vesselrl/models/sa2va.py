@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import InternVLVisionModel, Qwen2ForCausalLM, Sam2Model
 
 from vesselrl.models.config import Sa2VAConfig
@@ -145,6 +146,7 @@ class Sa2VA(nn.Module):
         self.sam.vision_encoder.neck.position_encoding = _NoPositions()
         # Ids of <IMG_CONTEXT> and [SEG], set by the loader, which knows the tokenizer.
         self.image_token_id = self.seg_token_id = -1
+        self.autocasts = False  # whether SAM2's image encoder computes in bfloat16
 
     @property
     def device(self) -> torch.device:
@@ -192,11 +194,23 @@ class Sa2VA(nn.Module):
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
         """SAM2's image encoder, once per image; (B, 3, S, S) in."""
-        high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
+        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=self.autocasts):
+            high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
         return ImageFeatures(low, mid, high)
+
+    def recompute_blocks(self) -> None:
+        """Computes what is inside SAM2's and the language model's blocks a second time for the gradient.
+
+        It is not kept, and no value changes. Unlike transformers' own flag it also works in evaluation mode,
+        which PPO steps run in.
+        """
+        for block in (*self.sam.vision_encoder.backbone.blocks, *(self.lm.model.layers if self.lm else ())):
+            if "forward" not in vars(block):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def decode(self, features: ImageFeatures, prompts: Tensor) -> DecodedMasks:
         """The mask decoder, any number of times per encoded image; prompts (B, P, C)."""
+        features = ImageFeatures(*(level.float() for level in features))
         sam, conv_s0, conv_s1 = self.sam, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1
         batch, num_prompts, channels = prompts.shape
         no_points = prompts.new_zeros(batch, num_prompts, 1, 2)

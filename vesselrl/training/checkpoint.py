@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Model(Protocol):
     kind: str  # names its folders, `best_<kind>` and `final_<kind>`
     trainable: dict[str, nn.Parameter]
     counts: dict[str, int]  # trainable values per component
+    store: Any  # of features by image, to be read ahead; None: there is none
+    savings: dict[str, Callable[[], None]]  # ways to need less memory, in words; no result changes by them
     start: Any  # values before the first step
     predict: Callable[[np.ndarray], Prediction]  # of an image, uint8 RGB (H, W, 3)
     values: Callable[[], Any]  # a copy of all that training changes
@@ -172,6 +175,29 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
         p = model.trainable[name]
         # Step counts stay on the CPU, as AdamW has them.
         optimizer.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in state.items()}
+
+
+def step_within_memory(model: Model, optimizer: Optimizer, update: Any, batch: Any) -> dict[str, float]:
+    """One step of an update and its metrics; where the GPU's memory does not suffice, with less of it.
+
+    The step is then taken again from where it began, so that it ends as if memory had sufficed at once.
+    """
+    while model.savings:
+        state, values = update.state_dict(), model.values()
+        kept, random = deepcopy(moments(optimizer, model)), random_state()
+        try:
+            return update.step(batch)
+        except torch.OutOfMemoryError as error:
+            way = next(iter(model.savings))
+            logger.warning("out of memory (%s); the step is taken again: %s", str(error).split(".")[0], way)
+        model.savings.pop(way)()
+        optimizer.zero_grad(set_to_none=True)
+        model.restore(values)
+        restore_moments(optimizer, model, kept)
+        update.load_state_dict(state)
+        restore_random_state(random)
+        torch.cuda.empty_cache()
+    return update.step(batch)
 
 
 def tensor_hash(values: Tensor) -> str:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.experiment.run_folder import atomic_write, json_hash, write_text
 from vesselrl.models.checkpoint import read_shard, shard_files
 from vesselrl.models.sa2va import HEAD, MASKS, ImageFeatures
@@ -51,6 +53,9 @@ class FeatureStore:
         self.kind = kind
         self._memory: dict[str | None, ImageFeatures] = {}
         self._memory_left = memory_bytes
+        self._names: dict[str, str] = {}  # of files, by key
+        self._coming: dict[str, Future] = {}
+        self._reader = ThreadPoolExecutor(1)
         self._disk_left = disk_bytes
         for path in folder.rglob("*") if folder else ():
             with suppress(FileNotFoundError):  # other runs may remove files meanwhile
@@ -63,16 +68,27 @@ class FeatureStore:
         """
         if key in self._memory:
             return self._memory[key]
-        name = tensor_hash(pixels) if self.folder else ""
-        features = self.read(name)
+        coming = self._coming.pop(key, None)
+        name = tensor_hash(pixels) if self.folder and key not in self._names else self._names.get(key, "")
+        features = coming.result() if coming else self.read(name)
         if features is None:
             features = ImageFeatures(*(level.detach().cpu() for level in compute()))
             self.write(name, features)
         size = sum(level.nbytes for level in features)
         if key is not None and size <= self._memory_left:
             self._memory_left -= size
+            if pixels.is_cuda:  # copied to the GPU without waiting
+                features = ImageFeatures(*(level.pin_memory() for level in features))
             self._memory[key] = features
+        if key is not None:
+            self._names[key] = name
         return features
+
+    def fetch_ahead(self, keys: Iterable[str]) -> None:
+        """Begins to read the files of images that will be asked for next."""
+        for key in keys if self.folder else ():
+            if key not in self._memory and key not in self._coming and key in self._names:
+                self._coming[key] = self._reader.submit(self.read, self._names[key])
 
     def read(self, name: str) -> tuple | None:
         """What a file holds; None where there is none, or it is damaged, as the log says then."""
@@ -116,6 +132,19 @@ class FeatureStore:
         except OSError as error:
             logger.warning("%s Features are kept in memory only.", error)
             self._disk_left = 0
+
+
+def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
+    """The batches; kept features of each begin to be read while the one before is learned from."""
+    waiting = None
+    for batch in batches:
+        if store is not None:
+            store.fetch_ahead(batch.keys)
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 def weights_hash(module: nn.Module) -> str:

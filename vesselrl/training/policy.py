@@ -27,6 +27,7 @@ from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import EMBEDDED, describe_config, load_sa2va
+from vesselrl.models.memory import activation_bytes, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
@@ -43,6 +44,7 @@ from vesselrl.training.features import (
 logger = logging.getLogger(__name__)
 
 STATES_PER_PASS = 8  # images that go through the language model together on a GPU; on a CPU it is one
+RECOMPUTING = "what is inside the model's blocks is computed a second time for the gradient, and not kept"
 PROBE, NEGATIVE = "probe", "negative of the probe"  # keys of an image and its negative, for a self-check
 
 
@@ -75,7 +77,14 @@ class MaskPolicy:
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
         self.store: FeatureStore | None = None
+        self.half_features = False  # kept in bfloat16, as the model's weights are
         self.keys_repeat = keys_repeat
+        self.image_by_image = False
+        # What can be done where memory does not suffice, in this order; no result changes by it.
+        self.savings: dict[str, Callable[[], None]] = {}
+        if not (self.encoder_is_frozen and self.language_is_frozen):
+            self.savings["images of a batch are encoded one by one"] = self.encode_one_by_one
+            self.savings[RECOMPUTING] = self.model.recompute_blocks
         self.start = self.values()
         self.reference_values = self.start
         self.load_language = load_language
@@ -167,18 +176,26 @@ class MaskPolicy:
 
     def features(self, inputs: Sa2VAInputs, keys: list[str | None]) -> ImageFeatures:
         """SAM2's features of a batch; kept ones where the image encoder is frozen, without a key in files."""
-        if not self.encoder_is_frozen:
+        if not (self.encoder_is_frozen or self.image_by_image):
             return self.model.encode_image(inputs.sam_pixels)
-        with torch.no_grad():
-            pairs = zip(inputs.sam_pixels.split(1), keys, strict=True)
-            images = [self._frozen_features(*pair) for pair in pairs]
+        encode = self._frozen_features if self.encoder_is_frozen else lambda x, _: self.model.encode_image(x)
+        images = map(encode, inputs.sam_pixels.split(1), keys)
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
+    def encode_one_by_one(self) -> None:
+        """From now on the images of a batch go through a trained image encoder one after the other."""
+        self.image_by_image = True
+
+    @torch.no_grad()
     def _frozen_features(self, pixels: Tensor, key: str | None) -> ImageFeatures:
+        def encode() -> ImageFeatures:
+            features = self.model.encode_image(pixels)
+            return ImageFeatures(*map(Tensor.bfloat16, features)) if self.half_features else features
+
         if self.store is None or not (self.keys_repeat or key is None):
-            return self.model.encode_image(pixels)
-        kept = self.store.fetch(key, pixels, lambda: self.model.encode_image(pixels))
-        return ImageFeatures(*(level.to(pixels.device) for level in kept))
+            return encode()
+        kept = self.store.fetch(key, pixels, encode)
+        return ImageFeatures(*(level.to(pixels.device, non_blocking=True) for level in kept))
 
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
@@ -278,7 +295,7 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
     is_random = s.model_path == RANDOM_MODEL
     source = partial(random_checkpoint, seed) if is_random else partial(nullcontext, s.model_path or EMBEDDED)
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
-    trains_language = "language_model" in s.lora_scope if adapter is None else adapts_language(adapter)
+    trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
     torch.manual_seed(seed)  # LoRA's first matrices are random
     with source() as folder:
         model, processor = load_sa2va(folder, device, dtype, without=HEAD if trains_language else LANGUAGE)
@@ -297,7 +314,12 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    policy.half_features = dtype == torch.bfloat16
     policy.store = feature_store(config, policy)
+    needed = config.optim.batch_size * activation_bytes(model.config.sam2)
+    if not policy.encoder_is_frozen and needed > total_memory(device) / 2:
+        logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
+        policy.savings.pop(RECOMPUTING)()
     if policy.language_is_frozen:
         cache = Path(config.run.output_dir) / "cache" / "states" if config.run.cache_gb else None
         with source() as folder:
@@ -308,13 +330,6 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
         name = json_hash({"about": [*map(str, (*about, *versions))]})[:16]
         policy.states = FeatureStore(cache, name, disk_bytes=round(config.run.cache_gb * GIB), kind=SegState)
     return policy
-
-
-def adapts_language(adapter: Path) -> bool:
-    """Whether a saved adapter changes the language model."""
-    lora.check_adapter(adapter)
-    targets = lora.read_adapter_config(adapter / "adapter_config.json").target_modules
-    return any(name.startswith("lm.") for name in targets)
 
 
 def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sample]) -> None:
@@ -347,7 +362,7 @@ def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | Non
         return FeatureStore()
     folder = Path(config.run.output_dir) / "cache" / "features"
     logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
-    encoder_hash = weights_hash(policy.model.sam.vision_encoder)
+    encoder_hash = weights_hash(policy.model.sam.vision_encoder) + "_bf16" * policy.half_features
     return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
 
 

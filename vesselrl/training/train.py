@@ -29,6 +29,7 @@ from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
+from vesselrl.training.features import read_ahead
 from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
@@ -231,11 +232,10 @@ def keep_best(t: Training, step: int, result: Evaluation) -> None:
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
     batches, run = t.batches, t.config.run
-    stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
+    stage_of, end = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs), 0
     rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
-    end = 0
     try:
         for epoch in range(1, batches.num_epochs + 1):
             begin, end = end, end + batches.num_batches(epoch)
@@ -243,9 +243,9 @@ def run_epochs(t: Training) -> None:
                 continue
             stage = stage_of(epoch)
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
-            if t.step > begin:  # a signal may have come before the validation
-                validate_if_due(t, stage, end)
-            for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+            if t.step > begin:
+                validate_if_due(t, stage, end)  # a signal may have come before it
+            for batch in read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
                         t.optimizer.state.clear()  # the moments of another loss say nothing about this one
@@ -266,7 +266,7 @@ def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: in
         group["lr"] = rate
     t.step += 1
     try:
-        metrics = t.updates[stage].step(batch)
+        metrics = checkpoint.step_within_memory(t.model, t.optimizer, t.updates[stage], batch)
     except NotFiniteError as error:
         metrics = {}
         t.health.roll_back(t.step, str(error))
