@@ -8,12 +8,13 @@ import os
 import platform
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.config import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -47,21 +48,27 @@ class Check:
     status: Literal["ok", "warning", "problem"]  # a warning works, with a limit
     detail: str
     todo: str = ""
+    numbers: dict = field(default_factory=dict)  # for `--json`
 
 
 def diagnose(
     base_model: str | Path | None = None,
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
+    lora_scope: tuple[str, ...] = ModelSettings.lora_scope,
     **places: str | None,
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out.
 
-    `places`: image_dir, mask_dir and mask_suffix of the data.
+    `lora_scope`: of the training whose memory is estimated. `places`: image_dir, mask_dir and mask_suffix of
+    the data.
     """
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
-    checks += [] if base_model is None else check_model(Path(base_model))
+    if base_model is not None:
+        checks += check_model(Path(base_model))
+        if all(check.status == "ok" for check in checks if check.name in ("weights", "config")):
+            checks.append(check_memory(Path(base_model), lora_scope))
     checks += [] if data_root is None else [check_data(Path(data_root), **places)]
     return [Check("python", "ok", python), *checks]
 
@@ -212,16 +219,30 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
     return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
 
 
+def check_memory(folder: Path, lora_scope: tuple[str, ...]) -> Check:
+    """How much memory a training in this scope takes, by kind of weights, and whether 24 GB suffice."""
+    from vesselrl.models.config import read_config
+    from vesselrl.models.memory import memory_budget
+
+    budget = memory_budget(read_config(folder), lora_scope)
+    total = sum(part["parameters"] for part in budget["components"].values()) / 1e9
+    rows, fits = budget["options"].items(), any(row["fits_24_gb"] for row in budget["options"].values())
+    listed = [f"{kind} {row['least']:.1f} GB" + " (24 GB suffice)" * row["fits_24_gb"] for kind, row in rows]
+    detail = f"{total:.2f} billion parameters; training {', '.join(lora_scope)}: {', '.join(listed)}"
+    todo = "" if fits else "Take a larger card or a smaller --lora_scope."
+    return Check("memory", "ok" if fits else "warning", detail, todo, budget)
+
+
 def infer_config(shapes: Shapes) -> dict[str, int]:
     """The fields of config.json that tensor shapes determine, from the shapes by official tensor name.
 
     >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
     {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
     """
-    found = {field: shapes[name][axis] for field, (name, axis) in SHAPED.items() if name in shapes}
-    for field, prefix in LAYERED.items():
+    found = {key: shapes[name][axis] for key, (name, axis) in SHAPED.items() if name in shapes}
+    for key, prefix in LAYERED.items():
         if layers := {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}:
-            found[field] = len(layers)
+            found[key] = len(layers)
     return found
 
 

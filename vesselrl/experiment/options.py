@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vesselrl.experiment.config import Places
+from vesselrl.experiment.config import ModelSettings, Places
 
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
 
@@ -183,3 +183,7 @@ class Doctor(Places):
     data_root: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
+    # Scope of the training whose memory is estimated.
+    lora_scope: tuple[str, ...] = ModelSettings.lora_scope
+    # Print the checks as JSON, with parameters and GB of each component of the model.
+    json: bool = False

@@ -194,7 +194,8 @@ class Sa2VA(nn.Module):
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
         """SAM2's image encoder, once per image; (B, 3, S, S) in."""
-        with torch.autocast(sam_pixels.device.type, torch.bfloat16, enabled=self.autocasts):
+        device = "cuda" if sam_pixels.is_cuda else "cpu"  # others, such as meta, cannot
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocasts):
             high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
         return ImageFeatures(low, mid, high)
 

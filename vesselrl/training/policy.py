@@ -27,7 +27,7 @@ from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import EMBEDDED, describe_config, load_sa2va
-from vesselrl.models.memory import activation_bytes, total_memory
+from vesselrl.models.memory import activation_bytes, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
@@ -298,7 +298,11 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
     torch.manual_seed(seed)  # LoRA's first matrices are random
     with source() as folder:
-        model, processor = load_sa2va(folder, device, dtype, without=HEAD if trains_language else LANGUAGE)
+        first = "cpu" if s.use_nf4 else device
+        model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
+    if s.use_nf4:
+        to_nf4(model)
+        model.to(device)
     logger.info("model %s", describe_config(model.config, processor))
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
