@@ -1,7 +1,6 @@
 """Learning is real: gradients reach the adapters and nothing else, and only a reward can move the policy."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,7 +18,7 @@ from vesselrl.scoring.overlap import dice
 from vesselrl.scoring.rewards import MultiObjectiveReward, Reward, SimpleDiceReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo
-from vesselrl.training.checkpoint import step_within_memory
+from vesselrl.training.checkpoint import attempts
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -85,6 +84,13 @@ def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkp
         assert metrics["train/approx_kl"] > 0
 
 
+def take(update: PPOUpdate | SupervisedUpdate, policy: MaskPolicy, batch: TrainBatch) -> dict[str, float]:
+    for attempt in attempts(policy, update.optimizer, update):
+        with attempt:
+            metrics = update.step(batch)
+    return metrics
+
+
 @pytest.mark.parametrize("stage", ["rl", "sft"])
 def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint, stage, caplog) -> None:
     """It ends as if memory had sufficed, also where the optimizer had moved; at last there is no way."""
@@ -100,10 +106,9 @@ def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint,
             return encode(pixels)
 
         update = update if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS)
-        step = partial(step_within_memory, policy, update.optimizer, update)
-        step(batches[0])
+        take(update, policy, batches[0])
         policy.model.encode_image = fail_at
-        metrics = step(batches[1])
+        metrics = take(update, policy, batches[1])
         found.append((policy.values(), {k: v for k, v in metrics.items() if not k.startswith("time/")}))
         assert len(policy.savings) == 2 - len(failures)
     for values, metrics in found[1:]:
@@ -112,7 +117,7 @@ def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint,
     assert caplog.text.count("out of memory (CUDA out of memory); the step is taken again") == 3
     policy.model.encode_image = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(torch.OutOfMemoryError):
-        step(batches[1])
+        take(update, policy, batches[1])
 
 
 def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,19 +177,19 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
         optimizer.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in state.items()}
 
 
-def step_within_memory(model: Model, optimizer: Optimizer, update: Any, batch: Any) -> dict[str, float]:
-    """One step of an update and its metrics; where the GPU's memory does not suffice, with less of it.
+def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[AbstractContextManager]:
+    """Contexts to take a step in: a second, third ... where a GPU's memory did not suffice, each with less.
 
-    The step is then taken again from where it began, so that it ends as if memory had sufficed at once.
+    Each begins where the first began, so that the step ends as if memory had sufficed at once.
     """
     while model.savings:
-        state, values = update.state_dict(), model.values()
+        state, values, failures = update.state_dict(), model.values(), []
         kept, random = deepcopy(moments(optimizer, model)), random_state()
-        try:
-            return update.step(batch)
-        except torch.OutOfMemoryError as error:
-            way = next(iter(model.savings))
-            logger.warning("out of memory (%s); the step is taken again: %s", str(error).split(".")[0], way)
+        yield _out_of_memory(failures)
+        if not failures:
+            return
+        way = next(iter(model.savings))
+        logger.warning("out of memory (%s); the step is taken again: %s", failures[0].split(".")[0], way)
         model.savings.pop(way)()
         optimizer.zero_grad(set_to_none=True)
         model.restore(values)
@@ -197,7 +197,15 @@ def step_within_memory(model: Model, optimizer: Optimizer, update: Any, batch: A
         update.load_state_dict(state)
         restore_random_state(random)
         torch.cuda.empty_cache()
-    return update.step(batch)
+    yield nullcontext()
+
+
+@contextmanager
+def _out_of_memory(failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failures.append(str(error))
 
 
 def tensor_hash(values: Tensor) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vesselrl.data.dataset import TrainBatch
+from vesselrl.experiment.config import RunSettings
 from vesselrl.experiment.run_folder import atomic_write, json_hash, write_text
 from vesselrl.models.checkpoint import read_shard, shard_files
 from vesselrl.models.sa2va import HEAD, MASKS, ImageFeatures
@@ -134,19 +134,6 @@ class FeatureStore:
             self._disk_left = 0
 
 
-def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
-    """The batches; kept features of each begin to be read while the one before is learned from."""
-    waiting = None
-    for batch in batches:
-        if store is not None:
-            store.fetch_ahead(batch.keys)
-        if waiting is not None:
-            yield waiting
-        waiting = batch
-    if waiting is not None:
-        yield waiting
-
-
 def weights_hash(module: nn.Module) -> str:
     """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
     lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
@@ -173,3 +160,15 @@ def language_hash(model_folder: Path, notes: Path | None = None) -> str:
 def image_key(image: np.ndarray) -> str:
     """Name of an image by its content, uint8 (H, W, 3)."""
     return tensor_hash(torch.from_numpy(np.ascontiguousarray(image)))
+
+
+def feature_store(run: RunSettings, encoder: nn.Module | None, kind: str = "") -> FeatureStore | None:
+    """Keeps the features of a frozen image encoder; None, with the reason logged, where it is trained."""
+    if encoder is None:
+        logger.info("image features are not kept: the image encoder is trained")
+        return None
+    if run.cache_gb == 0:
+        return FeatureStore()
+    folder = Path(run.output_dir) / "cache" / "features"
+    logger.info("image features are kept in memory and, up to %g GB, in %s", run.cache_gb, folder)
+    return FeatureStore(folder, weights_hash(encoder) + kind, disk_bytes=round(run.cache_gb * GIB))

@@ -32,18 +32,12 @@ from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
 from vesselrl.training.checkpoint import tensors_hash, with_values
-from vesselrl.training.features import (
-    GIB,
-    FeatureStore,
-    SegState,
-    image_key,
-    language_hash,
-    weights_hash,
-)
+from vesselrl.training.features import GIB, FeatureStore, SegState, feature_store, image_key, language_hash
 
 logger = logging.getLogger(__name__)
 
 STATES_PER_PASS = 8  # images that go through the language model together on a GPU; on a CPU it is one
+ONE_BY_ONE = "images of a batch are encoded one by one"
 RECOMPUTING = "what is inside the model's blocks is computed a second time for the gradient, and not kept"
 PROBE, NEGATIVE = "probe", "negative of the probe"  # keys of an image and its negative, for a self-check
 
@@ -83,7 +77,7 @@ class MaskPolicy:
         # What can be done where memory does not suffice, in this order; no result changes by it.
         self.savings: dict[str, Callable[[], None]] = {}
         if not (self.encoder_is_frozen and self.language_is_frozen):
-            self.savings["images of a batch are encoded one by one"] = self.encode_one_by_one
+            self.savings[ONE_BY_ONE] = partial(setattr, self, "image_by_image", True)
             self.savings[RECOMPUTING] = self.model.recompute_blocks
         self.start = self.values()
         self.reference_values = self.start
@@ -182,10 +176,6 @@ class MaskPolicy:
         images = map(encode, inputs.sam_pixels.split(1), keys)
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
-    def encode_one_by_one(self) -> None:
-        """From now on the images of a batch go through a trained image encoder one after the other."""
-        self.image_by_image = True
-
     @torch.no_grad()
     def _frozen_features(self, pixels: Tensor, key: str | None) -> ImageFeatures:
         def encode() -> ImageFeatures:
@@ -236,18 +226,25 @@ class MaskPolicy:
                 continue
             waiting[content] = image
             computed += 1
-            if len(waiting) == self.states_per_pass:
+            if len(waiting) >= self.states_per_pass:
                 self._compute_states(waiting)
                 waiting = {}
-        self._compute_states(waiting)
+        if waiting:
+            self._compute_states(waiting)
         self._kept |= {key: self._kept[content] for key, content in names.items()}
         return computed
 
     def _compute_states(self, images: dict[str, np.ndarray]) -> None:
-        if not images:
-            return
         inputs = self.processor([*images.values()], self.prompt).to(self.model.device)
-        for content, state in zip(images, self._seg_states(inputs).split(1), strict=True):
+        try:
+            states = self._seg_states(inputs).split(1)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+            logger.warning("out of memory: from now on one image at a time goes through the language model")
+            self.states_per_pass = 1
+            states = [self._seg_states(inputs.image(index)) for index in range(len(images))]
+        for content, state in zip(images, states, strict=True):
             self._kept[content] = state.clone()
             self.states.write(content, SegState(self._kept[content]))
 
@@ -300,7 +297,7 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
     with source() as folder:
         first = "cpu" if s.use_nf4 else device
         model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
-    if s.use_nf4:
+    if s.use_nf4 and trains_language:
         to_nf4(model)
         model.to(device)
     logger.info("model %s", describe_config(model.config, processor))
@@ -319,7 +316,8 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
     policy.half_features = dtype == torch.bfloat16
-    policy.store = feature_store(config, policy)
+    encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
+    policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
     needed = config.optim.batch_size * activation_bytes(model.config.sam2)
     if not policy.encoder_is_frozen and needed > total_memory(device) / 2:
         logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
@@ -354,20 +352,6 @@ def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sa
         logger.info("vision tower and language model are not needed any more: unloaded")
     else:
         logger.info("augmentation changes the training images: their features and states are not kept")
-
-
-def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | None:
-    """Keeps the features of a frozen image encoder; None, with the reason logged, where it is trained."""
-    if not policy.encoder_is_frozen:
-        logger.info("image features are not kept: the image encoder is trained")
-        return None
-    cache_gb = config.run.cache_gb
-    if cache_gb == 0:
-        return FeatureStore()
-    folder = Path(config.run.output_dir) / "cache" / "features"
-    logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
-    encoder_hash = weights_hash(policy.model.sam.vision_encoder) + "_bf16" * policy.half_features
-    return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
 
 
 def sample_masks(

@@ -4,7 +4,7 @@ import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from PIL import Image
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.check import PATIENT_CODES, DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
-from vesselrl.data.dataset import BatchSource, VesselDataset, contact_sheet
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset, contact_sheet
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
@@ -34,6 +34,7 @@ from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
+from vesselrl.training.features import FeatureStore
 from vesselrl.training.logging import check_wandb
 from vesselrl.training.policy import keep_states, load_policy
 from vesselrl.training.ppo import PPOUpdate
@@ -172,6 +173,19 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
     with atomic_write(run.path / SHEET_FILE) as partial_file:
         Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
     return batches
+
+
+def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
+    """The batches; kept features of each begin to be read while the one before is learned from."""
+    waiting = None
+    for batch in batches:
+        if store is not None:
+            store.fetch_ahead(batch.keys)
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 @contextmanager

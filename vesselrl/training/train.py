@@ -29,7 +29,6 @@ from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
-from vesselrl.training.features import read_ahead
 from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
@@ -245,7 +244,7 @@ def run_epochs(t: Training) -> None:
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
             if t.step > begin:
                 validate_if_due(t, stage, end)  # a signal may have come before it
-            for batch in read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
+            for batch in setup.read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
                         t.optimizer.state.clear()  # the moments of another loss say nothing about this one
@@ -266,7 +265,9 @@ def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: in
         group["lr"] = rate
     t.step += 1
     try:
-        metrics = checkpoint.step_within_memory(t.model, t.optimizer, t.updates[stage], batch)
+        for attempt in checkpoint.attempts(t.model, t.optimizer, t.updates[stage]):
+            with attempt:
+                metrics = t.updates[stage].step(batch)
     except NotFiniteError as error:
         metrics = {}
         t.health.roll_back(t.step, str(error))
@@ -316,9 +317,8 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     """Restores the state that `save_state` wrote."""
     t.step, t.validated = state["step"], state.get("validated", state["step"])
     logger.info("going on after step %d of %d", t.step, t.num_steps)
-    earlier = state["provenance"]
-    resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
-    t.provenance = earlier | {"resumed": resumed}
+    resumed = [*state["provenance"].get("resumed", ()), {"step": t.step} | t.provenance]
+    t.provenance = state["provenance"] | {"resumed": resumed}
     if "values" not in state:  # nothing had been evaluated
         t.run.cut_metrics(0)
         return
@@ -349,9 +349,8 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     """Scores the base model (`before`) and the best weights (`after`) on the test images."""
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
-        tested[name] = evaluate_subset(t, "test", f"test {name}", values)
-        extra = {"threshold": 0.5, "run": t.run.name}
-        results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
+        scored = tested[name] = evaluate_subset(t, "test", f"test {name}", values)
+        results.write_evaluation(t.run.path, f"test_{name}", scored, {"threshold": 0.5, "run": t.run.name})
     return tested
 
 
