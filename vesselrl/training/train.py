@@ -242,8 +242,8 @@ def run_epochs(t: Training) -> None:
                 continue
             stage = stage_of(epoch)
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
-            if t.step > begin:
-                validate_if_due(t, stage, end)  # a signal may have come before it
+            if t.step > begin:  # a signal may have come before the validation
+                validate_if_due(t, stage, end)
             for batch in setup.read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
