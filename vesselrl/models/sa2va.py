@@ -205,7 +205,8 @@ class Sa2VA(nn.Module):
         It is not kept, and no value changes. Unlike transformers' own flag it also works in evaluation mode,
         which PPO steps run in.
         """
-        for block in (*self.sam.vision_encoder.backbone.blocks, *(self.lm.model.layers if self.lm else ())):
+        layers = getattr(self.lm.model, "language_model", self.lm.model).layers if self.lm else ()
+        for block in (*self.sam.vision_encoder.backbone.blocks, *layers):
             if "forward" not in vars(block):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.samples import Sample, load_image
-from vesselrl.errors import DataError, LearningError
+from vesselrl.errors import LearningError
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
@@ -65,7 +65,7 @@ class MaskPolicy:
         self.model: Sa2VA = peft_model.get_base_model()
         self.processor = processor
         self.prompt = prompt
-        self.predictor = Predictor(self.model, processor, prompt)
+        self.predictor = Predictor(self.model, processor, prompt, forward=self.predict_logits)
         self.trainable = lora.adapter_parameters(peft_model)
         self.counts = lora.trainable_counts(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
@@ -92,14 +92,10 @@ class MaskPolicy:
 
     # ---- As a model in training, see `checkpoint.Model`
 
-    @torch.no_grad()
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image."""
         self.peft_model.eval()
-        inputs = self.processor([image], self.prompt).to(self.model.device)
-        prompts = self.seg_prompts(inputs, [image_key(image)])
-        decoded = self.model.decode(self.features(inputs, [None]), prompts)
-        return self.predictor.to_predictions(self.logits(decoded, decoded.best(), inputs))[0]
+        return self.predictor.predict(image)
 
     def values(self) -> dict[str, Tensor]:
         """Returns a copy of the trainable values."""
@@ -187,6 +183,14 @@ class MaskPolicy:
         kept = self.store.fetch(key, pixels, encode)
         return ImageFeatures(*(level.to(pixels.device, non_blocking=True) for level in kept))
 
+    def predict_logits(self, inputs: Sa2VAInputs, images: list[np.ndarray]) -> list[Tensor]:
+        """Native-size logits (H, W) of any images, from what is kept of them."""
+        keys = [f"predicted {number}" for number in range(len(images))]
+        if self.language_is_frozen:
+            self.keep_states(zip(keys, images, strict=True))
+        decoded = self.model.decode(self.features(inputs, [None] * len(keys)), self.seg_prompts(inputs, keys))
+        return self.logits(decoded, decoded.best(), inputs)
+
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
@@ -205,9 +209,6 @@ class MaskPolicy:
     def _seg_states(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, hidden) from the language model, on the CPU; it is loaded for this where it is not there."""
         if self._language is None:
-            if self.load_language is None:
-                fault = "An image is not the one that the training began with: its [SEG] state is not known"
-                raise DataError(f"{fault}, and the language model has been unloaded. Start anew.")
             self._language = self.load_language()
         return self._language.seg_states(inputs).cpu()
 
@@ -249,8 +250,8 @@ class MaskPolicy:
             self.states.write(content, SegState(self._kept[content]))
 
     def drop_language(self) -> None:
-        """Gives the memory of a frozen language model back; from now on there are kept states alone."""
-        self._language = self.load_language = None
+        """Gives the memory of a frozen language model back, until an image comes whose state is not kept."""
+        self._language = None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
