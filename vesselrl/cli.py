@@ -4,6 +4,7 @@ Parsing and printing only; nothing heavy is imported before a verb needs it, so 
 """
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -220,8 +221,8 @@ def run_doctor(rest: list[str]) -> int:
     args = parse(options.Doctor, rest, "doctor")
     from vesselrl.doctor import diagnose, format_report
 
-    checks = diagnose(**vars(args))
-    print(format_report(checks))
+    checks = diagnose(**{name: value for name, value in vars(args).items() if name != "json"})
+    print(json.dumps([asdict(check) for check in checks], indent=1) if args.json else format_report(checks))
     return int(any(check.status == "problem" for check in checks))
 
 

@@ -131,6 +131,18 @@ def test_the_state_is_read_at_the_seg_token_itself(predictor: Predictor, images:
     assert torch.equal(model.seg_states(short), states)
 
 
+def test_an_image_encoder_in_bfloat16_gives_nearly_the_same_masks(
+    predictor: Predictor, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with --use_bf16; the mask decoder stays in float32."""
+    exact = predictor.predict_batch(images)
+    monkeypatch.setattr(predictor.model, "autocasts", True)
+    for one, other in zip(exact, predictor.predict_batch(images), strict=True):
+        assert 1e-5 < largest_gap(one, other) < 0.1
+        assert (one.mask & other.mask).sum() / (one.mask | other.mask).sum() > 0.98
+        assert other.logits.dtype == np.float32
+
+
 def test_prompt_adapter_and_bfloat16_change_what_they_should(
     predictor: Predictor, lively_checkpoint: Path, adapter: Path, images: list[np.ndarray]
 ) -> None:

@@ -96,8 +96,11 @@ class ModelSettings:
     lora_dropout: float | None = None
     # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
-    # Vision tower and language model in bfloat16; SAM2 stays in float32.
+    # Vision tower, language model and kept features in bfloat16; SAM2 stays in float32, but its image encoder
+    # computes in bfloat16 on a GPU.
     use_bf16: bool = False
+    # A language model in the scope in 4 bits; needs a GPU and the extra nf4.
+    use_nf4: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ class RunSettings:
     gpu: int = 0
     # Threads that score masks.
     num_workers: int = 4
-    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept; 0: memory only.
+    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept, and likewise the
+    # states of a frozen language model; 0: memory only.
     cache_gb: float = 20.0
     # Also log to Weights & Biases.
     use_wandb: bool = False
@@ -344,6 +348,8 @@ def _contradictions(c: TrainConfig) -> dict[str, bool]:
             c.data.curriculum and epochs < 2,
         "--dice_floor is for --objective constrained; leave it out otherwise.":
             c.ppo.dice_floor > 0 and c.ppo.objective != "constrained",
+        "--use_nf4 is for a language model in the scope; outside it is not kept in memory. Leave it out.":
+            c.model.use_nf4 and "language_model" not in c.model.lora_scope,
         "--stage sft+rl needs --num_epochs of at least 2, one for each stage.": two_stages and epochs < 2,
         f"--rl_epochs is for --stage sft+rl; with {stage} leave it out.":
             optim.rl_epochs is not None and not two_stages,

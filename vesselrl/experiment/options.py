@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vesselrl.experiment.config import Places
+from vesselrl.experiment.config import ModelSettings, Places
 
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
@@ -189,6 +189,10 @@ class Doctor(Places):
     data_root: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
+    # Scope of the training whose memory is estimated.
+    lora_scope: tuple[str, ...] = ModelSettings.lora_scope
+    # Print the checks as JSON, with parameters and GB of each component of the model.
+    json: bool = False
 
 
 def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
-from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
+from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
@@ -56,6 +56,8 @@ class Predictor:
     processor: Sa2VAProcessor  # of the same checkpoint
     prompt: str = DEFAULT_PROMPT
     post: PostProcessing = THRESHOLD_ONLY  # probabilities to a mask
+    # In place of the model's own, from inputs and images (H, W, 3) to logits (H, W).
+    forward: Callable[[Sa2VAInputs, list[np.ndarray]], list[torch.Tensor]] | None = None
 
     @classmethod
     def from_pretrained(
@@ -86,10 +88,11 @@ class Predictor:
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
         """Segments several images in one pass; their sizes may differ."""
         inputs = self.processor(images, self.prompt).to(self.model.device)
+        outputs = self.model(inputs) if self.forward is None else self.forward(inputs, images)
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
         cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
         results = []
-        for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+        for logits in (output.float().cpu().numpy() for output in outputs):
             check_finite(logits)
             probabilities = expit(logits)
             mask = self.post.postprocess_for(probabilities)(logits > cut)
