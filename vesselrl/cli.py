@@ -120,6 +120,7 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
+    from vesselrl.data.tiles import tile_px_of
     from vesselrl.inference.predictor import LIST_FILE, Predictor, predict_files
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
@@ -127,7 +128,8 @@ def run_predict(rest: list[str]) -> int:
     settings, weights = run_settings(find_run(args.lora_weights)), (args.base_model, args.lora_weights)
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
-    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
+    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
+    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, **made)
     counts, failed = Counter(), []
     with bar("predicting") as progress:
         for row in predict_files(predictor, Path(args.image), Path(args.output_dir), progress):

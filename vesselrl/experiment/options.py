@@ -57,6 +57,9 @@ class Evaluate(Places):
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
+    # Side in px of the overlapping tiles that a larger image is predicted in, at its own resolution; 0: none;
+    # left out: as the run was trained, or the model's square for images more than twice as large.
+    tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
     # Folder with a second observer's masks of the same images: the row "human agreement".
@@ -83,6 +86,9 @@ class Predict:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
+    # Side in px of the overlapping tiles that a larger image is predicted in, at its own resolution; 0: none;
+    # left out: as the run was trained, or the model's square for images more than twice as large.
+    tile_px: int | None = None
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from vesselrl.data.images import IMAGE_SUFFIXES, read_size
 from vesselrl.data.pairing import list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
 from vesselrl.models.checkpoint import load_sa2va
@@ -56,6 +57,7 @@ class Predictor:
     processor: Sa2VAProcessor  # of the same checkpoint
     prompt: str = DEFAULT_PROMPT
     post: PostProcessing = THRESHOLD_ONLY  # probabilities to a mask
+    tile_px: int | None = None  # side of the tiles of large images, see `tiling`
 
     @classmethod
     def from_pretrained(
@@ -64,13 +66,13 @@ class Predictor:
         lora_weights: str | Path | None = None,
         device: str | None = None,
         use_bf16: bool = False,
-        **kwargs: str | PostProcessing,
+        **kwargs: str | int | PostProcessing | None,
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
         Without `base_model` it is the embedded miniature; `lora_weights` is an adapter or a run folder, which
         means its best_lora. Without `device` a GPU is taken when there is one. With `use_bf16` vision tower
-        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt and post.
+        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt, post and tile_px.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
@@ -84,20 +86,40 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images in one pass; their sizes may differ."""
+        """Segments several images, whose sizes may differ: those that are not cut in one pass."""
+        cut = [self.tiling.cuts(*image.shape[:2]) for image in images]
+        whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
+        logits = iter(self._logits(whole) if whole else ())
+        pairs = zip(images, cut, strict=True)
+        return [self._prediction(self._tiled(image) if is_cut else next(logits)) for image, is_cut in pairs]
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tiles of `tile_px` (0: none), or (None) of SAM2's square for images more than twice as large."""
+        return Tiling.of_model(self.tile_px, self.processor.config.sam2.image_size)
+
+    def _logits(self, images: list[np.ndarray]) -> list[np.ndarray]:
         inputs = self.processor(images, self.prompt).to(self.model.device)
-        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
-        results = []
-        for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+        results = [output.float().cpu().numpy() for output in self.model(inputs)]
+        for logits in results:
             check_finite(logits)
-            probabilities = expit(logits)
-            mask = self.post.postprocess_for(probabilities)(logits > cut)
-            results.append(Prediction(mask, probabilities, logits))
         return results
 
+    def _tiled(self, image: np.ndarray) -> np.ndarray:
+        """Logits of an image from tiles, one after the other, whose probabilities are blended."""
+        size = image.shape[:2]
+        tiles = (expit(self._logits([image[place]])[0]) for place in self.tiling.windows(*size))
+        limits = np.finfo(np.float32)
+        return logit(self.tiling.blend(tiles, *size).clip(limits.tiny, 1 - limits.epsneg))
+
+    def _prediction(self, logits: np.ndarray) -> Prediction:
+        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
+        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
+        probabilities = expit(logits)
+        return Prediction(self.post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
+
     def fingerprint(self) -> str:
-        """Hash of all that a mask depends on beside its image: model, tokenizer, prompt, post-processing."""
+        """Hash of all that a mask depends on beside its image: model, tokenizer, prompt and settings."""
         sums = []
         for name, tensor in self.model.state_dict().items():
             bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
@@ -105,7 +127,7 @@ class Predictor:
             totals = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::13])]
             sums.append((name, str(tensor.dtype), tuple(tensor.shape), totals))
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
-        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post)
+        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post, self.tiling)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
 

@@ -24,6 +24,7 @@ from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_ove
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
@@ -153,14 +154,15 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
     return split
 
 
-def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
+def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling: Tiling) -> BatchSource:
     """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json."""
     batch_size, seed, num_epochs = config.optim.batch_size, config.optim.seed, config.optim.num_epochs
     if config.run.sanity_overfit:
         num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
     passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
     if config.run.sanity_overfit:  # without augmentation or curriculum
-        return BatchSource(VesselDataset(data.train), batch_size, seed, num_epochs, num_passes=passes)
+        dataset = VesselDataset(data.train, seed=seed, tiling=tiling)
+        return BatchSource(dataset, batch_size, seed, num_epochs, num_passes=passes)
     plan = get_augmentation(config.data.augment)
     logger.info("augmentation: %s", plan)
     difficulties = None
@@ -168,7 +170,7 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
         table = difficulty_table(data.train, load_pixels)
         run.write_json("difficulty.json", table)
         difficulties = [table[sample.key]["difficulty"] for sample in data.train]
-    dataset = VesselDataset(data.train, augmentation=plan, seed=seed)
+    dataset = VesselDataset(data.train, plan, seed, tiling)
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
@@ -203,12 +205,17 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
         raise
 
 
-def make_model(config: TrainConfig, device: str) -> Model:
-    """The Sa2VA with adapters, or a baseline in its place."""
+def make_model(config: TrainConfig, device: str, train: Sequence[Sample]) -> tuple[Model, Tiling]:
+    """The Sa2VA with adapters, or a baseline in its place, and how large images are cut.
+
+    A baseline has no square: it takes images whole, and is trained on crops only where a size is given.
+    """
     if config.optim.control is None:
-        return load_policy(config, device)
+        policy = load_policy(config, device, train)
+        return policy, policy.predictor.tiling
     torch.manual_seed(config.optim.seed)
-    return UNet(device) if config.optim.control == "unet" else Frangi()
+    model = UNet(device) if config.optim.control == "unet" else Frangi()
+    return model, Tiling.of_model(config.data.tile_px or 0, 0)
 
 
 def make_updates(
@@ -266,8 +273,8 @@ def select_device(gpu: int) -> str:
     return f"cuda:{gpu}"
 
 
-def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
-    """The model with new adapters, or with those of `init_lora`."""
+def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
+    """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     torch.manual_seed(seed)  # LoRA's first matrices are random
@@ -284,8 +291,10 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
         rank, alpha = s.lora_rank or preset.rank, s.lora_alpha or preset.alpha
         dropout = preset.dropout if s.lora_dropout is None else s.lora_dropout
         peft_model = attach_lora(model, s.lora_scope, preset.projections, rank, alpha, dropout)
-    keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
-    policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat=keys_repeat)
+    policy = MaskPolicy(peft_model, processor, s.prompt)
+    policy.predictor.tile_px = config.data.tile_px
+    is_augmented = not (config.run.sanity_overfit or get_augmentation(config.data.augment).is_none)
+    policy.keys_repeat = not (is_augmented or policy.predictor.tiling.cuts_any(train))
     policy.store = feature_store(config, policy)
     return policy
 
@@ -293,7 +302,7 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
 def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | None:
     """Keeps the features of a frozen image encoder; None, with the reason logged, where they change."""
     if not policy.keys_repeat:
-        logger.info("augmentation changes the images: no features or [SEG] states are kept")
+        logger.info("crops or augmentation change the images: no features or [SEG] states are kept")
         return None
     if not policy.encoder_is_frozen:
         logger.info("image features are not kept: the image encoder is trained")
