@@ -89,6 +89,8 @@ class Predict:
     # Side in px of the overlapping tiles that a larger image is predicted in, at its own resolution; 0: none;
     # left out: as the run was trained, or the model's square for images more than twice as large.
     tile_px: int | None = None
+    # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
+    shard: str = "0/1"
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 
