@@ -33,11 +33,11 @@ class ByPlace:
 
 def largest_jumps(probabilities: np.ndarray, tiling: Tiling) -> list[tuple[float, float]]:
     """Between neighbouring pixels, down and across: over lines where a tile begins or ends, and elsewhere."""
-    windows, result = list(tiling.windows(*probabilities.shape)), []
-    for axis in (0, 1):
-        ends = {end for window in windows for end in (window[axis].start, window[axis].stop)}
+    result = []
+    for axis, side in enumerate(probabilities.shape):
+        ends = {end for tile, _ in tiling.places(side) for end in (tile.start, tile.stop)}
         jumps = np.abs(np.diff(probabilities, axis=axis)).max(axis=1 - axis)
-        seams = sorted(end - 1 for end in ends - {0, probabilities.shape[axis]})
+        seams = sorted(end - 1 for end in ends - {0, side})
         assert seams
         result.append((jumps[seams].max(), np.delete(jumps, seams).max()))
     return result
@@ -48,20 +48,19 @@ def largest_jumps(probabilities: np.ndarray, tiling: Tiling) -> list[tuple[float
 )
 def test_tiles_cover_the_image_share_a_quarter_and_add_up_to_it(size: tuple[int, int], tile_px: int) -> None:
     tiling, image = Tiling(tile_px, tile_px), RNG.random(size, np.float32)
-    windows = list(tiling.windows(*size))
-    assert np.abs(tiling.blend((image[window] for window in windows), *size) - image).max() < 1e-6
-    assert tiling.blend((np.ones_like(image[window]) for window in windows), *size).max() <= 1
-    for axis, side in enumerate(size):
-        places = sorted({(window[axis].start, window[axis].stop) for window in windows})
-        assert {stop - start for start, stop in places} == {min(tile_px, side)}
-        assert (places[0][0], places[-1][1]) == (0, side)
-        assert all(a[1] - b[0] >= tile_px // 4 for a, b in pairwise(places))
+    assert np.abs(tiling.blend(image, lambda tile: tile) - image).max() < 1e-6
+    assert tiling.blend(image, np.ones_like).max() <= 1
+    for side in size:
+        tiles = [tile for tile, _ in tiling.places(side)]
+        assert {tile.stop - tile.start for tile in tiles} == {min(tile_px, side)}
+        assert (tiles[0].start, tiles[-1].stop) == (0, side)
+        assert all(one.stop - other.start >= tile_px // 4 for one, other in pairwise(tiles))
 
 
 def test_only_large_images_are_cut_unless_a_size_is_given() -> None:
     auto, given = Tiling.of_model(None, 1024), Tiling.of_model(300, 1024)
     assert [auto.cuts(*size) for size in ((2048, 2048), (2049, 10), (2336, 3504))] == [False, True, True]
-    assert len(list(auto.windows(2336, 3504))) == 15  # of 1024 px at the image's own resolution
+    assert [len(auto.places(side)) for side in (2336, 3504)] == [3, 5]  # 15 tiles of 1024 px
     assert [given.cuts(300, 300), given.cuts(200, 301)] == [False, True]
     assert not Tiling.of_model(0, 1024).cuts(9999, 9999)
     # As asked, or as the run was trained; runs of before had no tiles; no run: by the model's square.

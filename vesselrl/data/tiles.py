@@ -5,8 +5,9 @@ that overlap, and trained on crops of the size of a tile.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from vesselrl.experiment.config import TrainConfig
 
 LARGE = 2  # an image is large whose longer side is more than so many sides of the square
 _STREAM = 0xC20  # keeps these random numbers apart from others of the same seed
-Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,24 @@ class Tiling:
         sizes = (read_size(sample.image_path, sample.record) for sample in samples if self.tile_px > 0)
         return any(self.cuts(*size) for size in sizes)
 
-    def windows(self, height: int, width: int) -> Iterator[Window]:
-        """The tiles of an image that is cut, row by row."""
-        rows, columns = self._places(height), self._places(width)
-        return ((row, column) for row, _ in rows for column, _ in columns)
-
-    def blend(self, tiles: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
-        """Probabilities (H, W) from those of the tiles in the order of `windows`; no tile's edge is seen.
+    def blend(self, image: np.ndarray, predict: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Probabilities (H, W) of an image from those that `predict` gives of its tiles; no edge is seen.
 
         A tile counts less towards its edges, where the model sees little around a pixel: sin² over a quarter.
         """
-        blended, tiles = np.zeros((height, width), np.float32), iter(tiles)
-        columns = self._places(width)
-        for row, down in self._places(height):
-            for column, across in columns:
-                blended[row, column] += down[:, None] * across * next(tiles)
+        blended, sides = np.zeros(image.shape[:2], np.float32), map(self.places, image.shape[:2])
+        for (row, down), (column, across) in product(*sides):
+            blended[row, column] += down[:, None] * across * predict(image[row, column])
         return np.minimum(blended, 1, out=blended)  # weights add up to 1, but for rounding
 
-    def crop(self, height: int, width: int, seed: int, epoch: int, index: int) -> Window:
+    def crop(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[slice, ...]:
         """A random tile; the same for the same seed, epoch and index, as in `augment`."""
         rng = np.random.default_rng([_STREAM, seed, epoch, index])
         sides = [(side, min(self.tile_px, side)) for side in (height, width)]
         starts = [int(rng.integers(side - length + 1)) for side, length in sides]
         return tuple(slice(start, start + n) for start, (_, n) in zip(starts, sides, strict=True))
 
-    def _places(self, side: int) -> list[tuple[slice, np.ndarray]]:
+    def places(self, side: int) -> list[tuple[slice, np.ndarray]]:
         """Tiles along one side, of which neighbours share a quarter or more, and weights that add up to 1."""
         length = min(self.tile_px, side)
         ramp = max(1, length // 4)
@@ -76,8 +69,8 @@ class Tiling:
         total = np.zeros(side)
         for start in starts:
             total[start : start + length] += weight
-        places = [slice(start, start + length) for start in starts]
-        return [(place, (weight / total[place]).astype(np.float32)) for place in places]
+        tiles = [slice(start, start + length) for start in starts]
+        return [(tile, (weight / total[tile]).astype(np.float32)) for tile in tiles]
 
 
 WHOLE = Tiling()  # no image is cut

@@ -57,8 +57,8 @@ class Evaluate(Places):
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
-    # Side in px of the overlapping tiles that a larger image is predicted in, at its own resolution; 0: none;
-    # left out: as the run was trained, or the model's square for images more than twice as large.
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
     tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
@@ -86,8 +86,8 @@ class Predict:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
-    # Side in px of the overlapping tiles that a larger image is predicted in, at its own resolution; 0: none;
-    # left out: as the run was trained, or the model's square for images more than twice as large.
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
     tile_px: int | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"

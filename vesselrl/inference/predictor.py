@@ -113,10 +113,9 @@ class Predictor:
 
     def _tiled(self, image: np.ndarray) -> np.ndarray:
         """Logits of an image from tiles, one after the other, whose probabilities are blended."""
-        size = image.shape[:2]
-        tiles = (expit(self._logits([image[place]])[0]) for place in self.tiling.windows(*size))
+        blended = self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0]))
         limits = np.finfo(np.float32)
-        return logit(self.tiling.blend(tiles, *size).clip(limits.tiny, 1 - limits.epsneg))
+        return logit(blended.clip(limits.tiny, 1 - limits.epsneg))
 
     def _prediction(self, logits: np.ndarray) -> Prediction:
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
@@ -183,20 +182,19 @@ def predict_files(
         key = keys[file.stem].key if file.stem in keys else None
         name = f"{_place(number, files)} ({key})" if key else file.name
         jobs.append((file, name, output_dir / (key or file.stem)))
-    names = [name for _, name, _ in jobs]  # those of all shards say whether they can be joined
-    head = json.dumps({"made_by": made_by, "images": json_hash(names), "shards": step})
+    head = {"made_by": made_by, "images": json_hash([name for _, name, _ in jobs]), "shards": step}
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(2) as writers:
         own = (_Job(*job) for job in jobs[first::step])
         read = _in_order(reader, partial(_Job.read, made_by=made_by), own)
         rows = _in_order(writers, _Job.write, (job.predict(predictor) for job in read))
-        with _listing(output_dir / list_file, head) as add:
+        with _listing(output_dir / list_file, json.dumps(head)) as add:
             for done, row in enumerate(rows, start=1):
                 add(row)
                 yield row
                 if progress is not None:
                     progress(done, total)
     if shard != ALL:
-        _join_shards(output_dir, step, head)
+        _join_shards(output_dir, step, json.dumps(head))
 
 
 def list_name(shard: str) -> str:

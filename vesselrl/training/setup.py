@@ -206,10 +206,7 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
 
 
 def make_model(config: TrainConfig, device: str, train: Sequence[Sample]) -> tuple[Model, Tiling]:
-    """The Sa2VA with adapters, or a baseline in its place, and how large images are cut.
-
-    A baseline has no square: it takes images whole, and is trained on crops only where a size is given.
-    """
+    """The Sa2VA with adapters, or a baseline, which has no square, and how large images are cut."""
     if config.optim.control is None:
         policy = load_policy(config, device, train)
         return policy, policy.predictor.tiling
