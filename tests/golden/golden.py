@@ -82,6 +82,9 @@ MEANT = {
     ),
     "train_*/info/custom_*": "calls of the user's reward function are counted",
     "masks/predict */files": "predict lists its results, and keeps the mapping of made-up names too",
+    "*/config/args/tile_px": "new option: large images in tiles",
+    "help/*/options/--tile_px*": "new option: large images in tiles",
+    "help/predict/options/--shard*": "new option: a folder shared by several processes",
 }
 
 

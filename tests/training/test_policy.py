@@ -16,7 +16,8 @@ from vesselrl.models.sa2va import ImageFeatures
 from vesselrl.training import features as features_module
 from vesselrl.training.checkpoint import tensor_hash, with_values
 from vesselrl.training.features import FeatureStore, SegState, language_hash
-from vesselrl.training.policy import MaskPolicy, gaussian_field, sample_masks
+from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.ppo_math import gaussian_field, sample_masks
 
 
 def generator() -> torch.Generator:

@@ -65,6 +65,10 @@ class DataSettings(Places):
     max_val_samples: int | None = None
     # Random changes of the training images and their masks; see vesselrl/data/augment.py.
     augment: Literal["none", "light", "strong"] = "none"
+    # Side in px of the random crops that training shows of a larger image, and of the overlapping tiles that
+    # it is predicted in, at its own resolution; 0: none; left out: the model's square, for images more than
+    # twice as large.
+    tile_px: int | None = None
     # Easy images first, all of them from the middle of the epochs on.
     curriculum: bool = False
 
@@ -330,6 +334,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
     ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
+    ("tile_px", lambda v: v == 0 or v >= 32, "give 0 for none, or at least 32"),
     ("fold", is_fold, "give a share such as 1/5, up to 5/5"),
     ("dice_floor", lambda v: 0 <= v <= 1, "give a Dice from 0 to 1"),
 )  # fmt: skip

@@ -61,6 +61,9 @@ class Evaluate(Places):
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
     # Folder with a second observer's masks of the same images: the row "human agreement".
@@ -87,6 +90,11 @@ class Predict:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
+    # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
+    shard: str = "0/1"
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 

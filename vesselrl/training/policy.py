@@ -6,7 +6,7 @@ sampled together (a Gaussian copula over a smooth random field), so that samples
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -17,7 +17,6 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
-from torch.nn import functional
 
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.samples import Sample, load_image
@@ -286,8 +285,8 @@ class MaskPolicy:
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 
 
-def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
-    """The model with new adapters, or with those of `init_lora`."""
+def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
+    """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     is_random = s.model_path == RANDOM_MODEL
@@ -320,6 +319,8 @@ def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    policy.predictor.tile_px = config.data.tile_px
+    policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
     policy.half_features = dtype == torch.bfloat16
     encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
     policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
@@ -349,41 +350,21 @@ def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sa
     started, samples = time.perf_counter(), [*(train if policy.keys_repeat else ()), *others]
     probe = load_image(train[0])
     pair = {PROBE: probe, NEGATIVE: 255 - probe}.items()
-    computed = policy.keep_states(chain(pair, ((sample.key, load_image(sample)) for sample in samples)))
+    tiling = policy.predictor.tiling
+
+    def images() -> Iterator[tuple[str, np.ndarray]]:
+        for sample in samples:
+            image = load_image(sample)
+            if not tiling.cuts(*image.shape[:2]):
+                yield sample.key, image
+                continue
+            yield from ((f"{sample.key} tile {k}", tile) for k, tile in enumerate(tiling.pieces(image)))
+
+    computed = policy.keep_states(chain(pair, images()))
     took = time.perf_counter() - started
     logger.info("[SEG] states: %d images, %d computed, %.1f s", len(samples), computed, took)
     if policy.keys_repeat:
         policy.drop_language()
         logger.info("vision tower and language model are not needed any more: unloaded")
     else:
-        logger.info("augmentation changes the training images: their features and states are not kept")
-
-
-def sample_masks(
-    logits: Tensor, num_samples: int, correlation_px: float, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
-
-    (H, W) logits give (K, H, W) bool masks, the same ones on every device as the generator is on the CPU.
-    `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
-    """
-    field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
-    # P(field < quantile of p) = p for a standard normal field.
-    uniform = torch.special.ndtr(field)
-    return uniform < torch.sigmoid(logits.detach().float() / temperature)
-
-
-def gaussian_field(
-    count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
-) -> Tensor:
-    """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
-    height, width = shape
-    if correlation_px <= 0:
-        return torch.randn(count, height, width, generator=generator)
-    radius = max(1, round(3 * correlation_px))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / correlation_px) ** 2)
-    kernel = kernel / kernel.square().sum().sqrt()
-    noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
-    noise = functional.conv2d(noise, kernel.view(1, 1, -1, 1))
-    return functional.conv2d(noise, kernel.view(1, 1, 1, -1))[:, 0]
+        logger.info("crops or augmentation change the training images: nothing is kept of them")

@@ -25,7 +25,7 @@ from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
 from vesselrl.training.health import check_moved, not_finite, take_step
-from vesselrl.training.policy import MaskPolicy, sample_masks
+from vesselrl.training.policy import MaskPolicy
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
@@ -106,7 +106,7 @@ class PPOUpdate:
         """Samples, scores and credits K masks per image; also their metrics, and whether any pixel earned."""
         s = self.settings
         sampling = (s.num_samples, s.correlation_px, s.temperature, self.generator)
-        masks = [sample_masks(one, *sampling) for one in logits]
+        masks = [ppo_math.sample_masks(one, *sampling) for one in logits]
         started = time.perf_counter()
         credits = self._credit(batch, masks, logits)
         metrics = {"time/reward": time.perf_counter() - started} | rollout_metrics(credits)

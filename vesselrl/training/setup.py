@@ -25,6 +25,7 @@ from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_ove
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
@@ -153,14 +154,15 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
     return split
 
 
-def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
+def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling: Tiling) -> BatchSource:
     """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json."""
     batch_size, seed, num_epochs = config.optim.batch_size, config.optim.seed, config.optim.num_epochs
     if config.run.sanity_overfit:
         num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
     passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
     if config.run.sanity_overfit:  # without augmentation or curriculum
-        return BatchSource(VesselDataset(data.train), batch_size, seed, num_epochs, num_passes=passes)
+        dataset = VesselDataset(data.train, seed=seed, tiling=tiling)
+        return BatchSource(dataset, batch_size, seed, num_epochs, num_passes=passes)
     plan = get_augmentation(config.data.augment)
     logger.info("augmentation: %s", plan)
     difficulties = None
@@ -168,7 +170,7 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
         table = difficulty_table(data.train, load_pixels)
         run.write_json("difficulty.json", table)
         difficulties = [table[sample.key]["difficulty"] for sample in data.train]
-    dataset = VesselDataset(data.train, augmentation=plan, seed=seed)
+    dataset = VesselDataset(data.train, plan, seed, tiling)
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
@@ -216,14 +218,15 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
         raise
 
 
-def make_model(config: TrainConfig, device: str, data: RunData) -> Model:
-    """The Sa2VA with adapters, or a baseline in its place."""
+def make_model(config: TrainConfig, device: str, data: RunData) -> tuple[Model, Tiling]:
+    """The Sa2VA with adapters, or a baseline, which has no square, and how large images are cut."""
     if config.optim.control is None:
-        policy = load_policy(config, device)
+        policy = load_policy(config, device, data.train)
         keep_states(policy, data.train, [*data.val, *data.test])
-        return policy
+        return policy, policy.predictor.tiling
     torch.manual_seed(config.optim.seed)
-    return UNet(device) if config.optim.control == "unet" else Frangi()
+    model = UNet(device) if config.optim.control == "unet" else Frangi()
+    return model, Tiling.of_model(config.data.tile_px or 0, 0)
 
 
 def make_updates(

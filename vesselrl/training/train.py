@@ -161,11 +161,11 @@ def set_up(
         data = setup.prepare_data(config, place)
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
-        model = setup.make_model(config, device, data)
+        model, tiling = setup.make_model(config, device, data)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
         setup.check_disk(config, model, run)
-        batches = setup.training_batches(config, data, place)
+        batches = setup.training_batches(config, data, place, tiling)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
         own = {"model": model.identity()} | checkpoint.data_fingerprint(subsets)
