@@ -247,10 +247,10 @@ def check_memory(model: str | Path, lora_scope: tuple[str, ...]) -> Check:
     from vesselrl.models.memory import memory_budget
 
     budget = memory_budget(read_config(checkpoint_folder(model)), lora_scope)
-    total = sum(part["parameters"] for part in budget["components"].values()) / 1e9
+    total = sum(part["parameters"] for part in budget["components"].values()) / 1e6
     rows, fits = budget["options"].items(), any(row["fits_24_gb"] for row in budget["options"].values())
     listed = [f"{kind} {row['least']:.1f} GB" + " (24 GB suffice)" * row["fits_24_gb"] for kind, row in rows]
-    detail = f"{total:.2f} billion parameters; training {', '.join(lora_scope)}: {', '.join(listed)}"
+    detail = f"{total:,.1f} million parameters; training {', '.join(lora_scope)}: {', '.join(listed)}"
     todo = "" if fits else "Take a larger card or a smaller --lora_scope."
     return Check("memory", "ok" if fits else "warning", detail, todo, budget)
 

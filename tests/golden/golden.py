@@ -76,6 +76,11 @@ MEANT = {
     "resuming/*/cut/files": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
     "resuming/*/message": "a run without config.json is refused before its state is looked for",
     **dict.fromkeys(
+        "*/config/args/use_nf4 help/train/options/--use_nf4* help/doctor/options/--json* doctor/*/message "
+        "help/doctor/options/--lora_scope* doctor/*/checks".split(),
+        "new: a language model in 4 bits, and the doctor's estimate of memory",
+    ),
+    **dict.fromkeys(
         "*/data_root *plan/second_masks broken_roots/*/keys doctor/ill/message/* train_*files "
         "resuming/*/cut/files bad_input/left?behind".split(),
         "paths to data stand in paths.private.json alone; no other output and no message has them",

@@ -150,10 +150,13 @@ def weights_hash(module: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def language_hash(model_folder: Path, notes: Path | None = None) -> str:
+def language_hash(
+    model_folder: Path, notes: Path | None = None, check: Callable[[], object] = lambda: None
+) -> str:
     """The sha256 over the tensors of vision tower and language model, as they stand in the files.
 
-    With a folder for `notes` files that have not changed since are not read again.
+    With a folder for `notes` files that have not changed since are not read again; `check` raises what is
+    wrong with a model, before its first note is written.
     """
     stats = [(file.name, file.stat()) for file in shard_files(model_folder)]
     name = json_hash({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats})
@@ -163,6 +166,7 @@ def language_hash(model_folder: Path, notes: Path | None = None) -> str:
     files = (read_shard(model_folder / n, lambda name: not name.startswith(_UNREAD)) for n, _ in stats)
     found = tensors_hash(dict(chain.from_iterable(files)))
     if note:
+        check()
         write_text(note, found)
     return found
 

@@ -207,9 +207,12 @@ class MaskPolicy:
     @torch.no_grad()
     def _seg_states(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, hidden) from the language model, on the CPU; it is loaded for this where it is not there."""
-        if self._language is None:
-            self._language = self.load_language()
-        return self._language.seg_states(inputs).cpu()
+        return self.language().seg_states(inputs).cpu()
+
+    def language(self) -> Sa2VA:
+        """The model with the language model, which is loaded where it is not there."""
+        self._language = self._language or self.load_language()
+        return self._language
 
     def keep_states(self, items: Iterable[tuple[str, np.ndarray]]) -> int:
         """Keeps the [SEG] states of images (key, uint8) for the run: stored ones, or else computed.
@@ -331,7 +334,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if policy.language_is_frozen:
         cache = Path(config.run.output_dir) / "cache" / "states" if config.run.cache_gb else None
         with source() as folder:
-            policy.language_hash = language_hash(Path(folder), None if is_random else cache)
+            policy.language_hash = language_hash(Path(folder), None if is_random else cache, policy.language)
         # All that decides a state to the last bit, but the image.
         versions = [dtype, torch.device(device).type, torch.__version__, transformers.__version__]
         about = [policy.language_hash, model.config, processor.tokenizer.backend_tokenizer.to_str(), s.prompt]
