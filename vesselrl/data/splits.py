@@ -17,8 +17,7 @@ from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
 
-from vesselrl.data.file_names import copy_groups
-from vesselrl.data.patients import parse_name
+from vesselrl.data.patients import copy_groups, parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import json_hash, write_text
