@@ -257,14 +257,8 @@ def identify(
 def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
     """Number of line, file name and patient of each row of an alias file; errors name no file or person."""
     path, header = Path(path), ",".join(ALIAS_HEADER)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"There is no alias file in that place. Give a CSV file: {header}.") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path.name} line {line} is not UTF-8. Save the alias file as UTF-8.") from None
-    reader = csv.reader(text.splitlines())
+    missing = f"There is no alias file in that place. Give a CSV file: {header}."
+    reader = csv.reader(read_text(path, missing).splitlines())
     lines = [(reader.line_num, [unicodedata.normalize("NFKC", f).strip() for f in row]) for row in reader]
     lines = [(line, fields) for line, fields in lines if any(fields)]
     if lines and lines[0][1] != ALIAS_HEADER:
@@ -276,6 +270,17 @@ def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
     if len(lines) < 2:
         raise DataError(f"{path.name} names no file. Write {header} and a line for each spelling.")
     return [(line, *fields) for line, fields in lines[1:]]
+
+
+def read_text(path: Path, missing: str) -> str:
+    """The text of a file that the user wrote; `missing` is the error where there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(missing) from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path.name} line {line} is not UTF-8. Save the file as UTF-8.") from None
 
 
 def _join_persons(

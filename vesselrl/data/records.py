@@ -13,16 +13,7 @@ from typing import Literal
 
 from vesselrl.data import pairing
 from vesselrl.data.images import IMAGE_SUFFIXES
-from vesselrl.data.pairing import (
-    LABEL_ENDINGS,
-    SECOND_OBSERVER,
-    Names,
-    below,
-    fold,
-    folder_key,
-    list_files,
-    list_images,
-)
+from vesselrl.data.pairing import LABEL_ENDINGS, below, fold, folder_key, list_files, list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
@@ -189,23 +180,23 @@ class DataFolder:
         image_dir: str | None = None,
         mask_dir: str | None = None,
         mask_suffix: str | None = None,
+        prefix: str = "",
     ):
-        self.path = path = pairing.enter(root) if image_dir is mask_dir is None else root
+        self.are_given = image_dir is not None or mask_dir is not None
+        self.path = path = root if self.are_given else pairing.enter(root)
         self.mapping_file = root / MAPPING_FILE
-        self.prefix = ""  # of places in messages, such as train/
-        self.endings = LABEL_ENDINGS
+        self.prefix = prefix  # of places in messages, such as train/
+        self.mask_suffix, self.endings = mask_suffix, LABEL_ENDINGS
         if mask_suffix is not None:
             ending = Path(f"_{mask_suffix}").suffix.lower()
-            self.endings = (mask_suffix[: -len(ending)] if ending in IMAGE_SUFFIXES else mask_suffix,)
-        self.image_folder = self._given("image_dir", image_dir)
-        self.image_folder = self.image_folder or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
-        self.pair_folder = self._given("mask_dir", mask_dir)
-        self.is_label_given = mask_dir is not None
-        self.pair_folder = self.pair_folder or pairing.find_labels(path, self.image_folder)
-        self.image_folder = self.image_folder or pairing.find_images(path, self.pair_folder)
+            self.endings = (mask_suffix.removesuffix(ending) if ending in IMAGE_SUFFIXES else mask_suffix,)
+        images = self._given("image_dir", image_dir) or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
+        self.pair_folder = self._given("mask_dir", mask_dir) or pairing.find_labels(path, images)
+        self.image_folder = images or pairing.find_images(path, self.pair_folder)
         # Beside JSON a folder counts only if it can hold nothing but labels.
         is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
         self.label_folder = self.pair_folder if mask_dir or is_usual else None
+        self.is_label_given = mask_dir is not None
         self._numbers: dict[str, dict[Path, int]] = {}
 
     def _given(self, option: str, value: str | None) -> Path | None:
@@ -238,10 +229,10 @@ class DataFolder:
     @cached_property
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
         """Names and files of all images by the folded last part of their paths."""
-        base, files = self.image_folder, self.images
+        base, files, found = self.image_folder, self.images, defaultdict(list)
         if not base.is_dir():
-            base, files = self.path, [p for p in list_images(self.path) if not pairing.is_label(p, self.path)]
-        found = defaultdict(list)
+            base, files = self.path, list_images(self.path)
+            files = [f for f in files if not pairing.is_label(f.relative_to(base))]
         for file in files:
             found[fold(file.name)].append((file.relative_to(base).as_posix(), file))
         return found
@@ -282,9 +273,9 @@ class DataFolder:
         if len(parts) < 3 and (is_known or not folder) and is_impersonal(path.stem):
             return self.prefix + "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
-            files = list_files(self.path / folder, deep=bool(folder))
-            kinds = [[f for f in files if f.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, (".json",))]
-            self._numbers[folder] = {file: k for kind in kinds for k, file in enumerate(kind, 1)}
+            place, kinds = self.path / folder, (IMAGE_SUFFIXES, (".json",))
+            files = [enumerate(list_files(place, kind, deep=bool(folder)), 1) for kind in kinds]
+            self._numbers[folder] = {file: k for kind in files for k, file in kind}
         place = f"{folder}/" if is_known else "another folder" if folder else "data root"
         return f"{self.prefix}{place} file {self._numbers[folder].get(path, 0)} in name order"
 
@@ -308,7 +299,7 @@ class DataFolder:
         if self.endings != LABEL_ENDINGS:  # with --mask_suffix other files are no labels
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
-        labels = Names({below(path, folder): path for path in png_last})
+        labels = pairing.Names({below(path, folder): path for path in png_last})
         endings, found = labels.endings_in_use(self.endings), {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
@@ -348,7 +339,8 @@ class Listing:
     def extra_masks(self) -> list[Path]:
         """Label files that no entry uses, without those of a second observer."""
         used = {entry.mask_path for entry in self.entries}
-        return [path for path in self.masks if path not in used and not path.stem.endswith(SECOND_OBSERVER)]
+        second = pairing.SECOND_OBSERVER
+        return [path for path in self.masks if path not in used and not path.stem.endswith(second)]
 
 
 def read_json(path: Path, shown: str) -> object:
