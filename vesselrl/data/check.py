@@ -263,13 +263,13 @@ def _check_whole(
     listing: Listing, entries: list[Entry], usable: list[CheckedEntry], findings: Findings
 ) -> None:
     """Files that belong to nothing, images with the same pixels, and shapes of several classes."""
-    stems = {path.stem for path in listing.images}
-    kinds = [("missing_label" if listing.pairs else "extra_image", path) for path in listing.extra_images]
+    stems, are_pairs = {path.stem for path in listing.images}, listing.pairs
+    kinds = [("missing_label" if are_pairs else "extra_image", path) for path in listing.extra_images]
     for path in listing.extra_masks:
         has_image = any(path.stem.removesuffix(ending) in stems for ending in LABEL_ENDINGS)
-        kinds.append(("missing_image" if listing.pairs and not has_image else "extra_mask", path))
-    for code, path in kinds:
-        findings.add(code, listing.folder.shown(path), listing.folder.shown(path))
+        kinds.append(("missing_image" if are_pairs and not has_image else "extra_mask", path))
+    for code, shown in ((code, listing.folder.shown(path)) for code, path in kinds):
+        findings.add(code, shown, shown)
     first: dict[str, str] = {}
     for result in usable:
         if (other := first.setdefault(result.digest, result.sample.record)) != result.sample.record:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vesselrl.data import pairing, polygons, records
 from vesselrl.data.images import read_mask
-from vesselrl.data.pairing import Names, below, fold, list_files, list_images
+from vesselrl.data.pairing import Names, below, fold, folder_key, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, describe, mask_to_polygons
 from vesselrl.data.records import DataFolder, Entry, Findings, Listing
 from vesselrl.errors import DataError
@@ -52,7 +52,7 @@ def list_entries(root: Path, findings: Findings, **places: str | None) -> Listin
 
 
 def _read_first(folder: DataFolder, findings: Findings) -> Listing | None:
-    return next((found for read in READERS if (found := read(folder, findings)) is not None), None)
+    return next(filter(None, (read(folder, findings) for read in READERS)), None)
 
 
 def _list_subsets(folder: DataFolder, findings: Findings) -> Listing | None:
@@ -61,7 +61,8 @@ def _list_subsets(folder: DataFolder, findings: Findings) -> Listing | None:
     An export deals out single images, which is no split by patient; a published test set is left alone.
     """
     listings: list[Listing] = []
-    for path in () if folder.are_given else folder.subsets:
+    folders = [] if folder.are_given else pairing.subfolders(folder.path)
+    for path in (path for name in pairing.SUBSETS for path in folders if folder_key(path.name) == name):
         try:
             subset = DataFolder(path, mask_suffix=folder.mask_suffix, prefix=f"{path.name}/")
             listings += filter(None, [_read_first(subset, findings)])

@@ -87,11 +87,6 @@ def holds_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
 
 
-def is_label(path: Path) -> bool:
-    """Whether a path leads through a folder of labels."""
-    return any(folder_key(part) in PAIR_FOLDERS for part in path.parts[:-1])
-
-
 def plain_path(written: str) -> str:
     """The path in a path of any system or in a URL, with slashes.
 

@@ -220,21 +220,15 @@ class DataFolder:
             return found
         return [path for path in found if not path.is_relative_to(labels)]
 
-    @property
-    def subsets(self) -> list[Path]:
-        """The folders train/, valid/, test/ and the like, training first."""
-        found = pairing.subfolders(self.path)
-        return [path for name in pairing.SUBSETS for path in found if folder_key(path.name) == name]
-
     @cached_property
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
         """Names and files of all images by the folded last part of their paths."""
-        base, files, found = self.image_folder, self.images, defaultdict(list)
-        if not base.is_dir():
-            base, files = self.path, list_images(self.path)
-            files = [f for f in files if not pairing.is_label(f.relative_to(base))]
+        is_there, found = self.image_folder.is_dir(), defaultdict(list)
+        base, files = (self.image_folder, self.images) if is_there else (self.path, list_images(self.path))
         for file in files:
-            found[fold(file.name)].append((file.relative_to(base).as_posix(), file))
+            path = file.relative_to(base)
+            if is_there or not {*map(folder_key, path.parts[:-1])} & {*pairing.PAIR_FOLDERS}:
+                found[fold(file.name)].append((path.as_posix(), file))
         return found
 
     def locate(self, written: object, place: str, field_name: str = "image") -> tuple[str, Path | None]:
@@ -296,7 +290,7 @@ class DataFolder:
         only_pairs = all(entry.read_label is None and not entry.content for entry in entries)
         folder = self.pair_folder if only_pairs else self.label_folder
         masks = [] if folder is None else list_images(folder)
-        if self.endings != LABEL_ENDINGS:  # with --mask_suffix other files are no labels
+        if self.mask_suffix is not None:  # other files are no labels then
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = pairing.Names({below(path, folder): path for path in png_last})
@@ -306,7 +300,7 @@ class DataFolder:
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
-        if only_pairs and entries and not found and self.endings == LABEL_ENDINGS:
+        if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
         complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
