@@ -108,13 +108,12 @@ def read_record_list(folder: DataFolder, findings: Findings) -> Listing | None:
         return None
     file = folder.prefix + ANNOTATIONS
     contents = records.read_json(folder.path / ANNOTATIONS, file)
-    if _is_coco(contents):
+    if _is_coco(contents, file):
         return _list_coco(folder, [(file, contents)], findings)
     if not isinstance(contents, list) or not contents:
         fault = "is an empty list" if contents == [] else "holds no list"
         advice = 'Write a record for each image: [{"image": ..., "mask": ...}, ...].'
         raise DataError(f"{file} {fault}. {advice}", "bad_json")
-    _refuse_label_studio(file, contents)
     entries = []
     for index, content in enumerate(contents):
         place = f"{file} record {index}"
@@ -124,14 +123,6 @@ def read_record_list(folder: DataFolder, findings: Findings) -> Listing | None:
             label = partial(_read_mask_field, content["mask"]) if "mask" in content else None
             entries.append(Entry(name, place, path, label, _size(content), content))
     return folder.listing(ANNOTATIONS, entries)
-
-
-def _refuse_label_studio(file: str, content: object) -> None:
-    """Refuses the two own forms of Label Studio's export, which hold no outlines in px."""
-    first = content[0] if isinstance(content, list) and content else None
-    if isinstance(first, dict) and ({"data", "annotations"} <= set(first) or "annotation_id" in first):
-        advice = "Export the project as COCO, or the brush labels as PNG."
-        raise DataError(f"{file} is Label Studio's own JSON, which is not read. {advice}", "bad_json")
 
 
 def _read_mask_field(mask: object, size: Size, record: str, findings: Findings) -> list[Outline]:
@@ -164,8 +155,7 @@ def read_coco(folder: DataFolder, findings: Findings) -> Listing | None:
     files = [(folder.prefix + file.name, file) for file in files if file.is_file()]
     contents = [(name, records.read_json(file, name)) for name, file in files]
     for name, content in contents:
-        _refuse_label_studio(name, content)
-        if not _is_coco(content):
+        if not _is_coco(content, name):
             raise DataError(f"{name} has no lists 'images' and 'annotations', as COCO files do.", "bad_json")
     if not contents and folder.pair_folder is None:
         contents = [item for place in folders for item in _find_coco(folder, place)]
@@ -186,14 +176,18 @@ def _find_coco(folder: DataFolder, place: Path) -> Iterator[tuple[str, dict]]:
             if is_known:
                 raise
             continue  # nothing says that it is about these images
-        _refuse_label_studio(shown, content)
-        if _is_coco(content):
+        if _is_coco(content, shown):
             yield shown, content
 
 
-def _is_coco(content: object) -> bool:
-    lists = (content.get("images"), content.get("annotations")) if isinstance(content, dict) else (None,)
-    return all(isinstance(part, list) for part in lists)
+def _is_coco(content: object, file: str) -> bool:
+    """Whether JSON has the form of COCO; refuses those of Label Studio, which hold no outlines in px."""
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and ({"data", "annotations"} <= set(first) or "annotation_id" in first):
+        advice = "Export the project as COCO, or the brush labels as PNG."
+        raise DataError(f"{file} is Label Studio's own JSON, which is not read. {advice}", "bad_json")
+    parts = ("images", "annotations")
+    return isinstance(content, dict) and all(isinstance(content.get(part), list) for part in parts)
 
 
 def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: Findings) -> Listing:

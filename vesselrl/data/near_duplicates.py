@@ -31,10 +31,15 @@ _SIZE, _MAP_SIZE, _MAX_SHIFT = 256, 64, 6  # px; the shift in those of the map
 
 
 def look_of(image: np.ndarray) -> Look:
-    """Hash and vessel map of an image, uint8 (H, W, 3)."""
+    """Hash, of structures without shading, and vessel map of an image, uint8 (H, W, 3)."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     grey = cv2.resize(grey, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
-    return hash_image(grey), _vessel_map(grey)
+    pixels = grey.astype(np.float32)
+    detail = pixels - cv2.GaussianBlur(pixels, (0, 0), 0.06 * _SIZE)
+    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 0.06 * _SIZE)) + 8
+    flat = Image.fromarray(np.clip(128 + 48 * detail / contrast, 0, 255).astype(np.uint8))
+    small = np.asarray(flat.resize((HASH_BITS, HASH_BITS), Image.Resampling.LANCZOS))
+    return (small > small.mean()).ravel(), _vessel_map(grey)
 
 
 def find_near_duplicates(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Pair]:
@@ -71,16 +76,6 @@ def check_near_duplicates(split: Split, found: Sequence[Pair]) -> list[Pair]:
         note = "%d pairs of different patients in one subset look alike: one patient under two names?"
         logger.warning(f"{note} First: %s and %s", len(pairs), *pairs[0][:2])
     return pairs
-
-
-def hash_image(grey: np.ndarray) -> np.ndarray:
-    """The 256 bits of a grey image, bool (256,), of its structures without the shading of the background."""
-    pixels = grey.astype(np.float32)
-    detail = pixels - cv2.GaussianBlur(pixels, (0, 0), 0.06 * _SIZE)
-    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 0.06 * _SIZE)) + 8
-    flat = Image.fromarray(np.clip(128 + 48 * detail / contrast, 0, 255).astype(np.uint8))
-    small = np.asarray(flat.resize((HASH_BITS, HASH_BITS), Image.Resampling.LANCZOS))
-    return (small > small.mean()).ravel()
 
 
 def _vessel_map(grey: np.ndarray) -> np.ndarray:

@@ -111,9 +111,9 @@ def find_labels(folder: Path, images: Path | None) -> Path | None:
     found = find_folder(folder, PAIR_FOLDERS)
     if found and folder_key(found.name) not in LABEL_FOLDERS and not holds_images(found):
         return None  # `annotations` may hold JSON
-    if found and images and folder_key(found.name) == "mask":  # DRIVE's is the field of view
-        return None if any(path.stem.endswith(IMAGE_ENDINGS) for path in list_images(images)) else found
-    return found
+    may_be_drive = found and images and folder_key(found.name) == "mask"  # there it is the field of view
+    is_drive = may_be_drive and any(path.stem.endswith(IMAGE_ENDINGS) for path in list_images(images))
+    return None if is_drive else found
 
 
 def refuse_rivals(folder: Path, labels: Path) -> None:
@@ -147,9 +147,8 @@ def enter(root: Path) -> Path:
 
 def inventory(folder: Path) -> str:
     """What a data root holds, by folder and ending, for messages: no name that could be a person's."""
-    found, others = [], Counter()
+    endings, found, others = (*IMAGE_SUFFIXES, ".json"), [], Counter()
     for place in (folder, *subfolders(folder)):
-        endings = (*IMAGE_SUFFIXES, ".json")
         files = list_files(place, endings, deep=place != folder)
         counts = Counter(sorted((file.suffix.lower() for file in files), key=endings.index))
         if place == folder:
