@@ -158,11 +158,11 @@ def run_merge(rest: list[str]) -> int:
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(options.Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
+    from vesselrl.evaluation.compare import compare_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)
-    runs, skipped = load_runs(find_runs(root))
+    runs, skipped = load_runs(root)
     comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
     print(markdown(comparison))
     paths = write_comparison_report(root / "comparison", comparison)

@@ -16,7 +16,7 @@ from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import RunError
 from vesselrl.evaluation.held_out import evaluate_held_out
-from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation, read_extra
+from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation
 from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
 
@@ -161,7 +161,7 @@ def test_what_is_tuned_is_chosen_on_validation_and_flips_are_kept_apart(run):
     assert result.tuning.choices["tuned"].threshold == curve["chosen"]
     for ending, post in result.tuning.choices.items():
         path = getattr(result, f"{ending}_path")
-        assert read_extra(path).items() >= (asdict(post) | {"chosen_on": "val"}).items()
+        assert read_evaluation(path).extra.items() >= (asdict(post) | {"chosen_on": "val"}).items()
         again = evaluated(run, tune=False, output_dir=run, **asdict(post))
         assert scores(again.evaluation) == scores(read_evaluation(path)) != scores(result.evaluation)
     flipped = evaluated(run, flips=True, tune=False)

@@ -3,10 +3,17 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from vesselrl.evaluation.results import Caveat, before_after_table, read_evaluation, write_evaluation
+from vesselrl.evaluation.results import (
+    Caveat,
+    before_after_table,
+    read_evaluation,
+    summarise,
+    write_evaluation,
+)
 
 
 def test_written_json_is_strict_and_reads_back(made, tmp_path):
@@ -53,3 +60,22 @@ def test_before_after_table_by_hand(made):
     (line,) = before_after_table(before, made([0.5] * 4, recall=[0.2, 0.9, 0.5, 0.9]), ["recall"])
     assert line["after"] - line["before"] == pytest.approx(line["difference"])
     assert (line["before"], line["n_undefined"]) == (pytest.approx(0.8 / 3), 1)
+
+
+def test_images_are_paired_by_key_and_rewards_that_differ_are_left_out(made):
+    before = made([0.5, 0.6, 0.7], reward=[1, 2, 3], custom_score=[1, 2, 3], reward_spec={"class": "A"})
+    after = made([0.6, 0.8, 0.9], reward=[2, 3, 5], custom_score=[2, 3, 5], reward_spec={"class": "A"})
+    lines = before_after_table(before, replace(after, rows=after.rows[::-1]))
+    assert [line["difference"] for line in lines] == pytest.approx([0.5 / 3, 4 / 3, 4 / 3])
+    other = replace(after, reward_spec={"class": "B"})
+    assert [line["metric"] for line in before_after_table(before, other)] == ["dice"]
+    assert before_after_table(before, other, ["reward", "recall"]) == []
+    moved = replace(after, rows=tuple({**row, "patient": "P9"} for row in after.rows))
+    for other, message in (
+        (moved, "P001_S1_F0000 belongs to P001 before and P9 after"),
+        (made([0.5, 0.6]), r"images differ: 1 only in before \(P003_S1_F0002\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            before_after_table(before, other)
+    with pytest.raises(ValueError, match="P1_S1_F0000 occurs twice"):
+        summarise([row | {"key": "P1_S1_F0000"} for row in before.rows], {})

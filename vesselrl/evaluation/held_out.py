@@ -20,7 +20,7 @@ from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
-from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
+from vesselrl.evaluation.results import Caveat, Evaluation, read_evaluation, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate
@@ -142,7 +142,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     """Refuses to write over the result of another model, where the name does not tell them apart."""
     if not path.is_file():
         return
-    before = read_extra(path).get("plan") or {}
+    before = read_evaluation(path).extra.get("plan") or {}
     for key in ("base_model", "lora_weights"):
         first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
         if first != second:

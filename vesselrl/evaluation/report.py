@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vesselrl.evaluation import figures, results, words
 from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, nearest, read_metrics
-from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, read_extra, set_mismatch
+from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
 from vesselrl.experiment.run_folder import write_text
@@ -232,8 +232,7 @@ def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
     found = {name: read_evaluation(path) for name, path in paths.items() if path.is_file()}
     if not found:
         return None
-    extras = {name: read_extra(paths[name]) for name in found}
-    plans = {name: extra["plan"] for name, extra in extras.items() if extra.get("plan")}
+    plans = {name: one.extra["plan"] for name, one in found.items() if one.extra.get("plan")}
     current = plans.get(BEST) or plans.get(f"{BEST}_flips")
     reference = test or next(iter(found.values()))
     columns, left_out = {}, []
@@ -243,7 +242,7 @@ def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
         if another or set_mismatch(reference, one, "the test", name):
             left_out.append(name)
         else:
-            columns[words.LABELS["columns"][name].format(masks=masks_in_words(extras[name]))] = one
+            columns[words.LABELS["columns"][name].format(masks=masks_in_words(one.extra))] = one
     shown = found.keys() - left_out
     return {
         "scores": _side_by_side(columns) if columns else None,
@@ -299,17 +298,17 @@ def _calibration(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def evaluation_page(path: Path) -> dict[str, Any]:
     """The values of evaluation.j2, from the files of one evaluation."""
-    given, extra = read_evaluation(path), read_extra(path)
+    given = read_evaluation(path)
+    extra = given.extra
     if "plan" not in extra:
         raise ValueError(f"{path} is no evaluation of held-out patients: it has no plan. Evaluate again.")
     plan, tuned, human = extra["plan"], {}, {}
     for ending, tuned_for in words.TUNED_FILES.items():
         other = path.with_name(f"{path.stem}_{ending}.json")
         # An earlier evaluation under the same name may have left files of another model or of other data.
-        if other.is_file() and (facts := read_extra(other)).get("plan") == plan:
-            one = read_evaluation(other)
-            if not set_mismatch(given, one, "0.5", "tuned"):
-                tuned[f"{masks_in_words(facts)}, {tuned_for}"] = one
+        one = read_evaluation(other) if other.is_file() else None
+        if one and one.extra.get("plan") == plan and not set_mismatch(given, one, "0.5", "tuned"):
+            tuned[f"{masks_in_words(one.extra)}, {tuned_for}"] = one
     observer = path.with_name(f"{plan['side']}_human_agreement.json")
     if observer.is_file():
         human = {words.LABELS["columns"][HUMAN]: read_evaluation(observer)}
