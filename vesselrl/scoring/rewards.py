@@ -18,7 +18,7 @@ import numpy as np
 
 from vesselrl.errors import RewardError
 from vesselrl.scoring import overlap
-from vesselrl.scoring.custom import MAX_CUSTOM_SCORE, CustomCalls, CustomReward
+from vesselrl.scoring.custom import CustomCalls, CustomReward
 from vesselrl.scoring.scores import cldice_scores, length_ratio
 from vesselrl.scoring.topology import Topology, check_topology, prototype_topology, topology
 
@@ -62,7 +62,7 @@ class Reward:
         details.update({f"{name}_term": term for name, term in terms.items()})
         if self.custom is not None:
             weight = self.custom_weight
-            details["custom_score"] = terms["custom"] / weight if weight else self._call_custom(pred, gt)
+            details["custom_score"] = terms["custom"] / weight if weight else self.calls.score(pred, gt)
         return math.fsum(terms.values()), details
 
     def overlap_scores(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
@@ -84,7 +84,7 @@ class Reward:
         terms = self._shape_terms(pred, gt, gt_topology)
         if self.custom is not None:
             weight = self.custom_weight  # at 0 it is worth nothing and may be slow
-            terms["custom"] = weight * self._call_custom(pred, gt) if weight else 0.0
+            terms["custom"] = weight * self.calls.score(pred, gt) if weight else 0.0
         return terms
 
     def _shape_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> dict:
@@ -93,22 +93,12 @@ class Reward:
     @cached_property
     def calls(self) -> CustomCalls:
         """The calls of the user's function so far."""
-        return CustomCalls(getattr(self.custom, "__qualname__", repr(self.custom)))
+        return CustomCalls(self.custom)
 
     def without_custom(self, error: RewardError) -> "Reward":
         """The reward for an image on which the user's function failed; raises where that is too often."""
         self.calls.skip(error)
         return replace(self, custom=None)
-
-    def _call_custom(self, pred: np.ndarray, gt: np.ndarray) -> float:
-        """Call the user's function on copies, and report what goes wrong under its name."""
-        value = self.calls.run(self.custom, pred.copy(), gt.copy())
-        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-            value = value.item()  # a 0-d array or tensor
-        if not isinstance(value, Real) or not abs(value) <= MAX_CUSTOM_SCORE:  # nan is not
-            name = self.calls.name
-            raise RewardError(f"custom reward {name} must return a finite number, got {value!r:.60}.")
-        return float(value)
 
 
 @dataclass(frozen=True)
