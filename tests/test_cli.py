@@ -96,7 +96,7 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch) -
         plans.append((args.base_model, weights, args.threshold, args.split))
         summary = {"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1}
         values = {"summary": summary, "metrics": (), "caveats": {}, "too_many_failed": args.split == "val"}
-        return HeldOutResult(SimpleNamespace(**values), Path("x.json"), Path("x.html"))
+        return HeldOutResult({"": (SimpleNamespace(**values), Path("x.json"))}, Path("x.html"))
 
     monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_held_out", evaluate)
     assert main(["evaluate", option, "m", "--lora_weights", "a", "b", "--threshold", "0.3"]) == 0

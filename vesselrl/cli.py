@@ -261,13 +261,10 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     """Patient means with intervals as asked for, as tuned, and of a second observer."""
     from vesselrl.evaluation.words import TUNED_FILES, masks_in_words
 
-    columns = {f"threshold {threshold:g}": (result.evaluation, result.path)}
-    choices = result.tuning.choices if result.tuning else {}
-    for ending, chosen in choices.items():
-        name = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
-        columns[name] = (getattr(result, ending), getattr(result, f"{ending}_path"))
-    if result.human:
-        columns["human agreement"] = (result.human, result.human_path)
+    names = {"": f"threshold {threshold:g}", "human": "human agreement"}
+    for ending, chosen in (result.tuning.choices if result.tuning else {}).items():
+        names[ending] = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
+    columns = {names[ending]: one for ending, one in result.scored.items()}
     table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")
     for metric in result.evaluation.metrics:
         scores = [evaluation.summary["metrics"].get(metric) for evaluation, _ in columns.values()]

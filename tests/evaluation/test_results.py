@@ -21,15 +21,13 @@ def test_written_json_is_strict_and_reads_back(made, tmp_path):
     evaluation.caveats[Caveat.PRETRAINING_OVERLAP] = Caveat.PRETRAINING_OVERLAP.text(seen=1, total=3)
     evaluation.caveats[Caveat.NEAR_DUPLICATES] = "NEAR DUPLICATES: alike."
     evaluation.caveats[Caveat.OTHER] = "SOMETHING NEW: of a later version."
-    paths = write_evaluation(tmp_path / "run", "test_after", evaluation, {"threshold": math.nan})
-    document = json.loads(
-        paths[0].read_text(), parse_constant=lambda token: pytest.fail(f"{token} is no JSON")
-    )
+    path = write_evaluation(tmp_path / "run", "test_after", evaluation, {"threshold": math.nan})
+    document = json.loads(path.read_text(), parse_constant=lambda token: pytest.fail(f"{token} is no JSON"))
     assert document["rows"][1]["recall"] is document["sequences"]["P002_S1"]["recall"] is None
     assert document["extra"] == {"threshold": None}
     assert document["patients"]["P003"] == {"dice": 0.7, "recall": 0.8}
-    assert str(read_evaluation(paths[0])) == str(evaluation)
-    with paths[1].open() as file:
+    assert str(read_evaluation(path)) == str(evaluation)
+    with path.with_suffix(".csv").open() as file:
         table = [(row["recall"], row["failed"]) for row in csv.DictReader(file)]
     assert table == [("0.4", "False"), ("", "True"), ("0.8", "False")]
     relabelled = [{**row, "truth_hash": "x"} for row in document["rows"]]
@@ -40,9 +38,9 @@ def test_written_json_is_strict_and_reads_back(made, tmp_path):
         ({"rows": relabelled}, "do not match its label_hash"),
         (None, r"test_after\.json is not valid JSON"),
     ):
-        paths[0].write_text("{" if change is None else json.dumps(document | change))
+        path.write_text("{" if change is None else json.dumps(document | change))
         with pytest.raises(ValueError, match=message):
-            read_evaluation(paths[0])
+            read_evaluation(path)
 
 
 def test_before_after_table_by_hand(made):

@@ -225,12 +225,11 @@ def _some(keys: Collection[str]) -> str:
 
 def write_evaluation(
     folder: Path, name: str, evaluation: Evaluation, extra: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
+) -> Path:
     """Writes FOLDER/NAME.json (everything, with `extra` under that key) and FOLDER/NAME.csv (the rows)."""
-    json_path, csv_path = (Path(folder) / f"{name}.{ending}" for ending in ("json", "csv"))
-    write_text(csv_path, csv_text(evaluation.rows))
-    write_json(json_path, evaluation.to_json() | {"extra": dict(extra or {})})
-    return json_path, csv_path
+    write_text(Path(folder) / f"{name}.csv", csv_text(evaluation.rows))
+    write_json(path := Path(folder) / f"{name}.json", evaluation.to_json() | {"extra": dict(extra or {})})
+    return path
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
