@@ -40,9 +40,11 @@ class Truth:
         return border_of(self.mask)
 
     @functools.cached_property
-    def distance(self) -> np.ndarray:
-        """Distance of every pixel from the border in px, float32 (H, W); of no meaning for an empty mask."""
-        return _distance(~self.border)
+    def to_border(self) -> np.ndarray:
+        """Distance of every pixel to the border within its column, int32 (H, W)."""
+        from vesselrl.scoring.kernels import distances_in_columns
+
+        return distances_in_columns(self.border)
 
     @functools.cached_property
     def widths(self) -> np.ndarray:
@@ -126,13 +128,12 @@ def length_ratio(pred: Topology, truth: Topology) -> float:
 
 def covered_by_discs(mask: np.ndarray, diameter_px: int) -> np.ndarray:
     """Pixels of a bool mask (H, W) that some disc inside it, of an odd diameter, covers; bool (H, W)."""
-    centres = _distance(np.pad(mask, 1))[1:-1, 1:-1] > diameter_px / 2
-    return _distance(~centres) < diameter_px / 2 if centres.any() else centres
 
+    def distance(pixels: np.ndarray) -> np.ndarray:
+        return cv2.distanceTransform(pixels.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
-def _distance(pixels: np.ndarray) -> np.ndarray:
-    """Exact distance of each True pixel from the nearest False one, float32 (H, W)."""
-    return cv2.distanceTransform(pixels.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    centres = distance(np.pad(mask, 1))[1:-1, 1:-1] > diameter_px / 2
+    return distance(~centres) < diameter_px / 2 if centres.any() else centres
 
 
 def recall_by_width(pred: Any, truth: Truth) -> dict[str, float]:
@@ -161,22 +162,17 @@ def surface_scores(pred: Any, truth: Truth, tolerance_px: float = TOLERANCE_PX) 
     hd95, in px, is 0 for two empty masks, the diagonal of the image for exactly one; nsd, in [0, 1], is then
     1 and 0.
     """
-    from vesselrl.scoring.kernels import distances_to_border
+    from vesselrl.scoring.kernels import distances_in_columns, distances_to_border
 
     pred, mask = as_mask_pair(pred, truth.mask)
     if not pred.any() or not mask.any():
         both_empty = pred.any() == mask.any()
         return {"hd95": 0.0 if both_empty else math.hypot(*pred.shape), "nsd": float(both_empty)}
     border = border_of(pred)
-    to_truth = _exact(truth.distance[border])
-    to_pred = _exact(distances_to_border(border, np.flatnonzero(truth.border)))
+    to_truth = distances_to_border(truth.to_border, np.flatnonzero(border))
+    to_pred = distances_to_border(distances_in_columns(border), np.flatnonzero(truth.border))
     num_close = np.count_nonzero(to_truth <= tolerance_px) + np.count_nonzero(to_pred <= tolerance_px)
     return {
         "hd95": float(max(np.percentile(to_truth, 95), np.percentile(to_pred, 95))),
         "nsd": float(num_close / (to_truth.size + to_pred.size)),
     }
-
-
-def _exact(distances: np.ndarray) -> np.ndarray:
-    """The float64 distances whose squares are whole; OpenCV's last bit differs from run to run."""
-    return np.sqrt(np.rint(np.square(distances, dtype=np.float64)))
