@@ -56,8 +56,6 @@ def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
     """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and reports."""
-    if options.split not in ("test", "val", "train", "all"):
-        raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
     if options.tune_post and not options.tune:
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if lora_weights:

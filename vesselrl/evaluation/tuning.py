@@ -38,8 +38,6 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     probabilities; column k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
     """
     values = np.asarray(probabilities, dtype=np.float32)
-    if values.shape != truth.shape:
-        raise ValueError(f"The probabilities are {values.shape}, the true mask {truth.shape}: unequal sizes.")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("Some probabilities are nan or outside 0 to 1. Give probabilities, not logits.")
     values, in_vessel = values.ravel(), truth.ravel()
@@ -135,8 +133,6 @@ def threshold_curve(
     counted: Sequence[np.ndarray], patients: Sequence[str], num_failed: int = 0
 ) -> ThresholdCurve:
     """Averages the scores of `counts_by_threshold`, one per image with its patient, over patients."""
-    if not counted:
-        raise ValueError("There are no images to choose a threshold on: give validation patients.")
     tp, fp, fn = np.stack(counted, axis=1)
     scores = dice_from_counts(tp, fp, fn), recall_from_counts(tp, fn), precision_from_counts(tp, fp, fn)
     means = [[patient_mean(column, patients) for column in table.T] for table in scores]
@@ -188,10 +184,6 @@ def score_postprocessing(
     gap_levels: Sequence[float] = GAP_LEVELS,
 ) -> PostProcessingGrid:
     """Scores all candidates on validation images; sizes ascend from 0, the gap level 0 leaves gaps open."""
-    if not images:
-        raise ValueError("There are no images to choose post-processing on: give validation patients.")
-    if list(sizes_px) != sorted({0, *sizes_px}):
-        raise ValueError(f"sizes_px is {sizes_px}; give ascending numbers of pixels that start with 0.")
     candidates = itertools.product(thresholds, sizes_px, gap_levels)
     rewards: dict[PostProcessing, list[float]] = {PostProcessing(*settings): [] for settings in candidates}
     for image in images:

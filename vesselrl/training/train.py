@@ -16,7 +16,7 @@ from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
 from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
-from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
+from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
@@ -362,11 +362,10 @@ def draw(t: Training) -> None:
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
-            masks.append(np.zeros(truth.shape, bool))  # a prediction that fails, as the log has told
+            masks.append(None)  # a prediction that fails, as the log has told
             with with_values(t.model, values), suppress(NotFiniteError):
                 masks[-1] = predict(t, image).mask
         cases.append(Case(key, image, truth, *masks, rank))
-    plot_panels(cases, t.run.path / "panel.png")
     write_cases(t.run.path, cases)
 
 
