@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
-from vesselrl.experiment.config import PRESETS, READING, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.run_folder import find_run, run_settings
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run_train(rest: list[str]) -> int:
         print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
         return 0
     preset, others = take_preset(rest)
-    config = parse(TrainConfig, others, "train", get_preset(preset) if preset else None)
+    config = parse(TrainConfig, others, "train", PRESETS.get(preset))
     from vesselrl.training.train import train
 
     print_result(train(config, argv, bars))

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -16,7 +15,7 @@ from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, neare
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
-from vesselrl.experiment.run_folder import write_text
+from vesselrl.experiment.run_folder import read_json, write_text
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.compare import Comparison
@@ -105,7 +104,7 @@ def png_uri(path: Path, num_pictures: int = 1) -> str:
 
 def run_page(folder: Path) -> dict[str, Any]:
     """The values of run.j2, from the files of a run folder."""
-    info = _read_json(folder / "training_info.json")
+    info = read_json(folder / "training_info.json", "Train again.")
     test = _read_pair(folder, "test_before", "test_after")
     best = _read_pair(folder, "val_before", "val_best")
     validation = best or _read_pair(folder, "val_before", "val_latest")
@@ -143,18 +142,12 @@ def _origin(info: Mapping[str, Any]) -> list[tuple[str, str]]:
 def read_cases(folder: Path) -> list[dict[str, Any]]:
     """The cases that `write_cases` described, empty if there are none."""
     path = Path(folder) / CASES_FOLDER / "cases.json"
-    document = _read_json(path) if path.is_file() else {"format": CASES_FORMAT, "cases": []}
+    if not path.is_file():
+        return []
+    document = read_json(path, advice := "Write the cases again.")
     if document.get("format") != CASES_FORMAT:
-        raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. Write the cases again.")
+        raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. {advice}")
     return document["cases"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) | {}
-    except (ValueError, TypeError) as error:
-        place = f"{path.name} of {path.parent.name}"
-        raise ValueError(f"{place} is no valid JSON object ({error}). Write it again.") from error
 
 
 def _read_pair(folder: Path, *names: str) -> tuple[Evaluation, ...] | None:

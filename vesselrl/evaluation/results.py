@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vesselrl.evaluation import statistics
-from vesselrl.experiment.run_folder import strict, write_json, write_text
+from vesselrl.experiment.run_folder import read_json, strict, write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
@@ -243,12 +242,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read_evaluation(path: Path) -> Evaluation:
     """Reads a file of `write_evaluation`; ValueError if it is none, or its rows do not match its hashes."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Evaluate again.") from error
-    found = document.get("format") if isinstance(document, dict) else type(document).__name__
-    if found != FORMAT:
+    document = read_json(path, "Evaluate again.")
+    if (found := document.get("format")) != FORMAT:
         raise ValueError(f"{path} is no evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again.")
     return evaluation_from_json(document, path)
 

@@ -1,7 +1,6 @@
 """Chooses on validation images how masks are made: the threshold by Dice, all post-processing by reward."""
 
 import itertools
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vesselrl.evaluation.statistics import patient_mean
+from vesselrl.experiment.run_folder import read_json
 from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.rewards import Reward, score_or_skip
@@ -106,9 +106,8 @@ class ThresholdCurve:
 
 def read_threshold_curve(path: Path) -> dict[str, Any]:
     """Reads the numbers and the subset of a stored `ThresholdCurve.to_json`; undefined scores become nan."""
-    names = ("thresholds", *SCORES)
+    names, stored = ("thresholds", *SCORES), read_json(path, "Evaluate again.")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
         curve = {name: stored[name] for name in ("side", "n_images", "n_patients")}
         points = np.array([*zip(*(stored[name] for name in names), strict=True)], dtype=np.float64)
         return curve | {"chosen": float(stored["chosen"])} | dict(zip(names, points.T.tolist(), strict=True))

@@ -175,10 +175,10 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
     if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, "")
         settings = dict(values["args"])
         private = run / PRIVATE_FILE
-        hidden = json.loads(private.read_text(encoding="utf-8")) if private.exists() else {}
+        hidden = read_json(private, "") if private.exists() else {}
         shown = {name: path for name, path in hidden.items() if settings[name] == name.upper()}
     except (ValueError, KeyError, TypeError):
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
@@ -321,6 +321,15 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes a JSON file that appears only when complete; nan and infinity become null."""
     write_text(path, json.dumps(strict(values), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError that names the file, and what to do, where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) | {}
+    except (ValueError, TypeError) as error:
+        place = f"{path.name} of {path.parent.name}"
+        raise ValueError(f"{place} is no JSON object ({error}). {advice}") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
-from vesselrl.experiment.run_folder import atomic_write, check_room
+from vesselrl.experiment.run_folder import atomic_write, check_room, read_json
 from vesselrl.synthetic.rendering import Domain, Style, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
 
@@ -134,7 +134,7 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     """Refuses a folder that is not the complete data set of these settings."""
     advice = "Choose another folder, or remove this one."
     try:
-        found = json.loads((root / "synthetic.json").read_text(encoding="utf-8"))
+        found = read_json(root / "synthetic.json", advice)
     except FileNotFoundError:
         raise FileExistsError(f"{root} has no synthetic.json, so it is no such data set. {advice}") from None
     different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))

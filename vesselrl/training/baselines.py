@@ -3,10 +3,8 @@
 Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from torch.nn import functional
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
-from vesselrl.experiment.run_folder import atomic_write, damaged_files, write_json, write_sums
+from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight
 from vesselrl.training.checkpoint import tensors_hash
@@ -188,7 +186,7 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
     try:
         if damaged := damaged_files(place):
             raise ValueError(f"{damaged[0]} is not as it was saved")
-        settings: dict[str, Any] = json.loads((place / FILE).read_text(encoding="utf-8"))
+        settings = read_json(place / FILE, "")
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
