@@ -25,7 +25,7 @@ def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path:
     monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(now=lambda: datetime(2026, 3, 4, 5, 6, 7)))
     runs = [RunFolder.create(tmp_path / "deep" / "output") for _ in range(3)]
     start = "sa2va_lora_ppo_20260304_050607"
-    assert [run.name for run in runs] == [start, f"{start}_2", f"{start}_3"]
+    assert [run.path.name for run in runs] == [start, f"{start}_2", f"{start}_3"]
     assert runs[0].path.parent == tmp_path / "deep" / "output"
     assert list(runs[0].path.iterdir()) == []
 

@@ -95,8 +95,8 @@ def compare_runs(
     if baseline is not None and baseline not in by_name:
         raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
     shared = [name for name in results.HEADLINE if all(name in run.after.metrics for run in runs)]
-    metrics = tuple(name for name in shared if name != "reward" or _one_reward(runs))
-    metrics = metrics if rank_by in metrics else (rank_by, *metrics)
+    same = [name for name in shared if name != "reward" or _one_reward(runs)]
+    metrics = tuple(same if rank_by in same else (rank_by, *same))
 
     def loss(run: Run) -> float:
         mean = run.after.summary["metrics"][rank_by]["patient_mean"]

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,26 +153,23 @@ class PredictedImage(NamedTuple):
         return np.zeros(self.truth.shape) if self.probabilities is None else self.probabilities
 
 
-@dataclass(frozen=True)
-class PostProcessingGrid:
-    """The mean reward over patients of every candidate."""
+def best_postprocessing(
+    rewards: Mapping[PostProcessing, float],
+    min_component_px: int | None = None,
+    close_gaps: float | None = None,
+) -> PostProcessing:
+    """The candidate of highest reward, of those with the size and level given, if any.
 
-    rewards: dict[PostProcessing, float]
-
-    def best(
-        self, min_component_px: int | None = None, close_gaps: float | None = None
-    ) -> tuple[PostProcessing, float]:
-        """The candidate of highest reward, and that reward, of those with the size and level given, if any.
-
-        Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
-        """
-        ranks = {
-            post: (reward, -abs(post.threshold - 0.5), -post.min_component_px, -post.close_gaps)
-            for post, reward in self.rewards.items()
+    Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
+    """
+    return max(
+        (
+            post
+            for post in rewards
             if min_component_px in (None, post.min_component_px) and close_gaps in (None, post.close_gaps)
-        }
-        best = max(ranks, key=ranks.__getitem__)
-        return best, self.rewards[best]
+        ),
+        key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps),
+    )
 
 
 def score_postprocessing(
@@ -181,8 +178,8 @@ def score_postprocessing(
     thresholds: Sequence[float] = GRID_THRESHOLDS,
     sizes_px: Sequence[int] = SIZES_PX,
     gap_levels: Sequence[float] = GAP_LEVELS,
-) -> PostProcessingGrid:
-    """Scores all candidates on validation images; sizes ascend from 0, the gap level 0 leaves gaps open."""
+) -> dict[PostProcessing, float]:
+    """Mean reward over patients of all candidates; sizes ascend from 0, the gap level 0 leaves gaps open."""
     candidates = itertools.product(thresholds, sizes_px, gap_levels)
     rewards: dict[PostProcessing, list[float]] = {PostProcessing(*settings): [] for settings in candidates}
     for image in images:
@@ -200,7 +197,7 @@ def score_postprocessing(
                 for level, score in zip(gap_levels, scores, strict=True):
                     rewards[PostProcessing(threshold, size, level)].append(score)
     patients = [image.patient for image in images]
-    return PostProcessingGrid({post: patient_mean(values, patients) for post, values in rewards.items()})
+    return {post: patient_mean(values, patients) for post, values in rewards.items()}
 
 
 @dataclass(frozen=True)
@@ -209,20 +206,20 @@ class Tuning:
 
     post: PostProcessing  # how masks are made without tuning
     curve: ThresholdCurve  # by threshold, with the rest of `post`
-    grid: PostProcessingGrid | None  # by threshold, smallest component and closing of gaps, if asked for
+    grid: dict[PostProcessing, float] | None  # rewards of all post-processing, if asked for
 
     @property
     def choices(self) -> dict[str, PostProcessing]:
         """Ending of the result's file -> how its masks are made."""
         chosen = {"tuned": replace(self.post, threshold=self.curve.best.threshold)}
-        return chosen if self.grid is None else chosen | {"tuned_post": self.grid.best()[0]}
+        return chosen if self.grid is None else chosen | {"tuned_post": best_postprocessing(self.grid)}
 
     def grid_json(self) -> dict[str, Any]:
         """Every candidate of the grid with its reward, and the choice."""
-        best, reward = self.grid.best()
+        best = best_postprocessing(self.grid)
         chosen = {"side": "val", "chosen": asdict(best), "chosen_by": "mean over patients of the reward"}
-        candidates = [[*astuple(post), each] for post, each in self.grid.rewards.items()]
-        return chosen | {"reward": reward, "n_images": self.curve.n_images, "candidates": candidates}
+        candidates = [[*astuple(post), reward] for post, reward in self.grid.items()]
+        return chosen | {"reward": self.grid[best], "n_images": self.curve.n_images, "candidates": candidates}
 
 
 def tune(images: Iterable[PredictedImage], post: PostProcessing, reward: Reward | None) -> Tuning:

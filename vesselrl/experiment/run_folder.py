@@ -64,11 +64,6 @@ class RunFolder:
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.path.name
-
     def remove(self) -> None:
         """Deletes the folder, for a run that failed before its first result."""
         shutil.rmtree(self.path, ignore_errors=True)

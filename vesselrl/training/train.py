@@ -350,7 +350,7 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
         tested[name] = evaluate_subset(t, "test", f"test {name}", values)
-        extra = {"threshold": 0.5, "run": t.run.name}
+        extra = {"threshold": 0.5, "run": t.run.path.name}
         results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
     return tested
 
