@@ -127,9 +127,7 @@ def describe_reward(reward: Any) -> dict[str, Any] | None:
     """Class and settings of a reward, by which results can tell if their rewards agree; functions by name."""
     if reward is None:
         return None
-    names = getattr(reward, "__dict__", ())
-    if is_dataclass(reward):  # cached values appear in __dict__ with use
-        names = [field.name for field in fields(reward)]
+    names = [field.name for field in fields(reward)] if is_dataclass(reward) else []
     described = {"class": getattr(reward, "__name__", type(reward).__name__)}
     for name in sorted(names):
         value = getattr(reward, name)

@@ -59,14 +59,9 @@ def render(template: str, form: str, page: Mapping[str, Any]) -> str:
     """A template filled in: as "html", with all text escaped, or as "md"."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    rules = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = PackageLoader("vesselrl.evaluation")
-    environment = Environment(
-        loader=loader,
-        autoescape=form == "html",
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=loader, autoescape=form == "html", **rules)
     environment.globals["form"] = form
     environment.filters |= {
         "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
@@ -289,9 +284,8 @@ def _calibration(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def evaluation_page(path: Path) -> dict[str, Any]:
     """The values of evaluation.j2, from the files of one evaluation."""
-    given = read_evaluation(path)
-    extra = given.extra
-    plan, tuned, human = extra["plan"], {}, {}
+    given, tuned, human = read_evaluation(path), {}, {}
+    extra, plan = given.extra, given.extra["plan"]
     for ending, tuned_for in words.TUNED_FILES.items():
         other = path.with_name(f"{path.stem}_{ending}.json")
         # An earlier evaluation under the same name may have left files of another model or of other data.
