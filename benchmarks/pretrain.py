@@ -17,11 +17,12 @@ from vesselrl.evaluation.results import Evaluation
 from vesselrl.evaluation.words import with_interval
 from vesselrl.experiment.run_folder import git_commit, write_text
 from vesselrl.inference.predictor import Predictor
-from vesselrl.models.checkpoint import EMBEDDED, load_tokenizer
+from vesselrl.models.checkpoint import EMBEDDED
 from vesselrl.models.config import read_config
 from vesselrl.models.miniature import random_sa2va, write_miniature, write_tokenizer
 from vesselrl.models.processing import Sa2VAProcessor
 from vesselrl.models.sa2va import DecodedMasks, upsample
+from vesselrl.models.tokenizer import load_tokenizer
 from vesselrl.synthetic.dataset import SOURCE, TARGET, draw_sequence
 from vesselrl.synthetic.rendering import Domain
 from vesselrl.training.setup import warm_cosine

@@ -18,9 +18,8 @@ from vesselrl.data.samples import Sample, find_samples
 from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
 from vesselrl.errors import DataError, RefusedError, Stopped
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import write_json
+from vesselrl.experiment.run_folder import CONFIG_FILE, write_json
 from vesselrl.scoring.postprocessing import PostProcessing
-from vesselrl.training.checkpoint import STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def check_settings(folder: Path, now: dict[str, Any]) -> None:
     """Raises RefusedError where another training than this would be removed or taken for this one."""
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
         raise RefusedError(f"{folder} is not of this benchmark (no {SETTINGS_FILE}). Give another folder.")
-    if not last_run(folder) and not last_run(folder, STATE_FILE):
+    if not last_run(folder) and not last_run(folder, CONFIG_FILE):
         return  # nothing to keep: it will be trained anew
     # A setting that was added since had its default then.
     before = plain_settings({}) | read_json(folder / SETTINGS_FILE)["settings"]
@@ -160,7 +159,7 @@ def check_settings(folder: Path, now: dict[str, Any]) -> None:
 
 def train_one(folder: Path, options: dict[str, Any], settings: dict[str, Any]) -> str:
     """Trains one method, or the rest of it; returns the reason of a failure, "" if there was none."""
-    interrupted, log = last_run(folder, STATE_FILE), folder / "train.log"
+    interrupted, log = last_run(folder, CONFIG_FILE), folder / "train.log"
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     if interrupted:
         arguments = ["--resume_from", str(interrupted)]

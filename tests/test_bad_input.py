@@ -216,3 +216,12 @@ def test_in_a_process_of_its_own_and_with_a_traceback_for_whoever_asks(
     monkeypatch.setenv("VESSELRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="does not exist"):
         main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_damaged_files_of_every_kind_end_in_words(repository: Path) -> None:
+    """In a process of its own, which forks before any thread is there."""
+    command = [sys.executable, "tests/fuzz.py", "--mutations", "54", "--seed", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -68,14 +68,8 @@ def test_one_training_step_runs_as_described(tiny_checkpoint: Path, angiograms: 
 
 def test_one_prediction_runs_as_described(tiny_checkpoint: Path, tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(tmp_path / "image.png")
-    words = [
-        "--base_model",
-        tiny_checkpoint,
-        "--image",
-        tmp_path / "image.png",
-        "--output_dir",
-        tmp_path / "out",
-    ]
+    words = ["--base_model", tiny_checkpoint, "--image", tmp_path / "image.png"]
+    words += ["--output_dir", tmp_path / "out"]
     calls, _ = traced(lambda: main(["predict", *map(str, words)]))
     assert_in_order(listed("One prediction"), calls)
 

@@ -1,6 +1,7 @@
 """vesselrl doctor on healthy and broken machines, model folders and data."""
 
 import json
+import math
 import re
 import shutil
 import tomllib
@@ -11,7 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.golden.broken_input import MODELS, change_json, write_angiograms
+from tests.models.conftest import LLM_8B, VISION_8B
 from vesselrl import doctor
+from vesselrl.cli import main
+from vesselrl.models.config import read_config
+from vesselrl.models.miniature import write_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -32,7 +37,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\n"
 ANOTHER = change_json("config.json", lambda config: config["llm_config"].update(hidden_size=6144))
 FAULTS = {
     "missing shard": ("weights", MODELS["missing shard"], "00002-of-00002.safetensors is missing"),
-    "cut file": ("weights", MODELS["truncated"], "is broken or cut short"),
+    "cut file": ("weights", MODELS["truncated"], "cannot be read .* truncated"),
     "no weights": ("weights", MODELS["no weights"], r"holds no model\*\.safetensors"),
     "damaged index": ("weights", lambda model: (model / INDEX).write_text("{"), "cannot be read"),
     "file of another model": ("weights", replace_weights, "lacks 1 tensors of the index, first mlp1"),
@@ -46,7 +51,7 @@ FAULTS = {
     "no [SEG]": ("tokenizer", lambda model: [path.write_text(path.read_text().replace("[SEG]", "[GES]"))
                                              for path in model.glob("*.json")], r"\[SEG\]"),
     **{f"no {name}": ("tokenizer", lambda model, name=name: (model / name).unlink(), name)
-       for name in doctor.TOKENIZER_FILES},
+       for name in ("vocab.json", "merges.txt", "tokenizer_config.json")},
 }  # fmt: skip
 
 
@@ -55,7 +60,7 @@ def test_a_fault_of_the_model_folder_is_named(tiny_checkpoint: Path, tmp_path: P
     name, spoil, said = FAULTS[kind]
     model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
     checks = doctor.check_model(model)
-    assert [check.status for check in checks] == ["ok", "ok", "ok"], doctor.format_report(checks)
+    assert [check.status for check in checks] == ["ok", "ok", "ok", "ok"], doctor.format_report(checks)
     spoil(model)
     (check,) = [check for check in doctor.check_model(model) if check.name == name]
     assert check.status == "problem"
@@ -69,8 +74,9 @@ def test_large_tensors_are_sampled_at_both_ends_and_a_tokenizer_may_be_one_file(
         large[row, 3] = np.nan
         save_file({"vision_model.large": large}, tmp_path / "model.safetensors")
         assert doctor.check_weights(tmp_path)[0].status == status
-    tokens = [{"id": k, "content": token} for k, token in enumerate(doctor.SPECIAL_TOKENS)]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    tokens = [{"id": k, "content": token} for k, token in enumerate(("[SEG]", "<IMG_CONTEXT>"))]
+    whole = {"model": {"vocab": {}, "merges": []}, "added_tokens": tokens}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     assert doctor.check_tokenizer(tmp_path).status == "ok"
 
 
@@ -107,3 +113,42 @@ def test_data_is_counted_by_patient_and_a_problem_names_nobody(tmp_path: Path) -
     assert (check.status, "1 patients" in report) == ("problem", True)
     assert not re.search(r"\d{10}|ZHANG", report)
     assert doctor.check_data(tmp_path / "nowhere").status == "problem"
+
+
+def sparse_8b(folder: Path, names: dict[str, list[int]]) -> None:
+    """Two files with all tensors of these shapes in bfloat16 and holes for their data, and their index."""
+    index, files = {}, [dict(list(names.items())[k::2]) for k in range(2)]
+    for number, tensors in enumerate(files, start=1):
+        header, end = {}, 0
+        for name, shape in tensors.items():
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        file = folder / f"model-0000{number}-of-00002.safetensors"
+        with file.open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + end)
+        index |= dict.fromkeys(tensors, file.name)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+
+
+def test_every_tensor_of_the_8b_has_its_place_and_its_config_is_rebuilt(
+    shared_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """16.4 GB that take no room on the disk; the user's folder has no config.json."""
+    table = json.loads((shared_folder / "design" / "keymap_internvl3_8b.json").read_text())
+    names = {name: row["shape"] for name, row in table.items()}
+    write_tokenizer(tmp_path)
+    sparse_8b(tmp_path, names)
+    model = ["doctor", "--model_path", str(tmp_path), "--output_dir", str(tmp_path)]
+    assert main(model) == 1
+    assert "no config.json" in capsys.readouterr().out
+    assert main([*model, "--write_config"]) == 0, capsys.readouterr().out
+    assert main(model) == 0
+    shown = capsys.readouterr().out
+    assert "1589 names: 0 missing, 0 unknown, 0 of a wrong shape; 157 are for videos only" in shown
+    config = read_config(tmp_path)
+    assert (config.llm | LLM_8B, config.vision | VISION_8B) == (config.llm, config.vision)
+    sparse_8b(tmp_path, {name: shape for name, shape in list(names.items())[:2]})
+    assert main(model) == 1
+    assert re.search(r"\d+ missing: .*a language model alone, or SAMTok", capsys.readouterr().out)

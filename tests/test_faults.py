@@ -1,5 +1,9 @@
-"""Signals, full disks, folders that vanish: exit code, message, nothing half written, and the run goes on."""
+"""Signals, full disks, folders that vanish: exit code, message, nothing half written, and the run goes on.
 
+`pytest -s -m "slow or not slow" tests/test_faults.py | grep "^|"` prints a table of them.
+"""
+
+import ctypes
 import itertools
 import json
 import multiprocessing
@@ -10,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +36,7 @@ class Ended(NamedTuple):
 
     code: int
     text: str  # all that it printed
+    fault: str = ""  # and the place
 
 
 # ---- In the child process: what goes wrong, and when
@@ -86,6 +92,24 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def mount_small_disk() -> None:
+    """Makes `out` a disk of 64 MB for this process alone, where root may do that."""
+    libc, new_mounts, private = ctypes.CDLL(None), 0x20000, 0x44000
+    Path("out").mkdir()
+    if libc.unshare(new_mounts) == 0:
+        libc.mount(b"none", b"/", None, private, None)
+        libc.mount(b"tmpfs", b"out", b"tmpfs", 0, b"size=64m")
+
+
+def fill_disk(size: int) -> None:
+    """Leaves that many bytes on the small disk; without one no file can have more."""
+    if os.path.ismount("out"):
+        with open("out/filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage("out").free - size)
+    else:
+        limit_files(size)
+
+
 def run_child(words: list[str], place: str, fault: str | int, folder: Path, output: Connection) -> None:
     """Runs a command as `vesselrl` does, with a fault at a place; a number is a limit of `limit_files`."""
     os.dup2(output.fileno(), 1)
@@ -98,9 +122,17 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
     train.draw = lambda t: None  # charts cost seconds
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell or nohup may have switched them off
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    kind, _, size = str(fault).rpartition(" ")
+    filled = partial(fill_disk, int(size)) if kind == "full" else partial(limit_files, fault)
     if place:
-        at_call(*places()[place], FAULTS.get(fault, partial(limit_files, fault)))
-    sys.exit(launch.main(words))
+        at_call(*places()[place], FAULTS.get(fault, filled))
+    if kind == "full":
+        mount_small_disk()
+    try:
+        sys.exit(launch.main(words))
+    finally:
+        if kind == "full":  # the disk goes with the process
+            shutil.copytree("out", "left", ignore=shutil.ignore_patterns("filler"))
 
 
 # ---- In the test
@@ -117,7 +149,10 @@ def run(words: str, folder: Path, place: str = "", fault: str | int = "") -> End
     sender.close()
     text = b"".join(iter(lambda: os.read(receiver.fileno(), 65536), b"")).decode()
     process.join()
-    return Ended(process.exitcode, text)
+    if (left := folder / "left").is_dir():
+        shutil.rmtree(folder / "out")
+        left.rename(folder / "out")
+    return Ended(process.exitcode, text, f"{fault}, {place}")
 
 
 def the_run(folder: Path) -> Path:
@@ -143,11 +178,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def check_words(ended: Ended, folder: Path, code: int, words: str) -> None:
-    """The exit code, one line at the end, no traceback, no half-written file."""
+    """The exit code, one line at the end, no traceback, no half-written file; prints a line of the table."""
+    last = ended.text.splitlines()[-1]
+    print(f"\n| {ended.fault} | {ended.code} | {last.replace(str(folder), '')} | {left_over(folder)} |")
     assert ended.code == code, ended.text
     assert "Traceback" not in ended.text
-    assert re.search(words, ended.text.splitlines()[-1]), ended.text
+    assert re.search(words, last), ended.text
     assert [path for path in folder.rglob("*") if path.name.endswith(".partial")] == []
+
+
+def left_over(folder: Path) -> str:
+    """What a command left of its runs, in words."""
+    found = [f"{sum(path.is_file() for path in one.rglob('*'))} files" for one in folder.glob("out/sa2va_*")]
+    for state in folder.glob("out/sa2va_*/resume.safetensors"):
+        with safe_open(state, framework="pt") as file:
+            found.append(f"state of step {json.loads(file.metadata()['state'])['step']}")
+    return ", ".join(found) or "no run"
 
 
 def go_on(folder: Path, whole: dict[str, object]) -> None:
@@ -162,13 +208,14 @@ GO_ON = r"Go on with: vesselrl train --resume_from out/sa2va_\w+"
 STOPS = [
     ("step", "SIGTERM", 143, 3), ("rl step", "SIGINT", 130, 6), ("validation", "SIGHUP", 129, 4),
     ("save", "SIGTERM", 143, 4), ("test", "SIGINT", 130, 8), ("report", "SIGTERM", 143, 8),
+    ("validation", "SIGTERM", 143, 4), ("test", "SIGTERM", 143, 8),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("place", "name", "code", "step"),
     [
-        pytest.param(*stop, marks=pytest.mark.slow if number else (), id=stop[0])
+        pytest.param(*stop, marks=pytest.mark.slow if number else (), id=", ".join(stop[:2]))
         for number, stop in enumerate(STOPS)
     ],
 )
@@ -177,8 +224,7 @@ def test_a_stopped_run_ends_as_if_never_stopped(
 ) -> None:
     ended = run(f"train {OPTIONS}", tmp_path, place, name)
     check_words(ended, tmp_path, code, f"stopped by {name}. {GO_ON}$")
-    with safe_open(the_run(tmp_path) / "resume.safetensors", framework="pt") as file:
-        assert json.loads(file.metadata()["state"])["step"] == step
+    assert left_over(tmp_path).endswith(f"files, state of step {step}")
     go_on(tmp_path, whole)
 
 
@@ -211,6 +257,8 @@ DISKS = [  # bytes that a file may have, or what happens; where; which file is n
     ("removed folder", "rl step", r"metrics\.jsonl", GONE),
     ("removed folder", "test", r"sa2va_\w+", GONE),
     ("read-only", "step", r"metrics\.jsonl", rf"Make it writable\. {GO_ON}"),
+    *((f"full {size}", place, r"sa2va_\w+/\S+", rf"Make room there\. {GO_ON}") for place, size in {
+        "step": 0, "rl step": 4096, "validation": 300_000, "save": 100_000, "test": 20_000}.items()),
 ]  # fmt: skip
 
 
@@ -225,6 +273,29 @@ def test_a_disk_that_fails_is_named_and_the_run_goes_on(
         go_on(open_folder, whole)
     else:
         assert list(open_folder.glob("out/sa2va_*")) == []
+
+
+@pytest.mark.slow
+def test_two_at_once(tmp_path: Path, whole: dict) -> None:
+    """New runs share data and cache and change nothing; of two that resume one run the later is refused."""
+    words = f"train {OPTIONS.replace('cache_gb 0', 'cache_gb 0.1')} --lora_scope projector mask_decoder"
+    with ThreadPoolExecutor(2) as pool:
+        for ended in pool.map(run, [words] * 2, [tmp_path] * 2):
+            check_words(ended._replace(fault="two new runs at once"), tmp_path, 0, "")
+        one, other = map(contents, tmp_path.glob("out/sa2va_*"))
+        assert one == other
+        assert (
+            len([*(tmp_path / "out" / "data").iterdir()])
+            == len([*(tmp_path / "out" / "cache").iterdir()])
+            == 1
+        )
+        shutil.rmtree(tmp_path / "out")
+        run(f"train {OPTIONS}", tmp_path, "step", "SIGTERM")
+        words = f"train --resume_from {the_run(tmp_path).relative_to(tmp_path)}"
+        both = sorted(pool.map(run, [words] * 2, [tmp_path] * 2), key=lambda ended: ended.code)
+    for ended, code, said in zip(both, (0, 2), ("", "in use by another|has finished"), strict=True):
+        check_words(ended._replace(fault="two resumes at once"), tmp_path, code, said)
+    assert contents(the_run(tmp_path)) == whole
 
 
 @pytest.fixture(scope="module")

@@ -16,27 +16,12 @@ from typing import Literal
 from vesselrl.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-SPECIAL_TOKENS = ("[SEG]", "<IMG_CONTEXT>")
+SPECIAL_TOKENS = (("[SEG]",), ("<IMG_CONTEXT>", "<|image_pad|>"))  # one of each
 GB = 1e9
 SAMPLE = 2**16  # values of a tensor that are looked at
 INSTALL = "Run: bash install_dependencies.sh"
 COPY = "Copy the missing or broken files from the source again."
 Shapes = dict[str, tuple[int, ...]]
-# Fields of config.json, and the tensor and axis, or the numbered layers, that tell their value.
-_PATCHES, _LLM = "vision_model.embeddings.patch_embedding.weight", "language_model.model."
-SHAPED = {
-    "vision_config.hidden_size": (_PATCHES, 0),
-    "vision_config.patch_size": (_PATCHES, 2),
-    "vision_config.intermediate_size": ("vision_model.encoder.layers.0.mlp.fc1.weight", 0),
-    "llm_config.vocab_size": (_LLM + "embed_tokens.weight", 0),
-    "llm_config.hidden_size": (_LLM + "embed_tokens.weight", 1),
-    "llm_config.intermediate_size": (_LLM + "layers.0.mlp.gate_proj.weight", 0),
-}
-LAYERED = {
-    "vision_config.num_hidden_layers": "vision_model.encoder.layers.",
-    "llm_config.num_hidden_layers": _LLM + "layers.",
-}
 
 
 @dataclass(frozen=True)
@@ -53,15 +38,16 @@ def diagnose(
     base_model: str | Path | None = None,
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
+    write_config: bool = False,
     **places: str | None,
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out.
 
-    `places`: image_dir, mask_dir and mask_suffix of the data.
+    `write_config`: a model without config.json gets one. `places`: image_dir, mask_dir, mask_suffix of data.
     """
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
-    checks += [] if base_model is None else check_model(Path(base_model))
+    checks += [] if base_model is None else check_model(base_model, write_config)
     checks += [] if data_root is None else [check_data(Path(data_root), **places)]
     return [Check("python", "ok", python), *checks]
 
@@ -142,13 +128,25 @@ def check_disk(output_dir: Path) -> Check:
     return Check("disk", "ok", detail)
 
 
-def check_model(folder: Path) -> list[Check]:
-    """Whether a checkpoint folder is complete: weights, config.json and tokenizer."""
+def check_model(base_model: str | Path, write_config: bool = False) -> list[Check]:
+    """Whether a checkpoint is complete: weights, config.json, every tensor by name and shape, tokenizer."""
+    try:
+        from vesselrl.models.checkpoint import checkpoint_folder
+    except ImportError as error:
+        return [Check("model", "problem", f"cannot be checked: {error}", INSTALL)]
+    try:
+        folder = checkpoint_folder(base_model)
+    except CheckpointError as error:
+        return [Check("model", "problem", str(error))]
     if not folder.is_dir():
         advice = "Give --model_path a Sa2VA checkpoint folder."
         return [Check("model", "problem", f"{folder} does not exist", advice)]
     weights, shapes = check_weights(folder)
-    return [weights, check_config(folder, shapes), check_tokenizer(folder)]
+    # Of half a model no config.json can be told.
+    checks = [weights, check_config(folder, shapes, write_config and weights.status == "ok")]
+    if all(check.status == "ok" for check in checks):
+        checks.append(check_tensors(folder, shapes))
+    return [*checks, check_tokenizer(folder)]
 
 
 def check_weights(folder: Path) -> tuple[Check, Shapes]:
@@ -156,10 +154,8 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
 
     Returns the shapes too.
     """
-    try:
-        from vesselrl.models.checkpoint import read_index
-    except ImportError as error:
-        return Check("weights", "problem", f"cannot be checked: {error}", INSTALL), {}
+    from vesselrl.models.checkpoint import read_index, read_shapes
+
     try:
         listed = read_index(folder)
     except (CheckpointError, OSError) as error:
@@ -170,7 +166,9 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
     shapes, faults = {}, []
     for name in files:
         try:
-            found = _read_shapes(folder / name)
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is missing")
+            found = read_shapes(folder / name)
             _check_values(folder / name)
         except (ValueError, OSError) as error:
             faults.append(str(error))
@@ -186,22 +184,26 @@ def check_weights(folder: Path) -> tuple[Check, Shapes]:
     return Check("weights", "ok", found), shapes
 
 
-def check_config(folder: Path, shapes: Shapes) -> Check:
-    """Whether config.json describes a model that vesselrl can build; if not, what the tensor shapes tell."""
-    if not (folder / "config.json").is_file():
-        fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
-        known = f" The tensor shapes say: {fields}." if fields else ""
-        todo = "Take config.json from the model this one was trained from, or write it from these values"
-        limit = "heads, rope_theta and epsilon leave no trace in shapes."
-        return Check("config", "problem", f"no config.json in {folder}.{known}", f"{todo}; {limit}")
+def check_config(folder: Path, shapes: Shapes, write_config: bool = False) -> Check:
+    """Whether config.json describes a model that vesselrl can build; if there is none, whether it can be."""
+    from vesselrl.experiment.run_folder import write_json
+    from vesselrl.models.config import config_from_shapes, infer_config, read_config
+
+    file, todo, written = folder / "config.json", "", ""
     try:
-        from vesselrl.models.config import read_config
-    except ImportError as error:
-        return Check("config", "problem", f"cannot be checked: {error}", INSTALL)
-    try:
+        if not file.is_file():
+            fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
+            known = f" The tensor shapes say: {fields}." if fields else ""
+            todo = (
+                f"Take config.json from the model this one was trained from{known and ', or --write_config'}."
+            )
+            if not write_config:
+                return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
+            write_json(file, config_from_shapes(shapes).to_dict())
+            written = ", written from the tensor shapes"
         config = read_config(folder)
     except CheckpointError as error:
-        return Check("config", "problem", str(error), "Copy config.json from the source again.")
+        return Check("config", "problem", str(error), todo)
     parts, names = ("vision", "llm"), ("num_hidden_layers", "hidden_size", "vocab_size")
     stated = {f"{part}_config.{name}": getattr(config, part).get(name) for part in parts for name in names}
     values = {name: value for name, value in stated.items() if value is not None}
@@ -209,59 +211,40 @@ def check_config(folder: Path, shapes: Shapes) -> Check:
     if found:
         wrong = "; ".join(f"{name} is {values[name]}, the tensors say {seen}" for name, seen in found.items())
         return Check("config", "problem", wrong, "This config.json belongs to another model; replace it.")
-    return Check("config", "ok", ", ".join(f"{name} {value}" for name, value in values.items()))
+    detail = ", ".join(f"{name} {value}" for name, value in values.items())
+    return Check("config", "ok", f"{config.kind}, {detail}{written}")
 
 
-def infer_config(shapes: Shapes) -> dict[str, int]:
-    """The fields of config.json that tensor shapes determine, from the shapes by official tensor name.
+def check_tensors(folder: Path, shapes: Shapes) -> Check:
+    """Whether every tensor has a place of its shape in the model, and every place a tensor."""
+    import torch
 
-    >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
-    {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
-    """
-    found = {field: shapes[name][axis] for field, (name, axis) in SHAPED.items() if name in shapes}
-    for field, prefix in LAYERED.items():
-        if layers := {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}:
-            found[field] = len(layers)
-    return found
+    from vesselrl.models.checkpoint import empty_model, native_state
+    from vesselrl.models.config import read_config
+
+    try:
+        model = empty_model(read_config(folder), shapes, str(folder))
+        tensors = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+        native_state(model, tensors, torch.float32, str(folder))
+    except CheckpointError as error:
+        return Check("tensors", "problem", str(error))
+    unused = sum(map(model.keys.is_unused, shapes))
+    found = f"{len(shapes)} names: 0 missing, 0 unknown, 0 of a wrong shape"
+    return Check("tensors", "ok", f"{found}; {unused} are for videos only")
 
 
 def check_tokenizer(folder: Path) -> Check:
-    """Whether the tokenizer's files are there and know Sa2VA's own tokens."""
-    copy = "Copy the tokenizer files from the source of the model."
-    needed = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else TOKENIZER_FILES
-    if missing := [name for name in needed if not (folder / name).is_file()]:
-        return Check("tokenizer", "problem", f"{folder} lacks {', '.join(missing)}", copy)
+    """Whether the tokenizer can be built and knows Sa2VA's own tokens."""
+    from vesselrl.models.tokenizer import load_tokenizer
+
     try:
-        from vesselrl.models.config import read_json_object
-    except ImportError as error:
-        return Check("tokenizer", "problem", f"cannot be checked: {error}", INSTALL)
-    names = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
-    try:
-        added, settings, whole = (
-            read_json_object(folder / n) if (folder / n).is_file() else {} for n in names
-        )
-        tokens = [*(settings.get("added_tokens_decoder") or {}).values(), *(whole.get("added_tokens") or ())]
-        known = added.keys() | {token["content"] for token in tokens}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return Check("tokenizer", "problem", f"its files cannot be read: {error}", copy)
-    if absent := [token for token in SPECIAL_TOKENS if token not in known]:
-        todo = f"This is no Sa2VA's. {copy}"
+        known = load_tokenizer(folder).get_vocab().keys()
+    except CheckpointError as error:
+        return Check("tokenizer", "problem", str(error))
+    if absent := [" or ".join(tokens) for tokens in SPECIAL_TOKENS if known.isdisjoint(tokens)]:
+        todo = "This is no Sa2VA's. Copy the tokenizer files from the source of the model."
         return Check("tokenizer", "problem", f"does not know {', '.join(absent)}", todo)
-    return Check("tokenizer", "ok", f"{', '.join(needed)}; knows {', '.join(SPECIAL_TOKENS)}")
-
-
-def _read_shapes(path: Path) -> Shapes:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        from vesselrl.models.config import unreadable
-
-        raise ValueError(f"{path.name} is broken or cut short ({unreadable(path, error)})") from None
+    return Check("tokenizer", "ok", f"{len(known)} tokens, Sa2VA's own among them")
 
 
 def _check_values(path: Path) -> None:

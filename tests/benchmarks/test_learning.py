@@ -23,6 +23,7 @@ from vesselrl.errors import RunError
 from vesselrl.evaluation.results import Evaluation, read_evaluation, summarise, verdict
 from vesselrl.evaluation.words import metric_name
 from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.run_folder import CONFIG_FILE
 from vesselrl.training.checkpoint import STATE_FILE
 
 # Strength of the noise through which a method sees; RL is made the best, so that a hypothesis can hold.
@@ -93,7 +94,7 @@ def training() -> Iterator[PretendedTraining]:
 
 @pytest.fixture(scope="module")
 def done(training, published: Path, tmp_path_factory) -> SimpleNamespace:
-    """Two seeds of every method: one training fails in the first call, one seems killed before the second."""
+    """Two seeds of every method: one training fails in the first call, two seem killed before the second."""
     output, calls = tmp_path_factory.mktemp("output"), []
     options, folder = {"seeds": 2, "output_dir": str(output)}, output / "synthetic"
     options["data_root"] = str(published)
@@ -102,9 +103,10 @@ def done(training, published: Path, tmp_path_factory) -> SimpleNamespace:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             code = learning(**options)
         calls.append((code, sorted(training.trained), said.getvalue(), (folder / "report.md").read_text()))
-        (info,) = (folder / "unet_seed42").glob("*/training_info.json")
-        if training.failing:
-            info.rename(info.with_name(STATE_FILE))
+        if training.failing:  # the second one was killed between its first state and its settings
+            for seed, file in ((42, CONFIG_FILE), (43, STATE_FILE)):
+                (info,) = (folder / f"unet_seed{seed}").glob("*/training_info.json")
+                info.rename(info.with_name(file))
     return SimpleNamespace(folder=folder, options=options, calls=calls)
 
 
@@ -113,7 +115,7 @@ def test_failures_stop_no_other_and_a_second_call_goes_on(done) -> None:
     assert (code, len(trained)) == (1, 2 * sum(method.options is not None for method in METHODS.values()))
     assert re.search(r"Failed: sft_cldice_seed42: exit code 3, see .*train.log \(the last words\)", said)
     assert "Left out: C4 supervised with soft clDice" in page
-    assert second[:2] == (0, [("sft_cldice_seed42", False), ("unet_seed42", True)])
+    assert second[:2] == (0, [("sft_cldice_seed42", False), ("unet_seed42", True), ("unet_seed43", False)])
     assert "Left out" not in second[3]
     # Nothing is removed or compared unasked.
     file = done.folder / "rl_seed43" / "arm.json"

@@ -36,7 +36,8 @@ def test_written_json_is_strict_and_reads_back(made, tmp_path):
         ({"rows": []}, "rows is missing"),
         ({"rows": document["rows"][:1]}, "do not match its image_list_hash"),
         ({"rows": relabelled}, "do not match its label_hash"),
-        (None, r"test_after\.json of run is no JSON object"),
+        ({"rows": [3]}, r"test_after\.json is damaged.*AttributeError"),
+        (None, r"test_after\.json is not valid JSON"),
     ):
         path.write_text("{" if change is None else json.dumps(document | change))
         with pytest.raises(ValueError, match=message):

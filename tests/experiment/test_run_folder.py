@@ -63,6 +63,13 @@ def test_json_is_strict_and_whole_and_metrics_are_one_line_each(run: RunFolder) 
     ]  # fmt: skip
 
 
+def test_settings_of_other_kinds_are_refused(run: RunFolder) -> None:
+    for text in ("[" * 10**5, '{"args": ' + "[" * 10**5, '{"args": 3}', '{"args": {"lora_scope": [1]}}'):
+        (run.path / "config.json").write_text(text)
+        with pytest.raises(RefusedError, match=r"config\.json is damaged"):
+            run_folder.run_settings(run.path)
+
+
 def test_a_torn_metrics_file_keeps_its_whole_lines(run: RunFolder) -> None:
     for step in range(4):
         run.append_metrics({"step": step})

@@ -101,13 +101,8 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
 
 
 TARGETS = ["text_hidden_fcs.0", "text_hidden_fcs.2"]
-PLAIN = {
-    "peft_type": "LORA",
-    "r": 4,
-    "lora_alpha": 8,
-    "target_modules": TARGETS,
-    "base_model_name_or_path": "/gone",
-}
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+PLAIN["base_model_name_or_path"] = "/gone"
 
 
 def write_adapter(

@@ -1,4 +1,4 @@
-"""Killed trainings end as uninterrupted ones; caches and a second process at the same time change nothing."""
+"""Killed trainings end as uninterrupted ones, and caches change nothing."""
 
 import os
 import random
@@ -45,11 +45,32 @@ def test_cold_warm_damaged_and_no_cache_give_the_same_weights(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_new_runs_at_once_share_data_and_cache(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vesselrl", "train", "--preset", "debug", "--output_dir", str(tmp_path)]
-    command += "--lora_scope projector mask_decoder --stage sft --learning_rate 0.01".split()
-    both = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    one, other = tmp_path.glob("sa2va_lora_ppo_*")
-    assert same_weights(one / "final_lora", other / "final_lora")
-    assert len([*(tmp_path / "data").iterdir()]) == 1
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [("raise ValueError('torn')", 1, "one of"), ("os.kill(os.getpid(), 11)", -11, "")],
+)
+def test_a_run_that_a_users_reward_has_ended_goes_on_with_a_mended_one(
+    tmp_path: Path, fault: str, code: int, said: str
+) -> None:
+    def vesselrl(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "vesselrl", "train", *map(str, arguments)]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}",
+        }
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    text = "import os\n\ncalls = []\n\n\ndef score(pred, gt):\n    calls.append(1)\n"
+    (tmp_path / "own.py").write_text(f"{text}    if len(calls) > 12:\n        {fault}\n    return 0.0\n")
+    done = vesselrl("--preset", "debug", "--reward_fn", "own:score", "--output_dir", tmp_path)
+    assert done.returncode == code
+    assert said in done.stderr
+    (run,) = tmp_path.glob("sa2va_lora_ppo_*")
+    assert not (run / "training_info.json").exists()
+    if said:
+        assert f"Go on with: vesselrl train --resume_from {run}" in done.stderr
+        assert "Traceback" not in done.stderr
+    (tmp_path / "own.py").write_text(f"{text}    return 0.0\n")
+    refused = vesselrl("--resume_from", run)
+    assert (refused.returncode, "--allow_change reward" in refused.stderr) == (2, True)
+    assert vesselrl("--resume_from", run, "--allow_change", "reward").returncode == 0

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,12 +13,12 @@ import pytest
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import find_samples
-from vesselrl.errors import DataError
+from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
-from vesselrl.training.setup import RunData, prepare_data
+from vesselrl.training.setup import RunData, check_disk, prepare_data
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
@@ -51,6 +52,15 @@ def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(angiograms, tmp_path, m
         prepared(tmp_path / "a", angiograms)
     data = prepared(tmp_path / "b", angiograms, near_duplicates="allow")
     assert list(data.test_caveats) == [Caveat.NEAR_DUPLICATES]
+
+
+def test_a_run_that_goes_on_needs_room_for_the_rest_alone(tmp_path: Path, monkeypatch) -> None:
+    values = Mock(**{"numel.return_value": 10**6, "element_size.return_value": 4})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Mock(free=50_000_000))
+    for name, is_enough in (("state.txt", False), ("resume.safetensors", True)):
+        (tmp_path / name).write_bytes(bytes(60_000_000))
+        with nullcontext() if is_enough else pytest.raises(RefusedError, match="50 MB free; 109 MB"):
+            check_disk(TrainConfig(), Mock(trainable={"a": values}), RunFolder(tmp_path))
 
 
 def test_frames_that_are_a_patient_each_are_said_aloud(

@@ -139,11 +139,11 @@ def _mask_values(image: Image.Image) -> tuple[np.ndarray, str, bool]:
         channels, alpha = channels[:, :, :-1], channels[:, :, -1]
         shown = alpha > 0
         if shown.any() and not shown.all():
-            colours, opaque = channels[shown], alpha[shown]
-            if (colours == colours[0]).all():
+            opaque = alpha[shown]
+            if _is_one_colour(channels, shown):
                 if (opaque != opaque[0]).any() or (channels.any(axis=2) != shown).any():
                     return alpha, "alpha_mask", True
-            elif channels[~shown].any():
+            elif (channels.any(axis=2) & ~shown).any():
                 channels, code = np.where(shown[:, :, None], channels, 0), "alpha_mask"
     values = channels[:, :, 0] if channels.shape[2] == 1 else channels.max(axis=2)
     if channels.shape[2] == 1 or (channels == channels[:, :, :1]).all():
@@ -153,10 +153,15 @@ def _mask_values(image: Image.Image) -> tuple[np.ndarray, str, bool]:
     spread = channels.max(axis=2) - channels.min(axis=2)
     if spread.max() < 32:  # grey that a JPEG has tinted
         return values, "non_binary_mask", True
-    colours = channels[values > 0]
-    if not (values > 0).all() and (colours == colours[0]).all():
+    if not values.all() and _is_one_colour(channels, values > 0):
         return (values > 0).astype(np.uint8), "non_binary_mask", False
     return values, "coloured_mask", False
+
+
+def _is_one_colour(channels: np.ndarray, where: np.ndarray) -> bool:
+    """Whether all pixels of a mask have one colour; to take them out would need many times their memory."""
+    first = channels.reshape(-1, channels.shape[2])[where.argmax()]
+    return bool(((channels == first).all(axis=2) | ~where).all())
 
 
 def _are_numbers(values: np.ndarray, numbers: np.ndarray) -> bool:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from vesselrl.data.patients import Identity, identify
 from vesselrl.errors import DataError, WriteError
-from vesselrl.experiment.run_folder import write_text
+from vesselrl.experiment.run_folder import read_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -179,16 +179,18 @@ def _read_readings(path: Path) -> dict[str, dict]:
     """PseudonymMap fields by patient_pattern; takes away the rights that other users have."""
     advice = "Restore it, or remove it: patients may then get other numbers."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except PermissionError:
         raise DataError(f"{path.name} belongs to another user. Run as its owner, or copy the data.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except ValueError:
         raise DataError(f"{path.name} is damaged (not valid JSON). {advice}") from None
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         try:
+            if path.is_symlink():  # what it leads to is not ours to change
+                raise PermissionError
             path.chmod(0o600)
             logger.warning("%s was open to other users (mode %o); it has mode 600 now.", path.name, mode)
         except OSError:

@@ -1,6 +1,5 @@
 """Findings, the files of a data root, and the entries that the readers of all layouts make of them."""
 
-import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
 from vesselrl.errors import DataError
+from vesselrl.experiment import run_folder
 
 Severity = Literal["error", "warning", "info"]
 
@@ -354,9 +354,9 @@ class Listing:
 def read_json(path: Path, shown: str) -> object:
     """The content of a JSON file; `shown` is how messages name it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return run_folder.read_json(path)
     except OSError as error:  # its text holds the path
         fault = f"cannot be read ({error.strerror}). Restore it, or give yourself the right to."
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         fault = f"is not valid JSON: {error}. Correct it, or write it again as UTF-8."
     raise DataError(f"{shown} {fault}", "bad_json")

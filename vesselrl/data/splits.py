@@ -21,7 +21,7 @@ from vesselrl.data.file_names import copy_groups
 from vesselrl.data.patients import parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
-from vesselrl.experiment.run_folder import json_hash, write_text
+from vesselrl.experiment.run_folder import MALFORMED, json_hash, read_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +236,14 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
     """Reads a split back, with the samples of today; a key that now means another image is a DataError."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+    except FileNotFoundError:
+        raise DataError(
+            f"There is no split {path.name}. Train first, or give the run that holds it."
+        ) from None
+    except ValueError:
+        raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
+    try:
         checksum = content.pop("checksum", None)
         keys = {subset: [str(key) for key in content["samples"][subset]] for subset in SUBSETS}
         fold, foreground, unit = content.get("fold"), content.get("foreground"), content["unit"]
@@ -248,16 +255,10 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
             "foreground": None if foreground is None else tuple(foreground[subset] for subset in SUBSETS),
             "caveats": tuple(str(caveat) for caveat in content.get("doubts", ())),
         }
-        expected = content["sha256"]
-    except FileNotFoundError:
-        raise DataError(
-            f"There is no split {path.name}. Train first, or give the run that holds it."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
+        expected, found = content["sha256"], json_hash(content)
+    except MALFORMED:
         raise DataError(f"{path.name} is not a split that this program wrote. Make a new split.") from None
-    if checksum is not None and checksum != json_hash(content):
+    if checksum is not None and checksum != found:
         fault = f"{path.name} is damaged: its content is not what was written"
         raise DataError(f"{fault}. Put it back; if the change is meant, remove its line checksum.")
     advice = "Restore the data, or make a new split and train again."

@@ -23,8 +23,8 @@ from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, Evaluation, read_evaluation, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
-from vesselrl.experiment.options import Evaluate
-from vesselrl.experiment.run_folder import check_writable, find_run, hide_paths, run_settings, write_json
+from vesselrl.experiment.options import Evaluate, hide_paths
+from vesselrl.experiment.run_folder import check_writable, find_run, reading, run_settings, write_json
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -137,10 +137,11 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     """Refuses to write over the result of another model, where the name does not tell them apart."""
     if not path.is_file():
         return
-    before = read_evaluation(path).extra.get("plan") or {}
-    for key in ("base_model", "lora_weights"):
-        first, second = (values.get(key) and Path(values[key]).resolve() for values in (before, plan))
-        if first != second:
+    with reading(path, "Give another --output_dir."):
+        both = read_evaluation(path).extra.get("plan") or {}, plan
+        keys = ("base_model", "lora_weights")
+        one, other = ([one.get(key) and Path(one[key]).resolve() for key in keys] for one in both)
+        if one != other:
             raise RefusedError(f"{path} holds the evaluation of another model. Give another --output_dir.")
 
 

@@ -15,7 +15,7 @@ from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, neare
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
-from vesselrl.experiment.run_folder import read_json, write_text
+from vesselrl.experiment.run_folder import read_object, reading, write_text
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.compare import Comparison
@@ -28,12 +28,14 @@ MAX_PICTURE_BYTES = 3_000_000
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
     """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out."""
-    return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
+    with reading(Path(run_folder), "Put its files back."):
+        return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
 
 
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
     """Writes NAME.html and NAME.md beside NAME.json, from it and the files of the same evaluation."""
-    return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
+    with reading(Path(path), "Evaluate again."):
+        return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
 
 
 def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Path, Path, Path]:
@@ -57,7 +59,7 @@ def _write(template: str, stem: Path, page: Mapping[str, Any]) -> tuple[Path, Pa
 
 def render(template: str, form: str, page: Mapping[str, Any]) -> str:
     """A template filled in: as "html", with all text escaped, or as "md"."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     rules = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = PackageLoader("vesselrl.evaluation")
@@ -75,7 +77,10 @@ def render(template: str, form: str, page: Mapping[str, Any]) -> str:
         "subset_name": lambda subset: words.LABELS["subsets"].get(subset, subset),
         "svg": figures.svg,
     }
-    text = environment.get_template(template).render(page)
+    try:
+        text = environment.get_template(template).render(page)
+    except UndefinedError as error:  # a value that a file lacks
+        raise LookupError(str(error)) from error
     return re.sub(r"\n{2,}", "\n" if form == "html" else "\n\n", text).strip() + "\n"
 
 
@@ -99,7 +104,7 @@ def png_uri(path: Path, num_pictures: int = 1) -> str:
 
 def run_page(folder: Path) -> dict[str, Any]:
     """The values of run.j2, from the files of a run folder."""
-    info = read_json(folder / "training_info.json", "Train again.")
+    info = read_object(folder / "training_info.json", "Train again.")
     test = _read_pair(folder, "test_before", "test_after")
     best = _read_pair(folder, "val_before", "val_best")
     validation = best or _read_pair(folder, "val_before", "val_latest")
@@ -139,7 +144,7 @@ def read_cases(folder: Path) -> list[dict[str, Any]]:
     path = Path(folder) / CASES_FOLDER / "cases.json"
     if not path.is_file():
         return []
-    document = read_json(path, advice := "Write the cases again.")
+    document = read_object(path, advice := "Write the cases again.")
     if document.get("format") != CASES_FORMAT:
         raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. {advice}")
     return document["cases"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vesselrl.evaluation import statistics
-from vesselrl.experiment.run_folder import read_json, strict, write_json, write_text
+from vesselrl.experiment.run_folder import read_object, reading, strict, write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
@@ -242,7 +242,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read_evaluation(path: Path) -> Evaluation:
     """Reads a file of `write_evaluation`; ValueError if it is none, or its rows do not match its hashes."""
-    document = read_json(path, "Evaluate again.")
+    document = read_object(path, "Evaluate again.")
     if (found := document.get("format")) != FORMAT:
         raise ValueError(f"{path} is no evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again.")
     return evaluation_from_json(document, path)
@@ -253,10 +253,13 @@ def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluatio
     required = ("rows", "metric_spec", "image_list_hash", "label_hash")
     if missing := [name for name in required if not document.get(name)]:
         raise ValueError(f"{source} is incomplete: {', '.join(missing)} is missing. Evaluate again.")
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
-    stored = {"calibration": document.get("calibration"), "caveats": read_caveats(document.get("marks", ()))}
-    stored["extra"] = document.get("extra") or {}
-    evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
+    extra = document.get("extra")
+    with reading(source, "Evaluate again."):
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
+        caveats = read_caveats(document.get("marks", ()))
+        stored = {"calibration": document.get("calibration"), "caveats": caveats}
+        stored["extra"] = extra if isinstance(extra, dict) else {}
+        evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
     for name in ("image_list_hash", "label_hash"):
         if getattr(evaluation, name) != document[name]:
             raise ValueError(f"{source} was changed: its rows do not match its {name}. Evaluate again.")

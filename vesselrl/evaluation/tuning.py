@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vesselrl.evaluation.statistics import patient_mean
-from vesselrl.experiment.run_folder import read_json
+from vesselrl.experiment.run_folder import MALFORMED, read_object
 from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.rewards import Reward, score_or_skip
@@ -106,12 +106,12 @@ class ThresholdCurve:
 
 def read_threshold_curve(path: Path) -> dict[str, Any]:
     """Reads the numbers and the subset of a stored `ThresholdCurve.to_json`; undefined scores become nan."""
-    names, stored = ("thresholds", *SCORES), read_json(path, "Evaluate again.")
+    names, stored = ("thresholds", *SCORES), read_object(path, "Evaluate again.")
     try:
         curve = {name: stored[name] for name in ("side", "n_images", "n_patients")}
         points = np.array([*zip(*(stored[name] for name in names), strict=True)], dtype=np.float64)
         return curve | {"chosen": float(stored["chosen"])} | dict(zip(names, points.T.tolist(), strict=True))
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         place, why = f"{path.name} in {path.parent.name}", f"{type(error).__name__}: {error}"
         raise ValueError(f"{place} is no threshold curve ({why}). Evaluate again.") from error
 

@@ -1,11 +1,15 @@
 """The options of every verb but `train`, by field; a comment over each says what it does."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from vesselrl.experiment.config import Places, Reading
+
+# Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
+DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
 
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
 
@@ -167,7 +171,35 @@ class Doctor(Places):
 
     # Checkpoint folder; none: no model is looked at.
     base_model: BaseModel = None
+    # Rebuild a missing config.json from the tensor shapes (Sa2VA-1B, InternVL3-2B, 8B, 14B).
+    write_config: bool = False
     # Data folder; none: no data is looked at.
     data_root: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
+
+
+def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with an option's name, as DATA_ROOT, in place of each path to data."""
+    hidden = {name: settings[name] for name in DATA_PATHS if settings.get(name) not in (None, "none", "all")}
+    return {name: name.upper() if name in hidden else value for name, value in settings.items()}
+
+
+def hide_paths_of_command(argv: Sequence[str]) -> list[str]:
+    """A command line with DATA_ROOT, and the like, in place of each path to data.
+
+    >>> hide_paths_of_command(["vesselrl", "train", "--data-root", "/angio/ZHANG", "--split_file=a.json"])
+    ['vesselrl', 'train', '--data-root', 'DATA_ROOT', '--split_file=SPLIT_FILE']
+    """
+    shown, option = [], ""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        key = name.removeprefix("--").replace("-", "_")
+        if option:
+            argument, option = hide_paths({option: argument})[option], ""
+        elif key in DATA_PATHS and equals:
+            argument = f"{name}={hide_paths({key: value})[key]}"
+        elif key in DATA_PATHS and key != name:
+            option = key
+        shown.append(argument)
+    return shown

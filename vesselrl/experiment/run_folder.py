@@ -18,9 +18,12 @@ from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vesselrl.errors import RefusedError, RunError, Stopped, WriteError
+from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
+from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.options import hide_paths, hide_paths_of_command
 
 try:
     import fcntl
@@ -36,9 +39,10 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
 }
-# Options that hold a path to data, which may name a patient: outputs show DATA_ROOT, this file the path.
+# The paths to data, which may name a patient; see `hide_paths`.
 PRIVATE_FILE = "paths.private.json"
-DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
+# What comes of a file whose values are others than were written.
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _PACKAGES = "torch transformers peft safetensors numpy numba opencv-python-headless scikit-image".split()
 
 
@@ -63,10 +67,6 @@ class RunFolder:
                 raise RefusedError(f"{fault}; give another --output_dir.") from None
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
-
-    def remove(self) -> None:
-        """Deletes the folder, for a run that failed before its first result."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -136,10 +136,10 @@ class RunFolder:
 
     @contextmanager
     def says_how_to_go_on(self) -> Iterator[None]:
-        """Where a signal or a disk ends the training, the message has the command that goes on with it."""
+        """Where signal, disk or a user's reward end the training, the message has the command to go on."""
         try:
             yield
-        except (Stopped, OSError) as error:
+        except (Stopped, OSError, RewardError) as error:
             with suppress(OSError):  # it may be out of reach
                 if any(self.path.glob("resume.*safetensors")):
                     error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
@@ -150,7 +150,7 @@ def _is_entry(line: bytes) -> bool:
     """Whether a line of metrics.jsonl is complete."""
     try:
         return line.endswith(b"\n") and "step" in json.loads(line)
-    except (ValueError, TypeError):
+    except MALFORMED:
         return False
 
 
@@ -170,17 +170,67 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
     if run is None or not (path := run / CONFIG_FILE).exists():
         return {}
     try:
-        values = read_json(path, "")
+        values = read_json(path)
         settings = dict(values["args"])
         private = run / PRIVATE_FILE
-        hidden = read_json(private, "") if private.exists() else {}
+        hidden = read_json(private) if private.exists() else {}
         shown = {name: path for name, path in hidden.items() if settings[name] == name.upper()}
-    except (ValueError, KeyError, TypeError):
+        is_changed = values.get("args_sha256", json_hash(settings)) != json_hash(settings)
+    except MALFORMED:
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
-    if not may_be_changed and values.get("args_sha256", json_hash(settings)) != json_hash(settings):
+    if wrong := [name for name, value in settings.items() if not _is_setting(name, value)]:
+        raise RefusedError(f"{path} is damaged: {wrong[0]} is {settings[wrong[0]]!r:.40}. Put it back.")
+    if is_changed and not may_be_changed:
         advice = "Put it back; if the change is meant, remove its line args_sha256."
         raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
     return settings | shown
+
+
+def _is_setting(name: str, value: object) -> bool:
+    """Whether a value has the type of the setting of this name; True of names that are not known."""
+    hints = {}
+    for group in get_type_hints(TrainConfig).values():
+        hints |= get_type_hints(group)
+    return name not in hints or _fits(value, hints[name])
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:  # of any version
+        return isinstance(value, str)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(one, inner[0]) for one in value)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, with or without a byte order mark; a ValueError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of a run; a ValueError that names the file where it holds none."""
+    try:
+        return {**read_json(path)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {advice}") from error
+
+
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Turns what comes of other values than this program writes to a file into a ValueError that names it."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except MALFORMED as error:
+        fault = f"{path} is damaged: it holds other values than were written"
+        raise ValueError(f"{fault} ({type(error).__name__}: {error}). {advice}") from error
 
 
 def json_hash(values: Mapping[str, Any]) -> str:
@@ -206,32 +256,6 @@ def damaged_files(folder: Path) -> list[str]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     sums = {Path(name).name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     return [n for n, digest in sums.items() if not (folder / n).is_file() or file_hash(folder / n) != digest]
-
-
-def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with an option's name, as DATA_ROOT, in place of each path to data."""
-    hidden = {name: settings[name] for name in DATA_PATHS if settings.get(name) not in (None, "none", "all")}
-    return {name: name.upper() if name in hidden else value for name, value in settings.items()}
-
-
-def hide_paths_of_command(argv: Sequence[str]) -> list[str]:
-    """A command line with DATA_ROOT, and the like, in place of each path to data.
-
-    >>> hide_paths_of_command(["vesselrl", "train", "--data-root", "/angio/ZHANG", "--split_file=a.json"])
-    ['vesselrl', 'train', '--data-root', 'DATA_ROOT', '--split_file=SPLIT_FILE']
-    """
-    shown, option = [], ""
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        key = name.removeprefix("--").replace("-", "_")
-        if option:
-            argument, option = hide_paths({option: argument})[option], ""
-        elif key in DATA_PATHS and equals:
-            argument = f"{name}={hide_paths({key: value})[key]}"
-        elif key in DATA_PATHS and key != name:
-            option = key
-        shown.append(argument)
-    return shown
 
 
 @contextmanager
@@ -316,15 +340,6 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes a JSON file that appears only when complete; nan and infinity become null."""
     write_text(path, json.dumps(strict(values), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError that names the file, and what to do, where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) | {}
-    except (ValueError, TypeError) as error:
-        place = f"{path.name} of {path.parent.name}"
-        raise ValueError(f"{place} is no JSON object ({error}). {advice}") from error
 
 
 def check_writable(folder: Path) -> None:

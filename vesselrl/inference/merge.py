@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vesselrl.errors import CheckpointError
+from vesselrl.errors import CheckpointError, RunError
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
-from vesselrl.models.checkpoint import EMBEDDED, copy_with_weights, load_sa2va
+from vesselrl.models.checkpoint import checkpoint_folder, copy_with_weights, load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.scoring.overlap import dice
 
@@ -32,14 +32,15 @@ def merge(
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"--dtype {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
-    source, target = EMBEDDED if base_model is None else Path(base_model), Path(output_model)
+    source, target = checkpoint_folder(base_model), Path(output_model)
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another --output_model or remove it.")
     model, processor = load_sa2va(source)
     adapted = load_adapter(model, adapter_folder(Path(lora_weights)))
+    changed = {f"{name}.weight" for name in adapted.base_model.targeted_module_names}
     images, expected = _with_vessel(Predictor(adapted.get_base_model(), processor))
     with atomic_write(target) as partial:
-        dtypes = copy_with_weights(source, partial, adapted.merge_and_unload(), _DTYPES[dtype])
+        dtypes = copy_with_weights(source, partial, adapted.merge_and_unload(), changed, _DTYPES[dtype])
         allowed = max(MAX_GAP.get(one, MAX_GAP[torch.float32]) for one in dtypes)
         merged = Predictor(*load_sa2va(partial))
         pairs = list(zip(expected, map(merged.predict, images), strict=True))
@@ -50,7 +51,7 @@ def merge(
                 f"Dice {worst:.4f}, at least {MIN_DICE}; probabilities {gap:.2g} apart, at most {allowed:g}"
             )
             fault = f"The merged copy predicts other masks than base plus adapter ({found})"
-            raise CheckpointError(f"{fault} and was removed. Merge with --dtype float32.")
+            raise RunError(f"{fault} and was removed. Merge with --dtype float32.")
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 

@@ -3,13 +3,13 @@
 Every official tensor is used, known to be unused, or an error, and every native one is filled, or an error.
 """
 
+import logging
 import math
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
-from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AddedToken, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
 from vesselrl.experiment.run_folder import atomic_write, check_room, write_json
@@ -29,61 +28,21 @@ from vesselrl.models.config import (
     read_json_object,
     unreadable,
 )
+from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
 from vesselrl.models.processing import Sa2VAProcessor
-from vesselrl.models.sa2va import NAMES, POINTS, UNUSED, Sa2VA
+from vesselrl.models.sa2va import Sa2VA
+from vesselrl.models.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 EMBEDDED = Path(__file__).parent / "embedded"
 # Trained weights stay below about 1e3 (the largest are biases of Qwen2's keys); the top exponent bit,
 # flipped, makes 1e34 of 1e-4.
 LARGEST_WEIGHT = 1e4
+_REPOSITORY = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?")
+_FETCHED = ["*.safetensors", "*.json", "merges.txt", "tokenizer.model", "LICENSE*"]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_EMBEDDING, _HEAD = "lm.model.embed_tokens.weight", "lm.lm_head.weight"
-_ROWS = [
-    [prefixes[k > 0] + name for k, name in enumerate(row.split())]
-    for prefixes, text in NAMES.items()
-    for row in text.strip().splitlines()
-]
-
-
-@cache
-def _pattern(template: str) -> re.Pattern:
-    return re.compile(re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
-
-
-def _fill(template: str, parts: tuple[str, ...]) -> str:
-    left = iter(parts)
-    return re.sub(r"[#*]", lambda _: next(left), template)
-
-
-def is_unused(official: str) -> bool:
-    """Whether an official tensor is known and has no part in single-image segmentation."""
-    return official.startswith(UNUSED)
-
-
-def native_names(official: str) -> tuple[str, ...] | None:
-    """Native tensors that hold an official one, or None when the name is unknown."""
-    for template, *natives in _ROWS:
-        if match := _pattern(template).fullmatch(official):
-            return tuple(_fill(native, match.groups()) for native in natives)
-    return None
-
-
-def official_names(native: str) -> tuple[str, ...]:
-    """Official tensors that a native one is stored in; the inverse of `native_names`."""
-    for official, *natives in _ROWS:
-        for template in natives:
-            if match := _pattern(template).fullmatch(native):
-                if official == POINTS:
-                    return tuple(_fill(official, (str(k),)) for k in range(4))
-                return (_fill(official, match.groups()),)
-    raise KeyError(f"no official name for the native tensor {native!r}")
-
-
-def _point_row(official: str) -> int | None:
-    """The row of the point-embedding table that an official tensor fills, or None for any other tensor."""
-    match = _pattern(POINTS).fullmatch(official)
-    return int(match[1]) if match else None
 
 
 def load_sa2va(
@@ -98,70 +57,66 @@ def load_sa2va(
     miniature; `dtype` that of vision tower, projector and language model: SAM2 and its prompt projection stay
     float32; `sam2` overrides the dimensions in the side-car.
     """
-    folder = EMBEDDED if path is None else Path(path)
+    folder = checkpoint_folder(path)
     config = read_config(folder, sam2)
     processor = Sa2VAProcessor(config, load_tokenizer(folder))
-    try:
-        with torch.device("meta"):
-            model = Sa2VA(config)
-    except Exception as error:  # transformers checks its configurations in many ways
-        fault = f"{folder}: no model can be built from config.json and {SAM2_SIDECAR}"
-        raise CheckpointError(f"{fault} ({' '.join(str(error).split())}). Copy them again.") from None
-    state = native_state(model, read_tensors(folder), dtype, str(folder))
+    names = chain.from_iterable(map(read_shapes, shard_files(folder)))
+    model = empty_model(config, [*names], str(folder))
+    state = native_state(model, read_tensors(folder, model.keys), dtype, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
-    # The rotary table is computed, not stored; on the meta device it is still empty.
-    model.lm.model.rotary_emb = type(model.lm.model.rotary_emb)(config.native_llm())
+    # Rotary tables are computed, not stored; on the meta device they are still empty.
+    for name, module in [*model.lm.named_modules()]:
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.lm.set_submodule(name, type(module)(module.config))
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
+    if config.family.is_whole:
+        model.lm.config.image_token_id = processor.image_token_id
     rows = model.lm.get_input_embeddings().num_embeddings
     if max(processor.image_token_id, processor.seg_token_id) >= rows:
         raise CheckpointError(f"{folder}: the tokenizer has ids beyond the {rows} rows of embeddings.")
     return model.requires_grad_(False).eval().to(device), processor
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Builds the checkpoint's Qwen2 tokenizer from vocab.json and merges.txt, or from tokenizer.json alone.
+def checkpoint_folder(path: str | Path | None) -> Path:
+    """The folder of a model: None is the embedded miniature, ORG/NAME or ORG/NAME@REVISION is downloaded.
 
-    Only vocabulary, merges and added tokens are read: no code and no pattern of the files is used.
+    Only safetensors, JSON and the vocabulary are fetched, into Hugging Face's cache; never code or pickles.
     """
-    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
-    whole, settings, added = (read_json_object(folder / n) if (folder / n).exists() else {} for n in names)
-    needed = () if whole else ("vocab.json", "merges.txt", "tokenizer_config.json")
-    if missing := ", ".join(name for name in needed if not (folder / name).exists()):
-        raise CheckpointError(f"{folder} lacks the tokenizer files {missing}. Copy them from the source.")
+    if path is None:
+        return EMBEDDED
+    match = None if Path(path).exists() else _REPOSITORY.fullmatch(str(path))
+    if not match:
+        return Path(path)
+    name, revision = match.groups()
+    refuse_known(name, name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        if whole:
-            vocab, merges = whole["model"]["vocab"], whole["model"]["merges"]
-        else:
-            vocab, merges = read_json_object(folder / "vocab.json"), _read_merges(folder / "merges.txt")
-        tokens = {one["id"]: one for one in whole.get("added_tokens") or ()}
-        tokens |= {number: {"content": text, "special": True} for text, number in added.items()}
-        tokens |= {int(number): one for number, one in (settings.get("added_tokens_decoder") or {}).items()}
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        decoder = {
-            number: AddedToken(one["content"], **{name: one[name] for name in flags if name in one})
-            for number, one in sorted(tokens.items())
-        }
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, added_tokens_decoder=decoder)
-        found = {number: tokenizer.convert_tokens_to_ids(one.content) for number, one in decoder.items()}
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        kind = "" if isinstance(error, CheckpointError) else f"{type(error).__name__}: "
-        fault = f"{folder}: the tokenizer files cannot be used ({kind}{error})"
-        raise CheckpointError(f"{fault}. Copy them again.") from None
-    if moved := [number for number, got in found.items() if got != number]:
-        fault = f"{folder}: the tokenizer files give token {moved[0]} the number {found[moved[0]]}"
-        raise CheckpointError(f"{fault}; they are of different models. Copy them again.")
-    return tokenizer
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        fault = f"{path} is no folder here, and Hugging Face gives no such model ({_first_line(error)})"
+        todo = f"`hf download {name}` on a machine with a network; then give --model_path the folder"
+        raise CheckpointError(f"{fault}. Check the name, or run {todo}.") from None
+    logger.info("model %s, revision %s", name, folder.name)
+    return folder
 
 
-def _read_merges(file: Path) -> list[str]:
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def empty_model(config: Sa2VAConfig, official: Collection[str], source: str) -> Sa2VA:
+    """A model without values, with the key map that these official tensors need."""
+    refuse_known(" ".join({".".join(name.split(".")[:3]) for name in official}), source)
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise unreadable(file, error) from None
-    if lines[0].startswith("version https://git-lfs"):
-        raise unreadable(file, ValueError(lines[0]))
-    return [line for line in lines if line and not line.startswith("#version")]
+        with torch.device("meta"):
+            model = Sa2VA(config)
+    except Exception as error:  # transformers checks its configurations in many ways
+        fault = f"{source}: no model can be built from config.json and {SAM2_SIDECAR}"
+        raise CheckpointError(f"{fault} ({' '.join(str(error).split())}). Copy them again.") from None
+    model.keys = KeyMap(config.family, config.heads, has_two_decoders(official))
+    return model
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -192,12 +147,21 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(folder: Path, keys: KeyMap | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yields official names and tensors of all shards, one at a time; what a mask needs holds numbers."""
     for name, tensor in chain.from_iterable(map(read_shard, shard_files(folder))):
-        if not is_unused(name):
+        if keys is None or not keys.is_unused(name):
             check_weight(name, tensor, folder)
         yield name, tensor
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from the header of one safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise unreadable(file, error) from None
 
 
 def check_weight(name: str, tensor: Tensor, source: Path) -> None:
@@ -229,80 +193,95 @@ def native_state(
     model: Sa2VA, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, source: str = "The checkpoint"
 ) -> dict[str, Tensor]:
     """Builds the model's state dict from official tensors; the error lists all that do not fit."""
-    expected = model.state_dict()
+    expected, keys = model.state_dict(), model.keys
     found: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    unknown = []
+    unknown, is_sa2va = [], False
     for official, tensor in tensors:
-        if is_unused(official):
+        is_sa2va |= official.startswith("grounding_encoder.")
+        if keys.is_unused(official):
             continue
-        natives = native_names(official)
+        natives = keys.natives(official)
         if natives is None or not expected.keys() >= set(natives):
             unknown.append(official)
             continue
-        parts = tensor.chunk(3) if len(natives) == 3 else [tensor] * len(natives)
-        for name, part in zip(natives, parts, strict=False):
+        for name, place, part in keys.split(official, tensor):
             wanted = torch.float32 if name.startswith(("sam.", "text_hidden_fcs.")) else dtype
-            found[name][_point_row(official) or 0] = part.to(wanted).contiguous()
+            found[name][place] = part.to(wanted).contiguous()
     state, wrong = {}, []
     for name, rows in found.items():
         parts = [rows[k] for k in sorted(rows)]
         state[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         got, shape = tuple(state[name].shape), tuple(expected[name].shape)
         if got != shape:
-            wrong.append(f"{official_names(name)[0]} {got} (model {name}: {shape})")
-    if model.config.is_tied and _EMBEDDING in state:
-        state.setdefault(_HEAD, state[_EMBEDDING])
-    problems = {"wrong shape": wrong, "unknown": unknown, "missing": sorted(set(expected) - set(state))}
-    listed = [f"{len(names)} {kind}: {'; '.join(names[:3])}" for kind, names in problems.items() if names]
-    if listed:
-        advice = "Check that config.json, sam2_config.json and the shards come from one model."
-        raise CheckpointError(f"{source} does not fit its config.json. {' | '.join(listed)}. {advice}")
+            wrong.append(f"{keys.officials(name)[0]} {got} (model {name}: {shape})")
+    if model.config.is_tied:
+        embedding = next(name for name in expected if name.endswith("embed_tokens.weight"))
+        if embedding in state:
+            state.setdefault("lm.lm_head.weight", state[embedding])
+    missing = dict.fromkeys(keys.officials(name)[0] for name in sorted(expected.keys() - state.keys()))
+    problems = {"missing": [*missing], "wrong shape": wrong, "unknown": unknown}
+    if any(problems.values()):
+        kinds = [f"{len(names)} {kind}: {'; '.join(names[:3])}" for kind, names in problems.items() if names]
+        advice = _advice(is_sa2va, problems, len(state))
+        raise CheckpointError(f"{source} does not fit its config.json. {' | '.join(kinds)}. {advice}")
     return state
+
+
+def _advice(is_sa2va: bool, problems: dict[str, list[str]], num_filled: int) -> str:
+    """What to do about tensors that do not fit."""
+    if not is_sa2va:
+        no_sam2 = "It has no grounding_encoder: a language model alone, or SAMTok, is no Sa2VA"
+        return f"{no_sam2}. Give the folder of a Sa2VA with all of its shards."
+    if problems["missing"] and problems["unknown"]:
+        return "These are the tensors of another family: take config.json from the source of the shards."
+    if problems["missing"]:
+        return f"Only a part was copied ({num_filled} tensors fit): copy all shards and the index again."
+    if problems["unknown"]:
+        return "The model has parts that config.json does not name: take both from one source."
+    return (
+        "The sizes are of another model: take config.json and sam2_config.json from the source of the shards."
+    )
 
 
 def describe_config(config: Sa2VAConfig, processor: Sa2VAProcessor) -> str:
     """One line on the model's shape for logs."""
-    vision, llm = (f"{v['num_hidden_layers']}x{v['hidden_size']}" for v in (config.vision, config.llm))
+    layers = [v.get("num_hidden_layers", v.get("depth")) for v in (config.vision, config.llm)]
+    vision, llm = (
+        f"{n}x{v['hidden_size']}" for n, v in zip(layers, (config.vision, config.llm), strict=True)
+    )
     sam2 = f"{'-'.join(map(str, config.sam2.blocks_per_stage))} at {config.sam2.image_size} px"
-    return f"vision {vision}, LM {llm}, SAM2 {sam2}, tile {config.tile_px} px, [SEG] {processor.seg_token_id}"
-
-
-def official_tensor(official: str, state: dict[str, Tensor]) -> Tensor:
-    """Puts one official tensor together from the native state dict."""
-    natives, row = native_names(official), _point_row(official)
-    if row is not None:
-        return state[natives[0]][row : row + 1].contiguous()
-    if len(natives) == 3:
-        return torch.cat([state[name] for name in natives])
-    return state[natives[0]].contiguous()
+    seg = f"[SEG] {processor.seg_token_id}"
+    return f"{config.kind}, vision {vision}, LM {llm}, SAM2 {sam2}, tile {config.tile_px} px, {seg}"
 
 
 def save_sa2va(model: Sa2VA, folder: Path) -> None:
     """Writes config.json, the SAM2 side-car and model.safetensors in float32, but no tokenizer."""
     write_json(folder / "config.json", model.config.to_dict())
     write_json(folder / SAM2_SIDECAR, asdict(model.config.sam2))
-    state = model.state_dict()
-    names = dict.fromkeys(official for native in state for official in official_names(native))
-    tensors = {name: official_tensor(name, state).detach().to("cpu", torch.float32) for name in names}
+    state, keys = model.state_dict(), model.keys
+    names = dict.fromkeys(official for native in state for official in keys.officials(native))
+    tensors = {name: keys.join(name, state).detach().to("cpu", torch.float32) for name in names}
     with atomic_write(folder / "model.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def copy_with_weights(
-    source: Path, target: Path, model: Sa2VA, dtype: torch.dtype | None = None
+    source: Path, target: Path, model: Sa2VA, changed: Collection[str], dtype: torch.dtype | None = None
 ) -> set[torch.dtype]:
-    """Copies a checkpoint with the model's weights for its own, in `dtype` or in that of each tensor.
+    """Copies a checkpoint with the model's values of its `changed` native tensors, the rest from the source.
 
-    Returns the kinds of numbers that were written.
+    In `dtype`, or in that of each tensor: what has not changed then stays what it was bit for bit. Returns
+    the kinds of numbers that were written.
     """
-    shards = shard_files(source)
+    shards, keys = shard_files(source), model.keys
     check_room(target.parent, 1.05 * sum(file.stat().st_size for file in shards), "the merged copy")
     state, written = model.state_dict(), set()
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*(file.name for file in shards)))
     for file in shards:
         tensors = {}
         for name, original in read_shard(file):
-            new = original if is_unused(name) else official_tensor(name, state)
+            is_changed = not keys.is_unused(name) and not {*keys.natives(name)}.isdisjoint(changed)
+            new = keys.join(name, state) if is_changed else original
             tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
             written.add(tensors[name].dtype)
         save_file(tensors, target / file.name, metadata={"format": "pt"})

@@ -4,45 +4,55 @@ The official `config.json` is silent about SAM2, whose heads and windows leave n
 They are read from `sam2_config.json` beside it; without that file SAM2-Hiera-Large is assumed.
 """
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from transformers import InternVLVisionConfig, Qwen2Config, Sam2Config
+from transformers import InternVLVisionConfig, PretrainedConfig, Sam2Config
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import read_json
+from vesselrl.models.families import FAMILIES, QWEN2, TEMPLATES, Family, family_name
 
 SAM2_SIDECAR = "sam2_config.json"
 _TRANSFORMER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_NEEDED = {
-    "vision_config": (*_TRANSFORMER, "image_size", "patch_size"),
-    "llm_config": (*_TRANSFORMER, "num_key_value_heads", "vocab_size"),
-}
 _LARGEST, _MOST_LAYERS = 2**24, 1000  # of a whole number: a wrong one must not build layers for hours
 # The other fields that shape the model, by kind; what is not listed (kernels, generation) is ignored.
 _KINDS = {"whole numbers": int, "numbers": float, "texts": str, "true or false": bool}
 _KINDS |= {"objects": dict, "lists": list}
-_OPTIONAL = {
-    "vision_config": {
-        "whole numbers": "num_channels",
-        "numbers": "layer_norm_eps attention_dropout dropout initializer_factor",
-        "texts": "norm_type hidden_act",
-        "true or false": "qkv_bias qk_normalization",
-    },
-    "llm_config": {
-        "whole numbers": "max_position_embeddings max_window_layers sliding_window head_dim",
-        "numbers": "rms_norm_eps rope_theta attention_dropout initializer_range",
-        "texts": "hidden_act",
-        "true or false": "use_sliding_window tie_word_embeddings",
-        "objects": "rope_scaling rope_parameters",
-        "lists": "layer_types",
-    },
+_LLM_NEEDED = (*_TRANSFORMER, "num_key_value_heads", "vocab_size")
+_LLM_OPTIONAL = {
+    "whole numbers": "max_position_embeddings max_window_layers sliding_window head_dim",
+    "numbers": "rms_norm_eps rope_theta attention_dropout initializer_range",
+    "texts": "hidden_act",
+    "true or false": "use_sliding_window tie_word_embeddings attention_bias bias",
+    "objects": "rope_scaling rope_parameters",
+    "lists": "layer_types",
+}
+_PATCHES = "spatial_merge_size temporal_patch_size"
+# Sections of config.json with what they need and what they may have; the second pair is that of a Qwen-VL.
+_VISION = {
+    False: (
+        (*_TRANSFORMER, "image_size", "patch_size"),
+        {
+            "whole numbers": "num_channels",
+            "numbers": "layer_norm_eps attention_dropout dropout initializer_factor",
+            "texts": "norm_type hidden_act",
+            "true or false": "qkv_bias qk_normalization",
+        },
+    ),
+    True: (
+        tuple(f"depth hidden_size num_heads intermediate_size patch_size out_hidden_size {_PATCHES}".split()),
+        {
+            "whole numbers": "in_channels tokens_per_second window_size num_position_embeddings",
+            "texts": "hidden_act",
+            "lists": "fullatt_block_indexes deepstack_visual_indexes",
+        },
+    ),
 }
 # Values of config.json that the native model is written for; absent ones mean the same.
-_QWEN2 = "Qwen2ForCausalLM"
-_SUPPORTED = {"select_layer": -1, "ps_version": "v2", "template": "qwen_chat"}
+_SUPPORTED = {"select_layer": -1, "ps_version": "v2"}
 
 
 @dataclass(frozen=True)
@@ -101,14 +111,31 @@ class Sam2Dimensions:
 
 @dataclass(frozen=True)
 class Sa2VAConfig:
-    """The shape of one Sa2VA of the InternVL + Qwen2 family."""
+    """The shape of one Sa2VA of any family."""
 
-    vision: dict  # `vision_config` of config.json, an InternViT
-    llm: dict  # `llm_config`, a Qwen2
+    vision: dict  # `vision_config` of config.json: an InternViT, or the tower of a Qwen-VL
+    llm: dict  # `llm_config`, or `text_config` of a Qwen-VL
     sam2: Sam2Dimensions
     tile_px: int = 448  # side of a tile of the language model's image input
     downsample_ratio: float = 0.5  # of the pixel shuffle's sides; 0.5: four patches make one image token
     is_tied: bool = False  # without an lm_head in the files, that is the embedding; no mask needs it
+    # Not in the text that hashes of older runs were made of, unless they are unusual.
+    kind: str = field(default=QWEN2, repr=False)  # a key of FAMILIES
+    template: str = field(default="qwen_chat", repr=False)  # a key of TEMPLATES
+
+    def __str__(self) -> str:
+        unusual = (self.kind, self.template) != (QWEN2, "qwen_chat")
+        return f"{self!r} {self.kind} {self.template}" if unusual else repr(self)
+
+    @property
+    def family(self) -> Family:
+        """What is special to this family."""
+        return FAMILIES[self.kind]
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Attention heads of the language model, of queries and of keys and values."""
+        return self.llm["num_attention_heads"], self.llm["num_key_value_heads"]
 
     @property
     def tokens_per_tile(self) -> int:
@@ -130,24 +157,36 @@ class Sa2VAConfig:
             use_mean_pooling=True,  # then the tower has no final norm, as InternViT
         )
 
-    def native_llm(self) -> Qwen2Config:
-        """The transformers configuration of the language model."""
-        names = {*_NEEDED["llm_config"], *" ".join(_OPTIONAL["llm_config"].values()).split()}
-        values = {k: v for k, v in self.llm.items() if k in names and v is not None}
-        return Qwen2Config(**values | {"tie_word_embeddings": False})
+    def native_llm(self) -> PretrainedConfig:
+        """The transformers configuration of the language model, of a Qwen-VL with its vision tower."""
+        untied = {"tie_word_embeddings": False}
+        values = _known(self.llm, _LLM_NEEDED, _LLM_OPTIONAL) | untied
+        if self.family.is_whole:
+            vision = _known(self.vision, *_VISION[True])
+            return self.family.config(text_config=values, vision_config=vision, **untied)
+        if "bias" in self.llm or self.kind.startswith("InternLM2"):
+            values["attention_bias"] = values.pop("bias", True)  # InternLM2's word and default
+        return self.family.config(**values)
 
     def to_dict(self) -> dict:
         """The config.json object that `read_config` reads back, together with SAM2's side-car."""
-        return {
-            "architectures": ["Sa2VAChatModel"],
+        is_whole = self.family.is_whole
+        values = {
+            "architectures": ["Sa2VAChatModelQwen" if is_whole else "Sa2VAChatModel"],
             "model_type": "sa2va_chat",
             "vision_config": self.vision,
-            "llm_config": self.llm,
-            "force_image_size": self.tile_px,
-            "downsample_ratio": self.downsample_ratio,
-            **_SUPPORTED,
+            "text_config" if is_whole else "llm_config": self.llm,
+            "template": self.template,
             "tie_word_embeddings": False,
         }
+        tiles = {"force_image_size": self.tile_px, "downsample_ratio": self.downsample_ratio, **_SUPPORTED}
+        return values if is_whole else values | tiles
+
+
+def _known(values: Mapping, needed: tuple[str, ...], optional: Mapping[str, str]) -> dict:
+    """The fields of a section that shape the model."""
+    names = {*needed, *" ".join(optional.values()).split()}
+    return {name: value for name, value in values.items() if name in names and value is not None}
 
 
 def unreadable(file: Path, error: Exception) -> CheckpointError:
@@ -157,16 +196,15 @@ def unreadable(file: Path, error: Exception) -> CheckpointError:
     if is_pointer:
         fault = f"{file} is only a Git LFS pointer to the file"
         return CheckpointError(f"{fault}. Run `git lfs pull` in the clone that it came from.")
-    reason = "it is nested too deep" if isinstance(error, RecursionError) else error
     kind = "is not valid JSON" if file.suffix == ".json" else "cannot be read"
-    return CheckpointError(f"{file} {kind} ({reason}). Is it truncated? Copy it again from the source.")
+    return CheckpointError(f"{file} {kind} ({error}). Is it truncated? Copy it again from the source.")
 
 
 def read_json_object(path: Path) -> dict:
     """Reads one JSON object of a checkpoint, with or without a byte order mark."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also text that is no UTF-8, and numbers of 5,000 digits
+        values = read_json(path)
+    except ValueError as error:  # also text that is no UTF-8, and numbers of 5,000 digits
         raise unreadable(path, error) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}, an object was expected.")
@@ -187,20 +225,23 @@ def _shown(value: object) -> str:
     return text if len(text) < 60 else f"{text[:60]}..."
 
 
-def _check_section(source: Path, section: str, part: Mapping) -> None:
-    """Refuses a section of config.json that lacks a field, or has a value of another kind."""
-    limits = {name: _MOST_LAYERS if name == "num_hidden_layers" else 2**20 for name in _NEEDED[section]}
+def _check_section(
+    source: Path, section: str, values: Mapping, needed: tuple[str, ...], optional: Mapping[str, str]
+) -> dict:
+    """A section of config.json; refused where it lacks a field, or has a value of another kind."""
+    part = values[section] if isinstance(values.get(section), dict) else {}
+    limits = {name: _MOST_LAYERS if name in ("num_hidden_layers", "depth") else 2**20 for name in needed}
     fits = {name: _is(int, part.get(name)) and 0 < part[name] <= most for name, most in limits.items()}
     if wrong := ", ".join(name for name, fit in fits.items() if not fit):
-        needs = f"{source}: `{section}` needs whole numbers for {wrong}"
-        raise CheckpointError(f"{needs}. Is this a Sa2VA of the InternVL family?")
-    for kind, names in _OPTIONAL[section].items():
+        raise CheckpointError(f"{source}: `{section}` needs whole numbers for {wrong}. Is this a Sa2VA?")
+    for kind, names in optional.items():
         for name in names.split():
             value = part.get(name)
             is_odd = name.endswith("_eps") and value is not None and _is(float, value) and value > 0.1
             if value is not None and (is_odd or not _is(_KINDS[kind], value)):
                 fault = f"{source}: `{section}` has {name} = {_shown(value)}"
                 raise CheckpointError(f"{fault}; {kind} of a usual size are needed. Copy it from the source.")
+    return part
 
 
 def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig:
@@ -209,26 +250,27 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
     if not folder.is_dir():
         raise CheckpointError(f"Model folder {folder} does not exist; give --model_path a Sa2VA's folder.")
     if not source.exists():
-        todo = f"run `vesselrl doctor --model_path {folder}`, which lists what can be inferred"
+        todo = f"run `vesselrl doctor --model_path {folder} --write_config`, which infers it from the tensors"
         raise CheckpointError(f"{folder} has no config.json; {todo}.")
     if sam2 is None:
         sidecar = folder / SAM2_SIDECAR
         sam2 = Sam2Dimensions.from_dict(read_json_object(sidecar)) if sidecar.exists() else Sam2Dimensions()
     values = read_json_object(source)
-    for section in _NEEDED:
-        _check_section(source, section, values[section] if isinstance(values.get(section), dict) else {})
-    vision, llm = values["vision_config"], values["llm_config"]
-    names, kind = llm.get("architectures"), llm.get("model_type")
-    # Re-saved files may lack the class, but not the model's kind.
-    first = names[0] if isinstance(names, list) and names else names or (kind == "qwen2" and _QWEN2) or "?"
-    if first != _QWEN2:
-        supported = f"{_QWEN2} (Sa2VA-InternVL3 2B, 8B, 14B; Sa2VA 1B, 4B)"
-        raise CheckpointError(f"{source} names the language model {_shown(first)}; choose a {supported}.")
+    kind = family_name(values, source)
+    is_whole = FAMILIES[kind].is_whole
+    vision = _check_section(source, "vision_config", values, *_VISION[is_whole])
+    section = "text_config" if is_whole else "llm_config"
+    llm = _check_section(source, section, values, _LLM_NEEDED, _LLM_OPTIONAL)
+    is_tied = True in (values.get("tie_word_embeddings"), llm.get("tie_word_embeddings"))
+    if is_whole:  # its `template` is that of the processor, whose system prompt no training had
+        return Sa2VAConfig(vision, llm, sam2, is_tied=is_tied, kind=kind)
     for name, expected in _SUPPORTED.items():
-        got = values.get(name, expected)
-        got = got.replace("-", "_") if isinstance(got, str) else got
-        if got != expected:
+        if (got := values.get(name, expected)) != expected:
             raise CheckpointError(f"{source} has {name} = {_shown(got)}; only {expected!r} is supported.")
+    template = values.get("template") or "qwen_chat"
+    if not isinstance(template, str) or template.replace("-", "_") not in TEMPLATES:
+        known = ", ".join(TEMPLATES)
+        raise CheckpointError(f"{source} has template = {_shown(template)}; supported are {known}.")
     ratio = values.get("downsample_ratio", 0.5)
     tile_px, patch_px = values.get("force_image_size") or vision["image_size"], vision["patch_size"]
     if not (_is(float, ratio) and 0 < ratio <= 1 and abs(1 / ratio - round(1 / ratio)) < 1e-6):
@@ -236,5 +278,53 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
     if tile_px != vision["image_size"] or tile_px % (patch_px * round(1 / ratio)):
         fault = f"{source} has force_image_size = {_shown(tile_px)}, image_size = {vision['image_size']}"
         raise CheckpointError(f"{fault}, patch_size = {patch_px}; equal sizes of whole tokens are supported.")
-    is_tied = True in (values.get("tie_word_embeddings"), llm.get("tie_word_embeddings"))
-    return Sa2VAConfig(vision, llm, sam2, tile_px, float(ratio), is_tied)
+    template = template.replace("-", "_")
+    return Sa2VAConfig(vision, llm, sam2, tile_px, float(ratio), is_tied, kind, template)
+
+
+# Fields of config.json, and the tensor and axis, or the numbered layers, that tell their value.
+_PATCH_WEIGHT, _LLM = "vision_model.embeddings.patch_embedding.weight", "language_model.model."
+_SHAPED = {
+    "vision_config.hidden_size": (_PATCH_WEIGHT, 0),
+    "vision_config.patch_size": (_PATCH_WEIGHT, 2),
+    "vision_config.intermediate_size": ("vision_model.encoder.layers.0.mlp.fc1.weight", 0),
+    "llm_config.vocab_size": (_LLM + "embed_tokens.weight", 0),
+    "llm_config.hidden_size": (_LLM + "embed_tokens.weight", 1),
+    "llm_config.intermediate_size": (_LLM + "layers.0.mlp.gate_proj.weight", 0),
+}
+_LAYERED = {
+    "vision_config.num_hidden_layers": "vision_model.encoder.layers.",
+    "llm_config.num_hidden_layers": _LLM + "layers.",
+}
+# Heads leave no trace in shapes: known for the published models of Qwen2, by width and layers. The 4B is not
+# among them, because some copies of it were trained with Phi3's prompt template, which leaves none either.
+_HEADS = {(896, 24): (14, 2), (1536, 28): (12, 2), (3584, 28): (28, 4), (5120, 48): (40, 8)}
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The fields of config.json that tensor shapes determine, from the shapes by official tensor name.
+
+    >>> infer_config({"language_model.model.embed_tokens.weight": (151679, 3584)})
+    {'llm_config.vocab_size': 151679, 'llm_config.hidden_size': 3584}
+    """
+    found = {key: shapes[name][axis] for key, (name, axis) in _SHAPED.items() if name in shapes}
+    for key, prefix in _LAYERED.items():
+        if layers := {name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)}:
+            found[key] = len(layers)
+    return found
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Sa2VAConfig:
+    """Rebuilds the configuration of a published Sa2VA-1B, InternVL3-2B, 8B or 14B from its tensors."""
+    found = infer_config(shapes)
+    parts = [{k.partition(".")[2]: v for k, v in found.items() if k.startswith(p)} for p in ("vision", "llm")]
+    vision, llm = parts
+    heads = _HEADS.get((llm.get("hidden_size"), llm.get("num_hidden_layers")))
+    if heads is None or (vision.get("hidden_size"), vision.get("num_hidden_layers")) != (1024, 24):
+        fault = f"config.json can be rebuilt for Sa2VA-1B and InternVL3-2B, 8B and 14B only, not for {found}"
+        raise CheckpointError(f"{fault}. Take it from the model that this one was trained from.")
+    vision |= {"num_attention_heads": 16, "image_size": 448, "qkv_bias": True, "norm_type": "layer_norm"}
+    vision |= {"qk_normalization": False, "architectures": ["InternVisionModel"]}
+    llm |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "rope_theta": 1e6}
+    llm |= {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "architectures": [QWEN2]}
+    return Sa2VAConfig(vision, llm, Sam2Dimensions())

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # `projector` is the one from [SEG] to SAM2; the vision tower and its own projector stay as they are. The IoU
 # and object heads never receive a gradient (the choice of a mask is an argmax), nor does mask token 0.
 _PARTS = {
-    "language_model": ("lm.", r"model\.layers\.\d+\.(self_attn|mlp)\.(PROJECTIONS)"),
+    "language_model": ("lm.", r"model\.(language_model\.)?layers\.\d+\.(self_attn|mlp)\.(PROJECTIONS)"),
     "projector": ("text_hidden_fcs.", "[02]"),
     "mask_decoder": ("sam.mask_decoder.", r"transformer\..+|conv_s[01]|output_hypernetworks_mlps\.[123]\..+"),
     "image_encoder": ("sam.vision_encoder.", r"backbone\.(patch_embed\.projection|blocks\..+)|neck\.convs.+"),

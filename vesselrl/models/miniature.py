@@ -50,9 +50,10 @@ def random_sa2va(seed: int = 0, config: Sa2VAConfig = DEBUG_CONFIG) -> Sa2VA:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Sa2VA(config)
-        sam, vision = model.sam, model.vision.embeddings
-        sam_tokens = sam.vision_encoder.backbone.pos_embed, sam.no_memory_embedding
-        for parameter in (*sam_tokens, vision.cls_token, vision.position_embeddings):
+        sam, tokens = model.sam, [model.sam.vision_encoder.backbone.pos_embed, model.sam.no_memory_embedding]
+        if model.vision is not None:
+            tokens += [model.vision.embeddings.cls_token, model.vision.embeddings.position_embeddings]
+        for parameter in tokens:
             torch.nn.init.trunc_normal_(parameter, std=0.02)
     model.image_token_id, model.seg_token_id = (256 + _SPECIAL.index(t) for t in ("<IMG_CONTEXT>", "[SEG]"))
     # One positional matrix in two places, as in the official checkpoint.

@@ -10,17 +10,22 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from vesselrl.errors import CheckpointError
 from vesselrl.models.config import Sa2VAConfig
+from vesselrl.models.families import TEMPLATES
 
 # Of ImageNet, for both branches.
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
 STD = np.array((0.229, 0.224, 0.225), np.float32)
 
+# Of a Qwen-VL, from the official training, for either patch size; smaller images are enlarged.
+MIN_PIXELS, MAX_PIXELS = 512 * 28 * 28, 2048 * 28 * 28
+_HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # Qwen3-VL; Qwen2.5-VL has CLIP's, the default
+
 DEFAULT_PROMPT = "Please segment the blood vessel."
 ANSWER = "Sure, [SEG]."
-IMAGE_TOKEN = "<IMG_CONTEXT>"
 SEG_TOKEN = "[SEG]"
 
 
@@ -28,12 +33,13 @@ SEG_TOKEN = "[SEG]"
 class Sa2VAInputs:
     """One batch of B images with the same prompt; T tiles in all, L tokens after right padding."""
 
-    tiles: torch.Tensor  # (T, 3, t, t) float, the tiles of all images one after the other
+    tiles: torch.Tensor  # (T, 3, t, t) float, the tiles of all images one after the other, or (T, C) patches
     input_ids: torch.Tensor  # (B, L) long, prompt and answer with the image tokens expanded
     attention_mask: torch.Tensor  # (B, L) long, 0 where padded
     sam_pixels: torch.Tensor  # (B, 3, S, S) float
     sizes: tuple[tuple[int, int], ...]  # (height, width) of every original image, in px
     num_tiles: tuple[int, ...]  # of every image
+    grids: torch.Tensor | None = None  # (B, 3) long, of a Qwen-VL: frames, rows and columns of its patches
 
     def to(self, device: torch.device | str) -> "Sa2VAInputs":
         """The same batch on another device."""
@@ -46,7 +52,8 @@ class Sa2VAInputs:
         first, length = sum(self.num_tiles[:index]), int(self.attention_mask[index].sum())
         tiles = self.tiles[first : first + self.num_tiles[index]]
         text = self.input_ids[one, :length], self.attention_mask[one, :length]
-        return Sa2VAInputs(tiles, *text, self.sam_pixels[one], self.sizes[one], self.num_tiles[one])
+        grids = None if self.grids is None else self.grids[one]
+        return Sa2VAInputs(tiles, *text, self.sam_pixels[one], self.sizes[one], self.num_tiles[one], grids)
 
 
 def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = 12) -> tuple[int, int]:
@@ -75,6 +82,20 @@ def cut_tiles(image: Image.Image, tile_px: int) -> list[Image.Image]:
     return tiles
 
 
+def cut_patches(config: Sa2VAConfig, pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a Qwen-VL sees: (T, C) patches of all images, and (B, 3) frames, rows and columns of each."""
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=MIN_PIXELS,
+        max_pixels=MAX_PIXELS,
+        patch_size=config.vision["patch_size"],
+        merge_size=config.vision["spatial_merge_size"],
+        temporal_patch_size=config.vision["temporal_patch_size"],
+        **(_HALF if config.kind == "qwen3_vl" else {}),
+    )
+    found = processor([np.asarray(picture) for picture in pictures], return_tensors="pt")
+    return torch.as_tensor(found["pixel_values"]), torch.as_tensor(found["image_grid_thw"])
+
+
 def _normalise(image: Image.Image) -> torch.Tensor:
     """(3, H, W) float32, (value / 255 − mean) / deviation per channel."""
     pixels = (np.asarray(image, np.float32) / np.float32(255) - MEAN) / STD
@@ -86,7 +107,8 @@ class Sa2VAProcessor:
 
     def __init__(self, config: Sa2VAConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = config, tokenizer
-        self.image_token_id, self.seg_token_id = map(self._special_id, (IMAGE_TOKEN, SEG_TOKEN))
+        _, image_token, _ = config.family.image_text
+        self.image_token_id, self.seg_token_id = map(self._special_id, (image_token, SEG_TOKEN))
 
     def __call__(
         self, images: list[np.ndarray], prompt: str = DEFAULT_PROMPT, answer: str = ANSWER
@@ -102,27 +124,39 @@ class Sa2VAProcessor:
                 got = f"Image {index} is {image.dtype} {image.shape}"
                 raise ValueError(f"{got}; uint8 RGB (H, W, 3) is needed.")
         pictures = [Image.fromarray(image) for image in images]
-        tiles = [cut_tiles(picture, self.config.tile_px) for picture in pictures]
-        rows = [self._token_ids(prompt, answer, len(tiles_of_image)) for tiles_of_image in tiles]
+        if self.config.family.is_whole:
+            tiles, grids = cut_patches(self.config, pictures)
+            num_tiles = tuple(grids.prod(-1).tolist())
+            num_tokens = [number // self.config.vision["spatial_merge_size"] ** 2 for number in num_tiles]
+        else:
+            cut, grids = [cut_tiles(picture, self.config.tile_px) for picture in pictures], None
+            tiles = torch.stack([_normalise(tile) for tiles_of_image in cut for tile in tiles_of_image])
+            num_tiles = tuple(map(len, cut))
+            num_tokens = [self.config.tokens_per_tile * number for number in num_tiles]
+        rows = [self._token_ids(prompt, answer, number) for number in num_tokens]
         length = max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id or 0
         side = (self.config.sam2.image_size,) * 2
         return Sa2VAInputs(
-            tiles=torch.stack([_normalise(tile) for tiles_of_image in tiles for tile in tiles_of_image]),
+            tiles=tiles,
             input_ids=torch.tensor([row + [pad_id] * (length - len(row)) for row in rows]),
             attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
             sam_pixels=torch.stack([_normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
             sizes=tuple((picture.height, picture.width) for picture in pictures),
-            num_tiles=tuple(map(len, tiles)),
+            num_tiles=num_tiles,
+            grids=grids,
         )
 
-    def _token_ids(self, prompt: str, answer: str, num_tiles: int) -> list[int]:
+    def _token_ids(self, prompt: str, answer: str, num_tokens: int) -> list[int]:
         """Ids of prompt and answer, tokenised separately, as in the official training."""
         prompt = prompt.replace("\\n", "\n")  # as shells pass a line break
         question = prompt if "<image>" in prompt else f"<image>\n{prompt}"
-        image = f"<img>{IMAGE_TOKEN * (self.config.tokens_per_tile * num_tiles)}</img>"
-        turn = f"<|im_start|>user\n{question.replace('<image>', image)}<|im_end|>\n<|im_start|>assistant\n"
-        return self._encode(turn) + self._encode(f"{answer}<|im_end|>")
+        start, image_token, end = self.config.family.image_text
+        image = f"{start}{image_token * num_tokens}{end}"
+        turn, suffix = TEMPLATES[self.config.template]
+        first = [self.tokenizer.bos_token_id] if self.config.family.has_bos else []
+        asked = self._encode(turn.format(question.replace("<image>", image)))
+        return first + asked + self._encode(f"{answer}{suffix}")
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Sa2VA composed from transformers' own modules: InternViT, a projector, Qwen2 and SAM2.
+"""Sa2VA composed from transformers' own modules: vision tower, projector, language model and SAM2.
 
 One teacher-forced pass: image tokens and text go through the language model, the last hidden state at each
 [SEG] becomes a prompt token of SAM2's mask decoder. Everything is differentiable, nothing calls `generate`.
@@ -10,79 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import InternVLVisionModel, Qwen2ForCausalLM, Sam2Model
+from transformers import InternVLVisionModel, Sam2Model
 
 from vesselrl.models.config import Sa2VAConfig
+from vesselrl.models.families import KeyMap
 from vesselrl.models.processing import Sa2VAInputs
-
-# Tensor names by prefix, official then native. `#` stands for a number and `*` for the rest; the first row
-# that matches wins, in either direction. Of several native names, three are the parts of a tensor fused along
-# dim 0, and two are equal copies; the four official point embeddings are the rows of one table.
-_SAM = "grounding_encoder.sam2_model."
-POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
-NAMES = {
-    ("", ""): """
-        mlp1.*                                      projector.*
-        language_model.*                            lm.*
-        text_hidden_fcs.*                           text_hidden_fcs.*
-        vision_model.embeddings.class_embedding     vision.embeddings.cls_token
-        vision_model.embeddings.position_embedding  vision.embeddings.position_embeddings
-        vision_model.embeddings.patch_embedding.*   vision.embeddings.patch_embeddings.projection.*
-    """,
-    ("vision_model.encoder.layers.#.", "vision.encoder.layer.#."): """
-        attn.qkv.*   attention.q_proj.*  attention.k_proj.*  attention.v_proj.*
-        attn.proj.*  attention.projection_layer.*
-        attn.*       attention.*
-        norm1.*      layernorm_before.*
-        norm2.*      layernorm_after.*
-        ls#          lambda_#
-        mlp.*        mlp.*
-    """,
-    (_SAM + "image_encoder.", "sam.vision_encoder."): """
-        trunk.patch_embed.proj.*       backbone.patch_embed.projection.*
-        trunk.blocks.#.norm#.*         backbone.blocks.#.layer_norm#.*
-        trunk.blocks.#.mlp.layers.0.*  backbone.blocks.#.mlp.proj_in.*
-        trunk.blocks.#.mlp.layers.1.*  backbone.blocks.#.mlp.proj_out.*
-        trunk.*                        backbone.*
-        neck.convs.#.conv.*            neck.convs.#.*
-    """,
-    (_SAM + "sam_prompt_encoder.", "sam.prompt_encoder."): """
-        point_embeddings.#.weight  point_embed.weight
-        not_a_point_embed.*        not_a_point_embed.*
-        no_mask_embed.*            no_mask_embed.*
-        mask_downscaling.0.*       mask_embed.conv1.*
-        mask_downscaling.1.*       mask_embed.layer_norm1.*
-        mask_downscaling.3.*       mask_embed.conv2.*
-        mask_downscaling.4.*       mask_embed.layer_norm2.*
-        mask_downscaling.6.*       mask_embed.conv3.*
-    """,
-    (_SAM, "sam."): """
-        no_mem_embed  no_memory_embedding
-        sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix \
-            prompt_encoder.shared_embedding.positional_embedding  shared_image_embedding.positional_embedding
-    """,
-    (_SAM + "sam_mask_decoder.", "sam.mask_decoder."): """
-        output_upscaling.0.*                 upscale_conv1.*
-        output_upscaling.1.*                 upscale_layer_norm.*
-        output_upscaling.3.*                 upscale_conv2.*
-        transformer.layers.#.norm#.*         transformer.layers.#.layer_norm#.*
-        transformer.layers.#.mlp.layers.0.*  transformer.layers.#.mlp.proj_in.*
-        transformer.layers.#.mlp.layers.1.*  transformer.layers.#.mlp.proj_out.*
-        transformer.norm_final_attn.*        transformer.layer_norm_final_attn.*
-        transformer.*.out_proj.*             transformer.*.o_proj.*
-        transformer.*                        transformer.*
-        *.layers.0.*                         *.proj_in.*
-        *.layers.1.*                         *.layers.0.*
-        *.layers.2.*                         *.proj_out.*
-        *                                    *
-    """,
-}
-# SAM2's video memory: part of every official checkpoint, never used for a single image.
-UNUSED = tuple(
-    _SAM + name
-    for name in "memory_attention. memory_encoder. maskmem_tpos_enc no_mem_pos_enc no_obj_ptr obj_ptr_proj. "
-    "mask_downsample.".split()
-)
 
 
 class ImageFeatures(NamedTuple):
@@ -120,20 +52,24 @@ class Sa2VA(nn.Module):
     """The whole model, whose parts can be run one by one: an image is encoded once and decoded many times.
 
     `projector` takes pixel-shuffled patches to language tokens, `text_hidden_fcs` a [SEG] state to a prompt.
+    A Qwen-VL has its vision tower within `lm`, and no `vision` and `projector` beside it.
     """
 
     def __init__(self, config: Sa2VAConfig) -> None:
         super().__init__()
         self.config = config
-        vision, llm = config.native_vision(), config.native_llm()
-        hidden = llm.hidden_size
-        self.shuffle_factor = round(1 / config.downsample_ratio)
-        shuffled = vision.hidden_size * self.shuffle_factor**2
-        self.vision = InternVLVisionModel(vision)
-        self.projector = nn.Sequential(
-            nn.LayerNorm(shuffled), nn.Linear(shuffled, hidden), nn.GELU(), nn.Linear(hidden, hidden)
-        )
-        self.lm = Qwen2ForCausalLM(llm)
+        hidden = config.llm["hidden_size"]
+        self.keys = KeyMap(config.family, config.heads)  # the loader puts that of the files here
+        self.vision = self.projector = None
+        if not config.family.is_whole:
+            vision = config.native_vision()
+            self.shuffle_factor = round(1 / config.downsample_ratio)
+            shuffled = vision.hidden_size * self.shuffle_factor**2
+            self.vision = InternVLVisionModel(vision)
+            self.projector = nn.Sequential(
+                nn.LayerNorm(shuffled), nn.Linear(shuffled, hidden), nn.GELU(), nn.Linear(hidden, hidden)
+            )
+        self.lm = config.family.language_model(config.native_llm())
         self.text_hidden_fcs = nn.Sequential(
             nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.sam2.hidden_size)
         )
@@ -167,18 +103,26 @@ class Sa2VA(nn.Module):
 
     def seg_states(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, hidden): last hidden state, after the final norm, where [SEG] is the input token."""
-        ids = inputs.input_ids
-        embeds = self.lm.get_input_embeddings()(ids)
-        image_tokens = self.image_tokens(inputs.tiles).flatten(0, 1)
-        is_image = ids == self.image_token_id
-        if (count := int(is_image.sum())) != len(image_tokens):
-            fault = f"The text has {count} image tokens but the tiles give {len(image_tokens)}"
-            raise ValueError(f"{fault}; use the processor of the same checkpoint.")
-        embeds = embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
-        output = self.lm.model(inputs_embeds=embeds, attention_mask=inputs.attention_mask, use_cache=False)
+        ids, is_image = inputs.input_ids, inputs.input_ids == self.image_token_id
+        if self.config.family.is_whole:
+            given = {"input_ids": ids, "pixel_values": inputs.tiles, "image_grid_thw": inputs.grids}
+            given["mm_token_type_ids"] = (
+                is_image.int()
+            )  # the positions of its image tokens are of two dimensions
+        else:
+            given = {"inputs_embeds": self.embed(ids, is_image, inputs.tiles)}
+        output = self.lm.model(**given, attention_mask=inputs.attention_mask, use_cache=False)
         hidden = output.last_hidden_state
         is_seg = ids == self.seg_token_id
         return hidden[is_seg].view(len(ids), -1, hidden.shape[-1])
+
+    def embed(self, ids: Tensor, is_image: Tensor, tiles: Tensor) -> Tensor:
+        """(B, L, hidden) embeddings of the text, with the image tokens in their places."""
+        embeds, image_tokens = self.lm.get_input_embeddings()(ids), self.image_tokens(tiles).flatten(0, 1)
+        if (count := int(is_image.sum())) != len(image_tokens):
+            fault = f"The text has {count} image tokens but the tiles give {len(image_tokens)}"
+            raise ValueError(f"{fault}; use the processor of the same checkpoint.")
+        return embeds.masked_scatter(is_image[..., None], image_tokens.to(embeds.dtype))
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
         """SAM2's image encoder, once per image; (B, 3, S, S) in."""

@@ -28,8 +28,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
         layers = [(mask & truth, HIT), (truth & ~mask, MISSED), (mask & ~truth, INVENTED)]
     result = image.copy()
     for region, colour in layers:
-        blend = 0.15 * result[region] + 0.85 * np.array(colour, dtype=np.float64)
-        result[region] = np.round(blend).astype(np.uint8)
+        for channel, value in enumerate(colour):  # by a table: floats of a large image would fill the memory
+            pixels, blend = result[:, :, channel], np.round(0.15 * np.arange(256) + 0.85 * value)
+            pixels[region] = blend.astype(np.uint8)[pixels[region]]
     return result
 
 

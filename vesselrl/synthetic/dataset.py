@@ -134,9 +134,11 @@ def _check_same(root: Path, settings: dict, num_images: int) -> None:
     """Refuses a folder that is not the complete data set of these settings."""
     advice = "Choose another folder, or remove this one."
     try:
-        found = read_json(root / "synthetic.json", advice)
+        found = {**read_json(root / "synthetic.json")}
     except FileNotFoundError:
         raise FileExistsError(f"{root} has no synthetic.json, so it is no such data set. {advice}") from None
+    except (TypeError, ValueError):
+        raise FileExistsError(f"{root / 'synthetic.json'} is damaged. {advice}") from None
     different = sorted(key for key in settings.keys() | found.keys() if settings.get(key) != found.get(key))
     if different:
         there = "; ".join(f"{key} {found.get(key)!r}, not {settings.get(key)!r}" for key in different)

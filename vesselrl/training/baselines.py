@@ -186,7 +186,7 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
     try:
         if damaged := damaged_files(place):
             raise ValueError(f"{damaged[0]} is not as it was saved")
-        settings = read_json(place / FILE, "")
+        settings = read_json(place / FILE)
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))

@@ -23,17 +23,19 @@ from torch.optim import Optimizer
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
 from vesselrl.errors import RefusedError
+from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import (
     CONFIG_FILE,
     RunFolder,
     atomic_write,
     file_hash,
-    hide_paths,
     json_hash,
     run_settings,
     write_text,
 )
 from vesselrl.inference.predictor import Prediction
+from vesselrl.scoring.rewards import Reward, source_hash
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,11 @@ def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
         apply = pool.map if sum(value.nbytes for value in tensors.values()) > 2**28 else map
         hashes = dict(zip(tensors, apply(tensor_hash, tensors.values()), strict=True))
     return hashlib.sha256(f"{sorted(hashes.items())} {text}".encode()).hexdigest()
+
+
+def settings_fingerprint(config: TrainConfig, reward: Reward) -> dict[str, Any]:
+    """The settings, without paths to data, and the hash of what the reward does."""
+    return {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
 
 
 def data_fingerprint(subsets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:

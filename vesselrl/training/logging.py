@@ -14,7 +14,8 @@ from rich.console import Console
 
 from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, hide_paths, writing
+from vesselrl.experiment.options import hide_paths
+from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)

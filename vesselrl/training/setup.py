@@ -3,6 +3,7 @@
 import logging
 import math
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run, hide_paths
+from vesselrl.experiment.options import hide_paths
+from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
 from vesselrl.inference.predictor import adapter_folder
 from vesselrl.models.checkpoint import describe_config, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
@@ -199,7 +201,7 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
     try:
         yield run
     except BaseException:
-        run.remove()
+        shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
@@ -236,10 +238,12 @@ def check_settings(config: TrainConfig) -> Reward:
 
 
 def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
-    """Raises RefusedError where the disk has no room for all that the run will write, caches apart."""
+    """Raises RefusedError where the disk has no room for all that the run has yet to write, caches apart."""
     one = sum(values.numel() * values.element_size() for values in model.trainable.values())
     adapters = 2 + config.optim.num_epochs // config.run.save_freq
-    check_room(run.path, PICTURES_BYTES + one * (adapters + STATE_COPIES), "this training")
+    written = sum(file.stat().st_size for file in run.path.rglob("*.safetensors"))
+    left = max(0, one * (adapters + STATE_COPIES) - written)
+    check_room(run.path, PICTURES_BYTES + left, "this training")
 
 
 def check_reward(reward: Reward, data: RunData) -> None:

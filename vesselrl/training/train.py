@@ -20,12 +20,12 @@ from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, write_c
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import RunFolder, hide_paths, provenance
+from vesselrl.experiment.run_folder import RunFolder, provenance
 from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
-from vesselrl.scoring.rewards import Reward, source_hash
+from vesselrl.scoring.rewards import Reward
 from vesselrl.training import checkpoint, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
@@ -155,7 +155,7 @@ def set_up(
     allow_change: Sequence[str],
 ) -> Training:
     """Prepares data and model, checks that they are those of `state`, and writes the first files of a run."""
-    fingerprint = {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
+    fingerprint = checkpoint.settings_fingerprint(config, reward)
     changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
     with setup.untouched(run, is_new=state is None) as place:
         data = setup.prepare_data(config, place)
@@ -373,7 +373,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
     t.run.check_there()
     info = {
-        "args": hide_paths(t.config.to_dict()),
+        "args": t.fingerprint["settings"],
         "counts": t.data.counts | {"trainable": t.model.counts},
         "initial_metrics": t.before.headline,
         "final_metrics": t.latest.headline,

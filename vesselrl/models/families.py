@@ -1,0 +1,266 @@
+"""The families of Sa2VA: which language model, which tensor names, what stands around image and question.
+
+A family is a row of `FAMILIES`; the state at [SEG], after the final norm, SAM2 and all else are shared. Names
+are mapped in both directions by one table, so that what is loaded can be written back bit for bit.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from vesselrl.errors import CheckpointError
+
+# Tensor names by prefix, official then native. `#` stands for a number and `*` for the rest; the first row
+# that matches wins, in either direction. Of several native names, three are the parts of a tensor fused along
+# dim 0, and two are equal copies; the four official point embeddings are the rows of one table.
+_SAM = "grounding_encoder.sam2_model."
+_POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
+_NAMES = {
+    ("", ""): """
+        mlp1.*                                      projector.*
+        text_hidden_fcs.*                           text_hidden_fcs.*
+        vision_model.embeddings.class_embedding     vision.embeddings.cls_token
+        vision_model.embeddings.position_embedding  vision.embeddings.position_embeddings
+        vision_model.embeddings.patch_embedding.*   vision.embeddings.patch_embeddings.projection.*
+    """,
+    ("vision_model.encoder.layers.#.", "vision.encoder.layer.#."): """
+        attn.qkv.*   attention.q_proj.*  attention.k_proj.*  attention.v_proj.*
+        attn.proj.*  attention.projection_layer.*
+        attn.*       attention.*
+        norm1.*      layernorm_before.*
+        norm2.*      layernorm_after.*
+        ls#          lambda_#
+        mlp.*        mlp.*
+    """,
+    (_SAM + "image_encoder.", "sam.vision_encoder."): """
+        trunk.patch_embed.proj.*       backbone.patch_embed.projection.*
+        trunk.blocks.#.norm#.*         backbone.blocks.#.layer_norm#.*
+        trunk.blocks.#.mlp.layers.0.*  backbone.blocks.#.mlp.proj_in.*
+        trunk.blocks.#.mlp.layers.1.*  backbone.blocks.#.mlp.proj_out.*
+        trunk.*                        backbone.*
+        neck.convs.#.conv.*            neck.convs.#.*
+    """,
+    (_SAM + "sam_prompt_encoder.", "sam.prompt_encoder."): """
+        point_embeddings.#.weight  point_embed.weight
+        not_a_point_embed.*        not_a_point_embed.*
+        no_mask_embed.*            no_mask_embed.*
+        mask_downscaling.0.*       mask_embed.conv1.*
+        mask_downscaling.1.*       mask_embed.layer_norm1.*
+        mask_downscaling.3.*       mask_embed.conv2.*
+        mask_downscaling.4.*       mask_embed.layer_norm2.*
+        mask_downscaling.6.*       mask_embed.conv3.*
+    """,
+    (_SAM, "sam."): """
+        no_mem_embed  no_memory_embedding
+        sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix \
+            prompt_encoder.shared_embedding.positional_embedding  shared_image_embedding.positional_embedding
+    """,
+}
+# SAM2's video memory: part of every official checkpoint, never used for a single image.
+_UNUSED = tuple(
+    _SAM + name
+    for name in "memory_attention. memory_encoder. maskmem_tpos_enc no_mem_pos_enc no_obj_ptr obj_ptr_proj. "
+    "mask_downsample.".split()
+)
+_DECODER = """
+    output_upscaling.0.*                 upscale_conv1.*
+    output_upscaling.1.*                 upscale_layer_norm.*
+    output_upscaling.3.*                 upscale_conv2.*
+    transformer.layers.#.norm#.*         transformer.layers.#.layer_norm#.*
+    transformer.layers.#.mlp.layers.0.*  transformer.layers.#.mlp.proj_in.*
+    transformer.layers.#.mlp.layers.1.*  transformer.layers.#.mlp.proj_out.*
+    transformer.norm_final_attn.*        transformer.layer_norm_final_attn.*
+    transformer.*.out_proj.*             transformer.*.o_proj.*
+    transformer.*                        transformer.*
+    *.layers.0.*                         *.proj_in.*
+    *.layers.1.*                         *.layers.0.*
+    *.layers.2.*                         *.proj_out.*
+    *                                    *
+"""
+
+_PLAIN = {("", ""): "language_model.*  lm.*"}
+# InternLM2 is a Llama under other names, with q, k and v in one tensor, grouped by key and value head.
+_INTERNLM2 = {
+    ("language_model.", "lm."): """
+        model.tok_embeddings.weight  model.embed_tokens.weight
+        model.norm.weight            model.norm.weight
+        output.weight                lm_head.weight
+    """,
+    ("language_model.model.layers.#.", "lm.model.layers.#."): """
+        attention.wqkv.*         self_attn.q_proj.*  self_attn.k_proj.*  self_attn.v_proj.*
+        attention.wo.*           self_attn.o_proj.*
+        feed_forward.w1.weight   mlp.gate_proj.weight
+        feed_forward.w3.weight   mlp.up_proj.weight
+        feed_forward.w2.weight   mlp.down_proj.weight
+        attention_norm.weight    input_layernorm.weight
+        ffn_norm.weight          post_attention_layernorm.weight
+    """,
+}
+_QWEN_VL = {("", ""): "model.*  lm.*"}
+
+
+class Family(NamedTuple):
+    """What differs between the families; `is_whole`: vision tower and projector are inside the class."""
+
+    config: type[PretrainedConfig]
+    language_model: type[PreTrainedModel]
+    names: Mapping[tuple[str, str], str] = _PLAIN
+    image_text: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
+    has_bos: bool = False  # `<s>` stands before the prompt
+    is_whole: bool = False
+
+
+_LOOK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+# By the class in `llm_config`, or by the kind in the `text_config` of a Qwen-VL.
+QWEN2 = "Qwen2ForCausalLM"
+FAMILIES = {
+    QWEN2: Family(Qwen2Config, Qwen2ForCausalLM),
+    "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
+    "InternLM2ForCausalLM": Family(LlamaConfig, LlamaForCausalLM, _INTERNLM2, has_bos=True),
+    "qwen2_5_vl": Family(
+        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, _QWEN_VL, _LOOK, is_whole=True
+    ),
+    "qwen3_vl": Family(Qwen3VLConfig, Qwen3VLForConditionalGeneration, _QWEN_VL, _LOOK, is_whole=True),
+}
+# What stands around the question and after the answer. No published Sa2VA was trained with a system prompt.
+_CHAT = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+TEMPLATES = {
+    "qwen_chat": _CHAT,
+    "internlm2_chat": _CHAT,
+    "phi3_chat": ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>"),
+}
+REFUSED = {
+    "sam3": "its masks come from SAM3 at 1008 px, not from SAM2",
+    "samtok": "it writes masks as text tokens; there is no [SEG] state for SAM2",
+    "llava": "its official code reads no single image, so that tensor names and pixels cannot be compared",
+    "phi3forcausallm": "its language model is Phi3, which no published configuration builds any more",
+}
+
+
+def refuse_known(text: str, source: object) -> None:
+    """Refuses the variants that are known and not supported, by name and with the reason."""
+    for word, reason in REFUSED.items():
+        if word in text.lower():
+            advice = "Give a Sa2VA of InternVL2.5, InternVL3, InternVL3.5, Qwen2.5-VL or Qwen3-VL"
+            raise CheckpointError(f"{source} is a {word.upper()} variant of Sa2VA: {reason}. {advice}.")
+
+
+def family_name(values: Mapping, source: object) -> str:
+    """The family that a config.json describes, by the language model's class, or by kind where that lacks."""
+    refuse_known(f"{values.get('architectures')} {values.get('auto_map')} {[*values]}", source)
+    text, vision, llm = (values.get(n) for n in ("text_config", "vision_config", "llm_config"))
+    if isinstance(text, dict) and isinstance(vision, dict) and llm is None:
+        found = str(text.get("model_type", vision.get("model_type"))).removesuffix("_text")
+    else:
+        llm = llm if isinstance(llm, dict) else {}
+        names, kind = llm.get("architectures"), llm.get("model_type")
+        # Re-saved files may lack the class, but not the model's kind.
+        kinds = {"qwen2": QWEN2, "qwen3": "Qwen3ForCausalLM", "internlm2": "InternLM2ForCausalLM"}
+        first = names[0] if isinstance(names, list) and names else names
+        found = first or (kinds.get(kind) if isinstance(kind, str) else None) or kind or "?"
+    if not isinstance(found, str) or found not in FAMILIES:
+        refuse_known(str(found), source)
+        known = f"{', '.join(FAMILIES)} (docs/explanation/model.md)"
+        raise CheckpointError(f"{source} names the language model {found!r:.60}; supported are {known}.")
+    return found
+
+
+@cache
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\#", r"(\d+)").replace(r"\*", "(.+)"))
+
+
+def _fill(template: str, parts: tuple[str, ...]) -> str:
+    left = iter(parts)
+    return re.sub(r"[#*]", lambda _: next(left), template)
+
+
+class KeyMap:
+    """Official tensors to native ones and back, for one family.
+
+    `has_two_decoders`: Sa2VA-i, which keeps SAM2's own mask decoder, for videos, beside the trained one.
+    """
+
+    def __init__(self, family: Family, heads: tuple[int, int], has_two_decoders: bool = False) -> None:
+        self.groups, self.group = heads[1], heads[0] // heads[1] + 2  # of InternLM2: queries, key and value
+        original, name = _SAM + "sam_mask_decoder.", "sam_mask_decoder" + "_modified" * has_two_decoders
+        self.unused = (*_UNUSED, original) if has_two_decoders else _UNUSED
+        decoder = {(f"{_SAM}{name}.", "sam.mask_decoder."): _DECODER}
+        self.rows = [
+            [prefixes[k > 0] + part for k, part in enumerate(row.split())]
+            for prefixes, text in chain(family.names.items(), _NAMES.items(), decoder.items())
+            for row in text.strip().splitlines()
+        ]
+
+    def is_unused(self, official: str) -> bool:
+        """Whether an official tensor is known and has no part in single-image segmentation."""
+        return official.startswith(self.unused)
+
+    def natives(self, official: str) -> tuple[str, ...] | None:
+        """Native tensors that hold an official one, or None when the name is unknown."""
+        for template, *natives in self.rows:
+            if match := _pattern(template).fullmatch(official):
+                return tuple(_fill(native, match.groups()) for native in natives)
+        return None
+
+    def officials(self, native: str) -> tuple[str, ...]:
+        """Official tensors that a native one is stored in; the inverse of `natives`."""
+        for official, *natives in self.rows:
+            for template in natives:
+                if match := _pattern(template).fullmatch(native):
+                    if official == _POINTS:
+                        return tuple(_fill(official, (str(k),)) for k in range(4))
+                    return (_fill(official, match.groups()),)
+        raise KeyError(f"no official name for the native tensor {native!r}")
+
+    def split(self, official: str, tensor: Tensor) -> Iterable[tuple[str, int, Tensor]]:
+        """The native tensors of an official one: name, place among the official ones it is made of, value."""
+        natives = self.natives(official)
+        parts: Iterable[Tensor] = [tensor] * len(natives)
+        if ".wqkv." in official and tensor.shape[0] % (self.groups * self.group) == 0:
+            grouped = tensor.unflatten(0, (self.groups, self.group, -1))
+            rows = grouped[:, :-2].flatten(0, 1), grouped[:, -2], grouped[:, -1]
+            parts = [part.flatten(0, 1) for part in rows]
+        elif len(natives) == 3 and ".wqkv." not in official:
+            parts = tensor.chunk(3)
+        return [(name, _point(official) or 0, part) for name, part in zip(natives, parts, strict=False)]
+
+    def join(self, official: str, state: Mapping[str, Tensor]) -> Tensor:
+        """Puts one official tensor together from the native ones; the inverse of `split`."""
+        tensors, row = [state[name] for name in self.natives(official)], _point(official)
+        if row is not None:
+            return tensors[0][row : row + 1].contiguous()
+        if ".wqkv." in official:
+            parts = [part.unflatten(0, (self.groups, -1)) for part in tensors]
+            return torch.cat(parts, 1).flatten(0, 1)
+        return torch.cat(tensors) if len(tensors) == 3 else tensors[0].contiguous()
+
+
+def has_two_decoders(official: Iterable[str]) -> bool:
+    """Whether these are the tensors of a Sa2VA-i, whose trained mask decoder is the one called `modified`."""
+    return any(name.startswith(_SAM + "sam_mask_decoder_modified.") for name in official)
+
+
+def _point(official: str) -> int | None:
+    """The row of the point-embedding table that an official tensor fills, or None for any other tensor."""
+    match = _pattern(_POINTS).fullmatch(official)
+    return int(match[1]) if match else None
