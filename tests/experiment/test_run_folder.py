@@ -52,7 +52,8 @@ def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch) -> None:
 
 def test_json_is_strict_and_whole_and_metrics_are_one_line_each(run: RunFolder) -> None:
     values = {"b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan), "a": [1, None, "ü"], 3: (True, "nan")}
-    path = run.write_json("info.json", values)
+    run.write_json("info.json", values)
+    path = run.path / "info.json"
     stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert stored == {"b": [None, {"c": None}], "d": [1.0, None], "a": [1, None, "ü"], "3": [True, "nan"]}
     assert list(run.path.iterdir()) == [path]

@@ -98,11 +98,9 @@ class RunFolder:
                 with suppress(OSError):  # the folder may be gone, or read-only
                     path.unlink()
 
-    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes a JSON file of the run; see the function `write_json`."""
-        path = self.path / name
-        write_json(path, values)
-        return path
+        write_json(self.path / name, values)
 
     def write_data_paths(self, settings: Mapping[str, Any]) -> None:
         """Writes the paths that `hide_paths` takes out of settings to a file that only the owner can read."""
