@@ -47,7 +47,7 @@ class Scorer:
         self.samples = {"val": split.val, "test": split.test}
         self.folder, self.seed = folder, seed
         self.truths = {sample.key: load_mask(sample) for sample in (*split.val, *split.test)}
-        self.grids: dict[str, tuning.PostProcessingGrid] = {}  # validation rewards by source
+        self.grids: dict[str, dict[PostProcessing, float]] = {}  # validation rewards by source
 
     def place(self, method: str) -> Path:
         """The folder of a method with this seed."""
@@ -67,7 +67,8 @@ class Scorer:
         fixed = (
             () if METHODS[method].post == "tuned" else (FIXED_POST.min_component_px, FIXED_POST.close_gaps)
         )
-        return self.grids[source].best(*fixed)
+        post = tuning.best_postprocessing(self.grids[source], *fixed)
+        return post, self.grids[source][post]
 
     def at_recall_of(self, control: str, rl: str, result: MethodResult) -> tuple[Evaluation, float]:
         """Test scores of C1 or C3 at the validation recall of an RL method, and the gap left between the two.

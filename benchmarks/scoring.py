@@ -47,7 +47,7 @@ def measure(size: int, num_truths: int = 4, preds_per_truth: int = 8, num_rounds
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in VARIANTS}
     for _ in range(num_rounds):
         for name, (variant, *_) in VARIANTS.items():
-            scores.clear_truth_cache()  # so that the truth's part is paid once per truth
+            scores.truth_of_bits.cache_clear()  # so that the truth's part is paid once per truth
             cpu, wall = time.process_time(), time.perf_counter()
             variant(preds, truths)
             seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
@@ -127,8 +127,8 @@ def naive_surface_scores(pred: np.ndarray, truth: np.ndarray) -> dict[str, float
     return {"hd95": hd95, "nsd": near / (len(to_truth) + len(to_pred))}
 
 
-engine = lambda pred, truth: scores.score_mask(pred, truth, scores.cached_truth(truth).topology)  # noqa: E731
-surfaces = lambda pred, truth: scores.surface_scores(pred, scores.cached_truth(truth).surface)  # noqa: E731
+engine = lambda pred, truth: scores.score_mask(pred, scores.cached_truth(truth))  # noqa: E731
+surfaces = lambda pred, truth: scores.surface_scores(pred, scores.cached_truth(truth))  # noqa: E731
 # What is timed, by which clock, the variant that it is compared with, and the lowest ratio that is accepted.
 VARIANTS = {
     "naive": (over_threads(naive_scores), "cpu", None, None),

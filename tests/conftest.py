@@ -83,12 +83,12 @@ def angiograms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a short supervised training whose best adapter is not the first one; read only."""
-    from vesselrl.experiment.config import get_preset
+    from vesselrl.experiment.config import PRESETS
     from vesselrl.training.train import train
 
     output = tmp_path_factory.mktemp("output")
-    config = get_preset(
-        "debug", model_path=str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(output),
+    config = PRESETS["debug"].with_(
+        model_path=str(tiny_checkpoint), data_root=str(angiograms), output_dir=str(output),
         stage="sft", num_epochs=2, learning_rate=0.02, max_train_samples=None, val_freq=100,
     )  # fmt: skip
     return train(config, ["vesselrl", "train"]).folder

@@ -56,7 +56,7 @@ def run_and_die(settings: dict, folder: Path | None, die_at: int | None, count: 
     Without `die_at` the operations are counted in `count`.
     """
     sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
-    from vesselrl.experiment.config import get_preset
+    from vesselrl.experiment.config import PRESETS
     from vesselrl.training.train import resume, train
 
     output, operations = settings["output_dir"], itertools.count(1)
@@ -70,7 +70,7 @@ def run_and_die(settings: dict, folder: Path | None, die_at: int | None, count: 
 
     sys.addaudithook(watch)
     if folder is None:
-        train(get_preset("debug", **settings), ["first"])
+        train(PRESETS["debug"].with_(**settings), ["first"])
     else:
         resume(folder, ["next"])
 

@@ -12,7 +12,7 @@ import torch
 
 from vesselrl.cli import VERBS, main
 from vesselrl.evaluation.held_out import HeldOutResult
-from vesselrl.experiment.config import PRESETS, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, TrainConfig
 
 # Runs the command line as `python -m vesselrl` does, then says whether something heavy was imported.
 SPY = """
@@ -70,7 +70,7 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
     for words in ([], ["--seed", "7", "--preset", "quick"], ["--preset=quick", "--seed", "7"]):
         assert main(["train", *words]) == 0
         assert trained[-1][1] == ["vesselrl", "train", *words]
-    changed = get_preset("quick", seed=7)
+    changed = PRESETS["quick"].with_(seed=7)
     assert [config for config, _ in trained] == [TrainConfig(), changed, changed]
     capsys.readouterr()
     for words in (["--preset"], ["--preset", "fast"], ["--preset="], ["--preset", "--seed"]):
@@ -96,7 +96,7 @@ def test_evaluate_takes_both_names_of_the_base_model(option: str, monkeypatch) -
         plans.append((args.base_model, weights, args.threshold, args.split))
         summary = {"metrics": {}, "n_images": 1, "n_patients": 1, "n_failed": 1}
         values = {"summary": summary, "metrics": (), "caveats": {}, "too_many_failed": args.split == "val"}
-        return HeldOutResult(SimpleNamespace(**values), Path("x.json"), Path("x.html"))
+        return HeldOutResult({"": (SimpleNamespace(**values), Path("x.json"))}, Path("x.html"))
 
     monkeypatch.setattr("vesselrl.evaluation.held_out.evaluate_held_out", evaluate)
     assert main(["evaluate", option, "m", "--lora_weights", "a", "b", "--threshold", "0.3"]) == 0

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
-from vesselrl.experiment.config import PRESETS, READING, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.run_folder import find_run, run_settings
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def run_train(rest: list[str]) -> int:
         print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
         return 0
     preset, others = take_preset(rest)
-    config = parse(TrainConfig, others, "train", get_preset(preset) if preset else None)
+    config = parse(TrainConfig, others, "train", PRESETS.get(preset))
     from vesselrl.training.train import train
 
     print_result(train(config, argv, bars))
@@ -163,11 +163,11 @@ def run_merge(rest: list[str]) -> int:
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     args = parse(options.Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs, find_runs, load_runs
+    from vesselrl.evaluation.compare import compare_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)
-    runs, skipped = load_runs(find_runs(root))
+    runs, skipped = load_runs(root)
     comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
     print(markdown(comparison))
     paths = write_comparison_report(root / "comparison", comparison)
@@ -266,13 +266,10 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     """Patient means with intervals as asked for, as tuned, and of a second observer."""
     from vesselrl.evaluation.words import TUNED_FILES, masks_in_words
 
-    columns = {f"threshold {threshold:g}": (result.evaluation, result.path)}
-    choices = result.tuning.choices if result.tuning else {}
-    for ending, chosen in choices.items():
-        name = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
-        columns[name] = (getattr(result, ending), getattr(result, f"{ending}_path"))
-    if result.human:
-        columns["human agreement"] = (result.human, result.human_path)
+    names = {"": f"threshold {threshold:g}", "human": "human agreement"}
+    for ending, chosen in (result.tuning.choices if result.tuning else {}).items():
+        names[ending] = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
+    columns = {names[ending]: one for ending, one in result.scored.items()}
     table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")
     for metric in result.evaluation.metrics:
         scores = [evaluation.summary["metrics"].get(metric) for evaluation, _ in columns.values()]

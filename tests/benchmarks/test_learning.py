@@ -20,7 +20,7 @@ from benchmarks.learning import COMPARED, compare, decide, judge, learning, pool
 from benchmarks.scores import MethodResult
 from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite
 from vesselrl.errors import RunError
-from vesselrl.evaluation.results import Evaluation, read_extra, summarise, verdict
+from vesselrl.evaluation.results import Evaluation, read_evaluation, summarise, verdict
 from vesselrl.evaluation.words import metric_name
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import CONFIG_FILE
@@ -133,7 +133,7 @@ def test_choices_depend_on_validation_truths_alone(done, published, tmp_path: Pa
     def choices(folder: Path) -> dict[str, tuple]:
         names = ("source", "threshold", "min_component_px", "close_gaps")
         files = folder.glob("*/test*.json")
-        return {f"{p.parent.name}/{p.stem}": tuple(map(read_extra(p).get, names)) for p in files}
+        return {f"{p.parent.name}/{p.stem}": tuple(map(read_evaluation(p).extra.get, names)) for p in files}
 
     changed = shutil.copytree(published, tmp_path / "changed")
     for path in sorted((changed / "masks").glob("test_*.png")):

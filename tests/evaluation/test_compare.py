@@ -6,7 +6,7 @@ import pytest
 
 from vesselrl.cli import main
 from vesselrl.errors import CompareError
-from vesselrl.evaluation.compare import Run, compare_runs, find_runs, load_runs
+from vesselrl.evaluation.compare import Run, compare_runs, load_runs
 from vesselrl.evaluation.results import Caveat, write_evaluation
 
 BASE = [0.70, 0.72, 0.60, 0.80, 0.66]
@@ -30,12 +30,12 @@ def test_runs_are_found_and_unfinished_or_damaged_ones_named(made, tmp_path):
     write_run(tmp_path / "b", made(GOOD), made(BASE))
     write_run(tmp_path / "deeper" / "a", made(LUCKY))
     write_run(tmp_path / "c", None)
-    runs, skipped = load_runs(find_runs(tmp_path))
+    runs, skipped = load_runs(tmp_path)
     assert [(run.name, run.before is None) for run in runs] == [("b", False), ("a", True)]
     assert "did not finish" in skipped["c"]
     (tmp_path / "b" / "test_after.json").write_text("{")
     with pytest.raises(CompareError, match="Run b cannot be read"):
-        load_runs(find_runs(tmp_path))
+        load_runs(tmp_path)
 
 
 def test_higher_score_without_proof_is_not_deployed(made):
@@ -87,7 +87,7 @@ def test_human_agreement_is_a_row_that_takes_no_rank(made, tmp_path):
     human = made([0.99] * 5, reward=[9] * 5, reward_spec={"class": "B"})
     write_run(tmp_path / "a", made(GOOD, reward=GOOD, reward_spec={"class": "A"}))
     write_evaluation(tmp_path / "a" / "evaluation", "test_human_agreement", human)
-    result = compare_runs(load_runs(find_runs(tmp_path))[0])
+    result = compare_runs(load_runs(tmp_path)[0])
     assert [(line["rank"], line["run"]) for line in result.lines] == [(1, "a"), ("", "human agreement")]
     line = result.lines[1]
     assert (line["dice"], line["dice_gain"], result.deploy) == (pytest.approx(0.99), None, None)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vesselrl.evaluation import figures
-from vesselrl.evaluation.figures import Case, choose_cases, curves_figure, write_cases
+from vesselrl.evaluation.figures import Case, choose_cases, write_cases
 from vesselrl.evaluation.report import read_cases
 
 TORN = '{"st\n{"val/dice": 0.1}\n[1]\n{"step": 30, "val/di'
@@ -27,8 +27,6 @@ def test_metrics_are_read_sorted_and_the_last_of_a_step_counts(tmp_path, caplog)
     assert list(series) == ["val/dice"]
     assert [column.tolist() for column in series["val/dice"]] == [[0, 10, 20], [0.7, 0.75, 0.8]]
     assert re.findall(r"line (\d) is damaged", caplog.text) == ["5", "6", "7", "8"]
-    with pytest.raises(ValueError, match="nothing to draw"):
-        curves_figure(write_lines(tmp_path / "metrics.jsonl", [{"step": 1}]))
 
 
 def case(key="P001_S1_F0001", **changes):

@@ -16,7 +16,7 @@ from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import RunError
 from vesselrl.evaluation.held_out import evaluate_held_out
-from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation, read_extra
+from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation
 from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
 
@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_training(run, tiny_checkpoint, angiograms,
     assert scores(after) != scores(before)  # else an adapter that is not loaded would pass
     done = evaluated(run)
     assert scores(done.evaluation) == scores(evaluated(run / "best_lora").evaluation) == scores(after)
-    assert str(read_evaluation(done.path)) == str(done.evaluation)
+    assert str(read_evaluation(done.scored[""][1])) == str(done.evaluation)
     last = evaluated(run / "final_lora", split="val").evaluation.rows
     assert sorted(map(str, last)) == sorted(map(str, read_evaluation(run / "val_latest.json").rows))
     base = evaluated(None, base_model=tiny_checkpoint, data_root=angiograms, output_dir=tmp_path / "base")
@@ -155,17 +155,17 @@ def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiogram
 
 def test_what_is_tuned_is_chosen_on_validation_and_flips_are_kept_apart(run):
     result = evaluated(run, tune_post=True)
-    curve = json.loads(result.curve_path.read_text())
+    curve = json.loads((run / "evaluation" / f"{STEM}_thresholds.json").read_text())
     assert curve["side"] == "val"
     assert curve["dice"][curve["thresholds"].index(curve["chosen"])] == max(curve["dice"])
     assert result.tuning.choices["tuned"].threshold == curve["chosen"]
     for ending, post in result.tuning.choices.items():
-        path = getattr(result, f"{ending}_path")
-        assert read_extra(path).items() >= (asdict(post) | {"chosen_on": "val"}).items()
+        path = result.scored[ending][1]
+        assert read_evaluation(path).extra.items() >= (asdict(post) | {"chosen_on": "val"}).items()
         again = evaluated(run, tune=False, output_dir=run, **asdict(post))
         assert scores(again.evaluation) == scores(read_evaluation(path)) != scores(result.evaluation)
     flipped = evaluated(run, flips=True, tune=False)
-    assert flipped.path.stem == f"{STEM}_flips"
+    assert flipped.scored[""][1].stem == f"{STEM}_flips"
     assert scores(flipped.evaluation) != scores(result.evaluation)
 
 
@@ -173,7 +173,8 @@ def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch
     caplog.set_level(logging.INFO, "vesselrl")
     chosen = evaluated(run).tuning.curve
     result = evaluated(run, split="val")
-    assert result.tuned is result.tuned_path is result.tuning is result.curve_path is None
+    assert (list(result.scored), result.tuning) == ([""], None)
+    assert not list((run / "evaluation").glob("val_*_t*"))
     assert "No score at a tuned threshold: the subset is val" in caplog.text
 
     def changed(make):
@@ -186,5 +187,5 @@ def test_nothing_is_tuned_but_for_the_test_subset_on_validation(run, monkeypatch
     changed(lambda split: (split.test, split.val, split.train))
     assert evaluated(run).tuning.curve == chosen  # other test images take no part
     changed(lambda split: (split.train + split.val, (), split.test))
-    assert evaluated(run).tuned is None
+    assert list(evaluated(run).scored) == [""]
     assert "no validation images, and it is never chosen on test" in caplog.text

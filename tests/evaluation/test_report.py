@@ -71,7 +71,7 @@ def run_pages(made, run):
 def evaluation_pages(made, folder):
     given = made(AFTER, failed=[2], recall=[0.5] * 4 + [np.nan])
     given = replace(given, calibration=INPUTS["calibration"], caveats=CAVEATS)
-    path, _ = write_evaluation(folder, "test_base", given, EXTRA | {"close_gaps": 0.1})
+    path = write_evaluation(folder, "test_base", given, EXTRA | {"close_gaps": 0.1})
     write_evaluation(folder, "test_base_tuned_post", made(AFTER), EXTRA | {"min_component_px": 20})
     write_evaluation(folder, "test_human_agreement", made(BEFORE))
     (folder / "test_base_thresholds.json").write_text(json.dumps(INPUTS["curve"]))
@@ -132,7 +132,7 @@ def test_every_number_is_that_of_the_stored_files(run, made, tmp_path):
     assert rows[0][4].startswith("+0.052 (+0.0")
     assert [row[5:] for row in rows] == [["better"], ["worse"], []]
     many = made([0.9, 0.9, 0.9, 0.3, 0.6], patients=["P003", "P003", "P003", "P002", "P001"])
-    text = write_evaluation_report(write_evaluation(tmp_path, "test_base", many, EXTRA)[0])[1].read_text()
+    text = write_evaluation_report(write_evaluation(tmp_path, "test_base", many, EXTRA))[1].read_text()
     assert cells(text, "Scores")[3][2].startswith("0.600 (")  # a patient with many frames counts once
     patients = [["P002", "1", "0", "0.300"], ["P001", "1", "0", "0.600"], ["P003", "3", "0", "0.900"]]
     assert cells(text, "Patients")[1:] == patients
@@ -149,7 +149,7 @@ def test_nothing_unproven_gets_a_verdict(run, made):
 def test_scores_on_images_of_the_training_are_no_test_result(tmp_path, made):
     for side in ("test", "val", "train", "all"):
         plan = INPUTS["plan"] | {"side": side, "lora_weights": "output/run/best_lora"}
-        path, _ = write_evaluation(tmp_path, f"{side}_best_lora", made(AFTER), EXTRA | {"plan": plan})
+        path = write_evaluation(tmp_path, f"{side}_best_lora", made(AFTER), EXTRA | {"plan": plan})
         text = write_evaluation_report(path)[1].read_text()
         warned = "no test result" in text or "nothing about new patients" in text
         assert warned == (side != "test")

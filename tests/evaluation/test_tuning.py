@@ -11,10 +11,10 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from vesselrl.evaluation.tuning import (
     THRESHOLDS,
     CurvePoint,
-    PostProcessingGrid,
     PredictedImage,
     ThresholdCurve,
     Tuning,
+    best_postprocessing,
     calibration,
     count_pixels,
     counts_by_threshold,
@@ -115,7 +115,7 @@ def test_the_grid_is_that_of_every_candidate_scored_alone():
     thresholds, sizes = (0.3, 0.5, 0.7), (0, 4, 9, 500)
     images, reward = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")], MultiObjectiveReward()
     images[1] = images[1]._replace(probabilities=None)  # failed
-    rewards = score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2)).rewards
+    rewards = score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2))
 
     def mean_reward(mask_of):
         each = [reward(mask_of(image.filled), image.truth)[0] for image in images]
@@ -135,12 +135,11 @@ def test_the_grid_is_that_of_every_candidate_scored_alone():
 
 def test_the_best_candidate_and_the_best_threshold_alone():
     rewards = [(0.3, 0, 1), (0.3, 10, 2), (0.3, 20, 5), (0.5, 0, 3), (0.5, 10, 4), (0.5, 20, 5), (0.7, 10, 5)]
-    grid = PostProcessingGrid({PostProcessing(t, size): float(reward) for t, size, reward in rewards})
-    assert grid.best() == (PostProcessing(0.5, 20), 5.0)  # of three, the threshold nearest to 0.5
-    assert grid.best(0) == (PostProcessing(0.5, 0), 3.0)
-    more = {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
-    closed = PostProcessingGrid(grid.rewards | more)
-    assert closed.best(20) == (PostProcessing(0.5, 20), 5.0)  # equal: gaps left open
+    grid = {PostProcessing(t, size): float(reward) for t, size, reward in rewards}
+    assert best_postprocessing(grid) == PostProcessing(0.5, 20)  # of three, the threshold nearest to 0.5
+    assert best_postprocessing(grid, 0) == PostProcessing(0.5, 0)
+    closed = grid | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
+    assert best_postprocessing(closed, 20) == PostProcessing(0.5, 20)  # equal: gaps left open
     curve = ThresholdCurve((CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
     choices = {"tuned": PostProcessing(0.4, 7), "tuned_post": PostProcessing(0.5, 10, 0.2)}
     assert Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices

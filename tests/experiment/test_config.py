@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from vesselrl.experiment.config import PRESETS, RANDOM_MODEL, TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, RANDOM_MODEL, TrainConfig
 
 NAN = float("nan")
 
@@ -18,7 +18,7 @@ def config(**settings: object) -> TrainConfig:
 def test_settings_have_flat_names_are_changed_by_a_copy_and_survive_json() -> None:
     names = Counter(name for group in dataclasses.asdict(TrainConfig()).values() for name in group)
     assert names == dict.fromkeys(TrainConfig().to_dict(), 1)
-    changed = get_preset("quick", seed=7, lora_scope=["projector"])
+    changed = PRESETS["quick"].with_(seed=7, lora_scope=["projector"])
     values = json.loads(json.dumps(changed.to_dict()))
     assert TrainConfig.from_dict(values | {"of_another_version": 1}) == changed != PRESETS["quick"]
     with pytest.raises(TypeError, match="no settings called sede"):

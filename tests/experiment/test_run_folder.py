@@ -25,7 +25,7 @@ def test_runs_of_one_second_get_folders_of_their_own_and_their_parents(tmp_path:
     monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(now=lambda: datetime(2026, 3, 4, 5, 6, 7)))
     runs = [RunFolder.create(tmp_path / "deep" / "output") for _ in range(3)]
     start = "sa2va_lora_ppo_20260304_050607"
-    assert [run.name for run in runs] == [start, f"{start}_2", f"{start}_3"]
+    assert [run.path.name for run in runs] == [start, f"{start}_2", f"{start}_3"]
     assert runs[0].path.parent == tmp_path / "deep" / "output"
     assert list(runs[0].path.iterdir()) == []
 
@@ -52,7 +52,8 @@ def test_a_failed_write_keeps_the_old_file(run: RunFolder, monkeypatch) -> None:
 
 def test_json_is_strict_and_whole_and_metrics_are_one_line_each(run: RunFolder) -> None:
     values = {"b": [math.inf, {"c": -math.inf}], "d": (1.0, math.nan), "a": [1, None, "ü"], 3: (True, "nan")}
-    path = run.write_json("info.json", values)
+    run.write_json("info.json", values)
+    path = run.path / "info.json"
     stored = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert stored == {"b": [None, {"c": None}], "d": [1.0, None], "a": [1, None, "ü"], "3": [True, "nan"]}
     assert list(run.path.iterdir()) == [path]

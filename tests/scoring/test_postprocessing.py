@@ -19,8 +19,8 @@ def test_small_components_are_those_of_scipy(density: float) -> None:
     areas = ndimage.sum_labels(mask, labels, range(num + 1))
     for min_px in (0, 1, 2, 5, 12, 5000):
         np.testing.assert_array_equal(drop_small_components(mask, min_px), mask & (areas[labels] >= min_px))
-    with pytest.raises(ValueError, match="min_px is -1"):
-        drop_small_components(mask, -1)
+    with pytest.raises(ValueError, match="min_component_px is -1"):
+        PostProcessing(min_component_px=-1)
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from vesselrl.scoring.rewards import (
     make_reward,
     score_or_skip,
 )
-from vesselrl.scoring.scores import score_mask
-from vesselrl.scoring.topology import topology
+from vesselrl.scoring.scores import Truth, score_mask
+from vesselrl.scoring.topology import prototype_topology, topology
 
 REWARD_TYPES = ("multi_objective", "simple_dice", "recall_focused")
 
@@ -115,7 +115,7 @@ def test_structure_pays_in_proportion_to_cldice():
     """Same counts and length as the truth, one of its two bars moved away: clDice 1/2 halves what it pays."""
     truth, pred = np.zeros((2, 60, 60), bool)
     truth[[10, 30], 5:45] = pred[[10, 50], 5:45] = True
-    assert score_mask(pred, truth)["cldice"] == 0.5
+    assert score_mask(pred, Truth(truth))["cldice"] == 0.5
     terms = MultiObjectiveReward().structure_terms(pred, truth)
     assert terms == {"topology": pytest.approx(0.5), "length": pytest.approx(-0.25)}
 
@@ -185,6 +185,10 @@ WRONG = [
     (lambda: SimpleDiceReward()(TREE, TREE[:, :-1]), "differ in size"),
     (lambda: SimpleDiceReward()(TREE, TREE * np.uint8(255)), "holds values from 0 to 255"),
     (lambda: MultiObjectiveReward()(TREE, TREE, topology(TREE[:50])), "the given topology has size"),
+    (
+        lambda: MultiObjectiveReward()(TREE, TREE, prototype_topology(TREE)),
+        "'zhang' thinning, not 'guo_hall'",
+    ),
 ]
 
 

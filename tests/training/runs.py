@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from tests.golden.workbench import draw_nothing
-from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.config import PRESETS
 from vesselrl.training import train as training
 
 no_charts = mock.patch.object(Figure, "savefig", draw_nothing)  # charts cost seconds
@@ -18,7 +18,7 @@ no_charts = mock.patch.object(Figure, "savefig", draw_nothing)  # charts cost se
 @no_charts
 def train_debug(output: Path, **changes: object) -> training.TrainResult:
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
-    return training.train(get_preset("debug", output_dir=str(output), **changes), ["vesselrl", "train"])
+    return training.train(PRESETS["debug"].with_(output_dir=str(output), **changes), ["vesselrl", "train"])
 
 
 def metrics_of(folder: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from tests.training.runs import train_debug
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
-from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.config import PRESETS
 from vesselrl.scoring.overlap import dice
 from vesselrl.training import train as training
 from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
@@ -39,7 +39,7 @@ def unet_update(**settings: object) -> SupervisedUpdate:
     torch.manual_seed(42)
     model = UNet()
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=4e-3)
-    config = get_preset("debug", control="unet", **settings)
+    config = PRESETS["debug"].with_(control="unet", **settings)
     return SupervisedUpdate(model, optimizer, config, np.random.default_rng(0))
 
 

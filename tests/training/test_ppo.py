@@ -10,7 +10,7 @@ import torch
 
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError, NotFiniteError
-from vesselrl.experiment.config import get_preset
+from vesselrl.experiment.config import PRESETS
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
 from vesselrl.models.sa2va import DecodedMasks, ImageFeatures
@@ -23,7 +23,7 @@ from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
 
-SETTINGS = get_preset("debug", num_samples=3, num_regions=2)
+SETTINGS = PRESETS["debug"].with_(num_samples=3, num_regions=2)
 
 
 def crossing_lines(side: int, count: int = 2) -> TrainBatch:

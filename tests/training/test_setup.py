@@ -16,7 +16,7 @@ from vesselrl.data.samples import find_samples
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation.results import Caveat
-from vesselrl.experiment.config import TrainConfig, get_preset
+from vesselrl.experiment.config import PRESETS, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
 from vesselrl.training.setup import RunData, check_disk, make_model, prepare_data
@@ -128,6 +128,6 @@ def test_every_pass_shows_other_crops_the_same_after_a_resume_and_keeps_nothing(
     changed = {"model_path": str(tiny_checkpoint), "sanity_overfit": 4, "augment": "strong"}
     data = RunData(samples, samples[:1], [], {}, {}, {})
     for tile_px, repeats in ((None, True), (64, True), (40, False)):  # of 64 px; the square has 128
-        policy, tiling = make_model(get_preset("debug", tile_px=tile_px, **changed), "cpu", data)
+        policy, tiling = make_model(PRESETS["debug"].with_(tile_px=tile_px, **changed), "cpu", data)
         assert policy.keys_repeat == VesselDataset(samples, tiling=tiling).repeats == repeats
         assert policy.predictor.tiling == tiling == Tiling.of_model(tile_px, 128)

@@ -52,18 +52,13 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Finds all folders at or below `root` that hold a `training_info.json`, sorted."""
+def load_runs(root: Path) -> tuple[list[Run], dict[str, str]]:
+    """Reads all runs at or below `root` that have a test result; says why each other folder is left out."""
     if not root.is_dir():
         raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
     folders = sorted(path.parent for path in root.rglob("training_info.json"))
     if not folders:
         raise CompareError(f"No run found under {root}: no folder holds a training_info.json. Train first.")
-    return folders
-
-
-def load_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
-    """Reads the runs that have a test result, and says for each other folder why it is left out."""
     names = Counter(folder.name for folder in folders)
     runs, skipped = [], {}
     for folder in folders:
@@ -100,8 +95,8 @@ def compare_runs(
     if baseline is not None and baseline not in by_name:
         raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
     shared = [name for name in results.HEADLINE if all(name in run.after.metrics for run in runs)]
-    metrics = tuple(name for name in shared if name != "reward" or _one_reward(runs))
-    metrics = metrics if rank_by in metrics else (rank_by, *metrics)
+    same = [name for name in shared if name != "reward" or _one_reward(runs)]
+    metrics = tuple(same if rank_by in same else (rank_by, *same))
 
     def loss(run: Run) -> float:
         mean = run.after.summary["metrics"][rank_by]["patient_mean"]
@@ -111,10 +106,7 @@ def compare_runs(
     for run in runs:
         reference = run.before if baseline is None else by_name[baseline].after
         if reference is not None and run.name != baseline:
-            shared = [name for name in metrics if name in reference.metrics]
-            if reference.reward_spec != run.after.reward_spec:
-                shared = [name for name in shared if name != "reward"]
-            table = before_after_table(reference, run.after, shared)
+            table = before_after_table(reference, run.after, metrics)
             gains[run.name] = {line["metric"]: line for line in table}
     _adjust_for_runs(gains)
     ranked = sorted(runs, key=loss)

@@ -94,7 +94,7 @@ def evaluate_masks(
 ) -> Evaluation:
     """Scores one pair of masks per sample."""
     rows = score_rows(samples, pairs, reward)
-    return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=caveats)
+    return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=dict(caveats or {}))
 
 
 def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = None) -> list[dict[str, Any]]:
@@ -127,9 +127,7 @@ def describe_reward(reward: Any) -> dict[str, Any] | None:
     """Class and settings of a reward, by which results can tell if their rewards agree; functions by name."""
     if reward is None:
         return None
-    names = getattr(reward, "__dict__", ())
-    if is_dataclass(reward):  # cached values appear in __dict__ with use
-        names = [field.name for field in fields(reward)]
+    names = [field.name for field in fields(reward)] if is_dataclass(reward) else []
     described = {"class": getattr(reward, "__name__", type(reward).__name__)}
     for name in sorted(names):
         value = getattr(reward, name)
@@ -170,7 +168,7 @@ def evaluate_variants(
     if failed:
         logger.warning("%d of %d predictions failed: %s", len(failed), len(samples), ", ".join(failed[:5]))
     calibrated = calibration(counted, len(failed)) if len(failed) < len(samples) else None
-    stored = {"calibration": calibrated, "caveats": caveats}
+    stored = {"calibration": calibrated, "caveats": dict(caveats or {})}
     spec = describe_reward(reward)
     return {name: summarise(table, METRIC_SPEC, spec, **stored) for name, table in rows.items()}
 

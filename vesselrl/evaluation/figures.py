@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import cycle
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from vesselrl.experiment.run_folder import atomic_write, write_json
 from vesselrl.scoring.overlap import dice
-from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, overlay, topology_errors
+from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, TopologyErrors, overlay, topology_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,10 +91,9 @@ def _finish(axes: "Axes", title: str = "", xlabel: str = "", ylabel: str = "") -
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=5, **style)
 
 
-def _save(figure: "Figure", out_png: Path) -> Path:
+def _save(figure: "Figure", out_png: Path) -> None:
     with atomic_write(out_png) as partial:
         figure.savefig(partial, format="png", dpi=130)
-    return out_png
 
 
 def interval_figure(panels: Mapping[str, Mapping[str, Mapping[str, Any] | None]]) -> "Figure":
@@ -197,9 +197,9 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
     }
 
 
-def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> Path:
+def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> None:
     """Draws the curves of a run as PNG; see `curves_figure`."""
-    return _save(curves_figure(metrics_jsonl_path), out_png)
+    _save(curves_figure(metrics_jsonl_path), out_png)
 
 
 def curves_figure(metrics_jsonl_path: Path) -> "Figure":
@@ -213,9 +213,6 @@ def curves_figure(metrics_jsonl_path: Path) -> "Figure":
     for title, keys, floor in PANELS:
         found = {key: label for key, label in (keys or terms).items() if key in series}
         panels += [(title, found, floor)] if found else []
-    if not panels:
-        known = ", ".join(key for _, keys, _ in PANELS for key in keys or ("train/reward/",))
-        raise ValueError(f"{metrics_jsonl_path} holds nothing to draw: found {sorted(series)}, know {known}.")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.6 * columns, 3.3 * rows)
@@ -252,17 +249,21 @@ class Case:
     after: np.ndarray | None
     rank: str = ""  # one of RANKS, as from `choose_cases`
 
+    @cached_property
+    def judged(self) -> dict[str, tuple[np.ndarray, dict[str, Any], TopologyErrors]]:
+        """By state: the mask, empty for a failed prediction, its scores, and where its errors lie."""
+        found = {}
+        for state, mask in (("before", self.before), ("after", self.after)):
+            shown = np.zeros(self.truth.shape, bool) if mask is None else mask
+            errors = topology_errors(shown, self.truth)
+            numbers = {"breaks": len(errors.breaks), "false_pieces": len(errors.false_pieces)}
+            scores = {"dice": dice(shown, self.truth), "failed": mask is None, **numbers}
+            found[state] = shown, scores, errors
+        return found
 
-def _judge(mask: np.ndarray | None, truth: np.ndarray) -> tuple[np.ndarray, float, Any]:
-    """The mask, empty for a failed prediction, its Dice and its topology errors."""
-    shown = np.zeros(np.shape(truth), dtype=bool) if mask is None else mask
-    return shown, float(dice(shown, truth)), topology_errors(shown, truth)
 
-
-def plot_panels(cases: Sequence[Case], out_png: Path) -> Path:
+def plot_panels(cases: Sequence[Case], out_png: Path) -> None:
     """Draws image | truth | before | after, one row per case, with coloured errors and Dice below."""
-    if not cases:
-        raise ValueError("There is nothing to draw: got 0 cases. Give at least one.")
     figure = new_figure(11.0, 2.95 * len(cases) + 0.75)
     grid = figure.subplots(len(cases), 4, squeeze=False)
     for axes, title in zip(grid[0], ("image", "truth", "before", "after"), strict=True):
@@ -271,24 +272,19 @@ def plot_panels(cases: Sequence[Case], out_png: Path) -> Path:
         line[0].imshow(case.image)
         line[0].set_ylabel(case.key, fontsize=9, color=INK)
         line[1].imshow(overlay(case.image, case.truth, case.truth))
-        _draw_errors(line[2], case.image, case.before, case.truth)
-        _draw_errors(line[3], case.image, case.after, case.truth)
+        for axes, (mask, scores, errors) in zip(line[2:], case.judged.values(), strict=True):
+            axes.imshow(overlay(case.image, mask, case.truth))
+            for places, style in ((errors.false_pieces, FALSE_MARKER), (errors.breaks, BREAK_MARKER)):
+                axes.plot([column for _, column in places], [row for row, _ in places], ls="none", **style)
+            numbers = ((scores["breaks"], "break"), (scores["false_pieces"], "false component"))
+            counted = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in numbers)
+            failed = "failed, " if scores["failed"] else ""
+            axes.set_xlabel(f"{failed}Dice {scores['dice']:.3f}, {counted}", fontsize=9, color=INK)
         for axes in line:
             axes.set(xticks=[], yticks=[], xlim=line[0].get_xlim(), ylim=line[0].get_ylim())
             axes.spines[:].set_visible(False)
     _colour_key(figure)
-    return _save(figure, out_png)
-
-
-def _draw_errors(axes: "Axes", image: np.ndarray, mask: np.ndarray | None, truth: np.ndarray) -> None:
-    shown, score, errors = _judge(mask, truth)
-    axes.imshow(overlay(image, shown, truth))
-    for places, style in ((errors.false_pieces, FALSE_MARKER), (errors.breaks, BREAK_MARKER)):
-        axes.plot([column for _, column in places], [row for row, _ in places], ls="none", **style)
-    numbers = ((len(errors.breaks), "break"), (len(errors.false_pieces), "false component"))
-    counted = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in numbers)
-    failed = "failed, " if mask is None else ""
-    axes.set_xlabel(f"{failed}Dice {score:.3f}, {counted}", fontsize=9, color=INK)
+    _save(figure, out_png)
 
 
 def _colour_key(figure: "Figure") -> None:
@@ -312,8 +308,6 @@ def choose_cases(rows: Sequence[Mapping[str, Any]], count: int = 2) -> dict[str,
     Each rank gets `count` images, or a third of the rows where they are too few (a single image is the
     median), of different patients where there are enough.
     """
-    if not rows or count < 1:
-        raise ValueError(f"Cannot choose {count} cases of {len(rows)} images. Give rows, and count >= 1.")
     falling = sorted(rows, key=lambda row: (-row["dice"], row["key"]))
     if len(falling) == 1:
         return {falling[0]["key"]: "median"}
@@ -332,21 +326,17 @@ def _first(rows: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, A
     return sorted(rows, key=lambda row: row is not firsts[row["patient"]])[:count]
 
 
-def write_cases(folder: Path, cases: Sequence[Case]) -> Path:
-    """Writes FOLDER/cases/KEY.png for every case and FOLDER/cases/cases.json; returns the latter's path."""
+def write_cases(folder: Path, cases: Sequence[Case]) -> None:
+    """Writes FOLDER/panel.png, FOLDER/cases/KEY.png for every case and FOLDER/cases/cases.json."""
     keys = [case.key for case in cases]
     unfit = [key for key in keys if Path(key).name != key or key.startswith(".")]
     if not cases or len(set(keys)) < len(keys) or unfit:
         raise ValueError(f"Cases need distinct keys that can be file names: got {keys}. Use Sample.key.")
-    path = Path(folder) / CASES_FOLDER / "cases.json"
-    described: list[dict[str, Any]] = []
+    plot_panels(cases, Path(folder) / "panel.png")
+    described = []
     for case in cases:
-        plot_panels([case], path.with_name(f"{case.key}.png"))
         file = f"{CASES_FOLDER}/{case.key}.png"
-        described.append({"key": case.key, "rank": case.rank, "side": "val", "file": file})
-        for state, mask in (("before", case.before), ("after", case.after)):
-            _, score, errors = _judge(mask, case.truth)
-            numbers = {"breaks": len(errors.breaks), "false_pieces": len(errors.false_pieces)}
-            described[-1][state] = {"dice": score, "failed": mask is None, **numbers}
-    write_json(path, {"format": CASES_FORMAT, "cases": described})
-    return path
+        plot_panels([case], Path(folder) / file)
+        scores = {state: scores for state, (_, scores, _) in case.judged.items()}
+        described.append({"key": case.key, "rank": case.rank, "side": "val", "file": file} | scores)
+    write_json(Path(folder) / CASES_FOLDER / "cases.json", {"format": CASES_FORMAT, "cases": described})

@@ -21,17 +21,11 @@ from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
-from vesselrl.evaluation.results import Caveat, Evaluation, read_extra, write_evaluation
+from vesselrl.evaluation.results import Caveat, Evaluation, read_evaluation, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate, hide_paths
-from vesselrl.experiment.run_folder import (
-    check_writable,
-    find_run,
-    reading,
-    run_settings,
-    write_json,
-)
+from vesselrl.experiment.run_folder import check_writable, find_run, reading, run_settings, write_json
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
@@ -45,27 +39,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOutResult:
-    """Results of one model, each with the JSON file that holds it; None: not asked for, or not possible."""
+    """Results of one model, each with the JSON file that holds it."""
 
-    evaluation: Evaluation  # at the threshold asked for
-    path: Path
+    # "": at the threshold asked for; tuned, tuned_post: of the same predictions, as chosen on validation;
+    # human: the second observer against the first. What was not asked for, or is not possible, is not there.
+    scored: dict[str, tuple[Evaluation, Path]]
     report_path: Path  # all results on one HTML page; Markdown lies beside it
-    tuned: Evaluation | None = None  # of the same predictions, as chosen on validation
-    tuned_path: Path | None = None
-    tuned_post: Evaluation | None = None
-    tuned_post_path: Path | None = None
     tuning: Tuning | None = None
-    curve_path: Path | None = None
-    human: Evaluation | None = None  # the second observer against the first
-    human_path: Path | None = None
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The result at the threshold asked for."""
+        return self.scored[""][0]
 
 
 def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
     """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and reports."""
-    if options.split not in ("test", "val", "train", "all"):
-        raise DataError(f"--split {options.split} is unknown; choose one of test, val, train, all.")
     if options.tune_post and not options.tune:
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if lora_weights:
@@ -95,29 +86,27 @@ def evaluate_held_out(
     choices = tuning.choices if tuning else {}
     done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
 
-    results: dict[str, Any] = {"tuning": tuning}
+    results: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():
         extra = {"plan": plan, "flips": options.flips} | asdict(choices.get(ending, post))
         extra |= {"chosen_on": "val"} if ending else {}
-        path, _ = write_evaluation(folder, f"{name}_{ending}" if ending else name, scored, extra)
-        results |= {ending or "evaluation": scored, f"{ending}_path".strip("_"): path}
+        file = f"{name}_{ending}" if ending else name
+        results[ending] = scored, write_evaluation(folder, file, scored, extra)
     if tuning:
-        results["curve_path"] = folder / f"{name}_thresholds.json"
-        write_json(results["curve_path"], tuning.curve.to_json() | {"flips": options.flips})
+        write_json(folder / f"{name}_thresholds.json", tuning.curve.to_json() | {"flips": options.flips})
         if tuning.grid:
             write_json(folder / f"{name}_post_processing.json", tuning.grid_json() | {"flips": options.flips})
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
-        results["human"] = evaluate.evaluate_masks(samples, pairs, reward)
-        file = f"{options.split}_human_agreement"
-        results["human_path"], _ = write_evaluation(folder, file, results["human"])
-    results["report_path"], _ = write_evaluation_report(results["path"])
+        human = evaluate.evaluate_masks(samples, pairs, reward)
+        results["human"] = human, write_evaluation(folder, f"{options.split}_human_agreement", human)
+    report_path, _ = write_evaluation_report(results[""][1])
     if run and folder.resolve() == (run / "evaluation").resolve() and (run / "training_info.json").is_file():
         try:
             write_run_report(run)
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
-    return HeldOutResult(**results)
+    return HeldOutResult(results, report_path, tuning)
 
 
 def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:
@@ -151,7 +140,7 @@ def _refuse_to_replace(path: Path, plan: Mapping[str, Any]) -> None:
     if not path.is_file():
         return
     with reading(path, "Give another --output_dir."):
-        both = read_extra(path).get("plan") or {}, plan
+        both = read_evaluation(path).extra.get("plan") or {}, plan
         keys = ("base_model", "lora_weights")
         one, other = ([one.get(key) and Path(one[key]).resolve() for key in keys] for one in both)
         if one != other:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from vesselrl.evaluation import figures, results, words
 from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, nearest, read_metrics
-from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, read_extra, set_mismatch
+from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
-from vesselrl.experiment.run_folder import read_json, reading, write_text
+from vesselrl.experiment.run_folder import read_object, reading, write_text
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.compare import Comparison
@@ -61,14 +61,9 @@ def render(template: str, form: str, page: Mapping[str, Any]) -> str:
     """A template filled in: as "html", with all text escaped, or as "md"."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
+    rules = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = PackageLoader("vesselrl.evaluation")
-    environment = Environment(
-        loader=loader,
-        autoescape=form == "html",
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(loader=loader, autoescape=form == "html", **rules)
     environment.globals["form"] = form
     environment.filters |= {
         "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
@@ -109,9 +104,7 @@ def png_uri(path: Path, num_pictures: int = 1) -> str:
 
 def run_page(folder: Path) -> dict[str, Any]:
     """The values of run.j2, from the files of a run folder."""
-    if not (folder / "training_info.json").is_file():
-        raise ValueError(f"{folder.name} is no finished run: it has no training_info.json. Train first.")
-    info = _read_json(folder / "training_info.json")
+    info = read_object(folder / "training_info.json", "Train again.")
     test = _read_pair(folder, "test_before", "test_after")
     best = _read_pair(folder, "val_before", "val_best")
     validation = best or _read_pair(folder, "val_before", "val_latest")
@@ -149,18 +142,12 @@ def _origin(info: Mapping[str, Any]) -> list[tuple[str, str]]:
 def read_cases(folder: Path) -> list[dict[str, Any]]:
     """The cases that `write_cases` described, empty if there are none."""
     path = Path(folder) / CASES_FOLDER / "cases.json"
-    document = _read_json(path) if path.is_file() else {"format": CASES_FORMAT, "cases": []}
+    if not path.is_file():
+        return []
+    document = read_object(path, advice := "Write the cases again.")
     if document.get("format") != CASES_FORMAT:
-        raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. Write the cases again.")
+        raise ValueError(f"cases.json of cases is not in the format {CASES_FORMAT!r}. {advice}")
     return document["cases"]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) | {}
-    except (ValueError, TypeError) as error:
-        place = f"{path.name} of {path.parent.name}"
-        raise ValueError(f"{place} is no valid JSON object ({error}). Write it again.") from error
 
 
 def _read_pair(folder: Path, *names: str) -> tuple[Evaluation, ...] | None:
@@ -236,8 +223,7 @@ def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
     found = {name: read_evaluation(path) for name, path in paths.items() if path.is_file()}
     if not found:
         return None
-    extras = {name: read_extra(paths[name]) for name in found}
-    plans = {name: extra["plan"] for name, extra in extras.items() if extra.get("plan")}
+    plans = {name: one.extra["plan"] for name, one in found.items() if one.extra.get("plan")}
     current = plans.get(BEST) or plans.get(f"{BEST}_flips")
     reference = test or next(iter(found.values()))
     columns, left_out = {}, []
@@ -247,7 +233,7 @@ def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:
         if another or set_mismatch(reference, one, "the test", name):
             left_out.append(name)
         else:
-            columns[words.LABELS["columns"][name].format(masks=masks_in_words(extras[name]))] = one
+            columns[words.LABELS["columns"][name].format(masks=masks_in_words(one.extra))] = one
     shown = found.keys() - left_out
     return {
         "scores": _side_by_side(columns) if columns else None,
@@ -303,17 +289,14 @@ def _calibration(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def evaluation_page(path: Path) -> dict[str, Any]:
     """The values of evaluation.j2, from the files of one evaluation."""
-    given, extra = read_evaluation(path), read_extra(path)
-    if "plan" not in extra:
-        raise ValueError(f"{path} is no evaluation of held-out patients: it has no plan. Evaluate again.")
-    plan, tuned, human = extra["plan"], {}, {}
+    given, tuned, human = read_evaluation(path), {}, {}
+    extra, plan = given.extra, given.extra["plan"]
     for ending, tuned_for in words.TUNED_FILES.items():
         other = path.with_name(f"{path.stem}_{ending}.json")
         # An earlier evaluation under the same name may have left files of another model or of other data.
-        if other.is_file() and (facts := read_extra(other)).get("plan") == plan:
-            one = read_evaluation(other)
-            if not set_mismatch(given, one, "0.5", "tuned"):
-                tuned[f"{masks_in_words(facts)}, {tuned_for}"] = one
+        one = read_evaluation(other) if other.is_file() else None
+        if one and one.extra.get("plan") == plan and not set_mismatch(given, one, "0.5", "tuned"):
+            tuned[f"{masks_in_words(one.extra)}, {tuned_for}"] = one
     observer = path.with_name(f"{plan['side']}_human_agreement.json")
     if observer.is_file():
         human = {words.LABELS["columns"][HUMAN]: read_evaluation(observer)}

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vesselrl.evaluation import statistics
-from vesselrl.experiment.run_folder import read_json, reading, strict, write_json, write_text
+from vesselrl.experiment.run_folder import read_object, reading, strict, write_json, write_text
 
 FORMAT = "vesselrl evaluation 1"
 IDENTITY_COLUMNS = ("key", "patient", "sequence", "failed", "truth_hash")
@@ -82,6 +82,7 @@ class Evaluation:
     reward_spec: dict[str, Any] | None = None  # rewards of unequal ones are not compared
     calibration: dict[str, Any] | None = None  # of the probabilities; None if only masks were scored
     caveats: dict[Caveat, str] = field(default_factory=dict)  # reasons to distrust the scores
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)  # of a file: what it was made of, and how
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -112,11 +113,9 @@ def summarise(
     rows: Sequence[Mapping[str, Any]],
     metric_spec: Mapping[str, Any],
     reward_spec: Mapping[str, Any] | None = None,
-    *,
-    calibration: dict[str, Any] | None = None,
-    caveats: Mapping[Caveat, str] | None = None,
+    **stored: Any,
 ) -> Evaluation:
-    """Builds the Evaluation of finished rows: hashes, patient means and intervals."""
+    """Builds the Evaluation of finished rows: hashes, patient means and intervals; `stored` as it is."""
     keys = [row["key"] for row in rows]
     statistics.check_unique(keys)
     patients = [row["patient"] for row in rows]
@@ -138,8 +137,7 @@ def summarise(
         label_hash=_hash_lines([f"{row['key']} {row['truth_hash']}" for row in rows]),
         metric_spec=dict(metric_spec),
         reward_spec=None if reward_spec is None else dict(reward_spec),
-        calibration=calibration,
-        caveats=dict(caveats or {}),
+        **stored,
     )
 
 
@@ -169,25 +167,26 @@ def before_after_table(
     """Compares two evaluations of the same images in pairs, one dict per metric.
 
     Each has `metric`, `before`, `after` (means over the images defined in both), `difference`, the fields of
-    its `Difference` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
-    By default these are all columns of both that mean the same. ValueError if sets or rewards differ.
+    its `Interval` and a `verdict`: "better", "worse" or "changed" if the interval excludes zero, else "".
+    What one of the two lacks, or rewards that are not the same, are left out. ValueError if the sets differ.
     """
     if mismatch := set_mismatch(before, after, "before", "after"):
         raise ValueError(f"The evaluations cannot be compared: {mismatch}. Evaluate both on the same set.")
-    same_reward = before.reward_spec == after.reward_spec
-    if metrics is None:
-        shared = [name for name in after.metrics if name in before.metrics]
-        metrics = [name for name in shared if name not in UNBOUNDED or same_reward]
-    elif "reward" in metrics and not same_reward:
-        specs = f"before is {before.reward_spec}, after is {after.reward_spec}"
-        raise ValueError(f"The rewards cannot be compared: {specs}. Score both with one, or leave it out.")
-    others, patients = {row["key"]: row for row in after.rows}, [row["patient"] for row in before.rows]
-    table = []
-    for name in metrics:
-        found = statistics.paired_difference(before.rows, after.rows, name)
-        values = np.array([(row[name], others[row["key"]][name]) for row in before.rows], np.float64)
+    others = {row["key"]: row for row in after.rows}
+    pairs = [(row, others[row["key"]]) for row in sorted(before.rows, key=lambda row: row["key"])]
+    for first, last in pairs:
+        if first["patient"] != last["patient"]:
+            people = f"{first['patient']} before and {last['patient']} after"
+            raise ValueError(f"Image {first['key']} belongs to {people}.")
+    patients, table = [row["patient"] for row, _ in pairs], []
+    same = [name for name in metrics or after.metrics if name in after.metrics and name in before.metrics]
+    for name in same:
+        if name in UNBOUNDED and before.reward_spec != after.reward_spec:
+            continue
+        values = np.array([[row[name] for row in pair] for pair in pairs], np.float64)
         values[np.isnan(values).any(axis=1)] = math.nan
         first, last = (statistics.patient_mean(column, patients) for column in values.T)
+        found = statistics.paired_difference(*values.T, patients)
         line = {"metric": name, "before": first, "after": last, "difference": found.mean}
         line |= {field: getattr(found, field) for field in ("low", "high", "p", *COUNTED)}
         table.append(line | {"verdict": verdict(name, found.mean) if found.clear else ""})
@@ -205,11 +204,12 @@ def set_mismatch(first: Evaluation, second: Evaluation, first_name: str, second_
     """Says why two evaluations may not be compared, naming the images; "" if they may."""
     a, b = ({row["key"]: row["truth_hash"] for row in one.rows} for one in (first, second))
     if first.image_list_hash != second.image_list_hash:
-        return f"the images differ: {statistics.key_difference(a, b, first_name, second_name)}"
+        only = {first_name: a.keys() - b, second_name: b.keys() - a}
+        parts = [f"{len(keys)} only in {name} ({_some(keys)})" for name, keys in only.items() if keys]
+        return f"the images differ: {' and '.join(parts)}"
     if first.label_hash != second.label_hash:
-        changed = sorted(key for key in a if a[key] != b[key])
-        more = ", ..." if len(changed) > 5 else ""
-        return f"the true masks of {len(changed)} images differ ({', '.join(changed[:5])}{more})"
+        changed = {key for key in a if a[key] != b[key]}
+        return f"the true masks of {len(changed)} images differ ({_some(changed)})"
     if first.metric_spec != second.metric_spec:
         old, new = first.metric_spec, second.metric_spec
         changed = (name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
@@ -218,14 +218,17 @@ def set_mismatch(first: Evaluation, second: Evaluation, first_name: str, second_
     return ""
 
 
+def _some(keys: Collection[str]) -> str:
+    return ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
+
+
 def write_evaluation(
     folder: Path, name: str, evaluation: Evaluation, extra: Mapping[str, Any] | None = None
-) -> tuple[Path, Path]:
+) -> Path:
     """Writes FOLDER/NAME.json (everything, with `extra` under that key) and FOLDER/NAME.csv (the rows)."""
-    json_path, csv_path = (Path(folder) / f"{name}.{ending}" for ending in ("json", "csv"))
-    write_text(csv_path, csv_text(evaluation.rows))
-    write_json(json_path, evaluation.to_json() | {"extra": dict(extra or {})})
-    return json_path, csv_path
+    write_text(Path(folder) / f"{name}.csv", csv_text(evaluation.rows))
+    write_json(path := Path(folder) / f"{name}.json", evaluation.to_json() | {"extra": dict(extra or {})})
+    return path
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -239,13 +242,10 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def read_evaluation(path: Path) -> Evaluation:
     """Reads a file of `write_evaluation`; ValueError if it is none, or its rows do not match its hashes."""
-    return evaluation_from_json(_read_document(path), path)
-
-
-def read_extra(path: Path) -> dict[str, Any]:
-    """Reads the `extra` of a file of `write_evaluation`."""
-    extra = _read_document(path).get("extra")
-    return extra if isinstance(extra, dict) else {}
+    document = read_object(path, "Evaluate again.")
+    if (found := document.get("format")) != FORMAT:
+        raise ValueError(f"{path} is no evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again.")
+    return evaluation_from_json(document, path)
 
 
 def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluation:
@@ -253,23 +253,14 @@ def evaluation_from_json(document: Mapping[str, Any], source: Path) -> Evaluatio
     required = ("rows", "metric_spec", "image_list_hash", "label_hash")
     if missing := [name for name in required if not document.get(name)]:
         raise ValueError(f"{source} is incomplete: {', '.join(missing)} is missing. Evaluate again.")
+    extra = document.get("extra")
     with reading(source, "Evaluate again."):
         rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in document["rows"]]
         caveats = read_caveats(document.get("marks", ()))
         stored = {"calibration": document.get("calibration"), "caveats": caveats}
+        stored["extra"] = extra if isinstance(extra, dict) else {}
         evaluation = summarise(rows, document["metric_spec"], document.get("reward_spec"), **stored)
     for name in ("image_list_hash", "label_hash"):
         if getattr(evaluation, name) != document[name]:
             raise ValueError(f"{source} was changed: its rows do not match its {name}. Evaluate again.")
     return evaluation
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    try:
-        document = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Evaluate again.") from error
-    found = document.get("format") if isinstance(document, dict) else type(document).__name__
-    if found != FORMAT:
-        raise ValueError(f"{path} is no evaluation: its format is {found!r}, not {FORMAT!r}. Evaluate again.")
-    return document

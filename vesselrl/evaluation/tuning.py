@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vesselrl.evaluation.statistics import patient_mean
-from vesselrl.experiment.run_folder import MALFORMED, read_json
+from vesselrl.experiment.run_folder import MALFORMED, read_object
 from vesselrl.scoring.overlap import counts, dice_from_counts, precision_from_counts, recall_from_counts
 from vesselrl.scoring.postprocessing import LowThresholdMask, PostProcessing, drop_small_components
 from vesselrl.scoring.rewards import Reward, score_or_skip
@@ -38,8 +38,6 @@ def count_pixels(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     probabilities; column k holds probabilities in (k/100, (k+1)/100], column 0 also 0.
     """
     values = np.asarray(probabilities, dtype=np.float32)
-    if values.shape != truth.shape:
-        raise ValueError(f"The probabilities are {values.shape}, the true mask {truth.shape}: unequal sizes.")
     if not ((values >= 0) & (values <= 1)).all():
         raise ValueError("Some probabilities are nan or outside 0 to 1. Give probabilities, not logits.")
     values, in_vessel = values.ravel(), truth.ravel()
@@ -108,9 +106,8 @@ class ThresholdCurve:
 
 def read_threshold_curve(path: Path) -> dict[str, Any]:
     """Reads the numbers and the subset of a stored `ThresholdCurve.to_json`; undefined scores become nan."""
-    names = ("thresholds", *SCORES)
+    names, stored = ("thresholds", *SCORES), read_object(path, "Evaluate again.")
     try:
-        stored = read_json(path)
         curve = {name: stored[name] for name in ("side", "n_images", "n_patients")}
         points = np.array([*zip(*(stored[name] for name in names), strict=True)], dtype=np.float64)
         return curve | {"chosen": float(stored["chosen"])} | dict(zip(names, points.T.tolist(), strict=True))
@@ -135,8 +132,6 @@ def threshold_curve(
     counted: Sequence[np.ndarray], patients: Sequence[str], num_failed: int = 0
 ) -> ThresholdCurve:
     """Averages the scores of `counts_by_threshold`, one per image with its patient, over patients."""
-    if not counted:
-        raise ValueError("There are no images to choose a threshold on: give validation patients.")
     tp, fp, fn = np.stack(counted, axis=1)
     scores = dice_from_counts(tp, fp, fn), recall_from_counts(tp, fn), precision_from_counts(tp, fp, fn)
     means = [[patient_mean(column, patients) for column in table.T] for table in scores]
@@ -158,26 +153,23 @@ class PredictedImage(NamedTuple):
         return np.zeros(self.truth.shape) if self.probabilities is None else self.probabilities
 
 
-@dataclass(frozen=True)
-class PostProcessingGrid:
-    """The mean reward over patients of every candidate."""
+def best_postprocessing(
+    rewards: Mapping[PostProcessing, float],
+    min_component_px: int | None = None,
+    close_gaps: float | None = None,
+) -> PostProcessing:
+    """The candidate of highest reward, of those with the size and level given, if any.
 
-    rewards: dict[PostProcessing, float]
-
-    def best(
-        self, min_component_px: int | None = None, close_gaps: float | None = None
-    ) -> tuple[PostProcessing, float]:
-        """The candidate of highest reward, and that reward, of those with the size and level given, if any.
-
-        Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
-        """
-        ranks = {
-            post: (reward, -abs(post.threshold - 0.5), -post.min_component_px, -post.close_gaps)
-            for post, reward in self.rewards.items()
+    Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
+    """
+    return max(
+        (
+            post
+            for post in rewards
             if min_component_px in (None, post.min_component_px) and close_gaps in (None, post.close_gaps)
-        }
-        best = max(ranks, key=ranks.__getitem__)
-        return best, self.rewards[best]
+        ),
+        key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps),
+    )
 
 
 def score_postprocessing(
@@ -186,12 +178,8 @@ def score_postprocessing(
     thresholds: Sequence[float] = GRID_THRESHOLDS,
     sizes_px: Sequence[int] = SIZES_PX,
     gap_levels: Sequence[float] = GAP_LEVELS,
-) -> PostProcessingGrid:
-    """Scores all candidates on validation images; sizes ascend from 0, the gap level 0 leaves gaps open."""
-    if not images:
-        raise ValueError("There are no images to choose post-processing on: give validation patients.")
-    if list(sizes_px) != sorted({0, *sizes_px}):
-        raise ValueError(f"sizes_px is {sizes_px}; give ascending numbers of pixels that start with 0.")
+) -> dict[PostProcessing, float]:
+    """Mean reward over patients of all candidates; sizes ascend from 0, the gap level 0 leaves gaps open."""
     candidates = itertools.product(thresholds, sizes_px, gap_levels)
     rewards: dict[PostProcessing, list[float]] = {PostProcessing(*settings): [] for settings in candidates}
     for image in images:
@@ -209,7 +197,7 @@ def score_postprocessing(
                 for level, score in zip(gap_levels, scores, strict=True):
                     rewards[PostProcessing(threshold, size, level)].append(score)
     patients = [image.patient for image in images]
-    return PostProcessingGrid({post: patient_mean(values, patients) for post, values in rewards.items()})
+    return {post: patient_mean(values, patients) for post, values in rewards.items()}
 
 
 @dataclass(frozen=True)
@@ -218,20 +206,20 @@ class Tuning:
 
     post: PostProcessing  # how masks are made without tuning
     curve: ThresholdCurve  # by threshold, with the rest of `post`
-    grid: PostProcessingGrid | None  # by threshold, smallest component and closing of gaps, if asked for
+    grid: dict[PostProcessing, float] | None  # rewards of all post-processing, if asked for
 
     @property
     def choices(self) -> dict[str, PostProcessing]:
         """Ending of the result's file -> how its masks are made."""
         chosen = {"tuned": replace(self.post, threshold=self.curve.best.threshold)}
-        return chosen if self.grid is None else chosen | {"tuned_post": self.grid.best()[0]}
+        return chosen if self.grid is None else chosen | {"tuned_post": best_postprocessing(self.grid)}
 
     def grid_json(self) -> dict[str, Any]:
         """Every candidate of the grid with its reward, and the choice."""
-        best, reward = self.grid.best()
+        best = best_postprocessing(self.grid)
         chosen = {"side": "val", "chosen": asdict(best), "chosen_by": "mean over patients of the reward"}
-        candidates = [[*astuple(post), each] for post, each in self.grid.rewards.items()]
-        return chosen | {"reward": reward, "n_images": self.curve.n_images, "candidates": candidates}
+        candidates = [[*astuple(post), reward] for post, reward in self.grid.items()]
+        return chosen | {"reward": self.grid[best], "n_images": self.curve.n_images, "candidates": candidates}
 
 
 def tune(images: Iterable[PredictedImage], post: PostProcessing, reward: Reward | None) -> Tuning:

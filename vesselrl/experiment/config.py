@@ -20,8 +20,6 @@ UNET_LEARNING_RATE = 4e-3
 RL_RATE_SHARE = 0.025
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
-# How a data root is read: arguments of `find_samples` and options of the commands.
-READING = ("patient_pattern", "patient_aliases", "image_dir", "mask_dir", "mask_suffix")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +34,25 @@ class Places:
     mask_suffix: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading(Places):
+    """How a data root is read: where the files lie, and who the patients are."""
+
+    # Regular expression with groups patient, sequence, frame; none: the run's own, or the known file names.
+    patient_pattern: str | None = None
+    # CSV file with columns file_name,patient: several spellings of one person; none: the run's own, or none.
+    patient_aliases: str | None = None
+
+
+READING = tuple(Reading.__dataclass_fields__)  # arguments of `find_samples` and options of the commands
+
+
 @dataclass(frozen=True)
-class DataSettings(Places):
+class DataSettings(Reading):
     """Images of a training, their split, and how they are shown."""
 
     # Folder with images/ and annotations.json or masks/; none: the built-in synthetic angiograms.
     data_root: str | None = None
-    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
-    patient_pattern: str | None = None
-    # CSV file with the columns file_name,patient: several spellings of one person.
-    patient_aliases: str | None = None
     # Decides which patients are in which subset and which images are chosen; --seed decides everything else.
     split_seed: int = 42
     # A data_split.json to use as it is, such as a published split; images that it does not list are left out.
@@ -390,10 +397,3 @@ PRESETS: dict[str, TrainConfig] = {
         lora_alpha=8, num_samples=2, num_regions=1, val_freq=2, log_freq=1,
     ),
 }  # fmt: skip
-
-
-def get_preset(name: str, **changes: object) -> TrainConfig:
-    """A preset with some settings changed; an unknown name is a ValueError that lists those that exist."""
-    if name not in PRESETS:
-        raise ValueError(f"Unknown preset {name!r}. Choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name].with_(**changes)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vesselrl.experiment.config import ModelSettings, Places
+from vesselrl.experiment.config import ModelSettings, Places, Reading
 
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
@@ -25,7 +25,7 @@ class Resume:
 
 
 @dataclass(frozen=True)
-class Evaluate(Places):
+class Evaluate(Reading):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
@@ -48,10 +48,6 @@ class Evaluate(Places):
     close_gaps: float | None = None
     # The question; none: the run's own.
     prompt: str | None = None
-    # Regular expression with the groups patient, sequence, frame; none: the run's own.
-    patient_pattern: str | None = None
-    # CSV file with the columns file_name,patient; none: the run's own.
-    patient_aliases: str | None = None
     # Images that the base model was trained on: none, all or a text file; its scores there are marked.
     base_trained_on: str | None = None
     # Vision tower and language model in bfloat16, for GPUs.
@@ -148,7 +144,7 @@ class DataDraw:
 
 
 @dataclass(frozen=True)
-class DataCheck(Places):
+class DataCheck(Reading):
     """Look at every record, image and mask of a data set; exit code 2 if something must be repaired."""
 
     # Data folder.
@@ -157,14 +153,10 @@ class DataCheck(Places):
     json: bool = False
     # New folder for a repaired copy; the data set itself is never changed.
     fix: str | None = None
-    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
-    patient_pattern: str | None = None
-    # CSV file with the columns file_name,patient.
-    patient_aliases: str | None = None
 
 
 @dataclass(frozen=True)
-class DataShow(Places):
+class DataShow(Reading):
     """Write a contact sheet: images with the outline of their masks, as training sees them."""
 
     # Data folder; none: the built-in synthetic angiograms.
@@ -179,10 +171,6 @@ class DataShow(Places):
     seed: int = 42
     # Decides which patients are the training side.
     split_seed: int = 42
-    # Regular expression with the groups patient, sequence, frame for other file names than the known ones.
-    patient_pattern: str | None = None
-    # CSV file with the columns file_name,patient.
-    patient_aliases: str | None = None
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,6 @@ class RunFolder:
             return cls(path)
         raise RunError(f"{base} has a hundred runs of this second already; wait a moment.")
 
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.path.name
-
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes out for the length of a `with` block; a RefusedError where one is inside.
@@ -103,11 +98,9 @@ class RunFolder:
                 with suppress(OSError):  # the folder may be gone, or read-only
                     path.unlink()
 
-    def write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes a JSON file of the run; see the function `write_json`."""
-        path = self.path / name
-        write_json(path, values)
-        return path
+        write_json(self.path / name, values)
 
     def write_data_paths(self, settings: Mapping[str, Any]) -> None:
         """Writes the paths that `hide_paths` takes out of settings to a file that only the owner can read."""
@@ -216,6 +209,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The object in a JSON file of a run; a ValueError that names the file where it holds none."""
+    try:
+        return {**read_json(path)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {advice}") from error
 
 
 @contextmanager

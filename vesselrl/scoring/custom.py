@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from numbers import Real
 
 import numpy as np
 
@@ -21,26 +22,26 @@ CustomReward = Callable[[np.ndarray, np.ndarray], float]  # of two bool masks (H
 
 
 class CustomCalls:
-    """Counts the calls of the user's function and those that failed, in several threads."""
+    """Calls the user's function, and counts the calls and those that failed, in several threads."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.num_calls, self.num_failed = name, 0, 0
-        self.hangs = False
+    def __init__(self, function: CustomReward) -> None:
+        self.function, self.name = function, getattr(function, "__qualname__", repr(function))
+        self.num_calls, self.num_failed, self.hangs = 0, 0, False
         self.lock = threading.Lock()
 
     def to_json(self) -> dict[str, int]:
         """The numbers of all calls and of those that failed."""
         return {"custom_calls": self.num_calls, "custom_failures": self.num_failed}
 
-    def run(self, function: CustomReward, *masks: np.ndarray) -> Any:
-        """Calls the function in a thread of its own, which is left behind where it hangs."""
-        outcome: list[tuple[Any, BaseException | None]] = []
+    def score(self, pred: np.ndarray, gt: np.ndarray) -> float:
+        """Calls the function on copies, in a thread of its own, which is left behind where it hangs."""
+        outcome: Future = Future()
 
         def call() -> None:
             try:
-                outcome.append((function(*masks), None))
+                outcome.set_result(self.function(pred.copy(), gt.copy()))
             except BaseException as error:  # the user's code can raise anything, and call sys.exit
-                outcome.append((None, error))
+                outcome.set_exception(error)
 
         with self.lock:
             self.num_calls += 1
@@ -48,19 +49,20 @@ class CustomCalls:
             thread = threading.Thread(target=call, daemon=True)
             thread.start()
             thread.join(CALL_LIMIT_S)
-        if not outcome:
+        if not outcome.done():
             self.hangs = True
-            raise RewardError(
-                f"custom reward {self.name} has not returned within {CALL_LIMIT_S:g} s. Make it faster, or "
-                "look for a loop without an end."
-            )
-        value, error = outcome[0]
-        if error is not None:
-            problem = f"{type(error).__name__}: {error}"
-            raise RewardError(
-                f"custom reward {self.name} failed with {problem}. Fix the function."
-            ) from error
-        return value
+            limit = f"has not returned within {CALL_LIMIT_S:g} s"
+            advice = "Make it faster, or look for a loop without an end."
+            raise RewardError(f"custom reward {self.name} {limit}. {advice}")
+        if error := outcome.exception():
+            problem = f"failed with {type(error).__name__}: {error}"
+            raise RewardError(f"custom reward {self.name} {problem}. Fix the function.") from error
+        value = outcome.result()
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()  # a 0-d array or tensor
+        if not isinstance(value, Real) or not abs(value) <= MAX_CUSTOM_SCORE:  # nan is not
+            raise RewardError(f"custom reward {self.name} must return a finite number, got {value!r:.60}.")
+        return float(value)
 
     def skip(self, error: RewardError) -> None:
         """Counts and logs a failure; raises it where the function hangs or has failed too often."""

@@ -156,25 +156,31 @@ def measure(frame, num_pixels, shape):
 
 
 @_compiled
-def distances_to_border(border, positions):
-    """Euclidean distance from each flat position to the nearest True of `border`, bool (H, W) not empty."""
+def distances_in_columns(border):
+    """Distance of every pixel to the nearest True of `border`, bool (H, W), within its column: int32."""
     height, width = border.shape
-    gaps = np.where(border, np.int32(0), np.int32(height + width))  # distance within each column
+    distances = np.where(border, np.int32(0), np.int32(height + width))
     for row in range(1, height):
         for column in range(width):
-            gaps[row, column] = min(gaps[row, column], gaps[row - 1, column] + 1)
+            distances[row, column] = min(distances[row, column], distances[row - 1, column] + 1)
     for row in range(height - 2, -1, -1):
         for column in range(width):
-            gaps[row, column] = min(gaps[row, column], gaps[row + 1, column] + 1)
+            distances[row, column] = min(distances[row, column], distances[row + 1, column] + 1)
+    return distances
 
-    distances = np.empty(positions.size, np.float32)
+
+@_compiled
+def distances_to_border(in_columns, positions):
+    """Euclidean distance of each flat position to a border that is not empty, from `distances_in_columns`."""
+    width = in_columns.shape[1]
+    distances = np.empty(positions.size)
     for i, position in enumerate(positions):
         row, column = position // width, position % width
-        best, away = gaps[row, column] ** 2, 1
+        best, away = in_columns[row, column] ** 2, 1
         while away**2 < best:  # look left and right as far as the best distance reaches
             for beside in (column - away, column + away):
                 if 0 <= beside < width:
-                    best = min(best, gaps[row, beside] ** 2 + away**2)
+                    best = min(best, in_columns[row, beside] ** 2 + away**2)
             away += 1
         distances[i] = np.sqrt(best)
     return distances

@@ -72,8 +72,6 @@ def post_processing(
 def drop_small_components(mask: Any, min_px: int) -> np.ndarray:
     """Drop the 8-connected components of fewer than `min_px` pixels of a mask, bool or 0/1 (H, W)."""
     mask = as_mask(mask)
-    if min_px < 0:
-        raise ValueError(f"min_px is {min_px}. Give a number of pixels, 0 or more.")
     if min_px <= 1:
         return mask
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)

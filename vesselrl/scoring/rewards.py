@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from vesselrl.errors import RewardError
 from vesselrl.scoring import overlap
-from vesselrl.scoring.custom import MAX_CUSTOM_SCORE, CustomCalls, CustomReward
+from vesselrl.scoring.custom import CustomCalls, CustomReward
 from vesselrl.scoring.scores import cldice_scores, length_ratio
 from vesselrl.scoring.topology import Topology, check_topology, prototype_topology, topology
 
@@ -39,6 +39,11 @@ class Reward:
     custom: CustomReward | None = None  # the user's function, added as term "custom"
     custom_weight: float = 1.0  # not part of the normalisation to 1
     spec_version: int = field(init=False)  # so that results of older formulas are not compared
+    limits: ClassVar[dict[str, tuple[float, float]]] = {  # of the settings, where a reward has them
+        "custom_weight": (-math.inf, math.inf),
+        **dict.fromkeys((*TERM_WEIGHTS, "precision_weight"), (0, math.inf)),
+        **dict.fromkeys(("recall_target", "precision_target"), (0, 1)),
+    }
 
     def __post_init__(self) -> None:
         if self.spec not in SPEC_VERSIONS:
@@ -46,7 +51,13 @@ class Reward:
         object.__setattr__(self, "spec_version", SPEC_VERSIONS[self.spec])
         if self.custom is not None and not callable(self.custom):
             raise ValueError(f"custom must be a function custom(pred, gt) -> float, got {self.custom!r}.")
-        _check_range(-math.inf, math.inf, custom_weight=self.custom_weight)
+        for name, (low, high) in self.limits.items():
+            value = getattr(self, name, 0)
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
+            if not low <= value <= high:
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{name} must be {limits}, got {value}.")
 
     def __call__(self, pred: Any, gt: Any, gt_topology: Topology | None = None) -> tuple[float, dict]:
         """Score one prediction against its truth, both bool or 0/1 (H, W): the reward and its details.
@@ -62,7 +73,7 @@ class Reward:
         details.update({f"{name}_term": term for name, term in terms.items()})
         if self.custom is not None:
             weight = self.custom_weight
-            details["custom_score"] = terms["custom"] / weight if weight else self._call_custom(pred, gt)
+            details["custom_score"] = terms["custom"] / weight if weight else self.calls.score(pred, gt)
         return math.fsum(terms.values()), details
 
     def overlap_scores(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
@@ -84,7 +95,7 @@ class Reward:
         terms = self._shape_terms(pred, gt, gt_topology)
         if self.custom is not None:
             weight = self.custom_weight  # at 0 it is worth nothing and may be slow
-            terms["custom"] = weight * self._call_custom(pred, gt) if weight else 0.0
+            terms["custom"] = weight * self.calls.score(pred, gt) if weight else 0.0
         return terms
 
     def _shape_terms(self, pred: np.ndarray, gt: np.ndarray, gt_topology: Topology | None) -> dict:
@@ -93,22 +104,12 @@ class Reward:
     @cached_property
     def calls(self) -> CustomCalls:
         """The calls of the user's function so far."""
-        return CustomCalls(getattr(self.custom, "__qualname__", repr(self.custom)))
+        return CustomCalls(self.custom)
 
     def without_custom(self, error: RewardError) -> "Reward":
         """The reward for an image on which the user's function failed; raises where that is too often."""
         self.calls.skip(error)
         return replace(self, custom=None)
-
-    def _call_custom(self, pred: np.ndarray, gt: np.ndarray) -> float:
-        """Call the user's function on copies, and report what goes wrong under its name."""
-        value = self.calls.run(self.custom, pred.copy(), gt.copy())
-        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-            value = value.item()  # a 0-d array or tensor
-        if not isinstance(value, Real) or not abs(value) <= MAX_CUSTOM_SCORE:  # nan is not
-            name = self.calls.name
-            raise RewardError(f"custom reward {name} must return a finite number, got {value!r:.60}.")
-        return float(value)
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,9 @@ class MultiObjectiveReward(Reward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {name: getattr(self, name) for name in TERM_WEIGHTS}
-        _check_range(0, math.inf, **given, precision_weight=self.precision_weight)
-        _check_range(0, 1, recall_target=self.recall_target, precision_target=self.precision_target)
-        if not any(given.values()):
-            raise ValueError(f"{', '.join(given)} are all 0. Give at least one of them a positive weight.")
+        if not any(getattr(self, name) for name in TERM_WEIGHTS):
+            names = ", ".join(TERM_WEIGHTS)
+            raise ValueError(f"{names} are all 0. Give at least one of them a positive weight.")
 
     @cached_property
     def weights(self) -> dict[str, float]:
@@ -185,11 +184,7 @@ class RecallFocusedReward(Reward):
     precision_target: float = 0.85
     precision_weight: float = PRECISION_WEIGHT
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        targets = {"recall_target": self.recall_target, "precision_target": self.precision_target}
-        _check_range(0, 1, **targets, recall_weight=self.recall_weight)
-        _check_range(0, math.inf, precision_weight=self.precision_weight)
+    limits: ClassVar = Reward.limits | {"recall_weight": (0, 1)}
 
     def overlap_terms(self, tp: Any, fp: Any, fn: Any) -> dict[str, np.ndarray]:
         """Weighted terms dice, recall and, in spec "default", precision; elementwise over counts."""
@@ -274,15 +269,6 @@ def import_function(name: str) -> CustomReward:
 
 def _options_of(reward_class: type[Reward]) -> set[str]:
     return {option.name for option in fields(reward_class) if option.init}
-
-
-def _check_range(low: float, high: float, **numbers: float) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}.")
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"{name} must be {limits}, got {value}.")
 
 
 # ---- Terms ----

@@ -5,7 +5,6 @@ Both see the green channel alone: the whole of a grey image, and the strongest v
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -188,7 +187,7 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
     try:
         if damaged := damaged_files(place):
             raise ValueError(f"{damaged[0]} is not as it was saved")
-        settings: dict[str, Any] = read_json(place / FILE)
+        settings = read_json(place / FILE)
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))

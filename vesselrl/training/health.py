@@ -221,6 +221,7 @@ RULES = (
 )  # fmt: skip
 
 
+@dataclass
 class Health:
     """Applies the rules to every step and validation of a run: it reports, corrects, and stops.
 
@@ -228,18 +229,17 @@ class Health:
     candidate at first, and count as good once another window of steps has passed without a symptom.
     """
 
-    def __init__(
-        self, model: Model, optimizer: Optimizer | None, max_grad_norm: float, note: Callable[[Issue], None]
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
-        self.note = note
-        self.history = History()
-        self.rate_factor = 1.0  # of the learning rate
-        self.num_corrections = 0
-        self.good = self.candidate = (0, model.values())
-        self.last_seen: dict[str, int] = {}
+    model: Model
+    optimizer: Optimizer | None
+    max_grad_norm: float
+    note: Callable[[Issue], None]
+    history: History = field(default_factory=History)
+    rate_factor: float = 1.0  # of the learning rate
+    num_corrections: int = 0
+    last_seen: dict[str, int] = field(default_factory=dict)  # step by code of a rule
+
+    def __post_init__(self) -> None:
+        self.good = self.candidate = (0, self.model.values())
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step, none where its loss or gradient was not finite."""

@@ -52,7 +52,9 @@ class Monitor:
         if config.run.use_wandb:
             import wandb
 
-            self._wandb = wandb.init(project="vesselrl", name=run.name, config=hide_paths(config.to_dict()))
+            self._wandb = wandb.init(
+                project="vesselrl", name=run.path.name, config=hide_paths(config.to_dict())
+            )
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(

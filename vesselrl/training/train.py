@@ -16,7 +16,7 @@ from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
 from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
-from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, plot_panels, write_cases
+from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
@@ -350,7 +350,8 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
         scored = tested[name] = evaluate_subset(t, "test", f"test {name}", values)
-        results.write_evaluation(t.run.path, f"test_{name}", scored, {"threshold": 0.5, "run": t.run.name})
+        extra = {"threshold": 0.5, "run": t.run.path.name}
+        results.write_evaluation(t.run.path, f"test_{name}", scored, extra)
     return tested
 
 
@@ -361,11 +362,10 @@ def draw(t: Training) -> None:
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(key), []
         for values in (t.model.start, t.best_values):
-            masks.append(np.zeros(truth.shape, bool))  # a prediction that fails, as the log has told
+            masks.append(None)  # a prediction that fails, as the log has told
             with with_values(t.model, values), suppress(NotFiniteError):
                 masks[-1] = predict(t, image).mask
         cases.append(Case(key, image, truth, *masks, rank))
-    plot_panels(cases, t.run.path / "panel.png")
     write_cases(t.run.path, cases)
 
 
