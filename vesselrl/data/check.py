@@ -21,7 +21,7 @@ from vesselrl.data import samples
 from vesselrl.data.formats import list_entries
 from vesselrl.data.images import read_oddities
 from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look_of
-from vesselrl.data.pairing import LABEL_ENDINGS
+from vesselrl.data.pairing import LABEL_ENDINGS, SUBSETS, folder_key
 from vesselrl.data.patients import lone_frames
 from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
@@ -131,7 +131,7 @@ def _check_patients(aliases: Mapping[str, Pseudonym], pattern: str | None, findi
         findings.add("one_patient", count=len(aliases))
     # Sub-folders with several images, none of which shares its patient: each may be one patient's.
     folders = Counter(name.rpartition("/")[0] for name in aliases if "/" in name)
-    shared = [size for size in folders.values() if size > 1]
+    shared = [size for path, size in folders.items() if size > 1 and folder_key(path) not in SUBSETS]
     if pattern is None and shared and len(sizes) == len(aliases):
         findings.add("patients", images=len(aliases), shared=sum(shared), folders=len(shared))
     elif groups := lone_frames({name: alias.patient for name, alias in aliases.items()}):
