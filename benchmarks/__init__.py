@@ -1,4 +1,4 @@
-"""Experiments beside the package: `python -m benchmarks.learning`, `.scoring`, `.caching`, `.pretrain`."""
+"""Experiments beside the package: `python -m benchmarks.learning`, `.scoring`, `.caching`, `.memory` ..."""
 
 import logging
 import sys

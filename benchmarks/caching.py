@@ -13,8 +13,8 @@ from vesselrl.data.splits import take
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.synthetic.dataset import builtin_data
 from vesselrl.training.checkpoint import with_values
-from vesselrl.training.policy import FeatureStore
-from vesselrl.training.setup import load_policy
+from vesselrl.training.features import FeatureStore
+from vesselrl.training.policy import load_policy
 from vesselrl.training.supervised import SupervisedUpdate
 
 # With the image encoder frozen its features are kept, with the language model (the default) the [SEG] states.

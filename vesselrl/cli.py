@@ -4,6 +4,7 @@ Parsing and printing only; nothing heavy is imported before a verb needs it, so 
 """
 
 import inspect
+import json
 import logging
 import os
 import sys
@@ -120,21 +121,25 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
-    from vesselrl.inference.predictor import LIST_FILE, Predictor, predict_files
+    from vesselrl.data.tiles import tile_px_of
+    from vesselrl.inference.predictor import Predictor, list_name, predict_files
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
+    listed = list_name(args.shard)
     settings, weights = run_settings(find_run(args.lora_weights)), (args.base_model, args.lora_weights)
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
-    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, prompt=prompt, post=post)
+    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
+    predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, **made)
     counts, failed = Counter(), []
     with bar("predicting") as progress:
-        for row in predict_files(predictor, Path(args.image), Path(args.output_dir), progress):
+        places = Path(args.image), Path(args.output_dir)
+        for row in predict_files(predictor, *places, progress, args.shard):
             counts[row["status"]] += 1
             failed += [f"{row['image']}: {row['reason']}"] if row["status"] == "failed" else []
     written = counts["done"] + counts["replaced"]
-    print(f"{written} images written to {args.output_dir}; all are listed in {LIST_FILE} there.")
+    print(f"{written} images written to {args.output_dir}; all are listed in {listed} there.")
     if counts["replaced"]:
         print(f"{counts['replaced']} of them anew: their results were of another image, model or settings.")
     if counts["kept"]:
@@ -220,8 +225,8 @@ def run_doctor(rest: list[str]) -> int:
     args = parse(options.Doctor, rest, "doctor")
     from vesselrl.doctor import diagnose, format_report
 
-    checks = diagnose(**vars(args))
-    print(format_report(checks))
+    checks = diagnose(**{name: value for name, value in vars(args).items() if name != "json"})
+    print(json.dumps([asdict(check) for check in checks], indent=1) if args.json else format_report(checks))
     return int(any(check.status == "problem" for check in checks))
 
 

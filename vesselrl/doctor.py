@@ -8,12 +8,13 @@ import os
 import platform
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.config import ModelSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = (("[SEG]",), ("<IMG_CONTEXT>", "<|image_pad|>"))  # one of each
@@ -32,6 +33,7 @@ class Check:
     status: Literal["ok", "warning", "problem"]  # a warning works, with a limit
     detail: str
     todo: str = ""
+    numbers: dict = field(default_factory=dict)  # for `--json`
 
 
 def diagnose(
@@ -39,15 +41,20 @@ def diagnose(
     data_root: str | Path | None = None,
     output_dir: str | Path = "output",
     write_config: bool = False,
+    lora_scope: tuple[str, ...] = ModelSettings.lora_scope,
     **places: str | None,
 ) -> list[Check]:
     """Runs every check that applies; no model or no data leaves its checks out.
 
-    `write_config`: a model without config.json gets one. `places`: image_dir, mask_dir, mask_suffix of data.
+    `write_config`: a model without config.json gets one. `lora_scope`: of the training whose memory is
+    estimated. `places`: image_dir, mask_dir, mask_suffix of data.
     """
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     checks = [check_packages(), *check_processor(), check_disk(Path(output_dir))]
-    checks += [] if base_model is None else check_model(base_model, write_config)
+    if base_model is not None:
+        checks += check_model(base_model, write_config)
+        if all(check.status == "ok" for check in checks if check.name in ("weights", "config")):
+            checks.append(check_memory(base_model, lora_scope))
     checks += [] if data_root is None else [check_data(Path(data_root), **places)]
     return [Check("python", "ok", python), *checks]
 
@@ -231,6 +238,21 @@ def check_tensors(folder: Path, shapes: Shapes) -> Check:
     unused = sum(map(model.keys.is_unused, shapes))
     found = f"{len(shapes)} names: 0 missing, 0 unknown, 0 of a wrong shape"
     return Check("tensors", "ok", f"{found}; {unused} are for videos only")
+
+
+def check_memory(model: str | Path, lora_scope: tuple[str, ...]) -> Check:
+    """How much memory a training in this scope takes, by kind of weights, and whether 24 GB suffice."""
+    from vesselrl.models.checkpoint import checkpoint_folder
+    from vesselrl.models.config import read_config
+    from vesselrl.models.memory import memory_budget
+
+    budget = memory_budget(read_config(checkpoint_folder(model)), lora_scope)
+    total = sum(part["parameters"] for part in budget["components"].values()) / 1e6
+    rows, fits = budget["options"].items(), any(row["fits_24_gb"] for row in budget["options"].values())
+    listed = [f"{kind} {row['least']:.1f} GB" + " (24 GB suffice)" * row["fits_24_gb"] for kind, row in rows]
+    detail = f"{total:,.1f} million parameters; training {', '.join(lora_scope)}: {', '.join(listed)}"
+    todo = "" if fits else "Take a larger card or a smaller --lora_scope."
+    return Check("memory", "ok" if fits else "warning", detail, todo, budget)
 
 
 def check_tokenizer(folder: Path) -> Check:

@@ -12,8 +12,8 @@ from PIL import Image
 from tests.data.test_formats import write_image
 from tests.golden.broken_input import draw_mask
 from vesselrl.data.check import check_data
-from vesselrl.data.file_names import copy_groups, source_names
-from vesselrl.data.patients import identify, is_impersonal, lone_frames
+from vesselrl.data.patients import copy_groups, is_impersonal, lone_frames, source_names
+from vesselrl.data.pseudonyms import identify
 from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import split_by_patient
 from vesselrl.synthetic.dataset import TARGET, draw_sequence
@@ -63,6 +63,7 @@ def test_the_prefix_of_label_studio_hides_no_patient():
     # A code that several files share is the patient's own; a date is no hexadecimal number.
     assert num_persons(f"{code(patient, 8)}-{frame}_frame_{frame}" for patient, frame in PLACES) == 16
     assert num_persons(f"20210{month}01-{name}" for month in range(1, 5) for name in FRAMES) == 16
+    assert num_persons(["1b2c3d4e-", "12ab34__"]) == 2  # nothing but a prefix
 
 
 COPIES = [

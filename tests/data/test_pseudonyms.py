@@ -15,14 +15,8 @@ import pytest
 from tests.data.test_formats import write_image
 from tests.golden.broken_input import bars
 from vesselrl.data.check import check_data
-from vesselrl.data.patients import (
-    identify,
-    is_impersonal,
-    parse_by_pattern,
-    parse_name,
-    read_aliases,
-)
-from vesselrl.data.pseudonyms import MAPPING_FILE, PseudonymMap, pseudonyms
+from vesselrl.data.patients import is_impersonal, parse_by_pattern, parse_name
+from vesselrl.data.pseudonyms import MAPPING_FILE, PseudonymMap, identify, pseudonyms, read_aliases
 from vesselrl.errors import DataError
 
 TAIL = "1-2_3_0A1B2C3D_frame_000011"

@@ -51,7 +51,9 @@ MEANT = {
     "comparing/*/ranking/*/0": "ranges of ranks were removed",
     "bad_input/*/message": "messages were shortened, or say subset in place of side",
     "broken_roots/*/message/*": "messages were shortened, or say subset in place of side",
-    "doctor/*/message/0": "a sample of the values is looked at, which the line says",
+    "doctor/*/checks": "all tensors are compared by name and shape, which is a line of its own",
+    "doctor/*/message*": "a sample of the values is looked at, and all names and shapes; the lines say it",
+    "help/doctor/options/--write_config*": "a missing config.json can be rebuilt",
     "bad_input/*/code": "2 for whatever is refused before the work begins, by any verb",
     "resuming/*/code": "2 for whatever is refused before the work begins",
     "masks/*/files": "predict lists its images, and a name that may be a person's becomes a pseudonym",
@@ -74,12 +76,20 @@ MEANT = {
     "resuming/*/cut/files": "adapter folders hold SHA256SUMS, runs keep the state before the newest",
     "resuming/*/message": "a run without config.json is refused before its state is looked for",
     **dict.fromkeys(
+        "*/config/args/use_nf4 help/train/options/--use_nf4* help/doctor/options/--json* doctor/*/message "
+        "help/doctor/options/--lora_scope* doctor/*/checks".split(),
+        "new: a language model in 4 bits, and the doctor's estimate of memory",
+    ),
+    **dict.fromkeys(
         "*/data_root *plan/second_masks broken_roots/*/keys doctor/ill/message/* train_*files "
         "resuming/*/cut/files bad_input/left?behind".split(),
         "paths to data stand in paths.private.json alone; no other output and no message has them",
     ),
     "train_*/info/custom_*": "calls of the user's reward function are counted",
     "masks/predict */files": "predict lists its results, and keeps the mapping of made-up names too",
+    "*/config/args/tile_px": "new option: large images in tiles",
+    "help/*/options/--tile_px*": "new option: large images in tiles",
+    "help/predict/options/--shard*": "new option: a folder shared by several processes",
 }
 
 

@@ -2,8 +2,11 @@
 
 import csv
 import stat
+import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +132,18 @@ def test_the_state_is_read_at_the_seg_token_itself(predictor: Predictor, images:
     finally:
         row.copy_(saved)
     assert torch.equal(model.seg_states(short), states)
+
+
+def test_an_image_encoder_in_bfloat16_gives_nearly_the_same_masks(
+    predictor: Predictor, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with --use_bf16; the mask decoder stays in float32."""
+    exact = predictor.predict_batch(images)
+    monkeypatch.setattr(predictor.model, "autocasts", True)
+    for one, other in zip(exact, predictor.predict_batch(images), strict=True):
+        assert 1e-5 < largest_gap(one, other) < 0.1
+        assert (one.mask & other.mask).sum() / (one.mask | other.mask).sum() > 0.98
+        assert other.logits.dtype == np.float32
 
 
 def test_prompt_adapter_and_bfloat16_change_what_they_should(
@@ -301,17 +316,58 @@ def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Pa
     assert rows[0]["foreground"] == pytest.approx(expected.mean())
 
 
-def test_memory_stays_flat(tmp_path: Path) -> None:
-    """Kept for 80 pictures of 48 KB: less than one of them."""
+def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:
+    """Kept for 80 pictures of 48 KB: less than six of them; where writing is slow, prediction waits."""
+    predictor, unwritten, write = Threshold(), [], module.write_prediction
     for number in range(100):
         Image.new("RGB", (128, 128), (number, 0, 0)).save(tmp_path / f"{number}.png")
-    rows, peaks = predict_files(Threshold(), tmp_path, tmp_path / "out"), []
+
+    def write_slowly(*given) -> float:
+        time.sleep(0.01)
+        unwritten.append(predictor.num_images - len(unwritten))
+        return write(*given)
+
+    monkeypatch.setattr(module, "write_prediction", write_slowly)
+    rows, peaks = predict_files(predictor, tmp_path, tmp_path / "out"), []
     tracemalloc.start()
     for number, _ in enumerate(rows):
         if number in (10, 90):
             peaks.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 40_000
+    assert peaks[1] - peaks[0] < 6 * 48_000
+    assert 1 < max(unwritten) <= module.AHEAD + 2
+
+
+def test_shards_at_once_give_what_one_run_gives(tmp_path: Path, capsys) -> None:
+    """File by file and row by row; the one that ends last joins the lists, unless they are of two models."""
+    folder, one, two = tmp_path / "in", tmp_path / "one", tmp_path / "two"
+    for name in ("001", "002", PERSON, "004", "ylva", "006", "007"):
+        save_picture(folder / f"{name}.png")
+    cut(folder / "004.png")
+
+    def contents(out: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in out.iterdir() if file.suffix != ".jsonl"}
+
+    def run_shard(level: int, shard: str) -> list[dict]:
+        return list(predict_files(Threshold(level), folder, two, shard=shard))
+
+    for level, expected in ((128, "done"), (90, "replaced"), (90, "kept")):
+        rows = list(predict_files(Threshold(level), folder, one))
+        assert {row["status"] for row in rows} == {expected, "failed"}
+        before = (two / "predictions.csv").read_bytes() if level != 128 else None
+        with ThreadPoolExecutor() as pool:
+            even, odd = pool.map(partial(run_shard, level), ("0/3", "2/3"))
+        if expected != "kept":  # the list of shard 1 is missing, or of another model
+            assert [file.read_bytes() for file in two.glob("predictions.csv")] == [before] * (level != 128)
+        middle = run_shard(level, "1/3")
+        assert [len(even), len(middle), len(odd)] == [3, 2, 2]
+        assert sorted((*even, *middle, *odd), key=rows.index) == rows
+        assert contents(two) == contents(one)
+    with pytest.raises(ValueError, match=r"--shard is '3/3'; give i/n with i from 0 to n - 1"):
+        run_shard(90, "3/3")
+    assert main(["predict", "--image", str(folder), "--output_dir", str(two), "--shard", "00/2"]) == 2
+    assert "--shard is '00/2'" in capsys.readouterr().err
+    assert list(predict_files(Threshold(), folder / "001.png", tmp_path / "few", shard="1/2")) == []
 
 
 def test_unusable_folders_are_refused_before_anything_is_written(tmp_path: Path) -> None:

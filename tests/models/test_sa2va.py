@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.config import Sam2Dimensions
+from vesselrl.models.lora import SCOPES, attach_lora
 from vesselrl.models.processing import Sa2VAInputs, tile_grid
 from vesselrl.models.sa2va import Sa2VA, upsample
 
@@ -133,3 +134,35 @@ def test_tile_grids_follow_the_official_rule(shared_folder: Path) -> None:
     table = json.loads((shared_folder / "sa2va-reference" / "tiling_448.json").read_text())
     for width, height, max_tiles, columns, rows in table["rows"]:
         assert tile_grid(width, height, 448, max_tiles) == (columns, rows), (width, height, max_tiles)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_computed_twice_give_the_same_gradients_for_less_memory(tiny_checkpoint, training) -> None:
+    """In evaluation mode too, where transformers' own flag does nothing; PPO steps run in it."""
+    gradients, kept = [], []
+    for recomputing in (False, True):
+        torch.manual_seed(0)
+        model, processor = load_sa2va(tiny_checkpoint)
+        adapted = attach_lora(model, SCOPES, ("q_proj",), 4, 8, dropout=0.1 * training).train(training)
+        if recomputing:
+            model.recompute_blocks()
+            model.recompute_blocks()  # a second time changes nothing
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.normal_(0, 0.05)
+        image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        sizes: dict[int, int] = {}
+
+        def count(x: torch.Tensor, sizes=sizes) -> torch.Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            (logits,) = model(processor([image]))
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes.values()))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-9), name
+    assert kept[1] < 0.7 * kept[0]

@@ -1,19 +1,23 @@
 """Sampled masks keep every pixel's probability; kept outputs of frozen parts are the computed ones."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora
 from vesselrl.models.sa2va import ImageFeatures
-from vesselrl.training import policy as policy_module
+from vesselrl.training import features as features_module
 from vesselrl.training.checkpoint import tensor_hash, with_values
-from vesselrl.training.policy import FeatureStore, MaskPolicy, gaussian_field, sample_masks
+from vesselrl.training.features import FeatureStore, SegState, language_hash
+from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.ppo_math import gaussian_field, sample_masks
 
 
 def generator() -> torch.Generator:
@@ -74,6 +78,47 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
     assert all(torch.equal(p, before[name]) for name, p in policy.trainable.items())
 
 
+def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
+    """Computed together, as on a GPU, they are those computed alone, up to rounding; sizes may differ."""
+    policies, images = (
+        [make_policy(tiny_checkpoint) for _ in range(2)],
+        [images[0], images[1][:40], images[1]],
+    )
+    for policy, size in zip(policies, (1, 8), strict=True):
+        policy.states_per_pass = size
+        policy.states = FeatureStore(tmp_path / str(size), kind=SegState)
+        assert policy.keep_states((str(k), image) for k, image in enumerate([*images, images[0]])) == 3
+        policy.drop_language()
+    alone, together = ([policy.seg_prompts(None, [str(k)]).detach() for k in range(4)] for policy in policies)
+    for one, other in zip(alone, together, strict=True):
+        assert float((one - other).abs().max()) < 1e-5
+    assert torch.equal(alone[0], alone[3])
+    assert not torch.allclose(alone[0], alone[2])
+    policies[0].load_language = Mock(return_value=policies[0].model)
+    for _ in range(2):  # an unknown image needs the language model, once
+        policies[0].predict(images[0])
+        policies[0].predict(255 - images[0])
+    policies[0].load_language.assert_called_once()
+    again = make_policy(tiny_checkpoint)
+    again.states = FeatureStore(tmp_path / "1", kind=SegState)
+    assert again.keep_states([("x", images[2])]) == 0
+    assert torch.equal(again.seg_prompts(None, ["x"]), alone[2])
+
+
+def test_the_hash_of_the_language_model_is_noted_until_a_file_changes(tiny_checkpoint, tmp_path) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    first = language_hash(model, tmp_path / "notes")
+    assert first == language_hash(model) == language_hash(model, tmp_path / "notes")
+    (note,) = (tmp_path / "notes").iterdir()
+    note.write_text("0" * 64)
+    assert language_hash(model, tmp_path / "notes") == "0" * 64
+    tensors = load_file(model / "model.safetensors")
+    for name, is_seen in (("language_model.lm_head.weight", False), ("mlp1.1.weight", True)):
+        tensors[name] += 1
+        save_file(tensors, model / "model.safetensors")
+        assert (language_hash(model, tmp_path / "notes") != first) == is_seen
+
+
 PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
 
 
@@ -103,6 +148,15 @@ def test_memory_answers_the_second_time_and_a_file_the_next_run(tmp_path: Path, 
     full = FeatureStore(memory_bytes=10)
     assert [full.fetch("a", PIXELS, encoder) for _ in range(2)]
     assert encoder.call_count == 1 + 2 + 2
+    # Without a key, as in validation, in files alone; what comes next is read in a thread.
+    assert equal(store.fetch(None, PIXELS, encoder), first)
+    assert not equal(store.fetch(None, PIXELS + 7, lambda: encoder(PIXELS + 7)), first)
+    small = FeatureStore(tmp_path, "model", memory_bytes=0)
+    assert equal(small.fetch("a", PIXELS, encoder), first)
+    small.fetch_ahead(["a", "unknown"])
+    assert list(small._coming) == ["a"]
+    assert equal(small.fetch("a", PIXELS, encoder), first)
+    assert encoder.call_count == 1 + 2 + 2 + 1
 
 
 def test_a_limit_a_damaged_file_and_a_full_disk_are_said(tmp_path, encoder, monkeypatch, caplog) -> None:
@@ -115,7 +169,7 @@ def test_a_limit_a_damaged_file_and_a_full_disk_are_said(tmp_path, encoder, monk
         assert equal(FeatureStore(tmp_path, "model").fetch("a", PIXELS, encoder), expected)
     assert encoder.call_count == 3 + 1
     assert "computed again" in caplog.text
-    monkeypatch.setattr(policy_module, "save_file", Mock(side_effect=OSError("No space left on device")))
+    monkeypatch.setattr(features_module, "save_file", Mock(side_effect=OSError("No space left on device")))
     store = FeatureStore(tmp_path, "other")
     assert store.fetch("a", PIXELS, encoder) is store.fetch("a", PIXELS, encoder)
     assert "No space left" in caplog.text

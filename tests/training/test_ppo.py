@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import PRESETS
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, SCOPES, attach_lora
-from vesselrl.models.sa2va import DecodedMasks
+from vesselrl.models.sa2va import DecodedMasks, ImageFeatures
 from vesselrl.scoring.overlap import dice
 from vesselrl.scoring.rewards import MultiObjectiveReward, Reward, SimpleDiceReward
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo
+from vesselrl.training.checkpoint import attempts
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -82,6 +84,42 @@ def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkp
         assert metrics["train/approx_kl"] > 0
 
 
+def take(update: PPOUpdate | SupervisedUpdate, policy: MaskPolicy, batch: TrainBatch) -> dict[str, float]:
+    for attempt in attempts(policy, update.optimizer, update):
+        with attempt:
+            metrics = update.step(batch)
+    return metrics
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint, stage, caplog) -> None:
+    """It ends as if memory had sufficed, also where the optimizer had moved; at last there is no way."""
+    batches, found = [crossing_lines(64, 1), replace(crossing_lines(80, 1), keys=["b"])], []
+    for failures in ((), (3,), (3, 6)):  # of the second step's passes through the image encoder
+        update, calls = make_update(tiny_checkpoint, rate=0.05), []
+        policy, encode = update.policy, update.policy.model.encode_image
+
+        def fail_at(pixels: torch.Tensor, failures=failures, calls=calls, encode=encode) -> ImageFeatures:
+            calls.append(pixels)
+            if len(calls) * (1 if stage == "rl" else 3) in failures:
+                raise torch.OutOfMemoryError("CUDA out of memory. More follows.")
+            return encode(pixels)
+
+        update = update if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS)
+        take(update, policy, batches[0])
+        policy.model.encode_image = fail_at
+        metrics = take(update, policy, batches[1])
+        found.append((policy.values(), {k: v for k, v in metrics.items() if not k.startswith("time/")}))
+        assert len(policy.savings) == 2 - len(failures)
+    for values, metrics in found[1:]:
+        assert metrics == found[0][1]
+        assert differ(values, found[0][0]) == set()
+    assert caplog.text.count("out of memory (CUDA out of memory); the step is taken again") == 3
+    policy.model.encode_image = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError):
+        take(update, policy, batches[1])
+
+
 def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
     class Constant(MultiObjectiveReward):
         overlap_terms = staticmethod(lambda tp, fp, fn: {"dice": np.ones(np.shape(tp))})
@@ -129,7 +167,9 @@ def spoil(update: PPOUpdate, kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     elif kind == "detached":  # the prototype trained through functions under no_grad
         policy.model.encode_image = torch.no_grad()(policy.model.encode_image)
     elif kind == "equal samples":
-        monkeypatch.setattr(ppo, "sample_masks", lambda logits, count, *_: torch.stack([logits > 0] * count))
+        monkeypatch.setattr(
+            ppo.ppo_math, "sample_masks", lambda logits, count, *_: torch.stack([logits > 0] * count)
+        )
     elif kind.startswith("blind"):
         states = policy.model.seg_states(policy.prepare(crossing_lines(64).images))
         policy.model.seg_states = lambda inputs: states[: len(inputs.sizes)]

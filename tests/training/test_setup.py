@@ -13,12 +13,13 @@ import pytest
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import find_samples
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation.results import Caveat
-from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.config import TrainConfig, get_preset
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
-from vesselrl.training.setup import RunData, check_disk, prepare_data
+from vesselrl.training.setup import RunData, check_disk, make_model, prepare_data
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
@@ -103,3 +104,30 @@ def test_augmentation_changes_image_truth_and_topology_anew_in_every_pass(angiog
     assert any(not np.array_equal(truth, later[key]) for key, truth in zip(one.keys, one.truths, strict=True))
     again = next(source.epoch(1))
     assert all(np.array_equal(a, b) for a, b in zip(one.images, again.images, strict=True))
+
+
+def test_every_pass_shows_other_crops_the_same_after_a_resume_and_keeps_nothing(
+    angiograms: Path, tiny_checkpoint: Path
+) -> None:
+    samples, places = find_samples(angiograms)[:4], []
+    dataset = VesselDataset(samples, seed=3, tiling=Tiling(40, 40))
+    source = BatchSource(dataset, 1, seed=3, num_passes=lambda epoch: 3)
+    batches = list(source.epoch(1))
+    for batch in batches:
+        (image,), (truth,), (shape,) = batch.images, batch.truths, batch.topologies
+        whole, mask = dataset[[sample.key for sample in samples].index(batch.keys[0])][:2]
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (40, 40, 3))[:, :, 0]
+        ((row, column),) = np.argwhere((windows == image).all(axis=(2, 3, 4)))
+        assert np.array_equal(mask[row : row + 40, column : column + 40], truth)
+        assert np.array_equal(shape.skeleton, topology(truth).skeleton)
+        places.append((int(row), int(column)))
+    assert len(set(places)) == len(places) == 12
+    later = next(source.epoch(1, skip=7))
+    assert later.keys == batches[7].keys
+    assert np.array_equal(later.images[0], batches[7].images[0])
+    changed = {"model_path": str(tiny_checkpoint), "sanity_overfit": 4, "augment": "strong"}
+    data = RunData(samples, samples[:1], [], {}, {}, {})
+    for tile_px, repeats in ((None, True), (64, True), (40, False)):  # of 64 px; the square has 128
+        policy, tiling = make_model(get_preset("debug", tile_px=tile_px, **changed), "cpu", data)
+        assert policy.keys_repeat == VesselDataset(samples, tiling=tiling).repeats == repeats
+        assert policy.predictor.tiling == tiling == Tiling.of_model(tile_px, 128)

@@ -2,10 +2,10 @@
 
 Flips and quarter turns move whole pixels; rotation, scale and elastic bending become one map, and image and
 mask are read through it once, bilinear: a mask cut at one half keeps a 3-px vessel better than the nearest
-neighbour. Beyond its border both go on as their mirror image, or end in black, as at an X-ray aperture.
+neighbour. Beyond its border both are black, as at the edge of an X-ray aperture.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -15,7 +15,6 @@ from vesselrl.scoring.overlap import as_mask
 UNIT_PX = 512  # shorter side of the image in whose pixels the lengths of a plan are given
 _NUM_BENDS = 8  # control points of the elastic grid along the shorter side
 _STREAM = 0xA06  # keeps these random numbers apart from others of the same seed
-BORDERS = {"mirror": cv2.BORDER_REFLECT_101, "black": cv2.BORDER_CONSTANT}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Augmentation:
     contrast: float = 1.0  # largest factor about the mean brightness, drawn as the scale
     blur_px: float = 0.0  # largest standard deviation of a Gaussian blur, uniform from 0
     noise: float = 0.0  # largest standard deviation of Gaussian noise, in shares of the full range, as above
-    border: str = "mirror"  # what lies beyond the border of the old image: mirror or black
 
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in fields(self)]
@@ -47,18 +45,17 @@ class Augmentation:
     @property
     def is_none(self) -> bool:
         """True if nothing is ever changed, so that what was computed for an image holds in every epoch."""
-        return replace(self, border="mirror") == Augmentation()
+        return self == Augmentation()
 
 
 AUGMENTATIONS = {
     "none": Augmentation(),
     "light": Augmentation(
-        flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01,
-        border="black"
+        flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01
     ),
     "strong": Augmentation(
         flips=True, quarter_turns=True, rotation_deg=25, scale=1.25, elastic_px=6,
-        gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03, border="black"
+        gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03
     ),
 }  # fmt: skip
 
@@ -93,8 +90,8 @@ def augment(
     image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
     if plan.rotation_deg > 0 or plan.scale > 1 or plan.elastic_px > 0:
         places = _source_places(mask.shape, angle, factor, plan.elastic_px, bend)
-        image = _read(image, places, plan.border)
-        mask = _read(mask.view(np.uint8) * np.uint8(255), places, plan.border) >= 128
+        image = cv2.remap(image, places, None, cv2.INTER_LINEAR)
+        mask = cv2.remap(mask.view(np.uint8) * np.uint8(255), places, None, cv2.INTER_LINEAR) >= 128
     gamma, contrast = plan.gamma ** light.uniform(-1, 1), plan.contrast ** light.uniform(-1, 1)
     if gamma != 1 or contrast != 1:  # gamma, then contrast about the mean: one curve for all channels
         curve = (np.arange(256) / 255) ** gamma
@@ -129,7 +126,3 @@ def _source_places(
         shifts = elastic * rng.uniform(-1, 1, (*grid, 2)).astype(np.float32)
         places += cv2.resize(shifts, (width, height), interpolation=cv2.INTER_CUBIC)
     return places
-
-
-def _read(pixels: np.ndarray, places: np.ndarray, border: str) -> np.ndarray:
-    return cv2.remap(pixels, places, None, cv2.INTER_LINEAR, borderMode=BORDERS[border])

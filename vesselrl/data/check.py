@@ -21,19 +21,11 @@ from vesselrl.data import samples
 from vesselrl.data.formats import list_entries
 from vesselrl.data.images import read_oddities
 from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look_of
+from vesselrl.data.pairing import LABEL_ENDINGS
 from vesselrl.data.patients import lone_frames
 from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
-from vesselrl.data.records import (
-    CODES,
-    LABEL_ENDINGS,
-    DataFolder,
-    Entry,
-    Finding,
-    Findings,
-    Listing,
-    Severity,
-)
+from vesselrl.data.records import CODES, DataFolder, Entry, Finding, Findings, Listing, Severity
 from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
@@ -151,11 +143,10 @@ def check_listing(
     listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings, near_duplicates: bool = False
 ) -> DataReport:
     """The report of a data root whose entries have pseudonyms already; adds to `findings`."""
-    folder = listing.folder
     entries = list(samples.different_images(listing, aliases, findings))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        check = partial(check_entry, folder=folder, with_look=near_duplicates)
-        checked = list(pool.map(lambda entry: check(entry, aliases[entry.name]), entries))
+        check = partial(check_entry, folder=listing.folder, with_look=near_duplicates)
+        checked = list(pool.map(check, entries, [aliases[entry.name] for entry in entries]))
     for result in checked:
         findings.extend(result.findings)
     usable = [result for result in checked if result.sample is not None]
@@ -167,9 +158,8 @@ def check_listing(
         if agreement["mean"] < MIN_AGREEMENT:
             findings.add("mean_disagreement", **agreement)
     foreground = {result.sample.key: result.foreground for result in usable}
-    shares = set(foreground.values())
     for share, what, code in ((0, "empty", "empty_mask"), (1, "without background", "all_foreground")):
-        if shares == {share}:
+        if {*foreground.values()} == {share}:
             text = f"All {len(usable)} masks are {what}. Check that masks or polygons mark the vessels."
             findings.error(code, text)
     num_files = sum(result.sample.mask_path is not None for result in usable)
@@ -208,8 +198,7 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder, with_look: b
     digest, look, mask, agreement = "", None, None, None
     if entry.image_path is not None and not findings.of("unreadable_image"):
         with findings.catching(record, image_file):
-            path, shown = entry.image_path, f"{record}: image"
-            pixels = samples.read_with_findings(path, shown, findings, image_file)
+            pixels = samples.read_with_findings(entry.image_path, f"{record}: image", findings, image_file)
             content = repr(pixels.shape).encode() + pixels.tobytes()
             digest = hashlib.blake2b(content, digest_size=16).hexdigest()
             look = look_of(pixels) if with_look else None
@@ -231,8 +220,7 @@ def check_entry(entry: Entry, alias: Pseudonym, folder: DataFolder, with_look: b
 def _check_label(sample: samples.Sample, shape: tuple[int, int], file: str, findings: Findings) -> None:
     """Frames of the mask file, or outlines whose pixels are not what was drawn."""
     if sample.mask_path is not None:
-        frames = read_oddities(sample.mask_path, sample.record).get("several_frames")
-        if frames is not None:
+        if frames := read_oddities(sample.mask_path, sample.record).get("several_frames"):
             findings.add("several_frames", f"{sample.record}: mask", file, value=frames)
         return
     polygons = [outline for outline in sample.outlines if not isinstance(outline, RunLengths)]
@@ -253,8 +241,7 @@ def _check_text(entry: Entry, record: str, findings: Findings) -> None:
     elif not isinstance(text, list) or not all(isinstance(item, str) for item in text):
         findings.add("bad_text", record)
     elif "text" in entry.content and mask and len(text) != len(mask):
-        # One text for all is the usual form.
-        severity = "info" if len(text) == 1 else "warning"
+        severity = "info" if len(text) == 1 else "warning"  # one text for all is the usual form
         findings.add("text_length", record, severity=severity, texts=len(text), objects=len(mask))
 
 
@@ -276,13 +263,13 @@ def _check_whole(
     listing: Listing, entries: list[Entry], usable: list[CheckedEntry], findings: Findings
 ) -> None:
     """Files that belong to nothing, images with the same pixels, and shapes of several classes."""
-    stems = {path.stem for path in listing.images}
-    kinds = [("missing_label" if listing.pairs else "extra_image", path) for path in listing.extra_images]
+    stems, are_pairs = {path.stem for path in listing.images}, listing.pairs
+    kinds = [("missing_label" if are_pairs else "extra_image", path) for path in listing.extra_images]
     for path in listing.extra_masks:
         has_image = any(path.stem.removesuffix(ending) in stems for ending in LABEL_ENDINGS)
-        kinds.append(("missing_image" if listing.pairs and not has_image else "extra_mask", path))
-    for code, path in kinds:
-        findings.add(code, listing.folder.shown(path), listing.folder.shown(path))
+        kinds.append(("missing_image" if are_pairs and not has_image else "extra_mask", path))
+    for code, shown in ((code, listing.folder.shown(path)) for code, path in kinds):
+        findings.add(code, shown, shown)
     first: dict[str, str] = {}
     for result in usable:
         if (other := first.setdefault(result.digest, result.sample.record)) != result.sample.record:

@@ -16,6 +16,7 @@ from vesselrl.data.curriculum import open_samples
 from vesselrl.data.pseudonyms import LABELS
 from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
+from vesselrl.data.tiles import WHOLE, Tiling
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.scoring.topology import Topology, topology
 
@@ -35,11 +36,17 @@ class VesselDataset:
     """
 
     def __init__(
-        self, samples: Sequence[Sample], augmentation: Augmentation = AUGMENTATIONS["none"], seed: int = 0
+        self,
+        samples: Sequence[Sample],
+        augmentation: Augmentation = AUGMENTATIONS["none"],
+        seed: int = 0,
+        tiling: Tiling = WHOLE,
     ):
         self.samples = tuple(samples)
         self.augmentation = augmentation
         self.seed = seed
+        self.tiling = tiling
+        self.repeats = augmentation.is_none and not tiling.cuts_any(samples)  # every epoch shows the same
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._bytes_left = CACHE_BYTES
 
@@ -56,8 +63,11 @@ class VesselDataset:
         return image.copy(), mask.copy(), sample
 
     def augmented(self, index: int, epoch: int) -> Item:
-        """One item as this epoch shows it; the same whenever and in whatever order it is asked for."""
+        """One item, or a crop of it, as this epoch shows it; the same whenever it is asked for."""
         image, mask, sample = self[index]
+        if self.tiling.cuts(*mask.shape):
+            crop = self.tiling.crop(*mask.shape, self.seed, epoch, index)
+            image, mask = image[crop].copy(), mask[crop].copy()
         return *augment_image(image, mask, self.augmentation, self.seed, epoch, index), sample
 
 
@@ -76,7 +86,7 @@ class BatchSource:
     """Batches of a data set, epoch by epoch, each pass over the data in another order.
 
     Seed and epoch decide order and augmentation. With `difficulties` easy images come first, see
-    `open_samples`. The truth's topology is computed once, or anew where augmentation changes the truth.
+    `open_samples`. The truth's topology is computed once, or anew where crop or augmentation change it.
     """
 
     dataset: VesselDataset
@@ -119,7 +129,7 @@ class BatchSource:
         return open_samples(self.difficulties, epoch, self.num_epochs)
 
     def _topology(self, key: str, mask: np.ndarray) -> Topology:
-        if not self.dataset.augmentation.is_none:
+        if not self.dataset.repeats:
             return topology(mask)
         if key not in self._topologies:
             self._topologies[key] = topology(mask)

@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from vesselrl.data import pairing, polygons, records
-from vesselrl.data.images import IMAGE_SUFFIXES, read_mask
-from vesselrl.data.pairing import Names, below, fold, list_files, list_images
+from vesselrl.data.images import read_mask
+from vesselrl.data.pairing import Names, below, fold, folder_key, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, describe, mask_to_polygons
-from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.data.records import DataFolder, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
@@ -33,24 +32,16 @@ OPEN_SHAPES = ("point", "points", "line", "linestrip")
 PAIRS = "image and mask files"
 
 
-def list_entries(
-    root: Path,
-    findings: Findings,
-    image_dir: str | None = None,
-    mask_dir: str | None = None,
-    mask_suffix: str | None = None,
-) -> Listing:
+def list_entries(root: Path, findings: Findings, **places: str | None) -> Listing:
     """The entries of a data root in the first layout that is there.
 
-    Folders of images and masks below it, and what follows the image's name in that of its mask, are searched
-    where they are not given.
+    `places`: image_dir and mask_dir, folders below it, and mask_suffix, what follows the image's name in that
+    of its mask; they are searched where they are not given.
     """
     if not os.path.isdir(root):  # unlike Path's it is false where a folder above cannot be entered
         raise DataError("The data root is not a folder. Give the folder that holds images/.")
-    folder = DataFolder(root, image_dir, mask_dir, mask_suffix)
-    if (listing := _read_first(folder, findings)) is not None:
-        return listing
-    if image_dir is mask_dir is None and (listing := _list_subsets(folder, mask_suffix, findings)):
+    folder = DataFolder(root, **places)
+    if (listing := _read_first(folder, findings) or _list_subsets(folder, findings)) is not None:
         return listing
     raise DataError(
         "The data root holds no annotations: neither annotations.json nor masks/, and no json/, COCO file or "
@@ -61,43 +52,43 @@ def list_entries(
 
 
 def _read_first(folder: DataFolder, findings: Findings) -> Listing | None:
-    return next((found for read in READERS if (found := read(folder, findings)) is not None), None)
+    return next(filter(None, (read(folder, findings) for read in READERS)), None)
 
 
-def _list_subsets(folder: DataFolder, mask_suffix: str | None, findings: Findings) -> Listing | None:
+def _list_subsets(folder: DataFolder, findings: Findings) -> Listing | None:
     """The entries of train/, valid/ and test/: all of an export, the training images of published pairs.
 
     An export deals out single images, which is no split by patient; a published test set is left alone.
     """
-    listings: dict[str, Listing] = {}
-    for path in folder.subsets:
-        first = next(iter(listings.values()), None)
-        subset = DataFolder(path, mask_suffix=mask_suffix)
-        subset.prefix = f"{path.name}/"
+    listings: list[Listing] = []
+    folders = [] if folder.are_given else pairing.subfolders(folder.path)
+    for path in (path for name in pairing.SUBSETS for path in folders if folder_key(path.name) == name):
         try:
-            if (listing := _read_first(subset, findings)) is not None:
-                listings[path.name] = listing
+            subset = DataFolder(path, mask_suffix=folder.mask_suffix, prefix=f"{path.name}/")
+            listings += filter(None, [_read_first(subset, findings)])
         except DataError:
-            if first is None or not first.pairs:
+            if not listings or not listings[0].pairs:
                 raise
     if not listings:
         return None
-    first, *others = listings.values()
+    first, *others = listings
     if first.pairs:
         first.folder.mapping_file = folder.mapping_file
         if others:
             counts = [f"{one.folder.prefix} ({len(one.entries)})" for one in others]
             findings.add("other_subsets", what=", ".join(counts))
         return first
-    entries = [replace(e, name=f"{name}/{e.name}") for name, one in listings.items() for e in one.entries]
-    images, masks = ([f for one in (first, *others) for f in getattr(one, k)] for k in ("images", "masks"))
+    entries = [replace(e, name=one.folder.prefix + e.name) for one in listings for e in one.entries]
+    images, masks = ([f for one in listings for f in getattr(one, kind)] for kind in ("images", "masks"))
     return Listing(folder, first.layout, entries, images, masks)
 
 
-def _size(content: Mapping, *fields: str) -> tuple | None:
+def _size(content: Mapping) -> tuple | None:
     """Width and height as a record gives them; None without."""
-    values = tuple(content.get(name) for name in fields)
-    return None if values == (None, None) else values
+    for names in (("imageWidth", "imageHeight"), ("width", "height")):
+        if any(content.get(name) is not None for name in names):
+            return tuple(map(content.get, names))
+    return None
 
 
 def _read_parts(parts: list, read: Callable, size: Size, record: str, findings: Findings) -> list[Outline]:
@@ -117,31 +108,21 @@ def read_record_list(folder: DataFolder, findings: Findings) -> Listing | None:
         return None
     file = folder.prefix + ANNOTATIONS
     contents = records.read_json(folder.path / ANNOTATIONS, file)
-    if _is_coco(contents):
+    if _is_coco(contents, file):
         return _list_coco(folder, [(file, contents)], findings)
     if not isinstance(contents, list) or not contents:
         fault = "is an empty list" if contents == [] else "holds no list"
         advice = 'Write a record for each image: [{"image": ..., "mask": ...}, ...].'
         raise DataError(f"{file} {fault}. {advice}", "bad_json")
-    _refuse_label_studio(file, contents)
     entries = []
     for index, content in enumerate(contents):
         place = f"{file} record {index}"
         with findings.catching(place, file):
             content = content if isinstance(content, dict) else {}
-            located = folder.locate(content.get("image"), place)
+            name, path = folder.locate(content.get("image"), place)
             label = partial(_read_mask_field, content["mask"]) if "mask" in content else None
-            size = _size(content, "imageWidth", "imageHeight") or _size(content, "width", "height")
-            entries.append(Entry(located[0], place, located[1], label, size, content))
+            entries.append(Entry(name, place, path, label, _size(content), content))
     return folder.listing(ANNOTATIONS, entries)
-
-
-def _refuse_label_studio(file: str, content: object) -> None:
-    """Refuses the two own forms of Label Studio's export, which hold no outlines in px."""
-    first = content[0] if isinstance(content, list) and content else None
-    if isinstance(first, dict) and ({"data", "annotations"} <= set(first) or "annotation_id" in first):
-        advice = "Export the project as COCO, or the brush labels as PNG."
-        raise DataError(f"{file} is Label Studio's own JSON, which is not read. {advice}", "bad_json")
 
 
 def _read_mask_field(mask: object, size: Size, record: str, findings: Findings) -> list[Outline]:
@@ -174,8 +155,7 @@ def read_coco(folder: DataFolder, findings: Findings) -> Listing | None:
     files = [(folder.prefix + file.name, file) for file in files if file.is_file()]
     contents = [(name, records.read_json(file, name)) for name, file in files]
     for name, content in contents:
-        _refuse_label_studio(name, content)
-        if not _is_coco(content):
+        if not _is_coco(content, name):
             raise DataError(f"{name} has no lists 'images' and 'annotations', as COCO files do.", "bad_json")
     if not contents and folder.pair_folder is None:
         contents = [item for place in folders for item in _find_coco(folder, place)]
@@ -184,26 +164,30 @@ def read_coco(folder: DataFolder, findings: Findings) -> Listing | None:
 
 def _find_coco(folder: DataFolder, place: Path) -> Iterator[tuple[str, dict]]:
     """COCO files of any other name in a folder; JSON that is called after an image is LabelMe."""
-    files = list_files(place, deep=False) if place.is_dir() else []
-    images = {fold(file.stem) for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-    for file in files:
-        if file.suffix.lower() != ".json" or fold(file.stem) in images or file.name == MAPPING_FILE:
+    images = {fold(file.stem) for file in list_images(place, deep=False)}
+    for file in list_files(place, (".json",), deep=False):
+        if fold(file.stem) in images:
             continue
-        shown = folder.prefix + file.name if _COCO_WORDS.fullmatch(file.stem) else folder.shown(file)
+        is_known = _COCO_WORDS.fullmatch(file.stem)
+        shown = folder.prefix + file.name if is_known else folder.shown(file)
         try:
             content = records.read_json(file, shown)
         except DataError:
-            if _COCO_WORDS.fullmatch(file.stem):
+            if is_known:
                 raise
             continue  # nothing says that it is about these images
-        _refuse_label_studio(shown, content)
-        if _is_coco(content):
+        if _is_coco(content, shown):
             yield shown, content
 
 
-def _is_coco(content: object) -> bool:
-    lists = (content.get("images"), content.get("annotations")) if isinstance(content, dict) else (None,)
-    return all(isinstance(part, list) for part in lists)
+def _is_coco(content: object, file: str) -> bool:
+    """Whether JSON has the form of COCO; refuses those of Label Studio, which hold no outlines in px."""
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, dict) and ({"data", "annotations"} <= set(first) or "annotation_id" in first):
+        advice = "Export the project as COCO, or the brush labels as PNG."
+        raise DataError(f"{file} is Label Studio's own JSON, which is not read. {advice}", "bad_json")
+    parts = ("images", "annotations")
+    return isinstance(content, dict) and all(isinstance(content.get(part), list) for part in parts)
 
 
 def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: Findings) -> Listing:
@@ -220,10 +204,8 @@ def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: F
                 if image_id not in known:
                     kinds = {type(value) for value in (*known, image_id)}
                     mixed = " (some ids are texts, others numbers)" if len(kinds) > 1 else ""
-                    fault = (
-                        f"belongs to no image of the file{mixed}. Add the image, or remove the annotation."
-                    )
-                    raise DataError(f"{place} {fault}", "missing_image")
+                    fault = f"{place} belongs to no image of the file{mixed}"
+                    raise DataError(f"{fault}. Add the image, or remove the annotation.", "missing_image")
                 annotations[image_id].append((f"annotation {index}", annotation))
         first: dict[object, int] = {}
         for index, image in enumerate(content["images"]):
@@ -237,8 +219,8 @@ def _list_coco(folder: DataFolder, contents: list[tuple[str, dict]], findings: F
                 name, path = folder.locate(image.get("file_name"), place, "file_name")
                 parts = annotations[image_id]
                 label = partial(_read_parts, parts, _read_annotation)
-                size = _size(image, "width", "height")
-                entries.append(Entry(name, place, path, label, size, {"annotations": [a for _, a in parts]}))
+                content = {"annotations": [annotation for _, annotation in parts]}
+                entries.append(Entry(name, place, path, label, _size(image), content))
     if not entries:
         raise DataError(f"{contents[0][0]} names no images. Add an object for each image.", "bad_json")
     return folder.listing("COCO", entries)
@@ -270,13 +252,12 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
     by_name = Names({below(path, folder.image_folder): path for path in reversed(folder.images)})
     if not json_folder.is_dir():
         json_folder = folder.image_folder
-        beside = [below(path, json_folder) for path in json_folder.glob("*.json")]
+        beside = [below(path, json_folder) for path in list_files(json_folder, (".json",), deep=False)]
         # In the data root itself JSON may be anything.
         if not beside or (json_folder == folder.path and not any(map(by_name.get, beside))):
             return None
-    if not (files := [path for path in list_files(json_folder) if path.suffix.lower() == ".json"]):
+    if not (files := list_files(json_folder, (".json",))):
         raise DataError("The data root holds no annotations: json/ is empty. Fill it, or remove it.")
-    files = [file for file in files if file != folder.mapping_file]
     entries = []
     for file in files:
         name, place = below(file, json_folder), folder.shown(file)
@@ -291,12 +272,10 @@ def read_labelme(folder: DataFolder, findings: Findings) -> Listing | None:
                 name = below(image, folder.image_folder)
             parts = [(f"shape {number}", shape) for number, shape in enumerate(content["shapes"])]
             label = partial(_read_parts, parts, _read_shape)
-            size = _size(content, "imageWidth", "imageHeight")
             content.pop("imageData", None)  # the image once more
-            entries.append(Entry(name, place, image, label, size, content))
-    used = {entry.image_path for entry in entries}
-    others = ((name, path) for name, path in sorted(by_name.files.items()) if path not in used)
-    entries += [Entry(name, folder.shown(path), path) for name, path in others]
+            entries.append(Entry(name, place, image, label, _size(content), content))
+    others = by_name.files.items() - {(entry.name, entry.image_path) for entry in entries}
+    entries += [Entry(name, folder.shown(path), path) for name, path in sorted(others)]
     return folder.listing("LabelMe", entries, by_name.files)
 
 
@@ -359,10 +338,9 @@ def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:
         fault = f"none of {len(images)} images in {place} has a mask of the same name in {labels}"
         wanted = "<image>_mask.png or <image>.png, or with one and the same ending after all image names"
         wanted = wanted if len(folder.endings) > 1 else f"<image>{folder.endings[0]}.png"
-        advice = f"Name the masks {wanted}, or give --image_dir, --mask_dir or --mask_suffix (docs/data.md)."
         raise DataError(
-            f"The data root holds no annotations: {fault}. "
-            f"It holds {pairing.inventory(folder.path)}. {advice}"
+            f"The data root holds no annotations: {fault}. It holds {pairing.inventory(folder.path)}. Name "
+            f"the masks {wanted}, or give --image_dir, --mask_dir or --mask_suffix (docs/data.md)."
         )
     return listing
 
@@ -371,15 +349,15 @@ def read_flat_pairs(folder: DataFolder, _: Findings) -> Listing | None:
     """Images with their labels beside them, in `images/` or in the data root itself, as DCA1."""
     place = folder.image_folder if folder.image_folder.is_dir() else folder.path
     endings = tuple(fold(ending) for ending in (*folder.endings, *pairing.SECOND_OBSERVER) if ending)
-    kinds: dict[bool, list[Path]] = {True: [], False: []}
-    for file in list_images(place, deep=False):
-        kinds[fold(file.stem).endswith(endings)].append(file)
-    labels = Names({path.stem: path for path in reversed(kinds[True])})
-    endings = labels.endings_in_use(ending for ending in folder.endings if ending)
-    pairs = [(path, pairing.find_label([path.stem], labels, endings)) for path in kinds[False]]
+    files = list_images(place, deep=False)
+    masks = [path for path in files if fold(path.stem).endswith(endings)]
+    images = [path for path in files if not fold(path.stem).endswith(endings)]
+    labels = Names({path.stem: path for path in reversed(masks)})
+    endings = labels.endings_in_use(filter(None, folder.endings))
+    pairs = [(path, pairing.find_label([path.stem], labels, endings)) for path in images]
     entries = [Entry(path.stem, folder.shown(path), path, mask_path=mask) for path, mask in pairs if mask]
     pairing.refuse_shared({entry.name: entry.mask_path for entry in entries})
-    return Listing(folder, PAIRS, entries, kinds[False], kinds[True]) if entries else None
+    return Listing(folder, PAIRS, entries, images, masks) if entries else None
 
 
 # The first that knows the folder is used; the others return None.

@@ -21,10 +21,8 @@ from vesselrl.errors import DataError
 MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
 # What Pillow raises for files that are broken in one way or another.
-_BROKEN = (
-    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError),
-    *(struct.error, zlib.error),
-)
+_BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError)
+_BROKEN += (struct.error, zlib.error)
 _ORIENTATION_TAG = 0x0112
 _TILE_TAGS = (0x0142, 0x0143)
 _DEEP = "more than 8 bits"
@@ -38,11 +36,11 @@ _TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(
 def read_oddities(path: Path, record: str) -> dict[str, object]:
     """EXIF orientation, pixel format, frames by the code of their finding, where odd; no pixel is decoded."""
     with _opened(path, record, "unreadable_image") as image:
-        deep = _is_deep(image)
+        is_deep = _is_deep(image)
         # Pillow turns a TIFF itself.
         turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
         found = {"rotated_image": turned} if turned != 1 else {}
-        if deep:
+        if is_deep:
             found["sixteen_bit_image"] = image.mode
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             found["alpha_image"] = image.mode
@@ -252,15 +250,12 @@ def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Ima
         fault = f"its pixels are more than {MAX_PIXELS:,}. Save it smaller, or remove it."
         raise DataError(f"{record}: {fault}", "too_large") from None
     except FileNotFoundError:
-        code, fault = "missing_file", "missing. Restore it, or remove the record."
-    except Image.UnidentifiedImageError:
-        code, fault = broken, "not an image. Replace it, or remove the record."
+        fault = "the file is missing. Restore it, or remove the record."
+        raise DataError(f"{record}: {fault}", "missing_file") from None
     except _BROKEN as error:
-        what = getattr(error, "strerror", None) or error
-        code, fault = broken, f"damaged ({what}). Replace it, or remove the record."
-    else:
-        return
-    raise DataError(f"{record}: the file is {fault}", code) from None
+        is_none = isinstance(error, Image.UnidentifiedImageError)
+        what = "not an image" if is_none else f"damaged ({getattr(error, 'strerror', None) or error})"
+        raise DataError(f"{record}: the file is {what}. Replace it, or remove the record.", broken) from None
 
 
 def check_pixels(size: tuple[int, int], record: str) -> None:

@@ -8,13 +8,14 @@ correlate by up to 0.84. Frames that were processed differently, or lie further 
 import logging
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from vesselrl.data.pseudonyms import read_text
 from vesselrl.data.samples import Sample
 from vesselrl.data.splits import SUBSETS, Split
 from vesselrl.errors import DataError
@@ -30,22 +31,30 @@ _SIZE, _MAP_SIZE, _MAX_SHIFT = 256, 64, 6  # px; the shift in those of the map
 
 
 def look_of(image: np.ndarray) -> Look:
-    """Hash and vessel map of an image, uint8 (H, W, 3)."""
+    """Hash, of structures without shading, and vessel map of an image, uint8 (H, W, 3)."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     grey = cv2.resize(grey, (_SIZE, _SIZE), interpolation=cv2.INTER_AREA)
-    return hash_image(grey), _vessel_map(grey)
+    pixels = grey.astype(np.float32)
+    detail = pixels - cv2.GaussianBlur(pixels, (0, 0), 0.06 * _SIZE)
+    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 0.06 * _SIZE)) + 8
+    flat = Image.fromarray(np.clip(128 + 48 * detail / contrast, 0, 255).astype(np.uint8))
+    small = np.asarray(flat.resize((HASH_BITS, HASH_BITS), Image.Resampling.LANCZOS))
+    return (small > small.mean()).ravel(), _vessel_map(grey)
 
 
 def find_near_duplicates(samples: Sequence[Sample], looks: Sequence[Look]) -> list[Pair]:
     """Pairs of images of different patients, probably frames of one run, nearest first."""
     if len(samples) < 2:
         return []
-    order = sorted(range(len(samples)), key=lambda place: samples[place].key)
-    samples, looks = [samples[place] for place in order], [looks[place] for place in order]
-    patients = np.unique([sample.patient for sample in samples], return_inverse=True)[1]
-    near = _near_hashes(np.stack([bits for bits, _ in looks]), patients, MAX_DISTANCE)
-    alike = [(i, j, n) for i, j, n in near if _correlation(looks[i][1], looks[j][1]) >= MIN_CORRELATION]
-    found = [(samples[i].key, samples[j].key, bits) for i, j, bits in alike]
+    samples, looks = zip(*sorted(zip(samples, looks, strict=True), key=lambda item: item[0].key), strict=True)
+    words = np.packbits([bits for bits, _ in looks], axis=1).view(np.uint64)
+    patients, found = np.unique([sample.patient for sample in samples], return_inverse=True)[1], []
+    for one in range(len(words) - 1):
+        distances = np.bitwise_count(words[one + 1 :] ^ words[one]).sum(axis=1, dtype=int)
+        near = (distances <= MAX_DISTANCE) & (patients[one + 1 :] != patients[one])
+        for other, bits in zip(one + 1 + np.flatnonzero(near), distances[near].tolist(), strict=True):
+            if _correlation(looks[one][1], looks[other][1]) >= MIN_CORRELATION:
+                found.append((samples[one].key, samples[other].key, bits))
     return sorted(found, key=lambda pair: (pair[2], pair))
 
 
@@ -69,16 +78,6 @@ def check_near_duplicates(split: Split, found: Sequence[Pair]) -> list[Pair]:
     return pairs
 
 
-def hash_image(grey: np.ndarray) -> np.ndarray:
-    """The 256 bits of a grey image, bool (256,), of its structures without the shading of the background."""
-    pixels = grey.astype(np.float32)
-    detail = pixels - cv2.GaussianBlur(pixels, (0, 0), 0.06 * _SIZE)
-    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 0.06 * _SIZE)) + 8
-    flat = Image.fromarray(np.clip(128 + 48 * detail / contrast, 0, 255).astype(np.uint8))
-    small = np.asarray(flat.resize((HASH_BITS, HASH_BITS), Image.Resampling.LANCZOS))
-    return (small > small.mean()).ravel()
-
-
 def _vessel_map(grey: np.ndarray) -> np.ndarray:
     """Dark structures narrower than 7 % of the image as float32 (64, 64), 0 to 255."""
     width = int(0.07 * _SIZE) | 1
@@ -97,16 +96,6 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float:
     return max([0.0, *(float(cv2.matchTemplate(*pair, cv2.TM_CCOEFF_NORMED).max()) for pair in uneven)])
 
 
-def _near_hashes(hashes: np.ndarray, patients: np.ndarray, threshold: int) -> Iterator[tuple[int, int, int]]:
-    """(i, j, distance) with i < j for different patients and at most `threshold` different bits."""
-    words = np.packbits(hashes, axis=1).view(np.uint64)
-    for one in range(len(words) - 1):
-        distances = np.bitwise_count(words[one + 1 :] ^ words[one]).sum(axis=1, dtype=int)
-        near = (distances <= threshold) & (patients[one + 1 :] != patients[one])
-        for offset in np.flatnonzero(near):
-            yield one, one + 1 + int(offset), int(distances[offset])
-
-
 def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[str]:
     """Keys of the samples of patients whose images the base model was trained on: no baseline there.
 
@@ -116,12 +105,7 @@ def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[st
     if choice in ("none", "all"):
         return {sample.key for sample in samples} if choice == "all" else set()
     path = Path(choice)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError("--base_trained_on is no file. Give none, all or a text file.") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path.name} is not UTF-8. Save it as UTF-8, one file name per line.") from None
+    text = read_text(path, "--base_trained_on is no file. Give none, all or a text file.")
     lines = [unicodedata.normalize("NFKC", line).strip().replace("\\", "/") for line in text.splitlines()]
     listed = {PurePosixPath(line): number for number, line in enumerate(lines, 1) if line and line[0] != "#"}
     named: dict[str, set[tuple[str, str]]] = defaultdict(set)  # what a line may say → (patient, folder)
@@ -141,8 +125,7 @@ def pretraining_overlap(choice: str | Path, samples: Sequence[Sample]) -> set[st
     if not seen:
         what = f"None of {len(listed)} lines of {path.name} is an image of this data"
         raise DataError(f"{what}. Write a file name or a key such as P001_S1_F0011 per line, or give none.")
-    keys = {sample.key for sample in samples if sample.patient in seen}
-    numbers = len(seen), len({sample.patient for sample in samples}), len(keys), len(samples)
+    keys, num_patients = {s.key for s in samples if s.patient in seen}, len({s.patient for s in samples})
     note = "pretraining overlap: the base model was trained on %d of %d patients: %d of %d images"
-    logger.info(note, *numbers)
+    logger.info(note, len(seen), num_patients, len(keys), len(samples))
     return keys

@@ -3,6 +3,7 @@
 Names are compared without case and in one Unicode form. Where two files fit, none is taken.
 """
 
+import operator
 import os
 import re
 import unicodedata
@@ -16,18 +17,16 @@ from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.errors import DataError
 
 # Usual names of folders without case, spaces and punctuation, best first.
-IMAGE_FOLDERS = tuple(
+IMAGE_FOLDERS = (
     "images image imgs img original originals originalimages originalimage imagestr jpegimages stareimages "
-    "fundusimages pictures frames".split()
-)
-LABEL_FOLDERS = ("masks", "1stmanual", "manual1", "labels", "groundtruth", "gt")
-# Read where nothing but pairs of files is there: beside other annotations they may hold something else.
-# `mask` comes last, because it is the field of view in DRIVE and HRF.
-PAIR_FOLDERS = tuple(
-    "label labelsah labelstr segmented segmentation segmentations segmentationclass manual vessel vessels "
-    "manualsegmentations vesselsegmentations annotation annotations mask".split()
-)
-PAIR_FOLDERS = (*LABEL_FOLDERS, *PAIR_FOLDERS)
+    "fundusimages pictures frames"
+).split()
+LABEL_FOLDERS = ["masks", "1stmanual", "manual1", "labels", "groundtruth", "gt"]
+# The others are read where nothing but pairs of files is there: beside other annotations they may hold
+# something else. `mask` comes last, because it is the field of view in DRIVE and HRF.
+PAIR_FOLDERS = [*LABEL_FOLDERS, *"label labelsah labelstr segmented segmentation segmentations".split()]
+PAIR_FOLDERS += "segmentationclass manual vessel vessels manualsegmentations vesselsegmentations".split()
+PAIR_FOLDERS += ["annotation", "annotations", "mask"]
 # Parts of a data set that lie in folders of their own, in the order in which they are read.
 SUBSETS = ("training", "train", "valid", "validation", "val", "test", "testing")
 KNOWN_FOLDERS = {"json", *IMAGE_FOLDERS, *PAIR_FOLDERS, *SUBSETS}
@@ -88,11 +87,6 @@ def holds_images(folder: Path) -> bool:
     return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
 
 
-def is_label(path: Path, root: Path) -> bool:
-    """Whether a file lies in a folder of labels somewhere below `root`."""
-    return any(folder_key(part) in PAIR_FOLDERS for part in path.relative_to(root).parts[:-1])
-
-
 def plain_path(written: str) -> str:
     """The path in a path of any system or in a URL, with slashes.
 
@@ -117,9 +111,9 @@ def find_labels(folder: Path, images: Path | None) -> Path | None:
     found = find_folder(folder, PAIR_FOLDERS)
     if found and folder_key(found.name) not in LABEL_FOLDERS and not holds_images(found):
         return None  # `annotations` may hold JSON
-    if found and images and folder_key(found.name) == "mask":  # DRIVE's is the field of view
-        return None if any(path.stem.endswith(IMAGE_ENDINGS) for path in list_images(images)) else found
-    return found
+    may_be_drive = found and images and folder_key(found.name) == "mask"  # there it is the field of view
+    is_drive = may_be_drive and any(path.stem.endswith(IMAGE_ENDINGS) for path in list_images(images))
+    return None if is_drive else found
 
 
 def refuse_rivals(folder: Path, labels: Path) -> None:
@@ -145,8 +139,7 @@ def enter(root: Path) -> Path:
         folders = subfolders(root)
         if len(folders) != 1 or folder_key(folders[0].name) in {"json", *IMAGE_FOLDERS, *PAIR_FOLDERS}:
             return root
-        files = [path for path in list_files(root, deep=False) if path.name != MAPPING_FILE]
-        if any(path.suffix.lower() in (*IMAGE_SUFFIXES, ".json") for path in files):
+        if list_files(root, (*IMAGE_SUFFIXES, ".json"), deep=False):
             return root
         root = folders[0]
     return root
@@ -154,11 +147,10 @@ def enter(root: Path) -> Path:
 
 def inventory(folder: Path) -> str:
     """What a data root holds, by folder and ending, for messages: no name that could be a person's."""
-    found, others = [], Counter()
+    endings, found, others = (*IMAGE_SUFFIXES, ".json"), [], Counter()
     for place in (folder, *subfolders(folder)):
-        files = list_files(place, deep=place != folder)
-        counts = Counter(file.suffix.lower() for file in files if file.name != MAPPING_FILE)
-        counts = Counter({ending: counts[ending] for ending in (*IMAGE_SUFFIXES, ".json") if counts[ending]})
+        files = list_files(place, endings, deep=place != folder)
+        counts = Counter(sorted((file.suffix.lower() for file in files), key=endings.index))
         if place == folder:
             found += [_listed(counts)] if counts else []
         elif folder_key(place.name) in KNOWN_FOLDERS:
@@ -173,17 +165,17 @@ def _listed(counts: Counter) -> str:
     return ", ".join(f"{number} {ending}" for ending, number in counts.items()) or "nothing to read"
 
 
-def list_files(folder: Path, deep: bool = True) -> list[Path]:
-    """The files of a folder in the order of their names, without hidden ones; sub-folders too if `deep`."""
-    paths = folder.rglob("*") if deep else folder.glob("*")
-    files = [path for path in paths if not path.name.startswith(".") and path.is_file()]
+def list_files(folder: Path, suffixes: Sequence[str], deep: bool = True) -> list[Path]:
+    """The files of a folder by name, and of those in it if `deep`, but hidden ones and the mapping file."""
+    paths = (folder.rglob("*") if deep else folder.glob("*")) if folder.is_dir() else ()
+    found = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    files = [path for path in found if path.name != MAPPING_FILE and path.is_file()]
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
     """The image files of a folder in the order of their names; none where there is no folder."""
-    files = list_files(folder, deep) if folder.is_dir() else []
-    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    return list_files(folder, IMAGE_SUFFIXES, deep)
 
 
 def below(path: Path, folder: Path) -> str:
@@ -200,17 +192,14 @@ class Names:
         for name, path in self.files.items():
             self.folded[fold(name)].append(path)
 
-    def get(self, name: str, folded: str | None = None) -> Path | None:
-        """The file of a name; `folded` saves the folding of it."""
-        if (path := self.files.get(name)) is not None:
-            return path
-        same = self.folded.get(fold(name) if folded is None else folded, ())
+    def get(self, name: str) -> Path | None:
+        """The file of a name."""
+        same = [self.files[name]] if name in self.files else self.folded.get(fold(name), ())
         return same[0] if len(same) == 1 else None
 
     def endings_in_use(self, endings: Iterable[str]) -> list[str]:
         """Those of some endings that any name has."""
-        folded = {ending: fold(ending) for ending in endings}
-        return [ending for ending, last in folded.items() if any(name.endswith(last) for name in self.folded)]
+        return [ending for ending in endings if any(name.endswith(fold(ending)) for name in self.folded)]
 
 
 def find_label(own_names: Sequence[str], labels: Names, endings: Sequence[str]) -> Path | None:
@@ -219,9 +208,7 @@ def find_label(own_names: Sequence[str], labels: Names, endings: Sequence[str]) 
     for name in dict.fromkeys((*own_names, *drive)):
         # The bare number of DRIVE is not enough: `21` may be the label of another image.
         tried = [ending for ending in endings if ending or name in own_names]
-        folded = fold(name)
-        found = {e: labels.get(name + e, folded + fold(e)) for e in tried}
-        found = {ending: path for ending, path in found.items() if path is not None}
+        found = {ending: path for ending in tried if (path := labels.get(name + ending)) is not None}
         if "_mask" in found:
             found.pop("", None)
         if len(set(found.values())) > 1:
@@ -246,11 +233,9 @@ def infer_labels(names: Sequence[str], labels: Names) -> dict[str, Path]:
     A word for pictures that all images have (img_001 and mask_001) may come off as well. No such affix: an
     empty result; two that lead to different pairs are an error.
     """
-    folded = [fold(name) for name in names]
-    usable = {k: paths[0] for k, paths in labels.folded.items() if len(paths) == 1}
-    usable = {k: path for k, path in usable.items() if not k.endswith(tuple(map(fold, SECOND_OBSERVER)))}
-    found = set()
-    for cores in _without_image_words(folded):
+    second, found = tuple(map(fold, SECOND_OBSERVER)), set()
+    usable = {k: same[0] for k, same in labels.folded.items() if len(same) == 1 and not k.endswith(second)}
+    for cores in _without_image_words([fold(name) for name in names]):
         for prefix, suffix, is_of_label in _affixes(cores[0], usable):
             if is_of_label:
                 pairs = tuple(usable.get(_with_affix(core, prefix, suffix)) for core in cores)
@@ -270,14 +255,13 @@ def infer_labels(names: Sequence[str], labels: Names) -> dict[str, Path]:
 def _without_image_words(names: Sequence[str]) -> Iterator[list[str]]:
     """The names as they are, and without a word for pictures at the beginning or end of all of them."""
     yield list(names)
-    stem = names[0].rpartition("/")[2]
-    if match := re.match(rf"{_IMAGE_WORD}(?:[-_. ]+|(?=\d))(?=.)", stem):
-        parts = [name.rpartition("/") for name in names]
-        if all(part[2].startswith(match[0]) for part in parts):
-            yield [folder + slash + stem.removeprefix(match[0]) for folder, slash, stem in parts]
-    match = re.search(rf"(?<=.)(?:[-_. ]+|(?<=\d)){_IMAGE_WORD}$", stem)
-    if match and all(name.endswith(match[0]) for name in names):
-        yield [name.removesuffix(match[0]) for name in names]
+    parts = [name.rpartition("/") for name in names]
+    at_start, at_end = r"^{}(?:[-_. ]+|(?=\d))(?=.)", r"(?<=.)(?:[-_. ]+|(?<=\d)){}$"
+    for pattern, remove in ((at_start, str.removeprefix), (at_end, str.removesuffix)):
+        if match := re.search(pattern.format(_IMAGE_WORD), parts[0][2]):
+            rest = [folder + slash + remove(stem, match[0]) for folder, slash, stem in parts]
+            if all(map(operator.ne, rest, names)):
+                yield rest
 
 
 def _affixes(core: str, labels: Iterable[str]) -> Iterator[tuple[str, str, bool]]:

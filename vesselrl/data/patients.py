@@ -1,66 +1,78 @@
-"""Whose image it is: reads patient, sequence and frame from file names; an alias file joins spellings.
+"""Whose image it is: reads patient, sequence and frame from file names.
 
-What tools add to a name is taken away first. A patient is a 10-digit ID, or a name without case, spaces and
-punctuation, which means the ID that occurs with it elsewhere if there is exactly one; docs/data.md has the
-forms of names and of the alias file.
+What tools add to the name of a picture, in uploads, exports, copies and augmentation, is taken away first. A
+patient is then a 10-digit ID, or a name without case, spaces and punctuation; docs/data.md has the forms.
 """
 
-import csv
-import logging
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
 
-from vesselrl.data.file_names import SUBSET_FOLDERS, copy_groups, source_names
-from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.errors import DataError
 
-logger = logging.getLogger(__name__)
-
+# What tools add to the name of a picture.
+_ENDING = "(?:png|jpe?g|tiff?|bmp|gif|pgm|ppm|webp|dcm)"
+_CHANGE = (
+    "(?:aug(?:mented)?|(?:[hv]|(?:horizontal|vertical)(?:ly)?)?[-_ ]?flip(?:ped|lr|ud)?|mirror(?:ed)?"
+    "|rot(?:at(?:ed?|ion))?|crop(?:ped)?|patch|tile|nois[ey]|blur(?:red)?)"
+)
+_COPY = "(?:copy|kopie|copie|copia|副本|コピー)"
+_MARKS = {
+    # Label Studio: 1b2c3d4e-NAME, and 1b2c3d__NAME where it fetched the picture. A UUID begins alike.
+    "upload": "^[0-9a-f]{8}-(?![0-9a-f]{4}-[0-9a-f]{4}-)|^[0-9a-f]{6}(?:[0-9a-f]{2})?__",
+    # Roboflow: NAME_png.rf.HASH; every changed copy of a picture has another hash.
+    "roboflow": rf"(?:[._-]{_ENDING}){{0,2}}\.rf\.[0-9A-Za-z]{{8,}}$",
+    # File managers: NAME - Copy (2), NAME copy 2, NAME (copy), Copy of NAME.
+    "copy": rf"(?i:[\s_-]+{_COPY}(?:[\s_-]*\(?\d{{1,3}}\)?)?$|\s*\((?:another |\d+\w\w )?copy\)$"
+    rf"|^{_COPY} (?:of|von|de|di) )",
+    # NAME_frame_000011 (1), and nnU-Net's channel in NAME_frame_000011_0000.
+    "frame": r"(?i:(?P<keep>frame[\s_]+\d+)(?:\s*\(\d{1,3}\)|_000\d)$)",
+    # Augmentation: NAME_aug_3, NAME_hflip, NAME_rot90, NAME_tile_3_4, NAME_flip_frame_000011, aug_3_NAME.
+    "change": rf"(?i:[\s_-]+{_CHANGE}(?:[-_ ]?(?:\d{{1,4}}(?:[-_]\d{{1,4}})?|lr|ud|[hvxy]))?"
+    rf"(?=$|[\s_]+frame[\s_]+\d+$)|^{_CHANGE}[-_]?\d{{0,3}}[\s_-]+)",
+    # NAME (1) beside NAME, else Windows has numbered different pictures so; NAME_0000 likewise.
+    "number": r"\s*\(\d{1,3}\)$|_000\d$",
+    # NAME.dcm.png
+    "ending": rf"(?i:\.{_ENDING}$)",
+}
+_MARKS = {kind: re.compile(pattern) for kind, pattern in _MARKS.items()}
+_COPIES = ("roboflow", "copy", "frame", "change", "number")
+# Folders of subsets, which say nothing of a picture.
+_SUBSET_FOLDERS = re.compile(
+    "(?i)train(?:ing)?|val(?:id(?:ation)?)?|test(?:ing)?|images?|imgs?|frames?|data|default|obj_.*"
+)
+_SERIES = r"[^\W_]+-[^\W_]+[\s_]+[^\W_]+[\s_]+[0-9a-f]{8}"  # S-N_K_HEX8
 # NAME(0123456789)_…, NAME^(0123456789)_…, NAME_0123456789__…, NAME__0123456789__…; then the sequence.
 _WITH_ID = re.compile(
-    r"(?P<name>.*?)[\s_^]*\(?(?<!\d)(?P<id>\d{10})(?!\d)\)?[\s_]*"
-    r"(?P<sequence>.*?)(?:[\s_]*frame[\s_]*(?P<frame>\d+))?",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is)(?P<name>.*?)[\s_^]*\(?(?<!\d)(?P<id>\d{10})(?!\d)\)?[\s_]*"
+    r"(?P<sequence>.*?)(?:[\s_]*frame[\s_]*(?P<frame>\d+))?"
 )
 # NAME_frame_000011 and NAME_S-N_K_HEX8_frame_000011.
 _WITHOUT_ID = re.compile(
-    r"(?P<name>.+?)(?:[\s_]+(?P<sequence>[^\W_]+-[^\W_]+[\s_]+[^\W_]+[\s_]+[0-9a-f]{8}))?"
-    r"[\s_]+frame[\s_]+(?P<frame>\d+)",
-    re.IGNORECASE | re.DOTALL,
+    rf"(?is)(?P<name>.+?)(?:[\s_]+(?P<sequence>{_SERIES}))?[\s_]+frame[\s_]+(?P<frame>\d+)"
 )
 # File names without a person in them, such as train_001, 07L or 21_training: messages may show these.
 _WORD = r"(?:train|training|test|val|valid|validation|images?|im|img|frame|case|sample|scan|slice)"
-_IMPERSONAL = re.compile(
-    rf"(?:{_WORD}[-_ ]?)?\d{{1,6}}(?:[-_ ]?(?:l|r|left|right)|[-_ ](?:training|test))?", re.IGNORECASE
-)
+_NUMBER = rf"(?:{_WORD}[-_ ]?)?\d{{1,6}}"
+_IMPERSONAL = re.compile(rf"(?i){_NUMBER}(?:[-_ ]?(?:l|r|left|right)|[-_ ](?:training|test))?")
 # The two eyes of one patient: Image_01L and Image_01R.
-_EYE = re.compile(rf"(?P<case>(?:{_WORD}[-_ ]?)?\d{{1,6}})[-_ ]?(?P<eye>l|r)(?:eft|ight)?", re.IGNORECASE)
-# The people of the built-in synthetic data are made up.
-_MADE_UP = re.compile(r"SYNTH(?:_[A-J]+_frame_|[_^ ]*\(?\d{10}\)?[_ ]).*")
-
+_EYE = re.compile(rf"(?i)(?P<case>{_NUMBER})[-_ ]?(?P<eye>l|r)(?:eft|ight)?")
 # CVAT: task_3_NAME_frame_000011, or frame_000011 in the folder of its video; not in one of these folders.
-_TASK = re.compile(r"(?:task|job)[-_ ]\d+[-_ ]+(?=\S.*?[\s_]frame[\s_]+\d)", re.IGNORECASE)
-_FRAME = re.compile(r"frame[\s_]*\d+", re.IGNORECASE)
+_TASK = re.compile(r"(?i)(?:task|job)[-_ ]\d+[-_ ]+(?=\S.*?[\s_]frame[\s_]+\d)")
+_FRAME = re.compile(r"(?i)frame[\s_]*\d+")
 # They say nothing of a patient, though ten digits may stand in them: UUIDs, hashes, times in ms, DICOM UIDs.
 _UNREAD = re.compile(
-    r"(?<![0-9a-z])(?:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|1[4-8]\d{11}"
+    r"(?i)(?<![0-9a-z])(?:[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|1[4-8]\d{11}"
     r"|(?=\d*[a-f])(?=[a-f]*\d)[0-9a-f]{16,})(?![0-9a-z])"
     r"|(?<![0-9a-z])(?<!\d\.)[0-2](?:\.\d+){5,}"
-    r"|(?<![0-9a-z])[12]_(?:2_840|3_12|3_46|3_6_1|16_840)(?:_\d+){3,}",
-    re.IGNORECASE,
+    r"|(?<![0-9a-z])[12]_(?:2_840|3_12|3_46|3_6_1|16_840)(?:_\d+){3,}"
 )
-_SERIES = re.compile(r"[^\W_]+-[^\W_]+[\s_]+[^\W_]+[\s_]+[0-9a-f]{8}", re.IGNORECASE)  # S-N_K_HEX8
 # Words beside a number that name no person, besides _WORD.
-_ORDINARY = re.compile(rf"{_WORD}|[a-z]|patient|subject|subj|sub|pat|no|nr|left|right", re.IGNORECASE)
-
-FIRST_TIME, DAY_S = 1_262_304_000, 86_400  # Unix times: 2010 and later
-
-ALIAS_HEADER = ["file_name", "patient"]
+_ORDINARY = re.compile(rf"(?i){_WORD}|[a-z]|patient|subject|subj|sub|pat|no|nr|left|right")
+_TIMES, _DAY_S = range(1_262_304_000, 2_000_000_000), 86_400  # Unix times from 2010 on
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,21 +92,21 @@ def parse_name(name: str) -> Identity:
     >>> parse_name("LI_MING(0123456789)_1-2_3_0A1B2C3D_frame_000011").person
     'id:0123456789'
     """
-    return _read_source(source_names([name])[name][0])
+    return parse_names([name])[name]
 
 
 def _read_source(name: str) -> Identity:
     """Reads the name of a source picture."""
     folder, _, stem = name.rpartition("/")
     if _FRAME.fullmatch(stem):
-        videos = [part for part in folder.split("/") if part and not SUBSET_FOLDERS.fullmatch(part)]
+        videos = [part for part in folder.split("/") if part and not _SUBSET_FOLDERS.fullmatch(part)]
         stem = "_".join([*videos[-1:], stem])
     stem = _TASK.sub("", stem)
     hidden = _UNREAD.sub(lambda found: "x" * len(found[0]), stem)
     match = _WITH_ID.fullmatch(hidden) or _WITHOUT_ID.fullmatch(hidden)
     part = {key: stem[slice(*match.span(key))] for key in match.groupdict()} if match else {}
     number, written = part.get("id"), part.get("name", "")
-    plain = _plain(_UNREAD.sub(" ", written)) or ("" if number else _plain(written))
+    plain = plain_name(_UNREAD.sub(" ", written)) or ("" if number else plain_name(written))
     if not plain and not number:
         if (eye := _EYE.fullmatch(stem)) is None:
             return Identity(f"file:{name}")
@@ -103,14 +115,13 @@ def _read_source(name: str) -> Identity:
     if not number:
         return Identity(f"name:{plain}", "", sequence, part["frame"])
     # The forms of hospitals are IDs, whatever their number.
-    is_id = match.string[match.end("id") :].startswith((")", "__")) or _SERIES.match(
-        part["sequence"].lstrip("-_ ")
-    )
-    may_be_time = not is_id and FIRST_TIME <= int(number) < 2_000_000_000
+    has_series = re.match(f"(?i){_SERIES}", part["sequence"].lstrip("-_ "))
+    is_id = has_series or hidden.startswith((")", "__"), match.end("id"))
+    may_be_time = not is_id and int(number) in _TIMES
     return Identity(f"id:{number}", f"name:{plain}", sequence, part["frame"], may_be_time)
 
 
-def _read_names(names: Iterable[str]) -> dict[str, Identity]:
+def parse_names(names: Iterable[str]) -> dict[str, Identity]:
     """Reads all names of a data set."""
     sources = {name: source for name, (source, _) in source_names(names).items()}
     return _without_times({name: _read_source(source) for name, source in sources.items()}, sources)
@@ -128,16 +139,14 @@ def _without_times(found: Mapping[str, Identity], sources: Mapping[str, str]) ->
     for other, names in files_of.items():
         numbers = sorted({int(found[name].person[3:]) for name in names})
         gaps = sorted(later - one for one, later in pairwise(numbers))
-        if not gaps or gaps[len(gaps) // 2] > DAY_S or not all(found[name].may_be_time for name in names):
+        if not gaps or gaps[len(gaps) // 2] > _DAY_S or not all(found[name].may_be_time for name in names):
             continue
         if not re.fullmatch(rf"name:{_WORD}?\d*", other):
             result |= {name: replace(found[name], person=other, other_name="") for name in names}
         elif 2 * len(numbers) > len(names):
-            without = {
-                name: _read_source(re.sub(r"(?<!\d)1\d{9}(?!\d)", "", sources[name])) for name in names
-            }
-            nobody = {name: Identity(f"file:{name}") for name in names}
-            result |= nobody | {name: one for name, one in without.items() if one.person.startswith("name:")}
+            for name in names:
+                without = _read_source(re.sub(r"(?<!\d)1\d{9}(?!\d)", "", sources[name]))
+                result[name] = without if without.person.startswith("name:") else Identity(f"file:{name}")
     return result
 
 
@@ -151,7 +160,7 @@ def lone_frames(patients: Mapping[str, str]) -> list[list[str]]:
     for name, (source, _) in source_names(patients).items():
         files_of[patients[name]][source] = name
     lone = [name for files in files_of.values() if len(files) == 1 for name in files.values()]
-    for name, identity in _read_names(lone).items():
+    for name, identity in parse_names(lone).items():
         stem = source_names([name])[name][0].rpartition("/")[2]
         text = _UNREAD.sub(" 0 ", stem)
         words = re.findall(r"[^\W\d_]+", text.casefold())
@@ -165,7 +174,8 @@ def lone_frames(patients: Mapping[str, str]) -> list[list[str]]:
     return found if sum(map(len, found)) > 2 else []
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A person's name without case, spaces and punctuation."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
@@ -180,15 +190,15 @@ def parse_by_pattern(names: Iterable[str], patient_pattern: str) -> dict[str, Id
         raise DataError(f"patient_pattern is not a regular expression: {error}. Correct it.") from None
     if "patient" not in pattern.groupindex:
         raise DataError("patient_pattern has no group (?P<patient>...). Put it round the patient's part.")
-    names, result = sorted(names), {}
-    for name in names:
+    result = {}
+    for name in sorted(names):
         match = pattern.search(unicodedata.normalize("NFKC", name))
-        found = match.groupdict(default="") if match else {}
-        patient, sequence, frame = (found.get(part, "") for part in ("patient", "sequence", "frame"))
-        result[name] = Identity(f"pattern:{patient}", "", sequence, frame)
-    if wrong := [place for place, name in enumerate(names, 1) if result[name].person == "pattern:"]:
+        part = match.groupdict(default="") if match else {}
+        person = f"pattern:{part.get('patient', '')}"
+        result[name] = Identity(person, "", part.get("sequence", ""), part.get("frame", ""))
+    if wrong := [place for place, one in enumerate(result.values(), 1) if one.person == "pattern:"]:
         raise DataError(
-            f"patient_pattern finds no patient in {len(wrong)} of {len(names)} file names (first: number "
+            f"patient_pattern finds no patient in {len(wrong)} of {len(result)} file names (first: number "
             f"{wrong[0]} in the order of the names). Widen the pattern, or remove these files."
         )
     return result
@@ -199,130 +209,68 @@ def is_impersonal(name: str) -> bool:
     return _IMPERSONAL.fullmatch(name) is not None
 
 
-def identify(
-    names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
-) -> tuple[dict[str, Identity], bool]:
-    """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
-    is_usual = patient_pattern is None
-    found = _read_names(names) if is_usual else parse_by_pattern(names, patient_pattern)
-    ids_of: dict[str, set[str]] = defaultdict(set)
-    for identity in found.values():
-        if identity.other_name:
-            ids_of[identity.other_name].add(identity.person)
-    only_id = {name: next(iter(ids)) for name, ids in ids_of.items() if len(ids) == 1}
-    if num_shared := len(ids_of) - len(only_id):
-        logger.info("%d names occur with more than one ID; each ID counts as a patient.", num_shared)
-    persons = {name: only_id.get(identity.person, identity.person) for name, identity in found.items()}
-    rows = [] if aliases is None else read_aliases(aliases)
-    if rows:
-        persons = _join_persons(persons, only_id, rows, Path(aliases).name)
-    persons = _join_copies(persons)
-    texts = [*names, *(patient for *_, patient in rows)]
-    impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
-    return {name: replace(found[name], person=persons[name]) for name in names}, impersonal
+def source_names(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The name of the source picture of each file, and whether the file is marked as a copy of it.
 
-
-def read_aliases(path: Path | str) -> list[tuple[int, str, str]]:
-    """Number of line, file name and patient of each row of an alias file; errors name no file or person."""
-    path, header = Path(path), ",".join(ALIAS_HEADER)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"There is no alias file in that place. Give a CSV file: {header}.") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path.name} line {line} is not UTF-8. Save the alias file as UTF-8.") from None
-    reader = csv.reader(text.splitlines())
-    lines = [(reader.line_num, [unicodedata.normalize("NFKC", f).strip() for f in row]) for row in reader]
-    lines = [(line, fields) for line, fields in lines if any(fields)]
-    if lines and lines[0][1] != ALIAS_HEADER:
-        raise DataError(f"{path.name} line {lines[0][0]} is not the header. Begin it with {header}.")
-    for line, fields in lines[1:]:
-        if len(fields) != 2 or not all(fields):
-            what = f"{path.name} line {line} has {len(fields)} fields, or an empty one"
-            raise DataError(f'{what}. Write file name, comma, patient; put a text with a comma into "...".')
-    if len(lines) < 2:
-        raise DataError(f"{path.name} names no file. Write {header} and a line for each spelling.")
-    return [(line, *fields) for line, fields in lines[1:]]
-
-
-def _join_persons(
-    persons: Mapping[str, str], names: Mapping[str, str], rows: Sequence[tuple[int, str, str]], source: str
-) -> dict[str, str]:
-    """The person of each file after the rows of an alias file; `names`: other names ("name:…" → "id:…").
-
-    One row moves all files of the person it names, unless rows give each of its files to a patient.
+    It takes all names to know the prefixes of Label Studio, which have letters and are different for each
+    picture, and numbers of copies from those of pictures.
     """
-    by_text = defaultdict(set)
-    for name in persons:
-        plain = unicodedata.normalize("NFKC", name)
-        by_text[plain].add(name)
-        by_text[plain.rsplit("/", 1)[-1]].add(name)
-    lines: dict[str, int] = {}
-    wanted: dict[str, dict[str, str]] = defaultdict(dict)
-    known = {*persons.values()}
-    for line, file_name, patient in rows:
-        name = _image_named(file_name, by_text, f"{source} line {line}")
-        target = _person_named(patient, known, names)
-        if wanted[persons[name]].setdefault(name, target) != target:
-            what = f"{source} lines {lines[name]} and {line}"
-            raise DataError(f"{what} give one image to two patients. Keep one.")
-        lines.setdefault(name, line)
-    parent: dict[str, str] = {}
-    single: dict[str, str] = {}
-    for person, targets in wanted.items():
-        if len(set(targets.values())) == 1:
-            one, other = sorted((_root(parent, person), _root(parent, next(iter(targets.values())))))
-            if one != other:
-                parent[other] = one
+    split = {name: unicodedata.normalize("NFKC", name).rpartition("/") for name in names}
+    first = {name: _strip(stem.strip(), set()) for name, (*_, stem) in split.items()}
+    rests = _without_uploads({name: stem for name, (stem, _) in first.items()})
+    others = {*rests.values()}
+    others |= _without_channels(others)
+    found = {}
+    for name, (folder, slash, _) in split.items():
+        source, is_copy = _strip(rests[name], others)
+        found[name] = f"{folder}{slash}{source}", is_copy or first[name][1]
+    return found
+
+
+def _without_uploads(stems: dict[str, str]) -> dict[str, str]:
+    """Stems without prefixes of Label Studio; a picture that was exported and uploaded again has two."""
+    upload, prefixes = _MARKS["upload"], defaultdict(set)
+    for stem in stems.values():
+        if match := upload.match(stem):
+            prefixes[match[0]].add(stem[match.end() :])
+    is_code = any(len({_strip(one, own)[0] for one in own}) > 1 for own in prefixes.values())  # of a patient
+    if is_code or not any(re.search("[a-f]", prefix) for prefix in prefixes):
+        return stems
+    rests = {name: upload.sub("", stem) or stem for name, stem in stems.items()}
+    return stems if rests == stems else _without_uploads(rests)
+
+
+def _without_channels(stems: set[str]) -> set[str]:
+    """The names of the cases of nnU-Net: every file is a channel, 0000 and perhaps more, of a case."""
+    cases = {stem[:-5] for stem in stems if re.search(r"_000\d$", stem)}
+    complete = len(cases) > 1 and all(stem[:-5] in cases and f"{stem[:-5]}_0000" in stems for stem in stems)
+    # The tenth of frames that are counted from 0 look alike: anna_0000, anna_0001.
+    is_sure = len(cases) == len(stems) or all(re.search(r"\d", case) for case in cases)
+    return cases if complete and is_sure else set()
+
+
+def _strip(stem: str, others: set[str]) -> tuple[str, bool]:
+    """A name without the marks of tools, but for a prefix of an upload, and whether it is that of a copy."""
+    for kind, pattern in _MARKS.items():
+        if kind == "upload" or (match := pattern.search(stem)) is None:
             continue
-        if num_left := sum(other == person for other in persons.values()) - len(targets):
-            numbers = ", ".join(str(lines[name]) for name in list(targets)[:5])
-            raise DataError(
-                f"{source} lines {numbers} give files that look like one person to several patients, and "
-                f"leave out {num_left} more of its files. Add a line for each of them."
-            )
-        single.update(targets)
-    return {name: _root(parent, single.get(name, person)) for name, person in persons.items()}
+        rest = stem[: match.start()] + match.groupdict().get("keep", "") + stem[match.end() :]
+        # aug_3 is the number of a copy where the rest has a number of its own, or is the name of a file.
+        is_sure = kind == "roboflow" or rest in others or not re.search(r"\d", match[0])
+        is_sure = is_sure or kind in ("copy", "frame") or (kind == "change" and re.search(r"\d", rest))
+        if is_sure and re.search(r"[^\W_]", rest):
+            source, is_copy = _strip(rest.strip(), others)
+            return source, is_copy or kind in _COPIES
+    return stem, False
 
 
-def _root(parent: Mapping[str, str], person: str) -> str:
-    """The person that another one was joined to in the end."""
-    while person in parent:
-        person = parent[person]
-    return person
-
-
-def _join_copies(persons: Mapping[str, str]) -> dict[str, str]:
-    """One person for all copies of a source picture, whatever a pattern or an alias file says."""
-    parent: dict[str, str] = {}
-    for group in copy_groups(persons):
-        found = {_root(parent, persons[name]) for name in group}
-        first, *others = sorted(found, key=lambda person: (person.startswith("file:"), person))
-        parent |= dict.fromkeys(others, first)
-    if parent:
-        logger.info("Copies of one source picture joined %d patients to others.", len(parent))
-    return {name: _root(parent, person) for name, person in persons.items()}
-
-
-def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) -> str:
-    """The file name that a row means."""
-    path = PurePosixPath(file_name.replace("\\", "/"))
-    if path.parts[0] == "images" and len(path.parts) > 1:
-        path = path.relative_to("images")
-    found = by_text.get(str(path), set())
-    if not found and path.suffix.lower() in IMAGE_SUFFIXES:
-        found = by_text.get(str(path.with_suffix("")), set())
-    if len(found) != 1:
-        what = f"means {len(found)} images" if found else "names no image of this data root"
-        raise DataError(f"{place} {what}. Write the file name as it is in images/, or remove it.")
-    return next(iter(found))
-
-
-def _person_named(patient: str, known: set[str], names: Mapping[str, str]) -> str:
-    """The person of other files that a patient's name or ID means, or a person of this name alone."""
-    if number := re.search(r"(?<!\d)\d{10}(?!\d)", patient):
-        return f"id:{number[0]}"
-    name = f"name:{_plain(patient)}"
-    candidates = (names.get(name, name), f"pattern:{patient}")
-    return next((person for person in candidates if person in known), f"alias:{patient.casefold()}")
+def copy_groups(names: Iterable[str]) -> Iterator[list[str]]:
+    """Files that are copies of one source picture, in whichever subset's folder they lie."""
+    groups: dict[tuple[str, ...], list[tuple[str, bool]]] = defaultdict(list)
+    for name, (source, is_copy) in source_names(names).items():
+        *folders, stem = source.casefold().split("/")
+        place = (*(folder for folder in folders if not _SUBSET_FOLDERS.fullmatch(folder)), stem)
+        groups[place].append((name, is_copy))
+    for group in groups.values():
+        if len(group) > 1 and any(is_copy for _, is_copy in group):
+            yield [name for name, _ in group]

@@ -52,7 +52,8 @@ def rasterise(outlines: Iterable[Outline | Sequence[float]], shape: tuple[int, i
         if isinstance(outline, RunLengths):
             mask |= resize_mask(outline.decode(), shape)
         else:
-            _fill(mask, np.asarray(outline, np.float64).reshape(-1, 2))
+            rows, turns = _count_turns(np.asarray(outline, np.float64).reshape(-1, 2), shape)
+            mask[rows] |= (turns & 1).astype(bool)
     return mask
 
 
@@ -83,12 +84,6 @@ def _falls_apart(mask: np.ndarray) -> bool:
         return num_labels == 1
     sizes = cv2.connectedComponentsWithStats(mask)[2][1:, cv2.CC_STAT_AREA]
     return bool(sizes.max() < 0.9 * sizes.sum())
-
-
-def _fill(mask: np.ndarray, points: np.ndarray) -> None:
-    """Adds one polygon to `mask` by the even-odd rule."""
-    rows, turns = _count_turns(points, mask.shape)
-    mask[rows] |= (turns & 1).astype(bool)
 
 
 def _count_turns(
@@ -191,13 +186,12 @@ def _has_area(points: np.ndarray) -> bool:
     extent = np.ptp(points, axis=0)
     if not extent.all():
         return False
-    x, y = ((points - points.min(axis=0)) / extent).T
+    points = (points - points.min(axis=0)) / extent
+    x, y = points.T
     if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6:
         return True
     # Two lobes of opposite direction may cancel out, so it is drawn.
-    grid = np.zeros((256, 256), bool)
-    _fill(grid, np.stack([x, y], axis=1) * 256)
-    return bool(grid.any())
+    return bool((_count_turns(points * 256, (256, 256))[1] & 1).any())
 
 
 def circle(points: list, size: Size, where: str) -> list[list[float]]:

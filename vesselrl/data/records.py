@@ -12,16 +12,7 @@ from typing import Literal
 
 from vesselrl.data import pairing
 from vesselrl.data.images import IMAGE_SUFFIXES
-from vesselrl.data.pairing import (
-    LABEL_ENDINGS,
-    SECOND_OBSERVER,
-    Names,
-    below,
-    fold,
-    folder_key,
-    list_files,
-    list_images,
-)
+from vesselrl.data.pairing import LABEL_ENDINGS, below, fold, folder_key, list_files, list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
 from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
@@ -189,23 +180,23 @@ class DataFolder:
         image_dir: str | None = None,
         mask_dir: str | None = None,
         mask_suffix: str | None = None,
+        prefix: str = "",
     ):
-        self.path = path = pairing.enter(root) if image_dir is mask_dir is None else root
+        self.are_given = image_dir is not None or mask_dir is not None
+        self.path = path = root if self.are_given else pairing.enter(root)
         self.mapping_file = root / MAPPING_FILE
-        self.prefix = ""  # of places in messages, such as train/
-        self.endings = LABEL_ENDINGS
+        self.prefix = prefix  # of places in messages, such as train/
+        self.mask_suffix, self.endings = mask_suffix, LABEL_ENDINGS
         if mask_suffix is not None:
             ending = Path(f"_{mask_suffix}").suffix.lower()
-            self.endings = (mask_suffix[: -len(ending)] if ending in IMAGE_SUFFIXES else mask_suffix,)
-        self.image_folder = self._given("image_dir", image_dir)
-        self.image_folder = self.image_folder or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
-        self.pair_folder = self._given("mask_dir", mask_dir)
-        self.is_label_given = mask_dir is not None
-        self.pair_folder = self.pair_folder or pairing.find_labels(path, self.image_folder)
-        self.image_folder = self.image_folder or pairing.find_images(path, self.pair_folder)
+            self.endings = (mask_suffix.removesuffix(ending) if ending in IMAGE_SUFFIXES else mask_suffix,)
+        images = self._given("image_dir", image_dir) or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
+        self.pair_folder = self._given("mask_dir", mask_dir) or pairing.find_labels(path, images)
+        self.image_folder = images or pairing.find_images(path, self.pair_folder)
         # Beside JSON a folder counts only if it can hold nothing but labels.
         is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
         self.label_folder = self.pair_folder if mask_dir or is_usual else None
+        self.is_label_given = mask_dir is not None
         self._numbers: dict[str, dict[Path, int]] = {}
 
     def _given(self, option: str, value: str | None) -> Path | None:
@@ -229,21 +220,15 @@ class DataFolder:
             return found
         return [path for path in found if not path.is_relative_to(labels)]
 
-    @property
-    def subsets(self) -> list[Path]:
-        """The folders train/, valid/, test/ and the like, training first."""
-        found = pairing.subfolders(self.path)
-        return [path for name in pairing.SUBSETS for path in found if folder_key(path.name) == name]
-
     @cached_property
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
         """Names and files of all images by the folded last part of their paths."""
-        base, files = self.image_folder, self.images
-        if not base.is_dir():
-            base, files = self.path, [p for p in list_images(self.path) if not pairing.is_label(p, self.path)]
-        found = defaultdict(list)
+        is_there, found = self.image_folder.is_dir(), defaultdict(list)
+        base, files = (self.image_folder, self.images) if is_there else (self.path, list_images(self.path))
         for file in files:
-            found[fold(file.name)].append((file.relative_to(base).as_posix(), file))
+            path = file.relative_to(base)
+            if is_there or not {*map(folder_key, path.parts[:-1])} & {*pairing.PAIR_FOLDERS}:
+                found[fold(file.name)].append((path.as_posix(), file))
         return found
 
     def locate(self, written: object, place: str, field_name: str = "image") -> tuple[str, Path | None]:
@@ -282,9 +267,9 @@ class DataFolder:
         if len(parts) < 3 and (is_known or not folder) and is_impersonal(path.stem):
             return self.prefix + "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
-            files = list_files(self.path / folder, deep=bool(folder))
-            kinds = [[f for f in files if f.suffix.lower() in kind] for kind in (IMAGE_SUFFIXES, (".json",))]
-            self._numbers[folder] = {file: k for kind in kinds for k, file in enumerate(kind, 1)}
+            place, kinds = self.path / folder, (IMAGE_SUFFIXES, (".json",))
+            files = [enumerate(list_files(place, kind, deep=bool(folder)), 1) for kind in kinds]
+            self._numbers[folder] = {file: k for kind in files for k, file in kind}
         place = f"{folder}/" if is_known else "another folder" if folder else "data root"
         return f"{self.prefix}{place} file {self._numbers[folder].get(path, 0)} in name order"
 
@@ -305,17 +290,17 @@ class DataFolder:
         only_pairs = all(entry.read_label is None and not entry.content for entry in entries)
         folder = self.pair_folder if only_pairs else self.label_folder
         masks = [] if folder is None else list_images(folder)
-        if self.endings != LABEL_ENDINGS:  # with --mask_suffix other files are no labels
+        if self.mask_suffix is not None:  # other files are no labels then
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
-        labels = Names({below(path, folder): path for path in png_last})
+        labels = pairing.Names({below(path, folder): path for path in png_last})
         endings, found = labels.endings_in_use(self.endings), {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
-        if only_pairs and entries and not found and self.endings == LABEL_ENDINGS:
+        if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
         complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
@@ -348,7 +333,8 @@ class Listing:
     def extra_masks(self) -> list[Path]:
         """Label files that no entry uses, without those of a second observer."""
         used = {entry.mask_path for entry in self.entries}
-        return [path for path in self.masks if path not in used and not path.stem.endswith(SECOND_OBSERVER)]
+        second = pairing.SECOND_OBSERVER
+        return [path for path in self.masks if path not in used and not path.stem.endswith(second)]
 
 
 def read_json(path: Path, shown: str) -> object:

@@ -77,9 +77,7 @@ def repair_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        aliases = pseudonyms(
-            [entry.name for entry in listing.entries], patient_pattern, patient_aliases, mapping, keep="all"
-        )
+        aliases = pseudonyms(groups, patient_pattern, patient_aliases, mapping, keep="all")
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))
@@ -184,5 +182,5 @@ def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
     texts = texts if isinstance(texts, list) else [texts]
     text = next((item for item in texts if isinstance(item, str) and item.strip()), TEXT)
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
-    more = {key: entry.content[key] for key in entry.content if is_record and key not in _OWN_FIELDS}
+    more = {key: value for key, value in entry.content.items() if is_record and key not in _OWN_FIELDS}
     return {"image": image, "mask": polygons, "text": [text] * len(polygons), **more}

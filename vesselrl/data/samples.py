@@ -88,11 +88,10 @@ def read_image(path: Path, record: str) -> np.ndarray:
 
 def load_mask(sample: Sample) -> np.ndarray:
     """The mask as bool (H, W) of the size of the image; an empty mask is valid."""
-    width, height = read_size(sample.image_path, sample.record)
-    if sample.mask_path is not None:
-        mask = read_mask(sample.mask_path, sample.record, broken="unreadable_mask")
-        return resize_mask(mask, (height, width))
-    return rasterise(sample.outlines, (height, width))
+    shape = read_size(sample.image_path, sample.record)[::-1]
+    if sample.mask_path is None:
+        return rasterise(sample.outlines, shape)
+    return resize_mask(read_mask(sample.mask_path, sample.record, broken="unreadable_mask"), shape)
 
 
 def different_images(
@@ -144,7 +143,7 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
         if not all(type(n) in (int, float) and n == n // 1 and 0 < n < 2**16 for n in drawn_on):
             fault = "width and height of the labelled image are no whole numbers of px. Correct them."
             raise DataError(f"{record}: {fault}", "label_size")
-        drawn_on = (int(drawn_on[0]), int(drawn_on[1]))
+        drawn_on = tuple(map(int, drawn_on))
         _check_size("label", drawn_on, size, entry, record, findings)
         outlines = entry.read_label(drawn_on, record, findings)
         values = [outline for outline in outlines if isinstance(outline, np.ndarray)]

@@ -17,8 +17,7 @@ from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
 
-from vesselrl.data.file_names import copy_groups
-from vesselrl.data.patients import parse_name
+from vesselrl.data.patients import copy_groups, parse_name
 from vesselrl.data.samples import Sample
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import MALFORMED, json_hash, read_json, write_text
@@ -93,8 +92,7 @@ def split_by_patient(
     sizes = {name: len(group) for name, group in groups.items()}
     sums = {name: sum(shares[s.key] for s in group) for name, group in groups.items()} if shares else None
     assigned = _assign(sizes, sums, seed, ratios, fold)
-    members = [[group for name, group in groups.items() if name in assigned[x]] for x in SUBSETS]
-    subsets = [tuple(chain.from_iterable(own)) for own in members]
+    subsets = [tuple(s for name in groups if name in assigned[x] for s in groups[name]) for x in SUBSETS]
     means = tuple(sum(shares[s.key] for s in subset) / len(subset) for subset in subsets) if shares else None
     return Split(*subsets, seed, tuple(ratios), unit, fold and tuple(fold), means)
 
@@ -105,11 +103,10 @@ def _join_copies(
     """Puts the copies of one source picture into the first of their groups, which hold an image each."""
     names = [path.with_suffix("").as_posix() for path in relative_paths(samples)]
     key_of = {name: sample.key for name, sample in zip(names, samples, strict=True)}
-    place = {key: number for number, key in enumerate(groups)}
-    joined = dict(groups)
+    joined, place = dict(groups), {key: number for number, key in enumerate(groups)}
     for copies in copy_groups(names):
         first, *others = sorted((key_of[name] for name in copies), key=place.__getitem__)
-        joined[first] = list(chain(joined[first], *(joined.pop(key) for key in others)))
+        joined[first] = [*joined[first], *chain(*map(joined.pop, others))]
     return joined
 
 
@@ -138,29 +135,28 @@ def _take_turns(order: list[str], sizes: Mapping[str, int], targets: Mapping[str
         chosen = set(assigned[subset])
         order = [name for name in order if name not in chosen]
     assigned[last] = order
-    for subset in reversed(assigned):
-        if not assigned[subset]:
+    for members in reversed(assigned.values()):
+        if not members:
             giver = max(assigned.values(), key=len)
-            smallest = min(giver, key=sizes.__getitem__)
-            giver.remove(smallest)
-            assigned[subset].append(smallest)
+            members.append(min(giver, key=sizes.__getitem__))
+            giver.remove(members[0])
     return assigned
 
 
 def _choose(order: Sequence[str], sizes: Mapping[str, int], target: float) -> list[str]:
     """Groups with about `target` samples, so that no one more and no one less would come nearer."""
     chosen: dict[str, None] = {}
-    total, improved = 0, True
-    while improved:
-        improved = False
+    total, before = 0, None
+    while total != before:
+        before = total
         for name in order:
             new_total = total + sizes[name] * (-1 if name in chosen else 1)
             if abs(new_total - target) < abs(total - target):
+                total = new_total
                 if name in chosen:
                     del chosen[name]
                 else:
                     chosen[name] = None
-                total, improved = new_total, True
     return list(chosen)
 
 
@@ -302,8 +298,7 @@ def take(samples: Sequence[Sample], n: int | None, seed: int = 42) -> list[Sampl
     """
     if n is not None and n < 1:
         raise ValueError(f"n is {n}. Ask for at least 1 sample, or for None to take all.")
-    generator = random.Random(seed)
-    queues = []
+    generator, queues = random.Random(seed), []
     for patient_samples in _group_in_order(samples, "patient").values():
         sequences = [frames for _, frames in sorted(_group(patient_samples, "sequence").items())]
         for frames in sequences:

@@ -16,6 +16,7 @@ from vesselrl.data.check import foreground_shares
 from vesselrl.data.near_duplicates import pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
+from vesselrl.data.tiles import tile_px_of
 from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
@@ -112,6 +113,7 @@ def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights:
     """Loads a model as a function of an image, with flips if the options ask for them."""
     given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
     given["prompt"] = options.prompt or settings.get("prompt") or DEFAULT_PROMPT
+    given["tile_px"] = tile_px_of(settings, options.tile_px)
     base = options.base_model or settings.get("model_path")
     # The base model of a debug run is random and made again from the run's seed.
     random = base == RANDOM_MODEL and settings

@@ -72,6 +72,10 @@ class DataSettings(Reading):
     max_val_samples: int | None = None
     # Random changes of the training images and their masks; see vesselrl/data/augment.py.
     augment: Literal["none", "light", "strong"] = "none"
+    # Side in px of the random crops that training shows of a larger image, and of the overlapping tiles that
+    # it is predicted in, at its own resolution; 0: none; left out: the model's square, for images more than
+    # twice as large.
+    tile_px: int | None = None
     # Easy images first, all of them from the middle of the epochs on.
     curriculum: bool = False
 
@@ -85,7 +89,8 @@ class DataSettings(Reading):
 class ModelSettings:
     """The model and its adapters."""
 
-    # Sa2VA checkpoint folder; none: the miniature shipped with the package; random: a tiny one for tests.
+    # Sa2VA checkpoint folder, or ORG/NAME or ORG/NAME@REVISION of the Hugging Face hub; none: the miniature
+    # shipped with the package; random: a tiny one for tests.
     model_path: str | None = None
     # The question put to the model; <image> is added.
     prompt: str = "Please segment the blood vessel."
@@ -102,8 +107,11 @@ class ModelSettings:
     lora_dropout: float | None = None
     # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
-    # Vision tower and language model in bfloat16; SAM2 stays in float32.
+    # Vision tower, language model and kept features in bfloat16; SAM2 stays in float32, but its image encoder
+    # computes in bfloat16 on a GPU.
     use_bf16: bool = False
+    # A language model in the scope in 4 bits; needs a GPU and the extra nf4.
+    use_nf4: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,8 @@ class RunSettings:
     gpu: int = 0
     # Threads that score masks.
     num_workers: int = 4
-    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept; 0: memory only.
+    # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept, and likewise the
+    # states of a frozen language model; 0: memory only.
     cache_gb: float = 20.0
     # Also log to Weights & Biases.
     use_wandb: bool = False
@@ -332,6 +341,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
     ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
+    ("tile_px", lambda v: v == 0 or v >= 32, "give 0 for none, or at least 32"),
     ("fold", is_fold, "give a share such as 1/5, up to 5/5"),
     ("dice_floor", lambda v: 0 <= v <= 1, "give a Dice from 0 to 1"),
 )  # fmt: skip
@@ -350,6 +360,8 @@ def _contradictions(c: TrainConfig) -> dict[str, bool]:
             c.data.curriculum and epochs < 2,
         "--dice_floor is for --objective constrained; leave it out otherwise.":
             c.ppo.dice_floor > 0 and c.ppo.objective != "constrained",
+        "--use_nf4 is for a language model in the scope; outside it is not kept in memory. Leave it out.":
+            c.model.use_nf4 and "language_model" not in c.model.lora_scope,
         "--stage sft+rl needs --num_epochs of at least 2, one for each stage.": two_stages and epochs < 2,
         f"--rl_epochs is for --stage sft+rl; with {stage} leave it out.":
             optim.rl_epochs is not None and not two_stages,

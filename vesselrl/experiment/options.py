@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vesselrl.experiment.config import Places, Reading
+from vesselrl.experiment.config import ModelSettings, Places, Reading
 
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
@@ -57,6 +57,9 @@ class Evaluate(Reading):
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
     # Folder with a second observer's masks of the same images: the row "human agreement".
@@ -83,6 +86,11 @@ class Predict:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
+    # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
+    shard: str = "0/1"
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 
@@ -169,7 +177,7 @@ class DataShow(Reading):
 class Doctor(Places):
     """Look at machine, packages, model folder and data before a long run."""
 
-    # Checkpoint folder; none: no model is looked at.
+    # Checkpoint folder, or ORG/NAME of the Hugging Face hub; none: no model is looked at.
     base_model: BaseModel = None
     # Rebuild a missing config.json from the tensor shapes (Sa2VA-1B, InternVL3-2B, 8B, 14B).
     write_config: bool = False
@@ -177,6 +185,10 @@ class Doctor(Places):
     data_root: str | None = None
     # Folder that runs would be written to.
     output_dir: str = "output"
+    # Scope of the training whose memory is estimated.
+    lora_scope: tuple[str, ...] = ModelSettings.lora_scope
+    # Print the checks as JSON, with parameters and GB of each component of the model.
+    json: bool = False
 
 
 def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -264,7 +264,8 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     nothing of it is left, and what `path` held before stays, or stays as `previous`. The folder of `path`
     is made.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Random, as on other machines that write to the same folder a process may have the same number.
+    partial = path.with_name(f".{path.name}.{os.getpid()}{os.urandom(2).hex()}.partial")
     try:
         with writing(path, partial):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,36 +4,43 @@ import csv
 import hashlib
 import json
 import os
+import re
 import struct
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from vesselrl.data.images import IMAGE_SUFFIXES, read_size
 from vesselrl.data.pairing import list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, NotFiniteError
-from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable
+from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
-from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAProcessor
+from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 LIST_FILE = "predictions.csv"
 COLUMNS = ("image", "result", "status", "foreground", "reason")
+ALL = "0/1"  # the shard that has every image
+AHEAD = 2  # images that wait to be predicted, and that wait to be written
 KINDS = ("mask", "probability", "overlay")
 STAMP = "vesselrl"  # the text in every result that says from which image and by which settings it is
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -56,6 +63,9 @@ class Predictor:
     processor: Sa2VAProcessor  # of the same checkpoint
     prompt: str = DEFAULT_PROMPT
     post: PostProcessing = THRESHOLD_ONLY  # probabilities to a mask
+    # In place of the model's own, from inputs and images (H, W, 3) to logits (H, W).
+    forward: Callable[[Sa2VAInputs, list[np.ndarray]], list[torch.Tensor]] | None = None
+    tile_px: int | None = None  # side of the tiles of large images, see `tiling`
 
     @classmethod
     def from_pretrained(
@@ -64,13 +74,13 @@ class Predictor:
         lora_weights: str | Path | None = None,
         device: str | None = None,
         use_bf16: bool = False,
-        **kwargs: str | PostProcessing,
+        **kwargs: str | int | PostProcessing | None,
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
         Without `base_model` it is the embedded miniature; `lora_weights` is an adapter or a run folder, which
         means its best_lora. Without `device` a GPU is taken when there is one. With `use_bf16` vision tower
-        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt and post.
+        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt, post and tile_px.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
@@ -84,20 +94,40 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images in one pass; their sizes may differ."""
+        """Segments several images, whose sizes may differ: those that are not cut in one pass."""
+        cut = [self.tiling.cuts(*image.shape[:2]) for image in images]
+        whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
+        logits = iter(self._logits(whole) if whole else ())
+        pairs = zip(images, cut, strict=True)
+        return [self._prediction(self._tiled(image) if is_cut else next(logits)) for image, is_cut in pairs]
+
+    @property
+    def tiling(self) -> Tiling:
+        """Tiles of `tile_px` (0: none), or (None) of SAM2's square for images more than twice as large."""
+        return Tiling.of_model(self.tile_px, self.processor.config.sam2.image_size)
+
+    def _logits(self, images: list[np.ndarray]) -> list[np.ndarray]:
         inputs = self.processor(images, self.prompt).to(self.model.device)
-        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
-        results = []
-        for logits in (output.float().cpu().numpy() for output in self.model(inputs)):
+        outputs = self.model(inputs) if self.forward is None else self.forward(inputs, images)
+        results = [output.float().cpu().numpy() for output in outputs]
+        for logits in results:
             check_finite(logits)
-            probabilities = expit(logits)
-            mask = self.post.postprocess_for(probabilities)(logits > cut)
-            results.append(Prediction(mask, probabilities, logits))
         return results
 
+    def _tiled(self, image: np.ndarray) -> np.ndarray:
+        """Logits of an image from tiles, one after the other, whose probabilities are blended."""
+        blended = self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0]))
+        limits = np.finfo(np.float32)
+        return logit(blended.clip(limits.tiny, 1 - limits.epsneg))
+
+    def _prediction(self, logits: np.ndarray) -> Prediction:
+        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
+        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
+        probabilities = expit(logits)
+        return Prediction(self.post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
+
     def fingerprint(self) -> str:
-        """Hash of all that a mask depends on beside its image: model, tokenizer, prompt, post-processing."""
+        """Hash of all that a mask depends on beside its image: model, tokenizer, prompt and settings."""
         sums = []
         for name, tensor in self.model.state_dict().items():
             bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()])
@@ -105,7 +135,7 @@ class Predictor:
             totals = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::13])]
             sums.append((name, str(tensor.dtype), tuple(tensor.shape), totals))
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
-        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post)
+        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post, self.tiling)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
@@ -124,7 +154,11 @@ def adapter_folder(path: Path) -> Path:
 
 
 def predict_files(
-    predictor: Predictor, path: Path, output_dir: Path, progress: Callable[[int, int], None] | None = None
+    predictor: Predictor,
+    path: Path,
+    output_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
+    shard: str = ALL,
 ) -> Iterator[dict]:
     """Segments an image or a folder of images and writes mask, probability and overlay of each.
 
@@ -132,31 +166,106 @@ def predict_files(
     kept. A pseudonym stands for a name that may be a person's; only `patients.mapping.json` in the output
     folder says which file it is. Yields a row of `COLUMNS` for each image, also listed in `predictions.csv`:
     `status` is done, replaced (there was another result), kept or failed. `progress` takes (done, in all).
+
+    Shard i/n takes every nth image from the ith on, counted from 0, and lists them in a file of its own; the
+    one that ends last joins the files. One thread reads ahead and two write, in the order of the images.
     """
+    list_file, (first, step) = list_name(shard), map(int, shard.split("/"))
     files = find_inputs(path, output_dir)
     check_writable(output_dir)
+    total = len(range(first, len(files), step))
     with suppress(DataError):  # said when it is its turn
         width, height = read_size(files[0], _place(1, files))
-        check_room(output_dir, 4 * len(files) * width * height, f"{len(files)} images of this size")
+        check_room(output_dir, 4 * total * width * height, f"{total} images of this size")
     output_dir.mkdir(parents=True, exist_ok=True)
     people = [file.stem for file in files if not is_impersonal(file.stem)]
     keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE, keep="all") if people else {}
-    made_by = predictor.fingerprint()
-    with _listing(output_dir / LIST_FILE) as add:
-        for done, file in enumerate(files, start=1):
-            stem, name = file.stem, file.name
-            if stem in keys:
-                stem = keys[stem].key
-                name = f"{_place(done, files)} ({stem})"
-            row = {"image": name, "result": stem}
-            try:
-                row |= _predict_file(predictor, file, name, output_dir / stem, made_by)
-            except (DataError, NotFiniteError) as error:
-                row |= {"status": "failed", "reason": str(error).removeprefix(f"{name}: ")}
-            add(row)
-            yield row
-            if progress is not None:
-                progress(done, len(files))
+    made_by, jobs = predictor.fingerprint(), []
+    for number, file in enumerate(files, start=1):
+        key = keys[file.stem].key if file.stem in keys else None
+        name = f"{_place(number, files)} ({key})" if key else file.name
+        jobs.append((file, name, output_dir / (key or file.stem)))
+    head = {"made_by": made_by, "images": json_hash([name for _, name, _ in jobs]), "shards": step}
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(2) as writers:
+        own = (_Job(*job) for job in jobs[first::step])
+        read = _in_order(reader, partial(_Job.read, made_by=made_by), own)
+        rows = _in_order(writers, _Job.write, (job.predict(predictor) for job in read))
+        with _listing(output_dir / list_file, json.dumps(head)) as add:
+            for done, row in enumerate(rows, start=1):
+                add(row)
+                yield row
+                if progress is not None:
+                    progress(done, total)
+    if shard != ALL:
+        _join_shards(output_dir, step, json.dumps(head))
+
+
+def list_name(shard: str) -> str:
+    """The file that lists the images of a shard; a ValueError where that is no i/n."""
+    numbers = re.fullmatch(r"(0|[1-9]\d*)/([1-9]\d*)", shard)
+    if numbers is None or int(numbers[1]) >= int(numbers[2]):
+        raise ValueError(f"--shard is {shard!r}; give i/n with i from 0 to n - 1, such as 0/4.")
+    return LIST_FILE if shard == ALL else f"predictions.{numbers[1]}-of-{numbers[2]}.jsonl"
+
+
+def _in_order(pool: Executor, work: Callable, items: Iterable) -> Iterator:
+    """Results in the order of the items, of which no more than `AHEAD` are held: memory stays flat."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@dataclass(eq=False)
+class _Job:
+    """One image on its way: read and written in threads, predicted between. `row` is what is known of it."""
+
+    file: Path
+    name: str  # in messages
+    result: Path  # how the names of its results begin
+    row: dict = field(default_factory=dict)
+    origin: dict = field(default_factory=dict)
+    image: np.ndarray | None = None  # none: there is nothing to do, or nothing that can be done
+    prediction: Prediction | None = None
+
+    def read(self, made_by: str) -> "_Job":
+        """Reads the image, unless its results are there."""
+        self.row = {"image": self.name, "result": self.result.name}
+        try:
+            with self.file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            self.origin = {"image": digest, "made_by": made_by}
+            if self.origin.items() <= (there := read_stamp(self.result)).items():
+                self.row |= {"status": "kept", "foreground": there["foreground"]}
+                return self
+            self.row["status"] = "replaced" if there else "done"
+            self.image = read_image(self.file, self.name)
+        except OSError as error:
+            self._fail(f"the file cannot be read ({error.strerror}).")
+        except DataError as error:
+            self._fail(str(error))
+        return self
+
+    def predict(self, predictor: Predictor) -> "_Job":
+        """Segments the image."""
+        try:
+            self.prediction = None if self.image is None else predictor.predict(self.image)
+        except NotFiniteError as error:
+            self._fail(str(error))
+        return self
+
+    def write(self) -> dict:
+        """Writes the results; returns the row."""
+        if self.prediction is not None:
+            foreground = write_prediction(self.image, self.prediction, self.result, self.origin)
+            self.row["foreground"] = foreground
+        return self.row
+
+    def _fail(self, reason: str) -> None:
+        self.row |= {"status": "failed", "reason": reason.removeprefix(f"{self.name}: ")}
 
 
 def find_inputs(path: Path, output_dir: Path) -> list[Path]:
@@ -183,26 +292,30 @@ def _place(number: int, files: list[Path]) -> str:
 
 
 @contextmanager
-def _listing(path: Path) -> Iterator[Callable[[dict], object]]:
-    """Writes rows to a CSV file that appears when all are in it."""
-    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+def _listing(path: Path, head: str = "") -> Iterator[Callable[[dict], object]]:
+    """Writes rows to a CSV file, or after a line `head` to JSON lines; it appears when all are in it."""
+    with atomic_write(path) as partial_file, partial_file.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.write(f"{head}\n")
+            yield lambda row: file.write(f"{json.dumps(row)}\n")
+            return
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         yield writer.writerow
 
 
-def _predict_file(predictor: Predictor, file: Path, name: str, result: Path, made_by: str) -> dict:
-    """Predicts one image, unless its results are there; status and foreground."""
+def _join_shards(folder: Path, num_shards: int, head: str) -> None:
+    """Writes predictions.csv where the lists of all shards are there, of these images by this model."""
     try:
-        with file.open("rb") as content:
-            origin = {"image": hashlib.file_digest(content, "sha256").hexdigest(), "made_by": made_by}
-    except OSError as error:
-        raise DataError(f"{name}: the file cannot be read ({error.strerror}).") from None
-    if origin.items() <= (there := read_stamp(result)).items():
-        return {"status": "kept", "foreground": there["foreground"]}
-    image = read_image(file, name)
-    foreground = write_prediction(image, predictor.predict(image), result, origin)
-    return {"status": "replaced" if there else "done", "foreground": foreground}
+        names = [list_name(f"{shard}/{num_shards}") for shard in range(num_shards)]
+        tables = [(folder / name).read_text(encoding="utf-8").splitlines() for name in names]
+    except FileNotFoundError:
+        return  # the shard that ends last will do it
+    if {table[0] for table in tables} == {head}:
+        with _listing(folder / LIST_FILE) as add:
+            for lines in zip_longest(*(table[1:] for table in tables)):
+                for line in filter(None, lines):
+                    add(json.loads(line))
 
 
 def write_prediction(image: np.ndarray, prediction: Prediction, result: Path, origin: dict) -> float:

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from vesselrl.models.config import (
 )
 from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
 from vesselrl.models.processing import Sa2VAProcessor
-from vesselrl.models.sa2va import Sa2VA
+from vesselrl.models.sa2va import HEAD, Sa2VA
 from vesselrl.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,28 +50,32 @@ def load_sa2va(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     sam2: Sam2Dimensions | None = None,
+    without: tuple[str, ...] = (),
 ) -> tuple[Sa2VA, Sa2VAProcessor]:
     """Loads a model, without gradients, and its processor; a CheckpointError names what is at fault.
 
     `path` is a folder with config.json, safetensors shards and tokenizer files, or None for the embedded
     miniature; `dtype` that of vision tower, projector and language model: SAM2 and its prompt projection stay
-    float32; `sam2` overrides the dimensions in the side-car.
+    float32, but on a GPU SAM2's image encoder then computes in bfloat16; `sam2` overrides the dimensions in
+    the side-car. Parts whose names begin with one of `without` are not read, and None in the model.
     """
     folder = checkpoint_folder(path)
     config = read_config(folder, sam2)
     processor = Sa2VAProcessor(config, load_tokenizer(folder))
     names = chain.from_iterable(map(read_shapes, shard_files(folder)))
     model = empty_model(config, [*names], str(folder))
-    state = native_state(model, read_tensors(folder, model.keys), dtype, str(folder))
+    model.leave_out(without)
+    state = native_state(model, read_tensors(folder, model.keys, without), dtype, str(folder))
     model.load_state_dict(state, strict=True, assign=True)
     # Rotary tables are computed, not stored; on the meta device they are still empty.
-    for name, module in [*model.lm.named_modules()]:
+    for name, module in [] if model.lm is None else [*model.lm.named_modules()]:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.lm.set_submodule(name, type(module)(module.config))
+    model.autocasts = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
-    if config.family.is_whole:
+    if config.family.is_whole and model.lm is not None:
         model.lm.config.image_token_id = processor.image_token_id
-    rows = model.lm.get_input_embeddings().num_embeddings
+    rows = config.native_llm().get_text_config().vocab_size
     if max(processor.image_token_id, processor.seg_token_id) >= rows:
         raise CheckpointError(f"{folder}: the tokenizer has ids beyond the {rows} rows of embeddings.")
     return model.requires_grad_(False).eval().to(device), processor
@@ -147,9 +151,18 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_tensors(folder: Path, keys: KeyMap | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yields official names and tensors of all shards, one at a time; what a mask needs holds numbers."""
-    for name, tensor in chain.from_iterable(map(read_shard, shard_files(folder))):
+def read_tensors(
+    folder: Path, keys: KeyMap | None = None, without: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields official names and tensors of all shards, one at a time; what a mask needs holds numbers.
+
+    With `keys`, those whose native name begins with one of `without` are not read.
+    """
+
+    def is_read(name: str) -> bool:
+        return not (without and (keys.natives(name) or ("",))[0].startswith(without))
+
+    for name, tensor in chain.from_iterable(read_shard(file, is_read) for file in shard_files(folder)):
         if keys is None or not keys.is_unused(name):
             check_weight(name, tensor, folder)
         yield name, tensor
@@ -179,12 +192,15 @@ def check_weight(name: str, tensor: Tensor, source: Path) -> None:
         raise CheckpointError(f"{fault}. The file is damaged or its training has failed: take another copy.")
 
 
-def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields names and tensors of one safetensors file."""
+def read_shard(
+    file: Path, is_read: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields names and tensors of one safetensors file, those whose name is to be read."""
     try:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 (safe_open is no dict)
-                yield name, shard.get_tensor(name)
+                if is_read(name):
+                    yield name, shard.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise unreadable(file, error) from None
 
@@ -214,10 +230,11 @@ def native_state(
         got, shape = tuple(state[name].shape), tuple(expected[name].shape)
         if got != shape:
             wrong.append(f"{keys.officials(name)[0]} {got} (model {name}: {shape})")
-    if model.config.is_tied:
+    head = f"{HEAD[0]}weight"
+    if model.config.is_tied and head in expected:
         embedding = next(name for name in expected if name.endswith("embed_tokens.weight"))
         if embedding in state:
-            state.setdefault("lm.lm_head.weight", state[embedding])
+            state.setdefault(head, state[embedding])
     missing = dict.fromkeys(keys.officials(name)[0] for name in sorted(expected.keys() - state.keys()))
     problems = {"missing": [*missing], "wrong shape": wrong, "unknown": unknown}
     if any(problems.values()):

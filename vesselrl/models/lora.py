@@ -183,6 +183,13 @@ def read_adapter_config(file: Path) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **shared)
 
 
+def adapts_language(adapter: Path) -> bool:
+    """Whether a saved adapter changes the language model."""
+    check_adapter(adapter)
+    targets = read_adapter_config(adapter / "adapter_config.json").target_modules
+    return any(name.startswith(_PARTS["language_model"][0]) for name in targets)
+
+
 def _is_neutral(value: object) -> bool:
     """Whether a setting is left as PEFT has it without one; the number 0 is none: it may name a layer."""
     return value is None or value is False or value in ([], {}, "none")

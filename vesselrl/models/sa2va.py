@@ -10,11 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import InternVLVisionModel, Sam2Model
 
 from vesselrl.models.config import Sa2VAConfig
 from vesselrl.models.families import KeyMap
 from vesselrl.models.processing import Sa2VAInputs
+
+# Native names of the parts: what a [SEG] state comes from, what makes a mask of it, and what neither needs.
+LANGUAGE = ("vision.", "projector.", "lm.")
+MASKS = ("text_hidden_fcs.", "sam.")
+HEAD = ("lm.lm_head.",)
 
 
 class ImageFeatures(NamedTuple):
@@ -77,11 +83,18 @@ class Sa2VA(nn.Module):
         self.sam.vision_encoder.neck.position_encoding = _NoPositions()
         # Ids of <IMG_CONTEXT> and [SEG], set by the loader, which knows the tokenizer.
         self.image_token_id = self.seg_token_id = -1
+        self.autocasts = False  # whether SAM2's image encoder computes in bfloat16
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.sam.no_memory_embedding.device
+        return next(self.parameters()).device
+
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Removes parts of the model, each named by the beginning of its parameters' names."""
+        for prefix in prefixes:
+            parent, _, name = prefix.rstrip(".").rpartition(".")
+            setattr(self.get_submodule(parent), name, None)
 
     def forward(self, inputs: Sa2VAInputs) -> list[Tensor]:
         """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks if several."""
@@ -126,11 +139,29 @@ class Sa2VA(nn.Module):
 
     def encode_image(self, sam_pixels: Tensor) -> ImageFeatures:
         """SAM2's image encoder, once per image; (B, 3, S, S) in."""
-        high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
+        device = "cuda" if sam_pixels.is_cuda else "cpu"  # others, such as meta, cannot
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocasts):
+            high, mid, low = self.sam.vision_encoder(sam_pixels).fpn_hidden_states[:3]
         return ImageFeatures(low, mid, high)
+
+    def language_layers(self) -> nn.ModuleList:
+        """The blocks of the language model."""
+        return getattr(self.lm.model, "language_model", self.lm.model).layers
+
+    def recompute_blocks(self) -> None:
+        """Computes what is inside SAM2's and the language model's blocks a second time for the gradient.
+
+        It is not kept, and no value changes. Unlike transformers' own flag it also works in evaluation mode,
+        which PPO steps run in.
+        """
+        layers = self.language_layers() if self.lm else ()
+        for block in (*self.sam.vision_encoder.backbone.blocks, *layers):
+            if "forward" not in vars(block):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     def decode(self, features: ImageFeatures, prompts: Tensor) -> DecodedMasks:
         """The mask decoder, any number of times per encoded image; prompts (B, P, C)."""
+        features = ImageFeatures(*(level.float() for level in features))
         sam, conv_s0, conv_s1 = self.sam, self.sam.mask_decoder.conv_s0, self.sam.mask_decoder.conv_s1
         batch, num_prompts, channels = prompts.shape
         no_points = prompts.new_zeros(batch, num_prompts, 1, 2)

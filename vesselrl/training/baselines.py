@@ -49,6 +49,7 @@ class UNet:
         self.net.eval()
         self.device = device
         self.trainable = dict(self.net.named_parameters())
+        self.savings, self.store = {}, None
         self.counts = {"unet": sum(parameter.numel() for parameter in self.trainable.values())}
         self.start = self.values()
 

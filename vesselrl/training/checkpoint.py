@@ -9,7 +9,8 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,8 @@ class Model(Protocol):
     kind: str  # names its folders, `best_<kind>` and `final_<kind>`
     trainable: dict[str, nn.Parameter]
     counts: dict[str, int]  # trainable values per component
+    store: Any  # of features by image, to be read ahead; None: there is none
+    savings: dict[str, Callable[[], None]]  # ways to need less memory, in words; no result changes by them
     start: Any  # values before the first step
     predict: Callable[[np.ndarray], Prediction]  # of an image, uint8 RGB (H, W, 3)
     values: Callable[[], Any]  # a copy of all that training changes
@@ -174,6 +177,37 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
         p = model.trainable[name]
         # Step counts stay on the CPU, as AdamW has them.
         optimizer.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in state.items()}
+
+
+def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[AbstractContextManager]:
+    """Contexts to take a step in: a second, third ... where a GPU's memory did not suffice, each with less.
+
+    Each begins where the first began, so that the step ends as if memory had sufficed at once.
+    """
+    while model.savings:
+        state, values, failures = update.state_dict(), model.values(), []
+        kept, random = deepcopy(moments(optimizer, model)), random_state()
+        yield _out_of_memory(failures)
+        if not failures:
+            return
+        way = next(iter(model.savings))
+        logger.warning("out of memory (%s); the step is taken again: %s", failures[0].split(".")[0], way)
+        model.savings.pop(way)()
+        optimizer.zero_grad(set_to_none=True)
+        model.restore(values)
+        restore_moments(optimizer, model, kept)
+        update.load_state_dict(state)
+        restore_random_state(random)
+        torch.cuda.empty_cache()
+    yield nullcontext()
+
+
+@contextmanager
+def _out_of_memory(failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failures.append(str(error))
 
 
 def tensor_hash(values: Tensor) -> str:

@@ -4,143 +4,88 @@ The action is a whole mask. Each pixel is on with probability sigmoid(logit / te
 sampled together (a Gaussian copula over a smooth random field), so that samples gain and lose whole twigs.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from vesselrl.data.augment import get_augmentation
+from vesselrl.data.samples import Sample, load_image
 from vesselrl.errors import LearningError
-from vesselrl.experiment.run_folder import atomic_write
-from vesselrl.inference.predictor import Prediction, Predictor
-from vesselrl.models.lora import adapter_delta_norm, adapter_parameters, save_adapter, trainable_counts
+from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.run_folder import json_hash
+from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
+from vesselrl.models import lora
+from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_sa2va
+from vesselrl.models.memory import activation_bytes, to_nf4, total_memory
+from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
-from vesselrl.models.sa2va import DecodedMasks, ImageFeatures, Sa2VA, upsample
-from vesselrl.training.checkpoint import tensor_hash, tensors_hash, with_values
+from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
+from vesselrl.training.checkpoint import tensors_hash, with_values
+from vesselrl.training.features import GIB, FeatureStore, SegState, feature_store, image_key, language_hash
 
 logger = logging.getLogger(__name__)
 
-GIB = 1024**3
-
-
-class FeatureStore:
-    """Features of the frozen image encoder by image, on the CPU: in memory first, then in files.
-
-    A file is named after the model (`weights_hash`) and the pixels, so runs share the folder. Read back they
-    are the computed ones to the last bit, in the same memory layout, which decides how later layers round.
-    `disk_bytes` limits the folder, files of other models included; without one there is memory only.
-    """
-
-    def __init__(
-        self,
-        folder: Path | None = None,
-        model_hash: str = "",
-        memory_bytes: int = 2 * GIB,
-        disk_bytes: int = 20 * GIB,
-    ) -> None:
-        self.folder = None if folder is None else folder / model_hash
-        self._memory: dict[str, ImageFeatures] = {}
-        self._memory_left = memory_bytes
-        self._disk_left = disk_bytes
-        for path in folder.rglob("*") if folder else ():
-            with suppress(FileNotFoundError):  # other runs may remove files meanwhile
-                self._disk_left -= path.stat().st_size if path.is_file() else 0
-
-    def fetch(self, key: str, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
-        """Features of one image, kept or computed; within a run a key stands for the same (1, 3, S, S)."""
-        if key in self._memory:
-            return self._memory[key]
-        file = self.folder / f"{tensor_hash(pixels)}.safetensors" if self.folder else None
-        features = self._read(file) if file and file.exists() else None
-        if features is None:
-            features = ImageFeatures(*(level.detach().cpu() for level in compute()))
-            if file:
-                self._write(file, features)
-        size = sum(level.nbytes for level in features)
-        if size <= self._memory_left:
-            self._memory_left -= size
-            self._memory[key] = features
-        return features
-
-    def _read(self, file: Path) -> ImageFeatures | None:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header = opened.metadata()
-                levels = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-            if header["sha256"] != tensors_hash(levels, header["strides"]):
-                raise ValueError("its checksum is wrong")
-            strides = json.loads(header["strides"])
-            levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
-            return ImageFeatures(**levels)
-        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            logger.warning("%s cannot be read (%s): computed again", file, error)
-            return None
-
-    def _write(self, file: Path, features: ImageFeatures) -> None:
-        size = sum(level.nbytes for level in features)
-        if size > self._disk_left:
-            if self._disk_left > 0:
-                logger.warning(
-                    "%s has reached its limit: the features of further images stay in memory only. "
-                    "Raise --cache_gb, or delete the folder.",
-                    self.folder.parent,
-                )
-            self._disk_left = 0
-            return
-        levels = {name: level.contiguous() for name, level in features._asdict().items()}
-        strides = json.dumps({name: level.stride() for name, level in features._asdict().items()})
-        header = {"strides": strides, "sha256": tensors_hash(levels, strides)}
-        try:
-            with atomic_write(file) as partial:
-                save_file(levels, partial, header)
-            self._disk_left -= size
-        except OSError as error:
-            logger.warning("%s Features are kept in memory only.", error)
-            self._disk_left = 0
-
-
-def weights_hash(module: nn.Module) -> str:
-    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
-    lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
-    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+STATES_PER_PASS = 8  # images that go through the language model together on a GPU; on a CPU it is one
+ONE_BY_ONE = "images of a batch are encoded one by one"
+RECOMPUTING = "what is inside the model's blocks is computed a second time for the gradient, and not kept"
+PROBE, NEGATIVE = "probe", "negative of the probe"  # keys of an image and its negative, for a self-check
 
 
 class MaskPolicy:
     """A Sa2VA with trainable adapters: images in, mask logits at native size out.
 
     Outputs of frozen parts are kept for each image: the [SEG] state where the language model is frozen, the
-    features where the image encoder is. Frozen parts see one image at a time, so that a kept value is the
-    computed one to the last bit. Without `keys_repeat`, as with augmentation, nothing is kept beyond a batch.
+    features where the image encoder is. On a CPU frozen parts see one image at a time, so that a kept value
+    is the computed one to the last bit. Without `keys_repeat`, as with augmentation, nothing is kept beyond
+    a batch. `load_language` gives the frozen language model that `model` is without, when it is needed.
     """
 
     kind = "lora"
 
     def __init__(
-        self, peft_model: PeftModel, processor: Sa2VAProcessor, prompt: str, keys_repeat: bool = True
+        self,
+        peft_model: PeftModel,
+        processor: Sa2VAProcessor,
+        prompt: str,
+        keys_repeat: bool = True,
+        load_language: Callable[[], Sa2VA] | None = None,
     ) -> None:
         self.peft_model = peft_model
         self.model: Sa2VA = peft_model.get_base_model()
         self.processor = processor
         self.prompt = prompt
-        self.predictor = Predictor(self.model, processor, prompt)
-        self.trainable = adapter_parameters(peft_model)
-        self.counts = trainable_counts(peft_model)
+        self.predictor = Predictor(self.model, processor, prompt, forward=self.predict_logits)
+        self.trainable = lora.adapter_parameters(peft_model)
+        self.counts = lora.trainable_counts(peft_model)
         self.language_is_frozen = not any(".lm." in name for name in self.trainable)
         self.encoder_is_frozen = not any(".vision_encoder." in name for name in self.trainable)
         self.store: FeatureStore | None = None
+        self.half_features = False  # kept in bfloat16, as the model's weights are
         self.keys_repeat = keys_repeat
+        self.image_by_image = False
+        # What can be done where memory does not suffice, in this order; no result changes by it.
+        self.savings: dict[str, Callable[[], None]] = {}
+        if not (self.encoder_is_frozen and self.language_is_frozen):
+            self.savings[ONE_BY_ONE] = partial(setattr, self, "image_by_image", True)
+            self.savings[RECOMPUTING] = self.model.recompute_blocks
         self.start = self.values()
         self.reference_values = self.start
+        self.load_language = load_language
+        self.language_hash = ""  # of a language model that is not in `model`
+        self.states = FeatureStore(kind=SegState)
+        self.states_per_pass = 1 if self.model.device.type == "cpu" else STATES_PER_PASS
+        self._language: Sa2VA | None = self.model if self.model.lm is not None else None
+        self._kept: dict[str, Tensor] = {}  # states by key and by `image_key`, for the whole run
         self._states: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
 
@@ -162,17 +107,17 @@ class MaskPolicy:
 
     def distance(self, start: dict[str, Tensor] | None = None) -> float:
         """Euclidean distance of the adapters from `start`, by default their own."""
-        return adapter_delta_norm(self.peft_model, start or self.start)
+        return lora.adapter_delta_norm(self.peft_model, start or self.start)
 
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's layout."""
-        save_adapter(self.peft_model, folder)
+        lora.save_adapter(self.peft_model, folder)
 
     def identity(self) -> str:
         """Hash of base weights, the adapters' start, configuration, tokenizer and prompt."""
         weights = {n: v for n, v in self.model.state_dict().items() if ".lora_" not in n} | self.start
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
-        return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}")
+        return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}{self.language_hash}")
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
         """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""
@@ -218,31 +163,109 @@ class MaskPolicy:
         """Candidate masks of a batch; keys name the images, one each."""
         return self.model.decode(self.features(inputs, keys), self.seg_prompts(inputs, keys))
 
-    def features(self, inputs: Sa2VAInputs, keys: list[str]) -> ImageFeatures:
-        """SAM2's features of a batch; kept ones where the image encoder is frozen."""
-        if not self.encoder_is_frozen:
+    def features(self, inputs: Sa2VAInputs, keys: list[str | None]) -> ImageFeatures:
+        """SAM2's features of a batch; kept ones where the image encoder is frozen, without a key in files."""
+        if not (self.encoder_is_frozen or self.image_by_image):
             return self.model.encode_image(inputs.sam_pixels)
-        with torch.no_grad():
-            pairs = zip(inputs.sam_pixels.split(1), keys, strict=True)
-            images = [self._frozen_features(*pair) for pair in pairs]
+        encode = self._frozen_features if self.encoder_is_frozen else lambda x, _: self.model.encode_image(x)
+        images = map(encode, inputs.sam_pixels.split(1), keys)
         return ImageFeatures(*(torch.cat(level) for level in zip(*images, strict=True)))
 
-    def _frozen_features(self, pixels: Tensor, key: str) -> ImageFeatures:
-        if self.store is None or not self.keys_repeat:
-            return self.model.encode_image(pixels)
-        kept = self.store.fetch(key, pixels, lambda: self.model.encode_image(pixels))
-        return ImageFeatures(*(level.to(pixels.device) for level in kept))
+    @torch.no_grad()
+    def _frozen_features(self, pixels: Tensor, key: str | None) -> ImageFeatures:
+        def encode() -> ImageFeatures:
+            features = self.model.encode_image(pixels)
+            return ImageFeatures(*map(Tensor.bfloat16, features)) if self.half_features else features
+
+        if self.store is None or not (self.keys_repeat or key is None):
+            return encode()
+        kept = self.store.fetch(key, pixels, encode)
+        return ImageFeatures(*(level.to(pixels.device, non_blocking=True) for level in kept))
+
+    def predict_logits(self, inputs: Sa2VAInputs, images: list[np.ndarray]) -> list[Tensor]:
+        """Native-size logits (H, W) of any images, from what is kept of them."""
+        keys = [f"predicted {number}" for number in range(len(images))]
+        if self.language_is_frozen:
+            self.keep_states(zip(keys, images, strict=True))
+        decoded = self.model.decode(self.features(inputs, [None] * len(keys)), self.seg_prompts(inputs, keys))
+        return self.logits(decoded, decoded.best(), inputs)
 
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
             return self.model.seg_prompts(inputs)
-        with torch.no_grad():
-            for index, key in enumerate(keys):
-                if key not in self._states:
-                    self._states[key] = self.model.seg_states(inputs.image(index)).cpu()
-        projector, states = self.model.text_hidden_fcs, torch.cat([self._states[key] for key in keys])
+        for index, key in enumerate(keys):
+            if key not in self._kept and key not in self._states:
+                self._states[key] = self._seg_states(inputs.image(index))
+        known = self._states | self._kept
+        return self._project(torch.cat([known[key] for key in keys]))
+
+    def _project(self, states: Tensor) -> Tensor:
+        projector = self.model.text_hidden_fcs
         return projector(states.to(self.model.device, next(projector.parameters()).dtype))
+
+    @torch.no_grad()
+    def _seg_states(self, inputs: Sa2VAInputs) -> Tensor:
+        """(B, P, hidden) from the language model, on the CPU; it is loaded for this where it is not there."""
+        return self.language().seg_states(inputs).cpu()
+
+    def language(self) -> Sa2VA:
+        """The model with the language model, which is loaded where it is not there."""
+        self._language = self._language or self.load_language()
+        return self._language
+
+    def keep_states(self, items: Iterable[tuple[str, np.ndarray]]) -> int:
+        """Keeps the [SEG] states of images (key, uint8) for the run: stored ones, or else computed.
+
+        Gives the number of computed ones.
+        """
+        names, waiting, computed = {}, {}, 0
+        for key, image in items:
+            names[key] = content = image_key(image)
+            if content in self._kept or content in waiting:
+                continue
+            if (stored := self.states.read(content)) is not None:
+                self._kept[content] = stored.state
+                continue
+            waiting[content] = image
+            computed += 1
+            if len(waiting) >= self.states_per_pass:
+                self._compute_states(waiting)
+                waiting = {}
+        if waiting:
+            self._compute_states(waiting)
+        self._kept |= {key: self._kept[content] for key, content in names.items()}
+        return computed
+
+    def _compute_states(self, images: dict[str, np.ndarray]) -> None:
+        inputs = self.processor([*images.values()], self.prompt).to(self.model.device)
+        try:
+            states = self._seg_states(inputs).split(1)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+            logger.warning("out of memory: from now on one image at a time goes through the language model")
+            self.states_per_pass = 1
+            states = [self._seg_states(inputs.image(index)) for index in range(len(images))]
+        for content, state in zip(images, states, strict=True):
+            self._kept[content] = state.clone()
+            self.states.write(content, SegState(self._kept[content]))
+
+    def drop_language(self) -> None:
+        """Gives the memory of a frozen language model back, until an image comes whose state is not kept."""
+        self._language = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def image_effect(self, images: list[np.ndarray]) -> float:
+        """Relative change of the [SEG] prompts by the negative of an image, of a kept one if there is."""
+        if PROBE in self._kept:
+            states = [self._kept[key] for key in (PROBE, NEGATIVE)]
+        else:
+            negatives = [255 - image for image in images]
+            states = [self._seg_states(self.prepare(batch)) for batch in (images, negatives)]
+        one, other = map(self._project, states)
+        return float((one - other).norm() / one.norm())
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
         """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
@@ -265,31 +288,86 @@ class MaskPolicy:
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 
 
-def sample_masks(
-    logits: Tensor, num_samples: int, correlation_px: float, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
+def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
+    """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
+    s, seed = config.model, config.optim.seed
+    dtype = torch.bfloat16 if s.use_bf16 else torch.float32
+    is_random = s.model_path == RANDOM_MODEL
+    source = (
+        partial(random_checkpoint, seed)
+        if is_random
+        else partial(nullcontext, checkpoint_folder(s.model_path))
+    )
+    adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
+    trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
+    torch.manual_seed(seed)  # LoRA's first matrices are random
+    with source() as folder:
+        first = "cpu" if s.use_nf4 else device
+        model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
+    if s.use_nf4 and trains_language:
+        to_nf4(model)
+        model.to(device)
+    logger.info("model %s", describe_config(model.config, processor))
+    if adapter is not None:
+        peft_model = lora.load_adapter(model, adapter, is_trainable=True)
+    else:
+        preset = lora.LORA_PRESETS[s.lora_preset]
+        rank, alpha = s.lora_rank or preset.rank, s.lora_alpha or preset.alpha
+        dropout = preset.dropout if s.lora_dropout is None else s.lora_dropout
+        peft_model = lora.attach_lora(model, s.lora_scope, preset.projections, rank, alpha, dropout)
+    keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
 
-    (H, W) logits give (K, H, W) bool masks, the same ones on every device as the generator is on the CPU.
-    `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
+    def load_language() -> Sa2VA:
+        with source() as folder:
+            return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
+
+    policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    policy.predictor.tile_px = config.data.tile_px
+    policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
+    policy.half_features = dtype == torch.bfloat16
+    encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
+    policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
+    needed = config.optim.batch_size * activation_bytes(model.config.sam2)
+    if not policy.encoder_is_frozen and needed > total_memory(device) / 2:
+        logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
+        policy.savings.pop(RECOMPUTING)()
+    if policy.language_is_frozen:
+        cache = Path(config.run.output_dir) / "cache" / "states" if config.run.cache_gb else None
+        with source() as folder:
+            policy.language_hash = language_hash(Path(folder), None if is_random else cache, policy.language)
+        # All that decides a state to the last bit, but the image.
+        versions = [dtype, torch.device(device).type, torch.__version__, transformers.__version__]
+        about = [policy.language_hash, model.config, processor.tokenizer.backend_tokenizer.to_str(), s.prompt]
+        name = json_hash({"about": [*map(str, (*about, *versions))]})[:16]
+        policy.states = FeatureStore(cache, name, disk_bytes=round(config.run.cache_gb * GIB), kind=SegState)
+    return policy
+
+
+def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sample]) -> None:
+    """Reads or computes the [SEG] states of all images of a run, so that a frozen language model can go.
+
+    Where training images are augmented it stays, and the states are those of the others.
     """
-    field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
-    # P(field < quantile of p) = p for a standard normal field.
-    uniform = torch.special.ndtr(field)
-    return uniform < torch.sigmoid(logits.detach().float() / temperature)
+    if not policy.language_is_frozen:
+        return
+    started, samples = time.perf_counter(), [*(train if policy.keys_repeat else ()), *others]
+    probe = load_image(train[0])
+    pair = {PROBE: probe, NEGATIVE: 255 - probe}.items()
+    tiling = policy.predictor.tiling
 
+    def images() -> Iterator[tuple[str, np.ndarray]]:
+        for sample in samples:
+            image = load_image(sample)
+            if not tiling.cuts(*image.shape[:2]):
+                yield sample.key, image
+                continue
+            yield from ((f"{sample.key} tile {k}", tile) for k, tile in enumerate(tiling.pieces(image)))
 
-def gaussian_field(
-    count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
-) -> Tensor:
-    """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
-    height, width = shape
-    if correlation_px <= 0:
-        return torch.randn(count, height, width, generator=generator)
-    radius = max(1, round(3 * correlation_px))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / correlation_px) ** 2)
-    kernel = kernel / kernel.square().sum().sqrt()
-    noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
-    noise = functional.conv2d(noise, kernel.view(1, 1, -1, 1))
-    return functional.conv2d(noise, kernel.view(1, 1, 1, -1))[:, 0]
+    computed = policy.keep_states(chain(pair, images()))
+    took = time.perf_counter() - started
+    logger.info("[SEG] states: %d images, %d computed, %.1f s", len(samples), computed, took)
+    if policy.keys_repeat:
+        policy.drop_language()
+        logger.info("vision tower and language model are not needed any more: unloaded")
+    else:
+        logger.info("crops or augmentation change the training images: nothing is kept of them")

@@ -19,14 +19,13 @@ from torch.optim import Optimizer
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
 from vesselrl.training.health import check_moved, not_finite, take_step
-from vesselrl.training.policy import MaskPolicy, sample_masks
+from vesselrl.training.policy import MaskPolicy
 
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
@@ -80,7 +79,7 @@ class PPOUpdate:
             if is_first:
                 with torch.no_grad():
                     again = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                self._check_rollout(batch, inputs, again, (images, reference))
+                self._check_rollout(batch, again, (images, reference))
             for number in range(self.settings.num_passes):
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
@@ -107,7 +106,7 @@ class PPOUpdate:
         """Samples, scores and credits K masks per image; also their metrics, and whether any pixel earned."""
         s = self.settings
         sampling = (s.num_samples, s.correlation_px, s.temperature, self.generator)
-        masks = [sample_masks(one, *sampling) for one in logits]
+        masks = [ppo_math.sample_masks(one, *sampling) for one in logits]
         started = time.perf_counter()
         credits = self._credit(batch, masks, logits)
         metrics = {"time/reward": time.perf_counter() - started} | rollout_metrics(credits)
@@ -154,9 +153,7 @@ class PPOUpdate:
         return total / len(logits), means
 
     @torch.no_grad()
-    def _check_rollout(
-        self, batch: TrainBatch, inputs: Sa2VAInputs, again: list[Tensor], rollout: tuple
-    ) -> None:
+    def _check_rollout(self, batch: TrainBatch, again: list[Tensor], rollout: tuple) -> None:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
         policy, masks = self.policy, rollout[0][0].masks
         if bool((masks[1:] == masks[:1]).all()):
@@ -175,12 +172,10 @@ class PPOUpdate:
                 f"The KL to the reference is {metrics['kl_ref']:.2g} before the first update, not 0: "
                 "the reference is not the starting policy. Start the run again from a saved adapter."
             )
-        prompts = policy.model.seg_prompts(inputs)
-        negative = policy.model.seg_prompts(policy.prepare([255 - image for image in batch.images]))
-        change = (prompts - negative).norm() / prompts.norm()
-        if not bool(change > TOLERANCE):
+        change = policy.image_effect(batch.images)
+        if not change > TOLERANCE:
             raise LearningError(
-                f"The negative of an image changes the [SEG] embedding by only {float(change):.2g}: the "
+                f"The negative of an image changes the [SEG] embedding by only {change:.2g}: the "
                 "language model does not see the image. Check that <image> is in --prompt and that the "
                 "tokenizer belongs to the checkpoint."
             )

@@ -1,4 +1,4 @@
-"""Tensor maths of PPO for a policy of independent Bernoulli pixels; H x W pixels, K sampled masks.
+"""Tensor maths of PPO for a policy of Bernoulli pixels, and how its masks are sampled; H x W px, K masks.
 
 The policy loss is a sum over pixels in units of the reward, so that an image weighs as much as there is to
 gain on it. Divergences and entropy are divided by the Bernoulli variance 4p(1-p) summed over pixels, because
@@ -104,3 +104,33 @@ def bernoulli_entropy(logits: Tensor, variance: Tensor, temperature: float) -> T
     on = torch.sigmoid(scaled)
     entropy = -(on * functional.logsigmoid(scaled) + (1 - on) * functional.logsigmoid(-scaled))
     return entropy.sum() / (variance.sum() + 1)
+
+
+def sample_masks(
+    logits: Tensor, num_samples: int, correlation_px: float, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
+
+    (H, W) logits give (K, H, W) bool masks, the same ones on every device as the generator is on the CPU.
+    `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
+    """
+    field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
+    # P(field < quantile of p) = p for a standard normal field.
+    uniform = torch.special.ndtr(field)
+    return uniform < torch.sigmoid(logits.detach().float() / temperature)
+
+
+def gaussian_field(
+    count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
+) -> Tensor:
+    """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
+    height, width = shape
+    if correlation_px <= 0:
+        return torch.randn(count, height, width, generator=generator)
+    radius = max(1, round(3 * correlation_px))
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / correlation_px) ** 2)
+    kernel = kernel / kernel.square().sum().sqrt()
+    noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
+    noise = functional.conv2d(noise, kernel.view(1, 1, -1, 1))
+    return functional.conv2d(noise, kernel.view(1, 1, 1, -1))[:, 0]

@@ -5,7 +5,7 @@ import math
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,27 +20,26 @@ from PIL import Image
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.check import PATIENT_CODES, DataReport, check_data
 from vesselrl.data.curriculum import difficulty_table
-from vesselrl.data.dataset import BatchSource, VesselDataset, contact_sheet
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset, contact_sheet
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
 from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, find_run
-from vesselrl.inference.predictor import adapter_folder
-from vesselrl.models.checkpoint import describe_config, load_sa2va
-from vesselrl.models.lora import LORA_PRESETS, attach_lora, check_scope, load_adapter
-from vesselrl.models.miniature import random_checkpoint
+from vesselrl.models.lora import check_scope
 from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
+from vesselrl.training.features import FeatureStore
 from vesselrl.training.logging import check_wandb
-from vesselrl.training.policy import GIB, FeatureStore, MaskPolicy, weights_hash
+from vesselrl.training.policy import keep_states, load_policy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
 
@@ -155,14 +154,15 @@ def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | 
     return split
 
 
-def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> BatchSource:
+def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling: Tiling) -> BatchSource:
     """The batches of all epochs; writes contact_sheet.png and, with a curriculum, difficulty.json."""
     batch_size, seed, num_epochs = config.optim.batch_size, config.optim.seed, config.optim.num_epochs
     if config.run.sanity_overfit:
         num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
     passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
     if config.run.sanity_overfit:  # without augmentation or curriculum
-        return BatchSource(VesselDataset(data.train), batch_size, seed, num_epochs, num_passes=passes)
+        dataset = VesselDataset(data.train, seed=seed, tiling=tiling)
+        return BatchSource(dataset, batch_size, seed, num_epochs, num_passes=passes)
     plan = get_augmentation(config.data.augment)
     logger.info("augmentation: %s", plan)
     difficulties = None
@@ -170,13 +170,26 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder) -> Batc
         table = difficulty_table(data.train, load_pixels)
         run.write_json("difficulty.json", table)
         difficulties = [table[sample.key]["difficulty"] for sample in data.train]
-    dataset = VesselDataset(data.train, augmentation=plan, seed=seed)
+    dataset = VesselDataset(data.train, plan, seed, tiling)
     batches = BatchSource(dataset, batch_size, seed, num_epochs, difficulties, passes)
     shown = list(islice(batches.epoch(1), -(-SHEET_IMAGES // batch_size)))
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
     with atomic_write(run.path / SHEET_FILE) as partial_file:
         Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
     return batches
+
+
+def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
+    """The batches; kept features of each begin to be read while the one before is learned from."""
+    waiting = None
+    for batch in batches:
+        if store is not None:
+            store.fetch_ahead(batch.keys)
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+    if waiting is not None:
+        yield waiting
 
 
 @contextmanager
@@ -205,12 +218,15 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
         raise
 
 
-def make_model(config: TrainConfig, device: str) -> Model:
-    """The Sa2VA with adapters, or a baseline in its place."""
+def make_model(config: TrainConfig, device: str, data: RunData) -> tuple[Model, Tiling]:
+    """The Sa2VA with adapters, or a baseline, which has no square, and how large images are cut."""
     if config.optim.control is None:
-        return load_policy(config, device)
+        policy = load_policy(config, device, data.train)
+        keep_states(policy, data.train, [*data.val, *data.test])
+        return policy, policy.predictor.tiling
     torch.manual_seed(config.optim.seed)
-    return UNet(device) if config.optim.control == "unet" else Frangi()
+    model = UNet(device) if config.optim.control == "unet" else Frangi()
+    return model, Tiling.of_model(config.data.tile_px or 0, 0)
 
 
 def make_updates(
@@ -268,47 +284,6 @@ def select_device(gpu: int) -> str:
     if gpu >= torch.cuda.device_count():
         raise ValueError(f"--gpu is {gpu}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
     return f"cuda:{gpu}"
-
-
-def load_policy(config: TrainConfig, device: str) -> MaskPolicy:
-    """The model with new adapters, or with those of `init_lora`."""
-    s, seed = config.model, config.optim.seed
-    dtype = torch.bfloat16 if s.use_bf16 else torch.float32
-    torch.manual_seed(seed)  # LoRA's first matrices are random
-    if s.model_path == RANDOM_MODEL:
-        with random_checkpoint(seed) as folder:
-            model, processor = load_sa2va(folder, device, dtype)
-    else:
-        model, processor = load_sa2va(s.model_path, device, dtype)
-    logger.info("model %s", describe_config(model.config, processor))
-    if s.init_lora is not None:
-        peft_model = load_adapter(model, adapter_folder(Path(s.init_lora)), is_trainable=True)
-    else:
-        preset = LORA_PRESETS[s.lora_preset]
-        rank, alpha = s.lora_rank or preset.rank, s.lora_alpha or preset.alpha
-        dropout = preset.dropout if s.lora_dropout is None else s.lora_dropout
-        peft_model = attach_lora(model, s.lora_scope, preset.projections, rank, alpha, dropout)
-    keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
-    policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat=keys_repeat)
-    policy.store = feature_store(config, policy)
-    return policy
-
-
-def feature_store(config: TrainConfig, policy: MaskPolicy) -> FeatureStore | None:
-    """Keeps the features of a frozen image encoder; None, with the reason logged, where they change."""
-    if not policy.keys_repeat:
-        logger.info("augmentation changes the images: no features or [SEG] states are kept")
-        return None
-    if not policy.encoder_is_frozen:
-        logger.info("image features are not kept: the image encoder is trained")
-        return None
-    cache_gb = config.run.cache_gb
-    if cache_gb == 0:
-        return FeatureStore()
-    folder = Path(config.run.output_dir) / "cache" / "features"
-    logger.info("image features are kept in memory and, up to %g GB, in %s", cache_gb, folder)
-    encoder_hash = weights_hash(policy.model.sam.vision_encoder)
-    return FeatureStore(folder, encoder_hash, disk_bytes=round(cache_gb * GIB))
 
 
 def learning_rate(config: TrainConfig, batches: BatchSource) -> Callable[[int], float]:

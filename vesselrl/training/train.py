@@ -161,11 +161,11 @@ def set_up(
         data = setup.prepare_data(config, place)
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
-        model = setup.make_model(config, device)
+        model, tiling = setup.make_model(config, device, data)
         for component, count in model.counts.items():
             logger.info("trainable in %s: %s values", component, f"{count:,}")
         setup.check_disk(config, model, run)
-        batches = setup.training_batches(config, data, place)
+        batches = setup.training_batches(config, data, place, tiling)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
         own = {"model": model.identity()} | checkpoint.data_fingerprint(subsets)
@@ -231,11 +231,10 @@ def keep_best(t: Training, step: int, result: Evaluation) -> None:
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
     batches, run = t.batches, t.config.run
-    stage_of = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs)
+    stage_of, end = partial(t.config.stage_of_epoch, num_epochs=batches.num_epochs), 0
     rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
-    end = 0
     try:
         for epoch in range(1, batches.num_epochs + 1):
             begin, end = end, end + batches.num_batches(epoch)
@@ -245,7 +244,7 @@ def run_epochs(t: Training) -> None:
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
             if t.step > begin:  # a signal may have come before the validation
                 validate_if_due(t, stage, end)
-            for batch in batches.epoch(epoch, skip=max(0, t.step - begin)):
+            for batch in setup.read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
                         t.optimizer.state.clear()  # the moments of another loss say nothing about this one
@@ -266,7 +265,9 @@ def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: in
         group["lr"] = rate
     t.step += 1
     try:
-        metrics = t.updates[stage].step(batch)
+        for attempt in checkpoint.attempts(t.model, t.optimizer, t.updates[stage]):
+            with attempt:
+                metrics = t.updates[stage].step(batch)
     except NotFiniteError as error:
         metrics = {}
         t.health.roll_back(t.step, str(error))
@@ -316,9 +317,8 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     """Restores the state that `save_state` wrote."""
     t.step, t.validated = state["step"], state.get("validated", state["step"])
     logger.info("going on after step %d of %d", t.step, t.num_steps)
-    earlier = state["provenance"]
-    resumed = [*earlier.get("resumed", ()), {"step": t.step} | t.provenance]
-    t.provenance = earlier | {"resumed": resumed}
+    resumed = [*state["provenance"].get("resumed", ()), {"step": t.step} | t.provenance]
+    t.provenance = state["provenance"] | {"resumed": resumed}
     if "values" not in state:  # nothing had been evaluated
         t.run.cut_metrics(0)
         return
@@ -349,9 +349,9 @@ def score_test(t: Training) -> dict[str, Evaluation]:
     """Scores the base model (`before`) and the best weights (`after`) on the test images."""
     tested = {}
     for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
-        tested[name] = evaluate_subset(t, "test", f"test {name}", values)
+        scored = tested[name] = evaluate_subset(t, "test", f"test {name}", values)
         extra = {"threshold": 0.5, "run": t.run.path.name}
-        results.write_evaluation(t.run.path, f"test_{name}", tested[name], extra)
+        results.write_evaluation(t.run.path, f"test_{name}", scored, extra)
     return tested
 
 

@@ -1,0 +1,188 @@
+"""Outputs of the frozen parts of a model, kept in memory and in files that all runs of a folder share."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vesselrl.experiment.config import RunSettings
+from vesselrl.experiment.run_folder import atomic_write, json_hash, write_text
+from vesselrl.models.checkpoint import read_shard, shard_files
+from vesselrl.models.sa2va import ImageFeatures
+from vesselrl.training.checkpoint import tensor_hash, tensors_hash
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+# Official names of what no [SEG] state depends on: what makes the mask, and the head of each family.
+_UNREAD = (
+    "grounding_encoder.",
+    "text_hidden_fcs.",
+    "language_model.lm_head.",
+    "language_model.output.",
+    "lm_head.",
+)
+
+
+class SegState(NamedTuple):
+    """The language model's last hidden state at each [SEG] of an image."""
+
+    state: Tensor  # (1, P, hidden)
+
+
+class FeatureStore:
+    """Outputs of a frozen part by image, on the CPU: in memory first, then in files.
+
+    A file is named after the model (such as `weights_hash`) and the pixels, so runs share the folder. Read
+    back they are the computed ones to the last bit, in the same memory layout, which decides how later layers
+    round. `disk_bytes` limits the folder, files of other models included; without one there is memory only.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        model_hash: str = "",
+        memory_bytes: int = 2 * GIB,
+        disk_bytes: int = 20 * GIB,
+        kind: type[tuple] = ImageFeatures,
+    ) -> None:
+        self.folder = None if folder is None else folder / model_hash
+        self.kind = kind
+        self._memory: dict[str | None, ImageFeatures] = {}
+        self._memory_left = memory_bytes
+        self._names: dict[str, str] = {}  # of files, by key
+        self._coming: dict[str, Future] = {}
+        self._reader = ThreadPoolExecutor(1)
+        self._disk_left = disk_bytes
+        for path in folder.rglob("*") if folder else ():
+            with suppress(FileNotFoundError):  # other runs may remove files meanwhile
+                self._disk_left -= path.stat().st_size if path.is_file() else 0
+
+    def fetch(self, key: str | None, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
+        """Features of one image, kept or computed; within a run a key stands for the same (1, 3, S, S).
+
+        Without a key they are kept in a file alone.
+        """
+        if key in self._memory:
+            return self._memory[key]
+        coming = self._coming.pop(key, None)
+        name = tensor_hash(pixels) if self.folder and key not in self._names else self._names.get(key, "")
+        features = coming.result() if coming else self.read(name)
+        if features is None:
+            features = ImageFeatures(*(level.detach().cpu() for level in compute()))
+            self.write(name, features)
+        size = sum(level.nbytes for level in features)
+        if key is not None and size <= self._memory_left:
+            self._memory_left -= size
+            if pixels.is_cuda:  # copied to the GPU without waiting
+                features = ImageFeatures(*(level.pin_memory() for level in features))
+            self._memory[key] = features
+        if key is not None:
+            self._names[key] = name
+        return features
+
+    def fetch_ahead(self, keys: Iterable[str]) -> None:
+        """Begins to read the files of images that will be asked for next."""
+        for key in keys if self.folder else ():
+            if key not in self._memory and key not in self._coming and key in self._names:
+                self._coming[key] = self._reader.submit(self.read, self._names[key])
+
+    def read(self, name: str) -> tuple | None:
+        """What a file holds; None where there is none, or it is damaged, as the log says then."""
+        if self.folder is None or not (file := self.folder / f"{name}.safetensors").exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = opened.metadata()
+                levels = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            if header["sha256"] != tensors_hash(levels, header["strides"]):
+                raise ValueError("its checksum is wrong")
+            strides = json.loads(header["strides"])
+            levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
+            return self.kind(**levels)
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s cannot be read (%s): computed again", file, error)
+            return None
+
+    def write(self, name: str, features: tuple) -> None:
+        """Writes a file while there is room."""
+        if self.folder is None:
+            return
+        file = self.folder / f"{name}.safetensors"
+        size = sum(level.nbytes for level in features)
+        if size > self._disk_left:
+            if self._disk_left > 0:
+                logger.warning(
+                    "%s has reached its limit: the features of further images stay in memory only. "
+                    "Raise --cache_gb, or delete the folder.",
+                    self.folder.parent,
+                )
+            self._disk_left = 0
+            return
+        levels = {name: level.contiguous() for name, level in features._asdict().items()}
+        strides = json.dumps({name: level.stride() for name, level in features._asdict().items()})
+        header = {"strides": strides, "sha256": tensors_hash(levels, strides)}
+        try:
+            with atomic_write(file) as partial:
+                save_file(levels, partial, header)
+            self._disk_left -= size
+        except OSError as error:
+            logger.warning("%s Features are kept in memory only.", error)
+            self._disk_left = 0
+
+
+def weights_hash(module: nn.Module) -> str:
+    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
+    lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
+    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def language_hash(
+    model_folder: Path, notes: Path | None = None, check: Callable[[], object] = lambda: None
+) -> str:
+    """The sha256 over the tensors of vision tower and language model, as they stand in the files.
+
+    With a folder for `notes` files that have not changed since are not read again; `check` raises what is
+    wrong with a model, before its first note is written.
+    """
+    stats = [(file.name, file.stat()) for file in shard_files(model_folder)]
+    name = json_hash({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats})
+    note = notes / f"{name[:32]}.txt" if notes else None
+    if note and note.exists() and re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="utf-8")):
+        return known
+    files = (read_shard(model_folder / n, lambda name: not name.startswith(_UNREAD)) for n, _ in stats)
+    found = tensors_hash(dict(chain.from_iterable(files)))
+    if note:
+        check()
+        write_text(note, found)
+    return found
+
+
+def image_key(image: np.ndarray) -> str:
+    """Name of an image by its content, uint8 (H, W, 3)."""
+    return tensor_hash(torch.from_numpy(np.ascontiguousarray(image)))
+
+
+def feature_store(run: RunSettings, encoder: nn.Module | None, kind: str = "") -> FeatureStore | None:
+    """Keeps the features of a frozen image encoder; None, with the reason logged, where it is trained."""
+    if encoder is None:
+        logger.info("image features are not kept: the image encoder is trained")
+        return None
+    if run.cache_gb == 0:
+        return FeatureStore()
+    folder = Path(run.output_dir) / "cache" / "features"
+    logger.info("image features are kept in memory and, up to %g GB, in %s", run.cache_gb, folder)
+    return FeatureStore(folder, weights_hash(encoder) + kind, disk_bytes=round(run.cache_gb * GIB))
