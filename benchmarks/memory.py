@@ -5,7 +5,9 @@ import json as json_module
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +56,9 @@ def memory(
     """
     model_path = Path(folder) / f"{shape}{'_bf16' * use_bf16}"
     if not (model_path / "config.json").exists():
-        write_random(model_path, shape, torch.bfloat16 if use_bf16 else torch.float32)
+        dtype = torch.bfloat16 if use_bf16 else torch.float32
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory is not that of the training
+            pool.submit(write_random, model_path, shape, dtype).result()
     settings = {"model_path": str(model_path), "lora_scope": lora_scope, "use_bf16": use_bf16}
     config = TrainConfig.from_dict(settings | {"stage": stage, "cache_gb": 0.0, "num_workers": 1})
     rng, rows = np.random.default_rng(0), {}
