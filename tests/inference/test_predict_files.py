@@ -189,13 +189,12 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:
         return write(*given)
 
     monkeypatch.setattr(module, "write_prediction", write_slowly)
-    rows, peaks = predict_files(predictor, tmp_path, tmp_path / "out"), []
+    rows = predict_files(predictor, tmp_path, tmp_path / "out")
     tracemalloc.start()
-    for number, _ in enumerate(rows):
-        if number in (10, 90):
-            peaks.append(tracemalloc.get_traced_memory()[0])
+    used = [tracemalloc.get_traced_memory()[0] for _ in rows]
     tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 6 * 48_000
+    # A few images wait at any time, now more, now fewer.
+    assert min(used[60:90]) - min(used[10:40]) < 2 * 48_000
     assert 1 < max(unwritten) <= module.AHEAD + 2
 
 
