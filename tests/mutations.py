@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 TABLE = json.loads(Path(__file__).with_name("fuzz.json").read_text(encoding="utf-8"))
+VALUES = [json.dumps(value) for value in TABLE["values"]]
 SUMS = ("args_sha256", "checksum")
 # In the table these stand for what no writer of JSON can write, or what is long, as @name and a number@.
 MARKS: dict[str, Callable[[int], str]] = {
@@ -80,7 +81,7 @@ def mutate_json(content: bytes, rng: random.Random, box: Path) -> bytes:
         elif how == "rename" and isinstance(holder, dict) and not is_top:
             holder[rng.choice(("", "x", "\ud800", "../x", "1", key.upper(), "__class__"))] = holder.pop(key)
         else:
-            ways = {"wrap": [now], "as text": json.dumps(now), "value": rng.choice(TABLE["values"])}
+            ways = {"wrap": [now], "as text": json.dumps(now), "value": json.loads(rng.choice(VALUES))}
             inner = next(iter(now), None) if isinstance(now, dict | list) else {"a": now}
             holder[key] = ways.get(how, inner)
     text = json.dumps(value[""], ensure_ascii=rng.random() < 0.9).replace("@box@", str(box))
