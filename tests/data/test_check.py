@@ -342,3 +342,11 @@ def test_a_full_disk_leaves_nothing_and_shows_no_name(tmp_path: Path, monkeypatc
         assert caught.value.__suppress_context__
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+@pytest.mark.parametrize(("side", "code"), [(1024, "scaled_label"), (1088, "label_size"), (3, "label_size")])
+def test_a_label_of_far_more_or_fewer_pixels_is_refused(tmp_path: Path, side: int, code: str) -> None:
+    for folder, size in (("images", 64), ("masks", side)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.eye(size, dtype=np.uint8) * 255).save(tmp_path / folder / "1.png")
+    assert code in {finding.code for finding in check_data(tmp_path).findings}

@@ -51,7 +51,7 @@ _KINDS = {
     "outside_image": "polygon with coordinates outside the image",
     "bad_polygon": "polygon that is no list of finite numbers",
     "bad_rle": "broken run-length mask",
-    "label_size": "label and image of different proportions",
+    "label_size": "label and image of different proportions or far different sizes",
     "scaled_label": "label of another size than its image, scaled|: {sizes}.",
     "text_length": "number of texts differs from the number of objects|: {texts} and {objects}. Training "
     "joins all objects; other programs may see the first only.",

@@ -16,6 +16,8 @@ from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+MOST_SCALED = 16  # a label of so many times the image's width, or its fraction, shows no vessel of a few px
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -155,7 +157,7 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
 
 
 def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:
-    """Refuses a label of other proportions than its image, and warns where it is scaled."""
+    """Refuses a label of other proportions or of far more or fewer px, and warns where it is scaled."""
     sizes = f"{label[0]}×{label[1]} px, its image {image[0]}×{image[1]} px"
     if not _are_proportional(label, image):
         advice = "It was cut or turned in between: bring it to the size of the image, or remove the record."
@@ -163,6 +165,9 @@ def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, 
         if turn >= 5 and _are_proportional(label, image[::-1]):
             likely = f"The likely cause is the EXIF orientation {turn} of the image, which is stored lying"
             advice = f"{likely} and shown turned. Give size and label of the image as it is shown."
+        raise DataError(f"{record}: the {kind} has {sizes}. {advice}", "label_size")
+    if not 1 / MOST_SCALED <= label[0] / image[0] <= MOST_SCALED:
+        advice = "One of the two is a preview: give both as they were made."
         raise DataError(f"{record}: the {kind} has {sizes}. {advice}", "label_size")
     if label != image:
         findings.add("scaled_label", record, sizes=sizes)
