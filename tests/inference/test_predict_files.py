@@ -193,8 +193,8 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:
     tracemalloc.start()
     used = [tracemalloc.get_traced_memory()[0] for _ in rows]
     tracemalloc.stop()
-    # A few images wait at any time, now more, now fewer.
-    assert min(used[60:90]) - min(used[10:40]) < 2 * 48_000
+    # A few images wait at any time, now more, now fewer; 50 that stay would be 2.4 MB.
+    assert np.median(used[60:90]) - np.median(used[10:40]) < 6 * 48_000
     assert 1 < max(unwritten) <= module.AHEAD + 2
 
 
