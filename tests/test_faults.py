@@ -280,7 +280,7 @@ def test_two_at_once(tmp_path: Path, whole: dict) -> None:
     """New runs share data and cache and change nothing; of two that resume one run the later is refused."""
     words = f"train {OPTIONS.replace('cache_gb 0', 'cache_gb 0.1')} --lora_scope projector mask_decoder"
     with ThreadPoolExecutor(2) as pool:
-        for ended in pool.map(run, [words] * 2, [tmp_path] * 2):
+        for ended in [*pool.map(run, [words] * 2, [tmp_path] * 2)]:  # when both have ended
             check_words(ended._replace(fault="two new runs at once"), tmp_path, 0, "")
         one, other = map(contents, tmp_path.glob("out/sa2va_*"))
         assert one == other
