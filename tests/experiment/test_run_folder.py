@@ -69,6 +69,13 @@ def test_settings_of_other_kinds_are_refused(run: RunFolder) -> None:
         (run.path / "config.json").write_text(text)
         with pytest.raises(RefusedError, match=r"config\.json is damaged"):
             run_folder.run_settings(run.path)
+    (run.path / run_folder.PRIVATE_FILE).write_text('{"data_root": "/angio/ylva"}')
+    for text in ('{"args": {}}', '{"args": {"data_root": null}}', '{"args": {"data_root": "DATA_ROOT"}}'):
+        (run.path / "config.json").write_text(text)
+        assert run_folder.run_settings(run.path)["data_root"] == "/angio/ylva"  # never the built-in data
+    (run.path / run_folder.PRIVATE_FILE).write_text('{"data_root": ["/angio/ylva"]}')
+    with pytest.raises(RefusedError, match=r"data_root is a list\. Put it back"):
+        run_folder.run_settings(run.path)
 
 
 def test_a_torn_metrics_file_keeps_its_whole_lines(run: RunFolder) -> None:

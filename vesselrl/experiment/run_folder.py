@@ -170,18 +170,19 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
     try:
         values = read_json(path)
         settings = dict(values["args"])
-        private = run / PRIVATE_FILE
-        hidden = read_json(private) if private.exists() else {}
-        shown = {name: path for name, path in hidden.items() if settings[name] == name.upper()}
+        hidden = read_json(run / PRIVATE_FILE) if (run / PRIVATE_FILE).exists() else {}
         is_changed = values.get("args_sha256", json_hash(settings)) != json_hash(settings)
+        # One that is lost would mean other data, such as the built-in ones.
+        settings |= {name: p for name, p in hidden.items() if settings.get(name) in (None, name.upper())}
     except MALFORMED:
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
     if wrong := [name for name, value in settings.items() if not _is_setting(name, value)]:
-        raise RefusedError(f"{path} is damaged: {wrong[0]} is {settings[wrong[0]]!r:.40}. Put it back.")
+        found = type(settings[wrong[0]]).__name__  # the value may be a path
+        raise RefusedError(f"{path} is damaged: {wrong[0]} is a {found}. Put it back.")
     if is_changed and not may_be_changed:
         advice = "Put it back; if the change is meant, remove its line args_sha256."
         raise RefusedError(f"{path} is damaged: its settings are not those that the run wrote. {advice}")
-    return settings | shown
+    return settings
 
 
 def _is_setting(name: str, value: object) -> bool:
