@@ -106,21 +106,20 @@ def assign_credit(
     """
     image = (masks, probabilities, truth, truth_topology)
     try:
-        return _assign_credit(*image, reward, post, num_regions, deepcopy(rng))
+        return _credit_by(reward, image, post, num_regions, deepcopy(rng))
     except RewardError as error:
-        return _assign_credit(*image, reward.without_custom(error), post, num_regions, rng)
+        return _credit_by(reward.without_custom(error), image, post, num_regions, rng)
 
 
-def _assign_credit(
-    masks: np.ndarray,
-    probabilities: np.ndarray,
-    truth: np.ndarray,
-    truth_topology: Topology,
+def _credit_by(
     reward: Reward | ConstrainedReward,
+    image: tuple[np.ndarray, np.ndarray, np.ndarray, Topology],
     post: PostProcessing,
     num_regions: int,
     rng: np.random.Generator,
 ) -> Credit:
+    """The credit by one reward, or its RewardError; `image`: the first four arguments of `assign_credit`."""
+    masks, probabilities, truth, truth_topology = image
     postprocess = post.postprocess_for(probabilities)
 
     def score(mask: np.ndarray) -> dict[str, float]:
