@@ -64,7 +64,7 @@ def memory(
     rng, rows = np.random.default_rng(0), {}
     image, truth = rng.integers(0, 255, (512, 512, 3), dtype=np.uint8), np.zeros((512, 512), bool)
     truth[250:256, 10:500] = True
-    batch = TrainBatch(["a"], [image], [truth], [topology(truth)])
+    batch = TrainBatch(["a"], [image], [truth], [topology(truth)], size=1)
     with measured(rows, "load"):
         policy = load_policy(config, "cpu")
     with measured(rows, "[SEG] states"):

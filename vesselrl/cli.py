@@ -36,6 +36,8 @@ OUT_OF_MEMORY = (
     "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
     "--num_samples or a smaller --lora_scope."
 )
+# Of several processes the main one says what goes on, and the others, by number, what goes wrong.
+OF_PROCESS = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
 logger = logging.getLogger("vesselrl")
 console = Console(highlight=False)
 
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = usage("VERB [options]   (vesselrl VERB --help lists them)", VERBS)
         print(f"Unknown verb {verb!r}.\n{known}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if OF_PROCESS == "" else logging.WARNING
+    logging.basicConfig(level=level, format=f"%(asctime)s {OF_PROCESS}%(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "matplotlib", "PIL", "numba"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -72,7 +75,7 @@ def fail(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename:  # it may be that of a patient
         text = f"A file cannot be used ({error.strerror}); VESSELRL_TRACEBACK=1 shows which."
     text = " ".join([text, *getattr(error, "__notes__", ())])
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"{OF_PROCESS}error: {' '.join(text.split())}", file=sys.stderr)
     return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
@@ -89,7 +92,7 @@ def run_train(rest: list[str]) -> int:
     `--resume_from RUN`, alone, goes on with an interrupted run; what has changed since must be named in
     `--allow_change`.
     """
-    argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal else None
+    argv, bars = ["vesselrl", "train", *rest], console if console.is_terminal and not OF_PROCESS else None
     if any(argument.partition("=")[0] in ("--resume_from", "--resume-from") for argument in rest):
         args = parse(options.Resume, rest, "train")
         from vesselrl.training.train import resume
@@ -284,8 +287,10 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     console.print(f"Report: {result.report_path}")
 
 
-def print_result(result: "TrainResult") -> None:
+def print_result(result: "TrainResult | None") -> None:
     """Before and after on validation and test patients."""
+    if result is None:
+        return
     for caveat in result.caveats:
         console.print(f"[bold]{caveat}[/bold]")
     for title, rows in (("validation", result.validation), ("test", result.test)):

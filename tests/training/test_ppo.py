@@ -36,7 +36,7 @@ def crossing_lines(side: int, count: int = 2) -> TrainBatch:
         noise = np.random.default_rng(k).integers(0, 30, (side, side, 3))
         images.append((170 - 90 * truth[..., None] + noise).astype(np.uint8))
         truths.append(truth)
-    return TrainBatch(["a", "b"][:count], images, truths, [topology(truth) for truth in truths])
+    return TrainBatch(["a", "b"][:count], images, truths, [topology(truth) for truth in truths], count)
 
 
 def make_update(tiny_checkpoint, reward: Reward | None = None, rate: float = 1e-3, **settings) -> PPOUpdate:
@@ -60,7 +60,7 @@ def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[
 def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkpoint, stage) -> None:
     small, large = crossing_lines(64, 1), crossing_lines(80, 1)  # sizes in a batch may differ
     batch = TrainBatch(["a", "b"], *(getattr(small, name) + getattr(large, name)
-                                     for name in ("images", "truths", "topologies")))  # fmt: skip
+                                     for name in ("images", "truths", "topologies")), size=2)  # fmt: skip
     found = []
     for _ in range(2):
         update = make_update(tiny_checkpoint, rate=0.1, num_passes=3)
@@ -239,7 +239,7 @@ def test_reward_rises_on_a_toy_and_not_when_credit_is_shuffled(seed: int, monkey
 
 BAR = np.zeros((24, 24), bool)
 BAR[11:13, 2:22] = True
-BAR_BATCH = TrainBatch(["a"], [np.zeros((24, 24, 3), np.uint8)], [BAR], [topology(BAR)])
+BAR_BATCH = TrainBatch(["a"], [np.zeros((24, 24, 3), np.uint8)], [BAR], [topology(BAR)], size=1)
 
 
 def test_structure_credit_alone_connects_a_broken_vessel() -> None:

@@ -73,12 +73,25 @@ class VesselDataset:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """B images with their truth; sizes may differ."""
+    """Images of one step with their truth, all or one process's share of them; sizes may differ."""
 
     keys: list[str]  # pseudonyms, for caches
     images: list[np.ndarray]  # uint8 (H, W, 3)
     truths: list[np.ndarray]  # bool (H, W)
     topologies: list[Topology]  # of the truths
+    size: int  # images of the step, in all processes
+    first: int = 0  # number, in the step, of the first image here; the others follow `stride` apart
+    stride: int = 1
+
+    @property
+    def weight(self) -> float:
+        """What the mean over these images weighs in that over the step's; 0 for one that another has."""
+        return len(self.keys) / self.size if self.first < self.size else 0.0
+
+    @property
+    def places(self) -> range:
+        """Numbers of these images in the step."""
+        return range(self.first, self.first + self.stride * len(self.keys), self.stride)
 
 
 @dataclass(eq=False)
@@ -106,8 +119,12 @@ class BatchSource:
         """Batches of all epochs."""
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
-        """Batches of one epoch, counted from 1, without the first `skip`."""
+    def epoch(self, epoch: int, skip: int = 0, first: int = 0, stride: int = 1) -> Iterator[TrainBatch]:
+        """Batches of one epoch, counted from 1, without the first `skip`.
+
+        Of each batch every `stride`-th image from the `first` on; where there is none, the batch's first
+        image, with weight 0: a process takes every step that the others take.
+        """
         opened = self._open(epoch)
         per_pass = self.num_batches(epoch) // self.num_passes(epoch)
         for number in range(skip // per_pass, self.num_passes(epoch)):
@@ -115,12 +132,14 @@ class BatchSource:
             one_pass = epoch + number * self.num_epochs
             generator = np.random.default_rng([self.seed, one_pass])
             order = [opened[k] for k in generator.permutation(len(opened)).tolist()]
-            first = skip % per_pass if number == skip // per_pass else 0
-            for start in range(first * self.batch_size, len(order), self.batch_size):
-                items = [self.dataset.augmented(k, one_pass) for k in order[start : start + self.batch_size]]
+            skipped = skip % per_pass if number == skip // per_pass else 0
+            for start in range(skipped * self.batch_size, len(order), self.batch_size):
+                whole = order[start : start + self.batch_size]
+                items = [self.dataset.augmented(k, one_pass) for k in whole[first::stride] or whole[:1]]
                 images, truths, samples = map(list, zip(*items, strict=True))
                 keys = [sample.key for sample in samples]
-                yield TrainBatch(keys, images, truths, [*map(self._topology, keys, truths)])
+                topologies = [*map(self._topology, keys, truths)]
+                yield TrainBatch(keys, images, truths, topologies, len(whole), first, stride)
 
     def _open(self, epoch: int) -> Sequence[int]:
         """The images that an epoch shows."""

@@ -52,15 +52,18 @@ def evaluate(
     load: Load = load_pixels,
     caveats: Mapping[Caveat, str] | None = None,
     progress: Progress | None = None,
+    gather: Callable[[list[dict]], list[dict]] = list,
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
     `samples` have `key`, `patient`, `sequence`, each key once. A reward gives the column `reward`, a user's
-    own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total).
+    own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total);
+    `gather` adds the rows of other samples, which other processes have scored.
     """
     predicted = predict_each(predict, samples, load, progress)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
-    return evaluate_masks(samples, pairs, reward, caveats)
+    rows = gather(score_rows(samples, pairs, reward))
+    return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=dict(caveats or {}))
 
 
 def predict_each(
@@ -70,8 +73,6 @@ def predict_each(
 
     A prediction that is not finite has failed (None), which the log says.
     """
-    if not samples:
-        raise ValueError("There is nothing to evaluate: got 0 samples. Check split and max_val_samples.")
     check_unique([sample.key for sample in samples])
     for number, sample in enumerate(samples, start=1):
         image, truth = load(sample)

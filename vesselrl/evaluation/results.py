@@ -116,6 +116,8 @@ def summarise(
     **stored: Any,
 ) -> Evaluation:
     """Builds the Evaluation of finished rows: hashes, patient means and intervals; `stored` as it is."""
+    if not rows:
+        raise ValueError("There is nothing to evaluate: got 0 samples. Check split and max_val_samples.")
     keys = [row["key"] for row in rows]
     statistics.check_unique(keys)
     patients = [row["patient"] for row in rows]

@@ -57,6 +57,11 @@ def finish_first() -> Iterator[None]:
         raise Stopped(_first)
 
 
+def waiting() -> int | None:
+    """The signal that waits for the end of `finish_first`, if there is one."""
+    return _first if _is_waiting else None
+
+
 def _on_signal(number: int, frame: Any) -> None:
     global _first, _is_waiting
     if _first is not None:

@@ -37,12 +37,13 @@ from vesselrl.experiment.run_folder import (
 )
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.rewards import Reward, source_hash
+from vesselrl.training import processes
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "resume.safetensors"
 PREVIOUS_FILE = "resume.previous.safetensors"
-STATE_VERSION = "3"
+STATE_VERSION = "4"
 # Settings that change where and how fast a training runs, but no result.
 FREE_SETTINGS = {"output_dir", "log_freq", "num_workers", "gpu", "use_wandb", "cache_gb"}
 _TENSOR = "tensor:"  # in the JSON, in the place of a tensor, before its name
@@ -79,8 +80,10 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises WriteError.
 
-    The state before is kept as resume.previous.safetensors.
+    The state before is kept as resume.previous.safetensors. Of several processes the main one writes.
     """
+    if not processes.is_main():
+        return
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
     header = {"version": STATE_VERSION, "state": plain, "sha256": tensors_hash(tensors, plain)}
@@ -184,7 +187,7 @@ def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[Abstra
 
     Each begins where the first began, so that the step ends as if memory had sufficed at once.
     """
-    while model.savings:
+    while model.savings and processes.count() == 1:  # others would wait for the step's second half
         state, values, failures = update.state_dict(), model.values(), []
         kept, random = deepcopy(moments(optimizer, model)), random_state()
         yield _out_of_memory(failures)

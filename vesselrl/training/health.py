@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.training import processes
 from vesselrl.training.checkpoint import Model
 
 WINDOW = 20  # steps that a rule looks at: a single one says nothing, unless it is not even a number
@@ -324,21 +325,24 @@ class Health:
 
 def take_step(
     model: Model, optimizer: Optimizer, loss: Tensor, max_norm: float, is_first: bool, reward: float = 0.0
-) -> float:
-    """Updates the weights by the gradient of a loss, clipped to a norm, and returns the norm that it had.
+) -> tuple[float, float]:
+    """Updates the weights by the gradient of a loss, clipped to a norm; returns the loss and that norm.
 
-    A loss or a gradient that is not finite is refused, and a first gradient that misses a weight. `reward`
-    is the size of the rewards behind the loss.
+    The losses of several processes are summed, and so are their gradients. A loss or a gradient that is not
+    finite is refused, and a first gradient that misses a weight. `reward` is the size of the rewards behind
+    the loss.
     """
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise not_finite(f"The loss is {float(loss.detach())}", reward)
+    value = math.fsum(processes.gather([float(loss.detach())]))
+    if not math.isfinite(value):
+        raise not_finite(f"The loss is {value}", reward)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    processes.sum_gradients(model.trainable.values())
     if is_first:
         model.check_gradients()
     norm = clip_gradients(model.trainable.values(), max_norm, reward)
     optimizer.step()
-    return norm
+    return value, norm
 
 
 def not_finite(fault: str, reward: float) -> LearningError:

@@ -16,6 +16,7 @@ from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import RunFolder, writing
+from vesselrl.training import processes
 from vesselrl.training.health import Issue
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Monitor:
         with writing(self._folder):
             self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
         self._wandb = None
-        if config.run.use_wandb:
+        if config.run.use_wandb and processes.is_main():
             import wandb
 
             self._wandb = wandb.init(
@@ -112,7 +113,7 @@ class Monitor:
 
     def note(self, issue: Issue) -> None:
         """Writes an issue to the log, as a warning, and to diagnosis.json."""
-        logger.warning("%s", issue)
+        logger.log(logging.WARNING if processes.is_main() else logging.INFO, "%s", issue)
         self.issues.append(issue)
         self._write_issues()
 

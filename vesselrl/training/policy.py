@@ -30,6 +30,7 @@ from vesselrl.models.memory import activation_bytes, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
+from vesselrl.training import processes
 from vesselrl.training.checkpoint import tensors_hash, with_values
 from vesselrl.training.features import GIB, FeatureStore, SegState, feature_store, image_key, language_hash
 
@@ -237,6 +238,10 @@ class MaskPolicy:
         self._kept |= {key: self._kept[content] for key, content in names.items()}
         return computed
 
+    def gather_states(self) -> None:
+        """Keeps what all processes keep."""
+        self._kept |= dict(processes.gather([*self._kept.items()]))
+
     def _compute_states(self, images: dict[str, np.ndarray]) -> None:
         inputs = self.processor([*images.values()], self.prompt).to(self.model.device)
         try:
@@ -334,7 +339,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if policy.language_is_frozen:
         cache = Path(config.run.output_dir) / "cache" / "states" if config.run.cache_gb else None
         with source() as folder:
-            policy.language_hash = language_hash(Path(folder), None if is_random else cache, policy.language)
+            files = Path(folder), None if is_random else cache
+            policy.language_hash = processes.from_main(partial(language_hash, *files, policy.language))
         # All that decides a state to the last bit, but the image.
         versions = [dtype, torch.device(device).type, torch.__version__, transformers.__version__]
         about = [policy.language_hash, model.config, processor.tokenizer.backend_tokenizer.to_str(), s.prompt]
@@ -356,7 +362,7 @@ def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sa
     tiling = policy.predictor.tiling
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
-        for sample in samples:
+        for sample in processes.share(samples):
             image = load_image(sample)
             if not tiling.cuts(*image.shape[:2]):
                 yield sample.key, image
@@ -364,6 +370,7 @@ def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sa
             yield from ((f"{sample.key} tile {k}", tile) for k, tile in enumerate(tiling.pieces(image)))
 
     computed = policy.keep_states(chain(pair, images()))
+    policy.gather_states()
     took = time.perf_counter() - started
     logger.info("[SEG] states: %d images, %d computed, %.1f s", len(samples), computed, took)
     if policy.keys_repeat:

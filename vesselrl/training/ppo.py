@@ -9,6 +9,7 @@
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +23,12 @@ from vesselrl.experiment.config import TrainConfig
 from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
-from vesselrl.training import ppo_math
+from vesselrl.training import ppo_math, processes
 from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
 from vesselrl.training.health import check_moved, not_finite, take_step
 from vesselrl.training.policy import MaskPolicy
 
+LOSS_METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
 
@@ -41,7 +43,7 @@ class Sampled(NamedTuple):
 
 
 class PPOUpdate:
-    """PPO steps: policy, optimizer, reward, random generators and the threads that score masks."""
+    """PPO steps: policy, optimizer, reward, and the threads that score masks."""
 
     def __init__(self, policy: MaskPolicy, optimizer: Optimizer, reward: Reward, config: TrainConfig) -> None:
         self.policy = policy
@@ -52,8 +54,7 @@ class PPOUpdate:
         self.settings = config.ppo
         self.max_grad_norm = config.optim.max_grad_norm
         self.seed = config.optim.seed
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.rng = region_rng(self.seed)
+        self.num_rollouts = 0
         self.pool = ThreadPoolExecutor(max_workers=config.run.num_workers)
         self.post = post_processing(config.to_dict())
         self.checked = False
@@ -62,6 +63,7 @@ class PPOUpdate:
         """One rollout, its passes and their metrics; LearningError where a first self-check fails."""
         started = time.perf_counter()
         policy, is_first = self.policy, not self.checked
+        self.num_rollouts += 1
         policy.peft_model.eval()  # no dropout: the ratio must be exactly 1 before the first update
         if is_first:
             policy.freeze_reference()
@@ -69,7 +71,7 @@ class PPOUpdate:
         decoded = policy.decode(inputs, batch.keys)
         choice = decoded.best()  # the candidate masks, kept for all passes
         logits = policy.logits(decoded, choice, inputs)
-        if not all(bool(torch.isfinite(one).all()) for one in logits):  # its masks would all be empty
+        if processes.any_of(not all(bool(torch.isfinite(one).all()) for one in logits)):  # masks are empty
             raise not_finite("The logits are not finite", 0.0)
         images, metrics, reward_varies = self.collect(batch, logits)
         # The largest in size, with its sign.
@@ -83,15 +85,16 @@ class PPOUpdate:
             for number in range(self.settings.num_passes):
                 if number > 0:
                     logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                loss, update = self._loss(logits, images, reference)
-                shared = policy, self.optimizer, loss, self.max_grad_norm
-                norm = take_step(*shared, is_first=not self.checked, reward=reward)
+                loss, rows = self._loss(logits, images, reference)
+                update = loss_metrics(processes.gather(rows if batch.weight else []))
+                shared = policy, self.optimizer, loss * batch.weight, self.max_grad_norm
+                loss, norm = take_step(*shared, is_first=not self.checked, reward=reward)
                 if number == 0:
                     metrics["train/first_ratio_gap"] = update["ratio_gap"]
                 if not self.checked:
                     check_moved(policy.distance(policy.reference_values))
                     self.checked = True
-            update |= {"loss": float(loss.detach()), "grad_norm": norm}
+            update |= {"loss": loss, "grad_norm": norm}
             metrics |= {f"train/{name}": value for name, value in update.items()}
         else:
             # Nothing to learn from: an update would only add weight decay and noise.
@@ -105,21 +108,31 @@ class PPOUpdate:
     ) -> tuple[list[Sampled], dict[str, float], bool]:
         """Samples, scores and credits K masks per image; also their metrics, and whether any pixel earned."""
         s = self.settings
-        sampling = (s.num_samples, s.correlation_px, s.temperature, self.generator)
-        masks = [ppo_math.sample_masks(one, *sampling) for one in logits]
+        sampling = (s.num_samples, s.correlation_px, s.temperature)
+        seeds = (int(one.generate_state(1, np.uint64)[0]) for one in self._seeds(batch, stream=1))
+        noise = (torch.Generator().manual_seed(seed) for seed in seeds)
+        masks = [ppo_math.sample_masks(one, *sampling, next(noise)) for one in logits]
         started = time.perf_counter()
         credits = self._credit(batch, masks, logits)
-        metrics = {"time/reward": time.perf_counter() - started} | rollout_metrics(credits)
+        took = time.perf_counter() - started
+        scored = [replace(one, overlap=None, structure=None) for one in credits]  # maps are large
+        metrics = rollout_metrics(processes.gather(scored if batch.weight else [])) | {"time/reward": took}
         if self.constrained:
             metrics |= {f"train/price/{name}": value for name, value in self.constrained.multipliers.items()}
         images = [self._sampled(*one) for one in zip(logits, masks, credits, strict=True)]
-        return images, metrics, any(c.overlap.any() or c.structure.any() for c in credits)
+        earned = any(c.overlap.any() or c.structure.any() for c in credits)
+        return images, metrics, processes.any_of(earned)
+
+    def _seeds(self, batch: TrainBatch, stream: int) -> list[np.random.SeedSequence]:
+        """Random numbers of each image, by seed, rollout and place, however many processes share a step."""
+        keys = ([self.seed, stream, self.num_rollouts, place] for place in batch.places)
+        return [*map(np.random.SeedSequence, keys)]
 
     def _credit(self, batch: TrainBatch, masks: list[Tensor], logits: list[Tensor]) -> list[Credit]:
         samples = [one.cpu().numpy() for one in masks]
         # Masks are used as the model gives them: the temperature is for sampling alone, not for closing gaps.
         probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
-        generators = self.rng.spawn(len(samples))
+        generators = map(np.random.default_rng, self._seeds(batch, stream=2))
         images = zip(samples, probabilities, batch.truths, batch.topologies, generators, strict=True)
         shared = (self.reward, self.post, self.settings.num_regions)
         jobs = [self.pool.submit(assign_credit, *image, *shared, rng) for *image, rng in images]
@@ -138,7 +151,8 @@ class PPOUpdate:
 
     def _loss(
         self, logits: list[Tensor], images: list[Sampled], reference: list[Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean loss of the images, and of each the values of LOSS_METRICS."""
         s, total, rows = self.settings, 0.0, []
         for now, image, ref in zip(logits, images, reference, strict=True):
             logprobs = ppo_math.action_logprobs(now, s.temperature)
@@ -146,21 +160,18 @@ class PPOUpdate:
             kl = ppo_math.bernoulli_kl(now, ref, image.variance, s.temperature)
             entropy = ppo_math.bernoulli_entropy(now, image.variance, s.temperature)
             total = total + policy.loss + s.kl_coef * kl - s.entropy_coef * entropy
-            rows.append({"policy_loss": policy.loss, **policy._asdict(), "kl_ref": kl, "entropy": entropy})
-        names = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
-        means = {name: float(torch.stack([row[name].detach() for row in rows]).mean()) for name in names}
-        means["ratio_gap"] = max(float(row["ratio_gap"]) for row in rows)
-        return total / len(logits), means
+            rows.append(torch.stack([*policy, kl, entropy]).detach())
+        return total / len(logits), [*torch.stack(rows).cpu()]
 
     @torch.no_grad()
     def _check_rollout(self, batch: TrainBatch, again: list[Tensor], rollout: tuple) -> None:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
         policy, masks = self.policy, rollout[0][0].masks
-        if bool((masks[1:] == masks[:1]).all()):
+        if batch.first == 0 and bool((masks[1:] == masks[:1]).all()):
             fault = f"All {len(masks)} sampled masks of the first image are equal"
             sure = "the policy is completely sure of every pixel. Raise --temperature or --num_samples."
             raise LearningError(f"{fault}: {sure}")
-        _, metrics = self._loss(again, *rollout)
+        metrics = loss_metrics(self._loss(again, *rollout)[1])
         if metrics["ratio_gap"] > TOLERANCE:
             raise LearningError(
                 f"The ratio before the first update is off by {metrics['ratio_gap']:.2g} (allowed "
@@ -181,28 +192,28 @@ class PPOUpdate:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Self-checks, reference policy, random generators and multipliers."""
+        """Self-checks, reference policy, number of rollouts and multipliers."""
         return {
             "checked": self.checked,
             "reference": self.policy.reference_values,
-            "generator": self.generator.get_state(),
-            "num_spawned": self.rng.bit_generator.seed_seq.n_children_spawned,
+            "num_rollouts": self.num_rollouts,
             "multipliers": self.constrained and self.constrained.multipliers,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores self-checks, reference policy, random generators and multipliers."""
+        """Restores self-checks, reference policy, number of rollouts and multipliers."""
         self.checked = state["checked"]
         self.policy.freeze_reference(state["reference"])
-        self.generator.set_state(state["generator"])
-        self.rng = region_rng(self.seed, state["num_spawned"])
+        self.num_rollouts = state["num_rollouts"]
         if self.constrained and state["multipliers"]:  # none where another objective had been set
             self.constrained.multipliers = dict(state["multipliers"])
 
 
-def region_rng(seed: int, num_spawned: int = 0) -> np.random.Generator:
-    """The generator whose children choose regions, one child per image, after so many of them."""
-    return np.random.default_rng(np.random.SeedSequence([seed, 2], n_children_spawned=num_spawned))
+def loss_metrics(rows: list[Tensor]) -> dict[str, float]:
+    """Means over images, and of all images the largest gap of a ratio."""
+    table = torch.stack(rows)
+    largest = {"ratio_gap": float(table[:, LOSS_METRICS.index("ratio_gap")].max())}
+    return dict(zip(LOSS_METRICS, table.mean(0).tolist(), strict=True)) | largest
 
 
 def rollout_metrics(credits: list[Credit]) -> dict[str, float]:

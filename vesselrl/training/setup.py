@@ -35,6 +35,7 @@ from vesselrl.experiment.run_folder import RunFolder, atomic_write, check_room, 
 from vesselrl.models.lora import check_scope
 from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
+from vesselrl.training import processes
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
 from vesselrl.training.features import FeatureStore
@@ -194,7 +195,16 @@ def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Ite
 
 @contextmanager
 def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
-    """The run's folder, a new one or that to go on in, kept from other processes."""
+    """The run's folder, a new one or that to go on in, kept from other trainings.
+
+    What processes write that are not the main one is thrown away.
+    """
+    if not processes.is_main():
+        with TemporaryDirectory() as scratch:
+            if resume_from is not None:
+                shutil.copy(RunFolder(resume_from).metrics_file, scratch)
+            yield RunFolder(Path(scratch))
+        return
     if resume_from is None:
         run = RunFolder.create(config.run.output_dir)
         logger.info("run folder %s", run.path)
@@ -255,6 +265,8 @@ def check_settings(config: TrainConfig) -> Reward:
 
 def check_disk(config: TrainConfig, model: Model, run: RunFolder) -> None:
     """Raises RefusedError where the disk has no room for all that the run has yet to write, caches apart."""
+    if not processes.is_main():
+        return
     one = sum(values.numel() * values.element_size() for values in model.trainable.values())
     adapters = 2 + config.optim.num_epochs // config.run.save_freq
     written = sum(file.stat().st_size for file in run.path.rglob("*.safetensors"))
@@ -281,6 +293,8 @@ def select_device(gpu: int) -> str:
     if not torch.cuda.is_available():
         logger.info("no GPU: running on the CPU with %d threads", torch.get_num_threads())
         return "cpu"
+    if processes.count() > 1:
+        return f"cuda:{torch.cuda.current_device()}"  # each process has its own
     if gpu >= torch.cuda.device_count():
         raise ValueError(f"--gpu is {gpu}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
     return f"cuda:{gpu}"

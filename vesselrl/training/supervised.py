@@ -78,19 +78,21 @@ class SupervisedUpdate:
         started = time.perf_counter()
         images, truths = batch.images, batch.truths
         if self.flips:
-            pairs = [flip(*pair, self.flips) for pair in zip(images, truths, strict=True)]
-            images, truths = map(list, zip(*pairs, strict=True))
+            drawn = [[k for k in (0, 1) if self.flips.random() < 0.5] for _ in range(batch.size)]
+            axes = drawn[batch.first :: batch.stride] or drawn[:1]
+            images, truths = ([*map(flip, pixels, axes)] for pixels in (images, truths))
         logits = self.model.batch_logits(images, batch.keys)
         losses = [
             self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
             for one, truth in zip(logits, truths, strict=True)
         ]
-        loss = torch.cat(losses).mean()
-        norm = take_step(self.model, self.optimizer, loss, self.max_grad_norm, is_first=not self.checked)
+        loss = torch.cat(losses).mean() * batch.weight
+        shared = self.model, self.optimizer, loss, self.max_grad_norm
+        value, norm = take_step(*shared, is_first=not self.checked)
         if not self.checked:
             check_moved(self.model.distance())
             self.checked = True
-        metrics = {"train/loss": float(loss.detach()), "train/grad_norm": norm}
+        metrics = {"train/loss": value, "train/grad_norm": norm}
         return metrics | {"time/step": time.perf_counter() - started}
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,7 +106,6 @@ class SupervisedUpdate:
             self.flips.bit_generator.state = state["flips"]
 
 
-def flip(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Image and mask flipped along the same axes, each by chance."""
-    axes = [axis for axis in (0, 1) if rng.random() < 0.5]
-    return np.flip(image, axes).copy(), np.flip(mask, axes).copy()
+def flip(pixels: np.ndarray, axes: list[int]) -> np.ndarray:
+    """A copy of an image or mask, flipped along some axes."""
+    return np.flip(pixels, axes).copy()

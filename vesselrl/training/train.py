@@ -26,7 +26,7 @@ from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
-from vesselrl.training import checkpoint, setup
+from vesselrl.training import checkpoint, processes, setup
 from vesselrl.training.baselines import best_frangi
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
 from vesselrl.training.health import Health, check_learned
@@ -91,11 +91,12 @@ def train(
     console: Console | None = None,
     resume_from: Path | None = None,
     allow_change: Sequence[str] = (),
-) -> TrainResult:
+) -> TrainResult | None:
     """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
     `argv` is the command line, stored as provenance; without a console there are no progress bars.
-    `allow_change` names parts of the fingerprint that may have changed since the run began.
+    `allow_change` names parts of the fingerprint that may have changed since the run began. Of several
+    processes (see `processes`) the main one has the result.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
@@ -104,9 +105,10 @@ def train(
         Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     reward = setup.check_settings(config)
-    with setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
+    with processes.connected(), setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
-        state = None if resume_from is None else checkpoint.read_state(run.path)
+        read = partial(checkpoint.read_state, run.path)
+        state = None if resume_from is None else processes.from_main(read)
         t = set_up(config, argv, run, reward, state, allow_change)
         with Monitor(run, config, t.num_steps, console, state and state["step"]) as t.monitor:
             t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
@@ -120,15 +122,18 @@ def train(
             if config.optim.control == "frangi":
                 fit_filter(t)
             else:
-                run_epochs(t)
+                with processes.stopping_together():
+                    run_epochs(t)
             # 4. Save the last adapter.
-            t.model.save(run.path / f"final_{t.model.kind}")
+            save_model(t, f"final_{t.model.kind}")
             check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
-            tested = score_test(t)
+            tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
+        if not processes.is_main():
+            return None
         # 6. Write results, curves, pictures and the report.
         draw(t)
-        return write_results(t, tested)
+        return write_results(t, tested, calls)
 
 
 def resume(
@@ -158,7 +163,7 @@ def set_up(
     fingerprint = checkpoint.settings_fingerprint(config, reward)
     changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
     with setup.untouched(run, is_new=state is None) as place:
-        data = setup.prepare_data(config, place)
+        data = processes.from_main(partial(setup.prepare_data, config, place))
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
         model, tiling = setup.make_model(config, device, data)
@@ -168,7 +173,8 @@ def set_up(
         batches = setup.training_batches(config, data, place, tiling)
         origin = provenance(argv, device)
         subsets = {"train": data.train, "val": data.val, "test": data.test}
-        own = {"model": model.identity()} | checkpoint.data_fingerprint(subsets)
+        own = processes.from_main(partial(checkpoint.data_fingerprint, subsets))
+        own |= {"model": processes.from_main(model.identity)}
         changed += checkpoint.check_fingerprint(state, own, allow_change)
         checkpoint.check_fits(state or {}, model)
         fingerprint |= own
@@ -203,8 +209,9 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
 
 def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
     """Scores the model on the `val` or `test` images, as it is or with other values."""
-    samples, caveats = getattr(t.data, subset), getattr(t.data, f"{subset}_caveats")
+    caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
     shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
+    shared["gather"] = processes.gather
     with with_values(t.model, t.model.values() if values is None else values):
         scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
@@ -221,8 +228,14 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
     """Makes the present weights the best."""
     t.best_step, t.best, t.best_values = step, result, t.model.values()
-    t.model.save(t.run.path / f"best_{t.model.kind}")
+    save_model(t, f"best_{t.model.kind}")
     results.write_evaluation(t.run.path, "val_best", result, {"step": step})
+
+
+def save_model(t: Training, name: str) -> None:
+    """Writes the present weights to a folder of the run."""
+    if processes.is_main():
+        t.model.save(t.run.path / name)
 
 
 # ---- 3. Steps
@@ -235,6 +248,7 @@ def run_epochs(t: Training) -> None:
     rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
+    share = {"first": processes.rank(), "stride": processes.count()}
     try:
         for epoch in range(1, batches.num_epochs + 1):
             begin, end = end, end + batches.num_batches(epoch)
@@ -244,15 +258,17 @@ def run_epochs(t: Training) -> None:
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
             if t.step > begin:  # a signal may have come before the validation
                 validate_if_due(t, stage, end)
-            for batch in setup.read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
+            rest = batches.epoch(epoch, max(0, t.step - begin), **share)
+            for batch in setup.read_ahead(rest, t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
                         t.optimizer.state.clear()  # the moments of another loss say nothing about this one
                         update_multipliers(t, stage)
                     take_step(t, batch, stage, rate_at(t.step), epoch)
                 validate_if_due(t, stage, end)
+                processes.stop_together()
             if epoch % run.save_freq == 0 and not run.sanity_overfit:
-                t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
+                save_model(t, f"checkpoint_epoch_{epoch}")
     except Stopped:
         save_state(t)
         raise
@@ -369,7 +385,7 @@ def draw(t: Training) -> None:
     write_cases(t.run.path, cases)
 
 
-def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
+def write_results(t: Training, tested: Mapping[str, Evaluation], calls: list[dict]) -> TrainResult:
     """Writes training_info.json and the report; the run cannot be resumed any more."""
     t.run.check_there()
     info = {
@@ -384,7 +400,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation]) -> TrainResult:
         "adapter_delta_norm": t.model.distance(),
         "grad_norm_max": t.monitor.grad_norm_max,
         "reward_time_share": t.monitor.reward_time_share,
-        **t.reward.calls.to_json(),
+        **{name: sum(one[name] for one in calls) for name in calls[0]},
         "findings": [issue.to_json() for issue in t.monitor.issues],
         "metric_spec": METRIC_SPEC,
         "provenance": t.provenance,

@@ -1,0 +1,134 @@
+"""Several processes of one training, as torchrun or `accelerate launch` start them.
+
+Each takes its share of every batch and of the images of a validation. Gradients are summed and metrics
+gathered, so that all processes take the same decisions. The main one alone writes to the run folder.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from itertools import chain, zip_longest
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from vesselrl.errors import Stopped
+from vesselrl.experiment import stop
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=6)  # for what the main process does alone, such as the check of a large data set
+
+
+def count() -> int:
+    """Number of processes, on all machines together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connects the processes for the length of a `with` block: by NCCL between GPUs, else by gloo."""
+    if count() == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with _peers():
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    yield
+    state.destroy_process_group()
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Turns what comes of a lost process into a ConnectionError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        fault = f"Process {rank()} of {count()} has lost the others ({reason})"
+        raise ConnectionError(f"{fault}: one of them has ended, and says why.") from error
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of the items, n being the number of processes: those of this one."""
+    return items[rank() :: count()]
+
+
+def gather(items: list[T]) -> list[T]:
+    """The items of all processes, in the order that `share` took them from."""
+    if count() == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    with _peers():
+        shares = gather_object([[(item,) for item in items]])
+    return [item for one in chain(*zip_longest(*shares)) if one for item in one]
+
+
+def any_of(flag: bool) -> bool:
+    """Whether a condition holds in one of the processes."""
+    return any(gather([flag]))
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What a function returns that the main process alone calls; where it fails, all end."""
+    if count() == 1:
+        return compute()
+    from accelerate.utils import broadcast_object_list
+
+    made, error = None, None
+    if is_main():
+        try:
+            made = compute()
+        except Exception as raised:
+            error = raised
+    sent = [made, error is None]
+    with _peers():
+        broadcast_object_list(sent)
+    if error is not None:
+        raise error
+    if not sent[1]:
+        raise SystemExit(1)  # the main process says why
+    return sent[0]
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums the gradients of all processes; a weight without one stays so where no process has one."""
+    if count() == 1:
+        return
+    from accelerate.utils import reduce
+
+    parameters = [*parameters]
+    known = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    with _peers():
+        total = reduce(torch.cat([known, *(part.flatten().float() for part in parts)]), "sum")
+    known, *parts = total.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, number, part in zip(parameters, known.tolist(), parts, strict=True):
+        p.grad = part.view_as(p).to(p.dtype) if number else None
+
+
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """Among several processes a signal waits inside for the next `stop_together`."""
+    with stop.finish_first() if count() > 1 else nullcontext():
+        yield
+
+
+def stop_together() -> None:
+    """Raises Stopped in all processes where one of them has got a signal."""
+    if count() > 1 and (numbers := [number for number in gather([stop.waiting()]) if number]):
+        raise Stopped(numbers[0])
