@@ -84,7 +84,8 @@ def evaluate_held_out(
     )
     tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
+    predicted = evaluate.predict_each(predict, samples, progress=tell)
+    done = evaluate.evaluate_variants(samples, predicted, post, choices, reward, caveats)
 
     results: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():
