@@ -112,7 +112,6 @@ def write_dataset(
 
 
 def _draw(root: Path, domain: Domain, settings: dict) -> None:
-    """Draws and writes all files of a data set."""
     size, seed, layout = settings["size"], settings["seed"], settings["layout"]
     num_patients, num_sequences = settings["num_patients"], settings["num_sequences"]
     with atomic_write(root) as partial:
