@@ -14,6 +14,7 @@ from vesselrl.evaluation.evaluate import (
     evaluate,
     evaluate_masks,
     evaluate_variants,
+    predict_each,
     second_observer,
     with_flips,
 )
@@ -123,7 +124,7 @@ def test_what_is_wrong_is_an_error_that_names_the_image_and_no_failed_prediction
         with pytest.raises(error, match=message):
             evaluate(function, samples, load=load)
         with pytest.raises(error, match=message):
-            evaluate_variants(function, samples, PostProcessing(), {}, load=load)
+            evaluate_variants(samples, predict_each(function, samples, load), PostProcessing(), {})
 
 
 SHAPE = (21, 13)
@@ -142,7 +143,8 @@ def brightness(image, post=None):
 
 def test_one_pass_gives_what_several_evaluations_give(caplog):
     post, higher, reward = PostProcessing(0.5, 3), PostProcessing(0.6), MultiObjectiveReward()
-    done = evaluate_variants(brightness, NOISY, post, {"higher": higher}, reward, load=load)
+    predicted = predict_each(brightness, NOISY, load)
+    done = evaluate_variants(NOISY, predicted, post, {"higher": higher}, reward)
     for variant, used in (("", post), ("higher", higher)):
         direct = evaluate(lambda image, used=used: brightness(image, used), NOISY, reward, load=load)
         assert (str(done[variant].rows), done[variant].summary["n_failed"]) == (str(direct.rows), 1)

@@ -29,26 +29,23 @@ _CAPTION_PX, _GAP_PX = 22, 6
 _PAPER, _INK = 255, (51, 51, 51)
 
 
+@dataclass(eq=False, repr=False)
 class VesselDataset:
     """Items (image uint8 (H, W, 3), mask bool (H, W), sample) as they are in the files.
 
     They stay in memory up to a limit, for the second epoch; every item is a copy.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        augmentation: Augmentation = AUGMENTATIONS["none"],
-        seed: int = 0,
-        tiling: Tiling = WHOLE,
-    ):
-        self.samples = tuple(samples)
-        self.augmentation = augmentation
-        self.seed = seed
-        self.tiling = tiling
-        self.repeats = augmentation.is_none and not tiling.cuts_any(samples)  # every epoch shows the same
-        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._bytes_left = CACHE_BYTES
+    samples: Sequence[Sample]
+    augmentation: Augmentation = AUGMENTATIONS["none"]
+    seed: int = 0
+    tiling: Tiling = WHOLE
+    _cache: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False)
+    _bytes_left: int = field(default_factory=lambda: CACHE_BYTES, init=False)
+
+    def __post_init__(self) -> None:
+        # Whether every epoch shows the same.
+        self.repeats = self.augmentation.is_none and not self.tiling.cuts_any(self.samples)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -197,15 +194,6 @@ def write_contact_sheet(
     return path
 
 
-def outlined(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with a line of one pixel round its mask, so that the vessel itself stays visible."""
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-    line = (cv2.dilate(mask.view(np.uint8), cross) > 0) & ~mask
-    drawn = image.copy()
-    drawn[line] = OUTLINE
-    return drawn
-
-
 def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarray:
     if LABELS["files"].fullmatch(key) is None:
         raise ValueError(f"The caption of image {place} is no pseudonym. Use the key of its sample.")
@@ -214,7 +202,9 @@ def _tile(key: str, image: np.ndarray, mask: np.ndarray, place: int) -> np.ndarr
     smooth = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     shown = cv2.resize(image, size, interpolation=smooth)
     share = cv2.resize(mask.view(np.uint8) * np.uint8(255), size, interpolation=smooth)
-    shown = outlined(shown, share >= (64 if factor < 1 else 128))  # a thin vessel must not fall apart
+    mask = share >= (64 if factor < 1 else 128)  # a thin vessel must not fall apart
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    shown[(cv2.dilate(mask.view(np.uint8), cross) > 0) & ~mask] = OUTLINE  # beside the vessel, to show it
     tile = np.full((TILE_PX + _CAPTION_PX + _GAP_PX, TILE_PX + _GAP_PX, 3), _PAPER, np.uint8)
     top, left = (TILE_PX - size[1]) // 2, (TILE_PX - size[0]) // 2
     tile[top : top + size[1], left : left + size[0]] = shown

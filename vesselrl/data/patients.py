@@ -96,7 +96,6 @@ def parse_name(name: str) -> Identity:
 
 
 def _read_source(name: str) -> Identity:
-    """Reads the name of a source picture."""
     folder, _, stem = name.rpartition("/")
     if _FRAME.fullmatch(stem):
         videos = [part for part in folder.split("/") if part and not _SUBSET_FOLDERS.fullmatch(part)]
@@ -121,8 +120,10 @@ def _read_source(name: str) -> Identity:
     return Identity(f"id:{number}", f"name:{plain}", sequence, part["frame"], may_be_time)
 
 
-def parse_names(names: Iterable[str]) -> dict[str, Identity]:
-    """Reads all names of a data set."""
+def parse_names(names: Iterable[str], patient_pattern: str | None = None) -> dict[str, Identity]:
+    """Reads all names of a data set, by a pattern of the user if there is one."""
+    if patient_pattern is not None:
+        return parse_by_pattern(names, patient_pattern)
     sources = {name: source for name, (source, _) in source_names(names).items()}
     return _without_times({name: _read_source(source) for name, source in sources.items()}, sources)
 

@@ -21,14 +21,7 @@ from string import ascii_lowercase
 from typing import Literal
 
 from vesselrl.data.images import IMAGE_SUFFIXES
-from vesselrl.data.patients import (
-    Identity,
-    copy_groups,
-    is_impersonal,
-    parse_by_pattern,
-    parse_names,
-    plain_name,
-)
+from vesselrl.data.patients import Identity, copy_groups, is_impersonal, parse_names, plain_name
 from vesselrl.errors import DataError, WriteError
 from vesselrl.experiment.run_folder import read_json, write_text
 
@@ -233,8 +226,7 @@ def identify(
     names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
 ) -> tuple[dict[str, Identity], bool]:
     """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
-    is_usual = patient_pattern is None
-    found = parse_names(names) if is_usual else parse_by_pattern(names, patient_pattern)
+    found = parse_names(names, patient_pattern)
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:

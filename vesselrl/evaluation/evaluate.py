@@ -138,23 +138,19 @@ def describe_reward(reward: Any) -> dict[str, Any] | None:
 
 
 def evaluate_variants(
-    predict: Predict,
     samples: Sequence[Sample],
+    predicted: Iterable[tuple[Any, np.ndarray]],
     post: PostProcessing,
     variants: Mapping[str, PostProcessing],
     reward: Reward | None = None,
-    *,
-    load: Load = load_pixels,
     caveats: Mapping[Caveat, str] | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
-    """Predicts every image once and scores the masks that several variants of post-processing make of it.
+    """Scores the masks that several variants of post-processing make of what `predict_each` yields.
 
     `post` ("" in the result) is applied to the predictor's masks, `variants` to its `.probabilities`.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *variants)}
     counted, failed = 0, []
-    predicted = predict_each(predict, samples, load, progress)
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
         masks = dict.fromkeys(rows)
         if prediction is None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,14 @@ def evaluate_held_out(
     total, numbers = len(samples) + len(validation), count(1)  # one progress for both passes
     tell = progress and (lambda *_: progress(next(numbers), total))
     asked = reward if options.tune_post else None
-    predicted = evaluate.predict_each(predict, validation, progress=tell)
+    predict_all = partial(evaluate.predict_each, predict, progress=tell)
     images = (
         PredictedImage(prediction and prediction.probabilities, truth, sample.patient)
-        for sample, (prediction, truth) in zip(validation, predicted, strict=True)
+        for sample, (prediction, truth) in zip(validation, predict_all(validation), strict=True)
     )
     tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = evaluate.evaluate_variants(predict, samples, post, choices, reward, caveats=caveats, progress=tell)
+    done = evaluate.evaluate_variants(samples, predict_all(samples), post, choices, reward, caveats)
 
     results: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():

@@ -162,14 +162,9 @@ def best_postprocessing(
 
     Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
     """
-    return max(
-        (
-            post
-            for post in rewards
-            if min_component_px in (None, post.min_component_px) and close_gaps in (None, post.close_gaps)
-        ),
-        key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps),
-    )
+    fit = [post for post in rewards if min_component_px in (None, post.min_component_px)]
+    fit = [post for post in fit if close_gaps in (None, post.close_gaps)]
+    return max(fit, key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps))
 
 
 def score_postprocessing(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
 from vesselrl.experiment.run_folder import atomic_write, check_room, read_json
-from vesselrl.synthetic.rendering import Domain, Style, choose_style, compose, render_attenuation, render_mask
+from vesselrl.synthetic.rendering import Domain, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,6 @@ def write_dataset(
 
 
 def _draw(root: Path, domain: Domain, settings: dict) -> None:
-    """Draws and writes all files of a data set."""
     size, seed, layout = settings["size"], settings["seed"], settings["layout"]
     num_patients, num_sequences = settings["num_patients"], settings["num_sequences"]
     with atomic_write(root) as partial:
@@ -182,8 +181,10 @@ def draw_sequence(
     """
     if size < 64 or size % 4:
         raise ValueError(f"size is {size}. Choose a multiple of 4 from 64.")
-    tree, style = _prepare(domain, patient, sequence, size, seed)
-    frames = []
+    patient_rng, rng = _generator(seed, domain, patient), _generator(seed, domain, patient, sequence)
+    anatomy = grow_tree(patient_rng, domain.width_px, domain.branching, domain.tortuosity, domain.loops)
+    tree = project(rng, anatomy, mirror=patient_rng.random() < 0.3)
+    style, frames = choose_style(domain, tree[0], patient_rng, rng, size), []
     for frame in range(num_frames):
         rng = _generator(seed, domain, patient, sequence, frame)
         moved = beat(tree, 2 * np.pi * frame / 9 + rng.normal(0, 0.1), domain.beat_px)
@@ -196,14 +197,6 @@ def draw_sequence(
 def _generator(seed: int, domain: Domain, *numbers: int) -> Rng:
     """Random numbers of a patient, a sequence (patient, sequence) or a frame (… and its number)."""
     return np.random.default_rng([seed, zlib.crc32(domain.name.encode()), len(numbers), *numbers])
-
-
-def _prepare(domain: Domain, patient: int, sequence: int, size: int, seed: int) -> tuple[list[Vessel], Style]:
-    """The tree of the patient in the view of a sequence, and its appearance: what all frames share."""
-    patient_rng, rng = _generator(seed, domain, patient), _generator(seed, domain, patient, sequence)
-    anatomy = grow_tree(patient_rng, domain.width_px, domain.branching, domain.tortuosity, domain.loops)
-    tree = project(rng, anatomy, mirror=patient_rng.random() < 0.3)
-    return tree, choose_style(domain, tree[0], patient_rng, rng, size)
 
 
 def _concentration(domain: Domain, vessel: Vessel, front: float) -> np.ndarray:
