@@ -140,4 +140,5 @@ def test_an_error_is_said_once_and_ends_all(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     assert launch(tmp_path / "two", TORCHRUN, {"data_root": tmp_path}).wait() != 0
     log = (tmp_path / "two.log").read_text()
-    assert log.count("error: ") == 1 and not list((tmp_path / "two").glob("sa2va*"))
+    assert log.count("error: ") == 1
+    assert not list((tmp_path / "two").glob("sa2va*"))

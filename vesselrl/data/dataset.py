@@ -97,6 +97,9 @@ class BatchSource:
 
     Seed and epoch decide order and augmentation. With `difficulties` easy images come first, see
     `open_samples`. The truth's topology is computed once, or anew where crop or augmentation change it.
+
+    Of each batch come the images of one process, every `stride`-th from the `first` on. Where it has none,
+    comes the batch's first image with weight 0: all processes take all steps.
     """
 
     dataset: VesselDataset
@@ -105,6 +108,8 @@ class BatchSource:
     num_epochs: int = 1
     difficulties: Sequence[float] | None = None
     num_passes: Callable[[int], int] = lambda epoch: 1
+    first: int = 0
+    stride: int = 1
     _topologies: dict[str, Topology] = field(default_factory=dict, init=False)
 
     def num_batches(self, epoch: int) -> int:
@@ -116,12 +121,8 @@ class BatchSource:
         """Batches of all epochs."""
         return sum(self.num_batches(epoch) for epoch in range(1, self.num_epochs + 1))
 
-    def epoch(self, epoch: int, skip: int = 0, first: int = 0, stride: int = 1) -> Iterator[TrainBatch]:
-        """Batches of one epoch, counted from 1, without the first `skip`.
-
-        Of each batch every `stride`-th image from the `first` on; where there is none, the batch's first
-        image, with weight 0: a process takes every step that the others take.
-        """
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[TrainBatch]:
+        """Batches of one epoch, counted from 1, without the first `skip`."""
         opened = self._open(epoch)
         per_pass = self.num_batches(epoch) // self.num_passes(epoch)
         for number in range(skip // per_pass, self.num_passes(epoch)):
@@ -129,14 +130,15 @@ class BatchSource:
             one_pass = epoch + number * self.num_epochs
             generator = np.random.default_rng([self.seed, one_pass])
             order = [opened[k] for k in generator.permutation(len(opened)).tolist()]
-            skipped = skip % per_pass if number == skip // per_pass else 0
-            for start in range(skipped * self.batch_size, len(order), self.batch_size):
+            first = skip % per_pass if number == skip // per_pass else 0
+            for start in range(first * self.batch_size, len(order), self.batch_size):
                 whole = order[start : start + self.batch_size]
-                items = [self.dataset.augmented(k, one_pass) for k in whole[first::stride] or whole[:1]]
+                mine = whole[self.first :: self.stride] or whole[:1]
+                items = [self.dataset.augmented(k, one_pass) for k in mine]
                 images, truths, samples = map(list, zip(*items, strict=True))
                 keys = [sample.key for sample in samples]
                 topologies = [*map(self._topology, keys, truths)]
-                yield TrainBatch(keys, images, truths, topologies, len(whole), first, stride)
+                yield TrainBatch(keys, images, truths, topologies, len(whole), self.first, self.stride)
 
     def _open(self, epoch: int) -> Sequence[int]:
         """The images that an epoch shows."""

@@ -234,16 +234,17 @@ def settings_fingerprint(config: TrainConfig, reward: Reward) -> dict[str, Any]:
     return {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
 
 
-def data_fingerprint(subsets: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
-    """The keys of each subset, and the hash of every image file and of every mask, by key."""
-    samples = {sample.key: sample for subset in subsets.values() for sample in subset}
+def data_fingerprint(*subsets: Sequence[Sample]) -> dict[str, Any]:
+    """The keys of train, val and test, and the hash of every image file and of every mask, by key."""
+    samples = {sample.key: sample for subset in subsets for sample in subset}
+    keys = [[sample.key for sample in subset] for subset in subsets]
     with ThreadPoolExecutor() as pool:
         hashes = {
             "images": pool.map(lambda sample: file_hash(sample.image_path)[:16], samples.values()),
             "masks": pool.map(_mask_hash, samples.values()),
         }
         found = {name: dict(zip(samples, each, strict=True)) for name, each in hashes.items()}
-    return {"split": {name: [sample.key for sample in subset] for name, subset in subsets.items()}} | found
+    return {"split": dict(zip(("train", "val", "test"), keys, strict=True))} | found
 
 
 def _mask_hash(sample: Sample) -> str:
@@ -303,6 +304,7 @@ def write_first_files(
     """
     if state is None:
         write_state(run.path, start)
+        logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
     else:
         forget_damaged(run.path)
         for file in place.path.glob("*.json"):

@@ -111,8 +111,9 @@ class MaskPolicy:
         return lora.adapter_delta_norm(self.peft_model, start or self.start)
 
     def save(self, folder: Path) -> None:
-        """Writes the adapter in PEFT's layout."""
-        lora.save_adapter(self.peft_model, folder)
+        """Writes the adapter in PEFT's layout; of several processes the main one does."""
+        if processes.is_main():
+            lora.save_adapter(self.peft_model, folder)
 
     def identity(self) -> str:
         """Hash of base weights, the adapters' start, configuration, tokenizer and prompt."""

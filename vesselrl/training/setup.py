@@ -161,9 +161,10 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling:
     if config.run.sanity_overfit:
         num_epochs = max(num_epochs, math.ceil(SANITY_STEPS / math.ceil(len(data.train) / batch_size)))
     passes = partial(config.passes_of_epoch, num_epochs=num_epochs)
+    share = {"first": processes.rank(), "stride": processes.count()}
     if config.run.sanity_overfit:  # without augmentation or curriculum
         dataset = VesselDataset(data.train, seed=seed, tiling=tiling)
-        return BatchSource(dataset, batch_size, seed, num_epochs, num_passes=passes)
+        return BatchSource(dataset, batch_size, seed, num_epochs, num_passes=passes, **share)
     plan = get_augmentation(config.data.augment)
     logger.info("augmentation: %s", plan)
     difficulties = None
@@ -177,7 +178,7 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling:
     items = [item for batch in shown for item in zip(batch.keys, batch.images, batch.truths, strict=True)]
     with atomic_write(run.path / SHEET_FILE) as partial_file:
         Image.fromarray(contact_sheet(items[:SHEET_IMAGES])).save(partial_file, format="PNG")
-    return batches
+    return replace(batches, **share)
 
 
 def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
@@ -230,13 +231,17 @@ def untouched(run: RunFolder, is_new: bool) -> Iterator[RunFolder]:
 
 def make_model(config: TrainConfig, device: str, data: RunData) -> tuple[Model, Tiling]:
     """The Sa2VA with adapters, or a baseline, which has no square, and how large images are cut."""
+    tiling = Tiling.of_model(config.data.tile_px or 0, 0)
     if config.optim.control is None:
-        policy = load_policy(config, device, data.train)
-        keep_states(policy, data.train, [*data.val, *data.test])
-        return policy, policy.predictor.tiling
-    torch.manual_seed(config.optim.seed)
-    model = UNet(device) if config.optim.control == "unet" else Frangi()
-    return model, Tiling.of_model(config.data.tile_px or 0, 0)
+        model = load_policy(config, device, data.train)
+        keep_states(model, data.train, [*data.val, *data.test])
+        tiling = model.predictor.tiling
+    else:
+        torch.manual_seed(config.optim.seed)
+        model = UNet(device) if config.optim.control == "unet" else Frangi()
+    for component, count in model.counts.items():
+        logger.info("trainable in %s: %s values", component, f"{count:,}")
+    return model, tiling
 
 
 def make_updates(

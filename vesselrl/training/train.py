@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
+from vesselrl.data.samples import Sample
 from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
@@ -76,13 +77,12 @@ class Training:
     def __post_init__(self) -> None:
         self.num_steps = self.batches.num_steps if self.updates else 0
         self.post = post_processing(self.config.to_dict())
-        images = map(VesselDataset, (self.data.val, self.data.test))
-        self.pixels = {s.key: (dataset, k) for dataset in images for k, s in enumerate(dataset.samples)}
+        self.held_out = VesselDataset([*self.data.val, *self.data.test])
+        self.places = {sample.key: k for k, sample in enumerate(self.held_out.samples)}
 
-    def load(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def load(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Image and truth of a validation or test sample."""
-        dataset, index = self.pixels[key]
-        return dataset[index][:2]
+        return self.held_out[self.places[sample.key]][:2]
 
 
 def train(
@@ -95,8 +95,7 @@ def train(
     """Runs one training, or goes on with the interrupted one of `resume_from`, whose settings `config` are.
 
     `argv` is the command line, stored as provenance; without a console there are no progress bars.
-    `allow_change` names parts of the fingerprint that may have changed since the run began. Of several
-    processes (see `processes`) the main one has the result.
+    `allow_change`: parts of the fingerprint that may have changed since. The main process has the result.
 
     Raises:
         DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
@@ -107,8 +106,7 @@ def train(
     reward = setup.check_settings(config)
     with processes.connected(), setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
-        read = partial(checkpoint.read_state, run.path)
-        state = None if resume_from is None else processes.from_main(read)
+        state = resume_from and processes.from_main(partial(checkpoint.read_state, run.path))
         t = set_up(config, argv, run, reward, state, allow_change)
         with Monitor(run, config, t.num_steps, console, state and state["step"]) as t.monitor:
             t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
@@ -122,10 +120,9 @@ def train(
             if config.optim.control == "frangi":
                 fit_filter(t)
             else:
-                with processes.stopping_together():
-                    run_epochs(t)
+                run_epochs(t)
             # 4. Save the last adapter.
-            save_model(t, f"final_{t.model.kind}")
+            t.model.save(run.path / f"final_{t.model.kind}")
             check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
@@ -167,13 +164,10 @@ def set_up(
         setup.check_reward(reward, data)
         device = setup.select_device(config.run.gpu)
         model, tiling = setup.make_model(config, device, data)
-        for component, count in model.counts.items():
-            logger.info("trainable in %s: %s values", component, f"{count:,}")
         setup.check_disk(config, model, run)
         batches = setup.training_batches(config, data, place, tiling)
         origin = provenance(argv, device)
-        subsets = {"train": data.train, "val": data.val, "test": data.test}
-        own = processes.from_main(partial(checkpoint.data_fingerprint, subsets))
+        own = processes.from_main(partial(checkpoint.data_fingerprint, data.train, data.val, data.test))
         own |= {"model": processes.from_main(model.identity)}
         changed += checkpoint.check_fingerprint(state, own, allow_change)
         checkpoint.check_fits(state or {}, model)
@@ -182,8 +176,6 @@ def set_up(
         values = {"args": config.to_dict(), "counts": data.counts | {"trainable": model.counts}}
         checkpoint.write_first_files(run, place, state, start, values)
     optimizer, updates = setup.make_updates(config, model, reward)
-    if state is None:
-        logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)
     parts = (data, batches, model, optimizer, updates, reward, origin, fingerprint, changed)
     return Training(config, run, *parts)
 
@@ -210,8 +202,7 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
 def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
     """Scores the model on the `val` or `test` images, as it is or with other values."""
     caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
-    shared = {"load": lambda sample: t.load(sample.key), "progress": t.monitor.bar(label)}
-    shared["gather"] = processes.gather
+    shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": processes.gather}
     with with_values(t.model, t.model.values() if values is None else values):
         scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
@@ -228,19 +219,14 @@ def predict(t: Training, image: np.ndarray) -> Prediction:
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
     """Makes the present weights the best."""
     t.best_step, t.best, t.best_values = step, result, t.model.values()
-    save_model(t, f"best_{t.model.kind}")
+    t.model.save(t.run.path / f"best_{t.model.kind}")
     results.write_evaluation(t.run.path, "val_best", result, {"step": step})
-
-
-def save_model(t: Training, name: str) -> None:
-    """Writes the present weights to a folder of the run."""
-    if processes.is_main():
-        t.model.save(t.run.path / name)
 
 
 # ---- 3. Steps
 
 
+@processes.stopping_together()
 def run_epochs(t: Training) -> None:
     """Takes all steps that are left, with validations, checkpoints, and the state to resume from."""
     batches, run = t.batches, t.config.run
@@ -248,7 +234,6 @@ def run_epochs(t: Training) -> None:
     rate_at = setup.learning_rate(t.config, batches)
     if t.step == 0:
         save_state(t)
-    share = {"first": processes.rank(), "stride": processes.count()}
     try:
         for epoch in range(1, batches.num_epochs + 1):
             begin, end = end, end + batches.num_batches(epoch)
@@ -258,8 +243,7 @@ def run_epochs(t: Training) -> None:
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
             if t.step > begin:  # a signal may have come before the validation
                 validate_if_due(t, stage, end)
-            rest = batches.epoch(epoch, max(0, t.step - begin), **share)
-            for batch in setup.read_ahead(rest, t.model.store):
+            for batch in setup.read_ahead(batches.epoch(epoch, max(0, t.step - begin)), t.model.store):
                 with finish_first():
                     if t.step == begin and begins_stage:
                         t.optimizer.state.clear()  # the moments of another loss say nothing about this one
@@ -268,7 +252,7 @@ def run_epochs(t: Training) -> None:
                 validate_if_due(t, stage, end)
                 processes.stop_together()
             if epoch % run.save_freq == 0 and not run.sanity_overfit:
-                save_model(t, f"checkpoint_epoch_{epoch}")
+                t.model.save(t.run.path / f"checkpoint_epoch_{epoch}")
     except Stopped:
         save_state(t)
         raise
@@ -374,9 +358,9 @@ def score_test(t: Training) -> dict[str, Evaluation]:
 def draw(t: Training) -> None:
     """Curves, and image | truth | before | after for the best, median and worst validation images."""
     plot_curves(t.run.path / "metrics.jsonl", t.run.path / "curves.png")
-    cases = []
+    cases, samples = [], {sample.key: sample for sample in t.data.val}
     for key, rank in choose_cases(t.best.rows).items():
-        (image, truth), masks = t.load(key), []
+        (image, truth), masks = t.load(samples[key]), []
         for values in (t.model.start, t.best_values):
             masks.append(None)  # a prediction that fails, as the log has told
             with with_values(t.model, values), suppress(NotFiniteError):
