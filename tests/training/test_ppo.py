@@ -19,6 +19,7 @@ from vesselrl.scoring.rewards import MultiObjectiveReward, Reward, SimpleDiceRew
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo
 from vesselrl.training.checkpoint import attempts
+from vesselrl.training.credit import Credit
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -120,11 +121,34 @@ def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint,
         take(update, policy, batches[1])
 
 
-def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
-    class Constant(MultiObjectiveReward):
-        overlap_terms = staticmethod(lambda tp, fp, fn: {"dice": np.ones(np.shape(tp))})
-        structure_terms = staticmethod(lambda *_, **__: {"topology": 0.5})
+class Constant(MultiObjectiveReward):
+    overlap_terms = staticmethod(lambda tp, fp, fn: {"dice": np.ones(np.shape(tp))})
+    structure_terms = staticmethod(lambda *_, **__: {"topology": 0.5})
 
+
+def test_noise_and_regions_change_with_rollout_and_place(tiny_checkpoint, monkeypatch) -> None:
+    """Equal images get other masks each; alone in its process an image gets those of its place in the step."""
+    seen, assign_credit = [], ppo.assign_credit
+
+    def watch(masks: np.ndarray, *others: object) -> Credit:
+        seen.append((masks.copy(), others[-1].random()))
+        return assign_credit(masks, *others)
+
+    monkeypatch.setattr(ppo, "assign_credit", watch)
+    one = crossing_lines(64, 1)
+    image = (one.images, one.truths, one.topologies)
+    settings = {"num_workers": 1}  # in turn
+    update = make_update(tiny_checkpoint, Constant(), **settings)
+    for _ in range(2):
+        update.step(TrainBatch(["a", "b"], *(2 * part for part in image), size=2))
+    second = TrainBatch(["b"], *image, size=2, first=1, stride=2)
+    make_update(tiny_checkpoint, Constant(), **settings).step(second)
+    assert len({masks.tobytes() for masks, _ in seen[:4]}) == len({number for _, number in seen[:4]}) == 4
+    assert (seen[4][0] == seen[1][0]).all()
+    assert seen[4][1] == seen[1][1]
+
+
+def test_a_constant_reward_changes_nothing(tiny_checkpoint) -> None:
     update = make_update(tiny_checkpoint, Constant())
     before = weights(update)
     for _ in range(3):
