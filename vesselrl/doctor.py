@@ -257,7 +257,7 @@ def check_memory(model: str | Path, lora_scope: tuple[str, ...]) -> Check:
 
 def check_tokenizer(folder: Path) -> Check:
     """Whether the tokenizer can be built and knows Sa2VA's own tokens."""
-    from vesselrl.models.tokenizer import load_tokenizer
+    from vesselrl.models.processing import load_tokenizer
 
     try:
         known = load_tokenizer(folder).get_vocab().keys()

@@ -29,9 +29,8 @@ from vesselrl.models.config import (
     unreadable,
 )
 from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
-from vesselrl.models.processing import Sa2VAProcessor
+from vesselrl.models.processing import Sa2VAProcessor, load_tokenizer
 from vesselrl.models.sa2va import HEAD, Sa2VA
-from vesselrl.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
