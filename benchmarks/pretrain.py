@@ -20,9 +20,8 @@ from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import EMBEDDED
 from vesselrl.models.config import read_config
 from vesselrl.models.miniature import random_sa2va, write_miniature, write_tokenizer
-from vesselrl.models.processing import Sa2VAProcessor
+from vesselrl.models.processing import Sa2VAProcessor, load_tokenizer
 from vesselrl.models.sa2va import DecodedMasks, upsample
-from vesselrl.models.tokenizer import load_tokenizer
 from vesselrl.synthetic.dataset import SOURCE, TARGET, draw_sequence
 from vesselrl.synthetic.rendering import Domain
 from vesselrl.training.setup import warm_cosine

@@ -50,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        known = usage("VERB [options]   (vesselrl VERB --help lists them)", VERBS)
-        print(f"Unknown verb {verb!r}.\n{known}", file=sys.stderr)
+        print(f"Unknown verb {verb!r}.\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
     level = logging.INFO if OF_PROCESS == "" else logging.WARNING
     logging.basicConfig(level=level, format=f"%(asctime)s {OF_PROCESS}%(message)s", datefmt="%H:%M:%S")

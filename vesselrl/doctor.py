@@ -201,9 +201,8 @@ def check_config(folder: Path, shapes: Shapes, write_config: bool = False) -> Ch
         if not file.is_file():
             fields = ", ".join(f"{name} {value}" for name, value in infer_config(shapes).items())
             known = f" The tensor shapes say: {fields}." if fields else ""
-            todo = (
-                f"Take config.json from the model this one was trained from{known and ', or --write_config'}."
-            )
+            option = known and ", or --write_config"
+            todo = f"Take config.json from the model this one was trained from{option}."
             if not write_config:
                 return Check("config", "problem", f"no config.json in {folder}.{known}", todo)
             write_json(file, config_from_shapes(shapes).to_dict())
@@ -257,7 +256,7 @@ def check_memory(model: str | Path, lora_scope: tuple[str, ...]) -> Check:
 
 def check_tokenizer(folder: Path) -> Check:
     """Whether the tokenizer can be built and knows Sa2VA's own tokens."""
-    from vesselrl.models.tokenizer import load_tokenizer
+    from vesselrl.models.processing import load_tokenizer
 
     try:
         known = load_tokenizer(folder).get_vocab().keys()

@@ -1,7 +1,7 @@
 """The errors that input, machine or settings can cause; the command line prints them in one line.
 
-`exit_code` is that of the command: 1 failed at work, 2 refused before the work began (any ValueError
-without one of its own, such as that of a setting), 128 + n stopped by signal n.
+`exit_code` is that of the command: 1 failed at work, 2 refused before the work began, 128 + n stopped by
+signal n. Without one of its own a ValueError, such as that of a setting, has 2 and any other error 1.
 """
 
 
@@ -11,8 +11,6 @@ class DataError(ValueError):
     Messages name an image by its pseudonym or its place in a list, because file names carry patient names.
     """
 
-    exit_code = 2
-
     def __init__(self, message: str, code: str = "unusable"):
         super().__init__(message)
         self.code = code
@@ -20,8 +18,6 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file and what to do."""
-
-    exit_code = 2
 
 
 class RewardError(ValueError):
@@ -33,13 +29,9 @@ class RewardError(ValueError):
 class CompareError(ValueError):
     """The runs cannot be compared; the message says which and why."""
 
-    exit_code = 2
-
 
 class RunError(RuntimeError):
     """A run folder cannot be made, read or written; the message names it and what to do."""
-
-    exit_code = 1
 
 
 class RefusedError(RunError):

@@ -20,8 +20,8 @@ from vesselrl.models.checkpoint import (
     read_tensors,
 )
 from vesselrl.models.miniature import random_sa2va
+from vesselrl.models.processing import load_tokenizer
 from vesselrl.models.sa2va import Sa2VA
-from vesselrl.models.tokenizer import load_tokenizer
 
 LOST = "text_hidden_fcs.2.bias"
 QKV = "vision_model.encoder.layers.0.attn.qkv.weight"

@@ -13,13 +13,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
 from vesselrl.experiment.config import TrainConfig
@@ -176,7 +176,9 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
         settings |= {name: p for name, p in hidden.items() if settings.get(name) in (None, name.upper())}
     except MALFORMED:
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
-    if wrong := [name for name, value in settings.items() if not _is_setting(name, value)]:
+    types = {field.name: field.type for group in vars(TrainConfig()).values() for field in fields(group)}
+    wrong = [name for name, value in settings.items() if name in types and not _fits(value, types[name])]
+    if wrong:
         found = type(settings[wrong[0]]).__name__  # the value may be a path
         raise RefusedError(f"{path} is damaged: {wrong[0]} is a {found}. Put it back.")
     if is_changed and not may_be_changed:
@@ -185,15 +187,8 @@ def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, An
     return settings
 
 
-def _is_setting(name: str, value: object) -> bool:
-    """Whether a value has the type of the setting of this name; True of names that are not known."""
-    hints = {}
-    for group in get_type_hints(TrainConfig).values():
-        hints |= get_type_hints(group)
-    return name not in hints or _fits(value, hints[name])
-
-
 def _fits(value: object, hint: Any) -> bool:
+    """Whether a value read from JSON is of the type of a setting."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, one) for one in inner)

@@ -47,29 +47,28 @@ def merge(
         worst = min(dice(a.mask, b.mask) for a, b in pairs)
         gap = max(float(np.abs(a.probabilities - b.probabilities).max()) for a, b in pairs)
         if worst < MIN_DICE or gap > allowed:
-            found = (
-                f"Dice {worst:.4f}, at least {MIN_DICE}; probabilities {gap:.2g} apart, at most {allowed:g}"
-            )
-            fault = f"The merged copy predicts other masks than base plus adapter ({found})"
-            raise RunError(f"{fault} and was removed. Merge with --dtype float32.")
+            found = f"Dice {worst:.4f}, at least {MIN_DICE}; probabilities {gap:.2g} apart"
+            fault = "The merged copy predicts other masks than base plus adapter"
+            advice = "Merge with --dtype float32"
+            raise RunError(f"{fault} ({found}, at most {allowed:g}) and was removed. {advice}.")
     return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
 
 
 def _with_vessel(predictor: Predictor) -> tuple[list[np.ndarray], list[Prediction]]:
     """Two test pictures, or one, whose masks are not empty, and their predictions."""
-    found = []
+    pictures, predictions = [], []
     for picture in _test_pictures(2 * predictor.model.config.tile_px):
         prediction = predictor.predict(picture)
         if prediction.mask.any():
-            found.append((picture, prediction))
-        if len(found) == 2:
+            pictures.append(picture)
+            predictions.append(prediction)
+        if len(pictures) == 2:
             break
-    if not found:
-        fault = (
-            f"Base and adapter find no vessel in {MAX_PICTURES} test pictures: nothing would prove the copy"
-        )
-        raise CheckpointError(f"{fault}. See with `vesselrl evaluate` whether this adapter is the right one.")
-    return tuple(map(list, zip(*found, strict=True)))
+    if not pictures:
+        fault = f"Base and adapter find no vessel in {MAX_PICTURES} test pictures"
+        advice = "See with `vesselrl evaluate` whether this adapter is the right one"
+        raise CheckpointError(f"{fault}: nothing would prove the copy. {advice}.")
+    return pictures, predictions
 
 
 def _test_pictures(side: int) -> Iterator[np.ndarray]:

@@ -29,9 +29,8 @@ from vesselrl.models.config import (
     unreadable,
 )
 from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
-from vesselrl.models.processing import Sa2VAProcessor
+from vesselrl.models.processing import Sa2VAProcessor, load_tokenizer
 from vesselrl.models.sa2va import HEAD, Sa2VA
-from vesselrl.models.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +98,12 @@ def checkpoint_folder(path: str | Path | None) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        fault = f"{path} is no folder here, and Hugging Face gives no such model ({_first_line(error)})"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        fault = f"{path} is no folder here, and Hugging Face gives no such model ({reason})"
         todo = f"`hf download {name}` on a machine with a network; then give --model_path the folder"
         raise CheckpointError(f"{fault}. Check the name, or run {todo}.") from None
     logger.info("model %s, revision %s", name, folder.name)
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def empty_model(config: Sa2VAConfig, official: Collection[str], source: str) -> Sa2VA:
@@ -185,9 +181,8 @@ def check_weight(name: str, tensor: Tensor, source: Path) -> None:
     # The extremes of a tensor with a nan are nan.
     largest = max(abs(float(end)) for end in tensor.aminmax()) if tensor.numel() else 0.0
     if not largest <= LARGEST_WEIGHT:
-        found = (
-            f"values as large as {largest:.3g}" if math.isfinite(largest) else f"{largest} instead of numbers"
-        )
+        is_number = math.isfinite(largest)
+        found = f"values as large as {largest:.3g}" if is_number else f"{largest} instead of numbers"
         fault = f"{source}: {name} holds {found}; weights are below {LARGEST_WEIGHT:g}"
         raise CheckpointError(f"{fault}. The file is damaged or its training has failed: take another copy.")
 
@@ -255,16 +250,15 @@ def _advice(is_sa2va: bool, problems: dict[str, list[str]], num_filled: int) -> 
         return f"Only a part was copied ({num_filled} tensors fit): copy all shards and the index again."
     if problems["unknown"]:
         return "The model has parts that config.json does not name: take both from one source."
-    return (
-        "The sizes are of another model: take config.json and sam2_config.json from the source of the shards."
-    )
+    files = f"config.json and {SAM2_SIDECAR}"
+    return f"The sizes are of another model: take {files} from the source of the shards."
 
 
 def describe_config(config: Sa2VAConfig, processor: Sa2VAProcessor) -> str:
     """One line on the model's shape for logs."""
-    layers = [v.get("num_hidden_layers", v.get("depth")) for v in (config.vision, config.llm)]
     vision, llm = (
-        f"{n}x{v['hidden_size']}" for n, v in zip(layers, (config.vision, config.llm), strict=True)
+        f"{part.get('num_hidden_layers', part.get('depth'))}x{part['hidden_size']}"
+        for part in (config.vision, config.llm)
     )
     sam2 = f"{'-'.join(map(str, config.sam2.blocks_per_stage))} at {config.sam2.image_size} px"
     seg = f"[SEG] {processor.seg_token_id}"

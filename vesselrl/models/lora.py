@@ -36,7 +36,6 @@ _PARTS = {
 }
 SCOPES = tuple(_PARTS)
 
-
 # Settings of PEFT's LoraConfig that make another function of the same tensors.
 _UNSUPPORTED = (
     "use_dora use_qalora use_bdlora lora_bias bias fan_in_fan_out modules_to_save exclude_modules "
@@ -44,6 +43,15 @@ _UNSUPPORTED = (
     "alora_invocation_tokens megatron_config loftq_config arrow_config kasa_config velora_config "
     "monteclora_config"
 ).split()
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights; others change the base
+# Numbers of a setting, or of one target in a pattern: whether they are whole, the lowest and the highest.
+_NUMBERS = {
+    "r": (True, 1, 2**16),
+    "rank_pattern": (True, 1, 2**16),
+    "lora_alpha": (False, 1e-4, LARGEST_WEIGHT),
+    "alpha_pattern": (False, 1e-4, LARGEST_WEIGHT),
+    "lora_dropout": (False, 0, 0.99),
+}
 
 
 class LoraPreset(NamedTuple):
@@ -157,30 +165,25 @@ def read_adapter_config(file: Path) -> LoraConfig:
     values = read_json_object(file)
     kind, targets = values.get("peft_type"), values.get("target_modules")
     if kind != "LORA" or not isinstance(targets, list) or not targets or not all(map(_is_name, targets)):
-        fault = (
-            f"{file} describes no LoRA of vesselrl (peft_type {kind!r:.40}, target_modules {targets!r:.40})"
-        )
+        found = f"peft_type {kind!r:.40}, target_modules {targets!r:.40}"
+        fault = f"{file} describes no LoRA of vesselrl ({found})"
         raise CheckpointError(f"{fault}; give an adapter that vesselrl has trained.")
     other = [name for name in _UNSUPPORTED if not _is_neutral(values.get(name))]
-    start = values.get("init_lora_weights")
-    if start not in (None, True, False, "gaussian", "eva", "orthogonal"):  # the others change the base model
-        other.append("init_lora_weights")
+    other += [] if values.get("init_lora_weights") in _STARTS else ["init_lora_weights"]
     if other:
         shown = ", ".join(f"{name} = {values[name]!r:.40}" for name in other)
-        raise CheckpointError(
-            f"{file} has {shown}, which is not supported. Merge it with PEFT, or train anew."
-        )
+        advice = "Merge it with PEFT, or train anew"
+        raise CheckpointError(f"{file} has {shown}, which is not supported. {advice}.")
     later = values.keys() - {field.name for field in fields(LoraConfig)}
     if unknown := sorted(name for name in later if not _is_neutral(values[name])):
         logger.warning("%s has fields that are not known and are ignored: %s", file, ", ".join(unknown))
-    numbers = {"lora_dropout": 0.0} | values
-    rank, alpha, dropout = (_number(file, n, numbers.get(n)) for n in ("r", "lora_alpha", "lora_dropout"))
-    patterns = {n: _by_target(file, n, values.get(n), targets) for n in ("rank_pattern", "alpha_pattern")}
-    use_rslora = values.get("use_rslora", False)
-    if not isinstance(use_rslora, bool):
+    values = {"lora_dropout": 0.0, "use_rslora": False} | values
+    used = {name: _number(file, name, values.get(name)) for name in ("r", "lora_alpha", "lora_dropout")}
+    for name in ("rank_pattern", "alpha_pattern"):
+        used[name] = _by_target(file, name, values.get(name), targets)
+    if not isinstance(use_rslora := values["use_rslora"], bool):
         raise CheckpointError(f"{file} has use_rslora = {use_rslora!r:.40}; true or false is needed.")
-    shared = {"target_modules": targets, "use_rslora": use_rslora, "bias": "none", **patterns}
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, **shared)
+    return LoraConfig(target_modules=targets, bias="none", use_rslora=use_rslora, **used)
 
 
 def adapts_language(adapter: Path) -> bool:
@@ -211,18 +214,10 @@ def _by_target(file: Path, name: str, pattern: object, targets: list[str]) -> di
 
 def _number(file: Path, name: str, value: object) -> float:
     """A rank, alpha or dropout within its range."""
-    limits = {
-        "lora_dropout": (0, 0.99),
-        "lora_alpha": (1e-4, LARGEST_WEIGHT),
-        "alpha_pattern": (1e-4, LARGEST_WEIGHT),
-    }
-    lowest, highest = limits.get(name, (1, 2**16))
-    kinds = (int, float) if name in limits else (int,)
-    if type(value) not in kinds or not lowest <= value <= highest:
-        kind = "a number" if name in limits else "a whole number"
-        raise CheckpointError(
-            f"{file} has {name} = {value!r:.40}; {kind} from {lowest:g} to {highest:g} is needed."
-        )
+    is_whole, lowest, highest = _NUMBERS[name]
+    if type(value) not in ((int,) if is_whole else (int, float)) or not lowest <= value <= highest:
+        kind = f"a {'whole ' * is_whole}number from {lowest:g} to {highest:g}"
+        raise CheckpointError(f"{file} has {name} = {value!r:.40}; {kind} is needed.")
     return value
 
 

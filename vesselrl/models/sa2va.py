@@ -119,9 +119,7 @@ class Sa2VA(nn.Module):
         ids, is_image = inputs.input_ids, inputs.input_ids == self.image_token_id
         if self.config.family.is_whole:
             given = {"input_ids": ids, "pixel_values": inputs.tiles, "image_grid_thw": inputs.grids}
-            given["mm_token_type_ids"] = (
-                is_image.int()
-            )  # the positions of its image tokens are of two dimensions
+            given["mm_token_type_ids"] = is_image.int()  # positions of image tokens are of two dimensions
         else:
             given = {"inputs_embeds": self.embed(ids, is_image, inputs.tiles)}
         output = self.lm.model(**given, attention_mask=inputs.attention_mask, use_cache=False)

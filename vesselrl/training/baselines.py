@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from torch import Tensor
@@ -20,7 +19,7 @@ from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight
-from vesselrl.training.checkpoint import tensors_hash
+from vesselrl.training.checkpoint import DAMAGED, tensors_hash
 
 BEST = "best_control"
 FILE = "control.json"
@@ -197,7 +196,7 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
                 check_weight(name, tensor, place)
             model.net.load_state_dict(weights)
             return model
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{place} holds no control that can be read ({error}). Train it again.") from error
     raise ValueError(f"{place / FILE} is not of the format {FORMAT!r}. Train the control again.")
 

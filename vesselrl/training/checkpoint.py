@@ -46,6 +46,8 @@ PREVIOUS_FILE = "resume.previous.safetensors"
 STATE_VERSION = "4"
 # Settings that change where and how fast a training runs, but no result.
 FREE_SETTINGS = {"output_dir", "log_freq", "num_workers", "gpu", "use_wandb", "cache_gb"}
+# What comes of reading a safetensors file that is damaged, or holds other values than were written.
+DAMAGED = (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError)
 _TENSOR = "tensor:"  # in the JSON, in the place of a tensor, before its name
 
 
@@ -110,7 +112,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             state = _read_state(folder / name)
         except FileNotFoundError:
             faults[name] = "it is missing"
-        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except DAMAGED as error:
             faults[name] = f"it cannot be read: {' '.join(str(error).split())}"
         else:
             if faults:
@@ -142,7 +144,7 @@ def forget_damaged(folder: Path) -> None:
     """Removes the newest state where it is damaged, so that it never takes the place of the one before."""
     try:
         _read_state(folder / STATE_FILE)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError):
+    except DAMAGED:
         (folder / STATE_FILE).unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from vesselrl.experiment.config import RunSettings
 from vesselrl.experiment.run_folder import atomic_write, json_hash, write_text
 from vesselrl.models.checkpoint import read_shard, shard_files
 from vesselrl.models.sa2va import ImageFeatures
-from vesselrl.training.checkpoint import tensor_hash, tensors_hash
+from vesselrl.training.checkpoint import DAMAGED, tensor_hash, tensors_hash
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class FeatureStore:
             strides = json.loads(header["strides"])
             levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
             return self.kind(**levels)
-        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        except DAMAGED as error:
             logger.warning("%s cannot be read (%s): computed again", file, error)
             return None
 

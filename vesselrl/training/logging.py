@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,8 @@ class Monitor:
         if config.run.use_wandb and processes.is_main():
             import wandb
 
-            self._wandb = wandb.init(
-                project="vesselrl", name=run.path.name, config=hide_paths(config.to_dict())
-            )
+            settings = hide_paths(config.to_dict())
+            self._wandb = wandb.init(project="vesselrl", name=run.path.name, config=settings)
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(
@@ -151,9 +149,3 @@ class Monitor:
         if self.run.cut_metrics(state["bytes"]):
             logger.warning("%s has lost lines: curves lack those steps.", self.run.metrics_file)
         self._write_issues()
-
-
-def check_wandb() -> None:
-    """Raises ValueError, with advice, where the package is missing."""
-    if find_spec("wandb") is None:
-        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +40,6 @@ from vesselrl.training import processes
 from vesselrl.training.baselines import Frangi, UNet
 from vesselrl.training.checkpoint import Model
 from vesselrl.training.features import FeatureStore
-from vesselrl.training.logging import check_wandb
 from vesselrl.training.policy import keep_states, load_policy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -263,8 +263,8 @@ def make_updates(
 def check_settings(config: TrainConfig) -> Reward:
     """The reward of these settings, before anything is written; an error says which of them cannot be met."""
     check_scope(config.model.lora_scope)
-    if config.run.use_wandb:
-        check_wandb()
+    if config.run.use_wandb and find_spec("wandb") is None:
+        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")
     return make_reward(config.to_dict())
 
 
