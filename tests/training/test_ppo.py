@@ -127,7 +127,7 @@ class Constant(MultiObjectiveReward):
 
 
 def test_noise_and_regions_change_with_rollout_and_place(tiny_checkpoint, monkeypatch) -> None:
-    """Equal images get other masks each; alone in its process an image gets those of its place in the step."""
+    """Equal images get other masks each; alone in a process an image gets those of its place."""
     seen, assign_credit = [], ppo.assign_credit
 
     def watch(masks: np.ndarray, *others: object) -> Credit:
