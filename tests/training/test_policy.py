@@ -15,7 +15,7 @@ from vesselrl.models.lora import LORA_PRESETS, attach_lora
 from vesselrl.models.sa2va import ImageFeatures
 from vesselrl.training import features as features_module
 from vesselrl.training.checkpoint import tensor_hash, with_values
-from vesselrl.training.features import FeatureStore, SegState, language_hash
+from vesselrl.training.features import FeatureStore, language_hash
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo_math import gaussian_field, sample_masks
 
@@ -86,7 +86,7 @@ def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
     )
     for policy, size in zip(policies, (1, 8), strict=True):
         policy.states_per_pass = size
-        policy.states = FeatureStore(tmp_path / str(size), kind=SegState)
+        policy.states = FeatureStore(tmp_path / str(size))
         assert policy.keep_states((str(k), image) for k, image in enumerate([*images, images[0]])) == 3
         policy.drop_language()
     alone, together = ([policy.seg_prompts(None, [str(k)]).detach() for k in range(4)] for policy in policies)
@@ -100,7 +100,7 @@ def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
         policies[0].predict(255 - images[0])
     policies[0].load_language.assert_called_once()
     again = make_policy(tiny_checkpoint)
-    again.states = FeatureStore(tmp_path / "1", kind=SegState)
+    again.states = FeatureStore(tmp_path / "1")
     assert again.keep_states([("x", images[2])]) == 0
     assert torch.equal(again.seg_prompts(None, ["x"]), alone[2])
 

@@ -155,8 +155,7 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
 
 def _plain_name(name: str) -> str:
     """The tensor's name without the prefixes and the adapter's name that some ways of saving leave in it."""
-    while name.startswith("base_model.model."):
-        name = name.removeprefix("base_model.model.")
+    name = re.sub(r"^(base_model\.model\.)+", "", name)
     return re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", name)
 
 

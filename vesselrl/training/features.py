@@ -4,12 +4,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,12 +35,6 @@ _UNREAD = (
 )
 
 
-class SegState(NamedTuple):
-    """The language model's last hidden state at each [SEG] of an image."""
-
-    state: Tensor  # (1, P, hidden)
-
-
 class FeatureStore:
     """Outputs of a frozen part by image, on the CPU: in memory first, then in files.
 
@@ -56,10 +49,8 @@ class FeatureStore:
         model_hash: str = "",
         memory_bytes: int = 2 * GIB,
         disk_bytes: int = 20 * GIB,
-        kind: type[tuple] = ImageFeatures,
     ) -> None:
         self.folder = None if folder is None else folder / model_hash
-        self.kind = kind
         self._memory: dict[str | None, ImageFeatures] = {}
         self._memory_left = memory_bytes
         self._names: dict[str, str] = {}  # of files, by key
@@ -79,10 +70,10 @@ class FeatureStore:
             return self._memory[key]
         coming = self._coming.pop(key, None)
         name = tensor_hash(pixels) if self.folder and key not in self._names else self._names.get(key, "")
-        features = coming.result() if coming else self.read(name)
-        if features is None:
-            features = ImageFeatures(*(level.detach().cpu() for level in compute()))
-            self.write(name, features)
+        if (kept := coming.result() if coming else self.read(name)) is None:
+            kept = {level: tensor.detach().cpu() for level, tensor in compute()._asdict().items()}
+            self.write(name, kept)
+        features = ImageFeatures(**kept)
         size = sum(level.nbytes for level in features)
         if key is not None and size <= self._memory_left:
             self._memory_left -= size
@@ -99,29 +90,28 @@ class FeatureStore:
             if key not in self._memory and key not in self._coming and key in self._names:
                 self._coming[key] = self._reader.submit(self.read, self._names[key])
 
-    def read(self, name: str) -> tuple | None:
-        """What a file holds; None where there is none, or it is damaged, as the log says then."""
+    def read(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors of a file; None where there is none, or it is damaged, as the log says then."""
         if self.folder is None or not (file := self.folder / f"{name}.safetensors").exists():
             return None
         try:
             with safe_open(file, framework="pt") as opened:
                 header = opened.metadata()
-                levels = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
-            if header["sha256"] != tensors_hash(levels, header["strides"]):
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            if header["sha256"] != tensors_hash(tensors, header["strides"]):
                 raise ValueError("its checksum is wrong")
             strides = json.loads(header["strides"])
-            levels = {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in levels.items()}
-            return self.kind(**levels)
+            return {n: torch.empty_strided(v.shape, strides[n]).copy_(v) for n, v in tensors.items()}
         except DAMAGED as error:
             logger.warning("%s cannot be read (%s): computed again", file, error)
             return None
 
-    def write(self, name: str, features: tuple) -> None:
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Writes a file while there is room."""
         if self.folder is None:
             return
         file = self.folder / f"{name}.safetensors"
-        size = sum(level.nbytes for level in features)
+        size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self._disk_left:
             if self._disk_left > 0:
                 logger.warning(
@@ -131,12 +121,12 @@ class FeatureStore:
                 )
             self._disk_left = 0
             return
-        levels = {name: level.contiguous() for name, level in features._asdict().items()}
-        strides = json.dumps({name: level.stride() for name, level in features._asdict().items()})
-        header = {"strides": strides, "sha256": tensors_hash(levels, strides)}
+        packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        strides = json.dumps({name: tensor.stride() for name, tensor in tensors.items()})
+        header = {"strides": strides, "sha256": tensors_hash(packed, strides)}
         try:
             with atomic_write(file) as partial:
-                save_file(levels, partial, header)
+                save_file(packed, partial, header)
             self._disk_left -= size
         except OSError as error:
             logger.warning("%s Features are kept in memory only.", error)

@@ -32,7 +32,7 @@ from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
 from vesselrl.training import processes
 from vesselrl.training.checkpoint import tensors_hash, with_values
-from vesselrl.training.features import GIB, FeatureStore, SegState, feature_store, image_key, language_hash
+from vesselrl.training.features import GIB, FeatureStore, feature_store, image_key, language_hash
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class MaskPolicy:
         self.reference_values = self.start
         self.load_language = load_language
         self.language_hash = ""  # of a language model that is not in `model`
-        self.states = FeatureStore(kind=SegState)
+        self.states = FeatureStore()
         self.states_per_pass = 1 if self.model.device.type == "cpu" else STATES_PER_PASS
         self._language: Sa2VA | None = self.model if self.model.lm is not None else None
         self._kept: dict[str, Tensor] = {}  # states by key and by `image_key`, for the whole run
@@ -227,7 +227,7 @@ class MaskPolicy:
             if content in self._kept or content in waiting:
                 continue
             if (stored := self.states.read(content)) is not None:
-                self._kept[content] = stored.state
+                self._kept[content] = stored["state"]
                 continue
             waiting[content] = image
             computed += 1
@@ -255,7 +255,7 @@ class MaskPolicy:
             states = [self._seg_states(inputs.image(index)) for index in range(len(images))]
         for content, state in zip(images, states, strict=True):
             self._kept[content] = state.clone()
-            self.states.write(content, SegState(self._kept[content]))
+            self.states.write(content, {"state": self._kept[content]})
 
     def drop_language(self) -> None:
         """Gives the memory of a frozen language model back, until an image comes whose state is not kept."""
@@ -346,7 +346,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
         versions = [dtype, torch.device(device).type, torch.__version__, transformers.__version__]
         about = [policy.language_hash, model.config, processor.tokenizer.backend_tokenizer.to_str(), s.prompt]
         name = json_hash({"about": [*map(str, (*about, *versions))]})[:16]
-        policy.states = FeatureStore(cache, name, disk_bytes=round(config.run.cache_gb * GIB), kind=SegState)
+        policy.states = FeatureStore(cache, name, disk_bytes=round(config.run.cache_gb * GIB))
     return policy
 
 
