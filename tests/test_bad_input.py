@@ -173,7 +173,7 @@ def test_a_bad_setting_is_named(
     refused: Callable, tmp_path: Path, monkeypatch, name: str, value: object
 ) -> None:
     """Some are looked at before model and data."""
-    monkeypatch.setattr("vesselrl.training.logging.find_spec", lambda name: None)
+    monkeypatch.setattr("vesselrl.training.setup.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("results").write_text("kept")

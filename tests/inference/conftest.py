@@ -9,7 +9,7 @@ from torch import nn
 
 from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import load_sa2va
-from vesselrl.models.lora import SCOPES, attach_lora, save_adapter
+from vesselrl.models.lora import SCOPES, LoraPreset, attach_lora, save_adapter
 from vesselrl.models.miniature import random_sa2va, write_miniature
 
 
@@ -40,7 +40,7 @@ def adapter(lively_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     model = load_sa2va(lively_checkpoint)[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        peft_model = attach_lora(model, SCOPES, ("q_proj", "down_proj"), rank=2, alpha=4)
+        peft_model = attach_lora(model, SCOPES, LoraPreset(2, 4, 0.0, ("q_proj", "down_proj")))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if ".lora_B." in name:

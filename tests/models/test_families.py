@@ -21,7 +21,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 from vesselrl.errors import CheckpointError
 from vesselrl.models.checkpoint import copy_with_weights, load_sa2va
 from vesselrl.models.config import Sa2VAConfig
-from vesselrl.models.lora import attach_lora, save_adapter
+from vesselrl.models.lora import LoraPreset, attach_lora, save_adapter
 from vesselrl.models.miniature import DEBUG_CONFIG, random_sa2va, write_miniature
 
 HIDDEN, LAYERS, ROWS = 48, 2, 640
@@ -281,7 +281,7 @@ def test_an_adapter_is_plain_peft_and_merges_into_the_official_layout(made: tupl
     model, processor = load_sa2va(folder)
     inputs = processor(IMAGES[:1])
     scope = ("language_model", "projector", "mask_decoder")
-    adapted = attach_lora(model, scope, ("q_proj", "down_proj"), 2, 4)
+    adapted = attach_lora(model, scope, LoraPreset(2, 4, 0.0, ("q_proj", "down_proj")))
     in_language = [name for name in adapted.base_model.targeted_module_names if name.startswith("lm.")]
     assert len(in_language) == 2 * LAYERS
     generator = torch.Generator().manual_seed(0)

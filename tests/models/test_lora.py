@@ -13,10 +13,11 @@ from torch import nn
 from vesselrl.errors import CheckpointError
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import load_sa2va
-from vesselrl.models.lora import LORA_PRESETS, SCOPES, adapter_parameters, attach_lora
+from vesselrl.models.lora import LORA_PRESETS, SCOPES, LoraPreset, adapter_parameters, attach_lora
 from vesselrl.models.sa2va import Sa2VA
 
 QKVO = LORA_PRESETS["medium"].projections
+SMALLEST = LoraPreset(2, 4, 0.0, QKVO)
 
 
 @pytest.fixture
@@ -36,14 +37,14 @@ def test_language_model_presets_on_the_8b_shapes(model_8b: Sa2VA) -> None:
     names = lora.target_modules(model_8b, ["language_model"], QKVO)
     assert names == [f"lm.model.layers.{layer}.self_attn.{part}" for layer in range(28) for part in QKVO]
     with torch.device("meta"):
-        counts = lora.trainable_counts(attach_lora(model_8b, ["language_model"], QKVO, rank=32, alpha=64))
+        counts = lora.trainable_counts(attach_lora(model_8b, ["language_model"], LORA_PRESETS["medium"]))
     assert counts == {"language_model": 20_185_088}
     assert 28 * 32 * 4 * (3584 + (3584 + 512) // 2) == 20_185_088
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_scope_touches_its_component_only(model: Sa2VA, scope: str) -> None:
-    adapted = attach_lora(model, [scope], QKVO, 2, 4)
+    adapted = attach_lora(model, [scope], SMALLEST)
     assert list(lora.trainable_counts(adapted)) == [scope]
     assert all(".lora_" in name for name in adapter_parameters(adapted))
     assert (num_folded(adapted) > 0) == (scope != "language_model")
@@ -60,7 +61,7 @@ def test_a_suffix_match_is_refused(model: Sa2VA, monkeypatch: pytest.MonkeyPatch
     suffixes = {"target_modules": list(QKVO)}
     monkeypatch.setattr(lora, "LoraConfig", lambda **given: LoraConfig(**(given | suffixes)))
     with pytest.raises(ValueError, match="LoRA matched other modules than intended"):
-        attach_lora(model, ["language_model"], QKVO, 2, 4)
+        attach_lora(model, ["language_model"], SMALLEST)
     for scope in (["decoder"], []):
         with pytest.raises(ValueError, match="choose one or more of language_model, projector"):
             lora.target_modules(model, scope, QKVO)
@@ -72,7 +73,7 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
 ) -> None:
     """The masks are identical, and the modules named in full both times, which PEFT shortens on loading."""
     other, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(other, SCOPES, QKVO, 3, 6)
+    peft_model = attach_lora(other, SCOPES, LoraPreset(3, 6, 0.0, QKVO))
     generator = torch.Generator().manual_seed(1)
     for parameter in adapter_parameters(peft_model).values():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))

@@ -14,7 +14,7 @@ from vesselrl.errors import RefusedError
 from vesselrl.experiment.config import ModelSettings, TrainConfig
 from vesselrl.models.checkpoint import EMBEDDED
 from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions, read_config
-from vesselrl.models.lora import SCOPES, attach_lora
+from vesselrl.models.lora import SCOPES, LoraPreset, attach_lora
 from vesselrl.models.memory import activation_bytes, memory_budget, to_nf4
 from vesselrl.models.miniature import random_sa2va
 from vesselrl.models.sa2va import LANGUAGE, Sa2VA
@@ -30,7 +30,7 @@ def test_activations_are_those_that_the_image_encoder_keeps(recomputing: bool) -
     with torch.device("meta"):
         model = Sa2VA(config)
         model.leave_out(LANGUAGE)
-        attach_lora(model, ["image_encoder"], (), 4, 8)
+        attach_lora(model, ["image_encoder"], LoraPreset(4, 8, 0.0, ()))
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept: dict[int, tuple[int, object]] = {}
         if recomputing:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.config import Sam2Dimensions
-from vesselrl.models.lora import SCOPES, attach_lora
+from vesselrl.models.lora import SCOPES, LoraPreset, attach_lora
 from vesselrl.models.processing import Sa2VAInputs, tile_grid
 from vesselrl.models.sa2va import Sa2VA, upsample
 
@@ -143,7 +143,8 @@ def test_blocks_computed_twice_give_the_same_gradients_for_less_memory(tiny_chec
     for recomputing in (False, True):
         torch.manual_seed(0)
         model, processor = load_sa2va(tiny_checkpoint)
-        adapted = attach_lora(model, SCOPES, ("q_proj",), 4, 8, dropout=0.1 * training).train(training)
+        size = LoraPreset(4, 8, 0.1 * training, ("q_proj",))
+        adapted = attach_lora(model, SCOPES, size).train(training)
         if recomputing:
             model.recompute_blocks()
             model.recompute_blocks()  # a second time changes nothing

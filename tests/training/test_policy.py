@@ -54,7 +54,9 @@ def images() -> list[np.ndarray]:
 
 def make_policy(tiny_checkpoint) -> MaskPolicy:
     model, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(model, ("projector", "mask_decoder"), LORA_PRESETS["medium"].projections, 4, 8)
+    peft_model = attach_lora(
+        model, ("projector", "mask_decoder"), LORA_PRESETS["medium"]._replace(rank=4, alpha=8)
+    )
     return MaskPolicy(peft_model, processor, "Segment.")
 
 

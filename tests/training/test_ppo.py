@@ -43,7 +43,7 @@ def crossing_lines(side: int, count: int = 2) -> TrainBatch:
 def make_update(tiny_checkpoint, reward: Reward | None = None, rate: float = 1e-3, **settings) -> PPOUpdate:
     torch.manual_seed(0)
     model, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(model, SCOPES, LORA_PRESETS["medium"].projections, 4, 8)
+    peft_model = attach_lora(model, SCOPES, LORA_PRESETS["medium"]._replace(rank=4, alpha=8))
     policy = MaskPolicy(peft_model, processor, "Please segment the blood vessel.")
     optimizer = torch.optim.AdamW(policy.trainable.values(), lr=rate, weight_decay=0.01)
     return PPOUpdate(policy, optimizer, reward or MultiObjectiveReward(), SETTINGS.with_(**settings))

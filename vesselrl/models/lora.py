@@ -87,18 +87,12 @@ def target_modules(model: nn.Module, scope: Collection[str], projections: Iterab
     return [name for name in layers if wanted.fullmatch(name)]
 
 
-def attach_lora(
-    model: Sa2VA,
-    scope: Collection[str],
-    projections: Iterable[str],
-    rank: int,
-    alpha: int,
-    dropout: float = 0,
-) -> PeftModel:
-    """Freezes the model and puts LoRA on the modules of the scope, in place."""
-    targets = target_modules(model, scope, projections)
+def attach_lora(model: Sa2VA, scope: Collection[str], size: LoraPreset) -> PeftModel:
+    """Freezes the model and puts LoRA of this size on the modules of the scope, in place."""
+    targets = target_modules(model, scope, size.projections)
     model.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none")
+    numbers = {"r": size.rank, "lora_alpha": size.alpha, "lora_dropout": size.dropout}
+    config = LoraConfig(target_modules=targets, bias="none", **numbers)
     return _checked(get_peft_model(model, config), targets)
 
 

@@ -53,7 +53,7 @@ def memory_budget(config: Sa2VAConfig, scope: Collection[str]) -> dict:
         for name, parameter in model.named_parameters():
             component = next(c for c, prefix in COMPONENTS.items() if name.startswith(prefix))
             counts[component] += parameter.numel()
-        trained = trainable_counts(attach_lora(model, scope, LORA_PRESETS["medium"].projections, 32, 64))
+        trained = trainable_counts(attach_lora(model, scope, LORA_PRESETS["medium"]))
     language = ("vision tower", "image projector", "language model")
     fixed = 4 * sum(counts[name] for name in _IN_FLOAT32) + WORKING_BYTES
     fixed += ADAPTER_BYTES * sum(trained.values())

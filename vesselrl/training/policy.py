@@ -317,10 +317,10 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
     else:
-        preset = lora.LORA_PRESETS[s.lora_preset]
-        rank, alpha = s.lora_rank or preset.rank, s.lora_alpha or preset.alpha
-        dropout = preset.dropout if s.lora_dropout is None else s.lora_dropout
-        peft_model = lora.attach_lora(model, s.lora_scope, preset.projections, rank, alpha, dropout)
+        own = {"rank": s.lora_rank, "alpha": s.lora_alpha, "dropout": s.lora_dropout}
+        own = {name: value for name, value in own.items() if value is not None}
+        size = lora.LORA_PRESETS[s.lora_preset]._replace(**own)
+        peft_model = lora.attach_lora(model, s.lora_scope, size)
     keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
 
     def load_language() -> Sa2VA:
