@@ -10,6 +10,7 @@ from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get
 from vesselrl.scoring.topology import topology
 from vesselrl.training.credit import (
     ConstrainedReward,
+    RolloutImage,
     assign_credit,
     choose_regions,
     overlap_credit,
@@ -40,7 +41,8 @@ def probability(greedy: np.ndarray, in_gap: float | None = None) -> np.ndarray:
 def credit_of(samples: np.ndarray, on: np.ndarray, reward, count: int, **post: float):
     """The credit, and its overlap and structure together."""
     samples, rng = samples.reshape(-1, *TRUTH.shape), np.random.default_rng(0)
-    result = assign_credit(samples, on, TRUTH, topology(TRUTH), reward, PostProcessing(**post), count, rng)
+    image = RolloutImage(samples, on, TRUTH, topology(TRUTH))
+    result = assign_credit(image, reward, PostProcessing(**post), count, rng)
     return result, result.overlap + result.structure
 
 

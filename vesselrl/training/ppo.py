@@ -23,7 +23,7 @@ from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math
-from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
+from vesselrl.training.credit import ConstrainedReward, Credit, RolloutImage, assign_credit
 from vesselrl.training.health import check_moved, not_finite, take_step
 from vesselrl.training.policy import MaskPolicy
 
@@ -54,7 +54,8 @@ class PPOUpdate:
         self.seed = config.optim.seed
         self.generator = torch.Generator().manual_seed(self.seed)
         self.rng = region_rng(self.seed)
-        self.pool = ThreadPoolExecutor(max_workers=config.run.num_workers)
+        # Images wait for their masks, and so are in a pool of their own.
+        self.pool, self.mask_pool = (ThreadPoolExecutor(config.run.num_workers) for _ in range(2))
         self.post = post_processing(config.to_dict())
         self.checked = False
 
@@ -120,9 +121,12 @@ class PPOUpdate:
         # Masks are used as the model gives them: the temperature is for sampling alone, not for closing gaps.
         probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
         generators = self.rng.spawn(len(samples))
-        images = zip(samples, probabilities, batch.truths, batch.topologies, generators, strict=True)
+        images = map(RolloutImage, samples, probabilities, batch.truths, batch.topologies)
         shared = (self.reward, self.post, self.settings.num_regions)
-        jobs = [self.pool.submit(assign_credit, *image, *shared, rng) for *image, rng in images]
+        jobs = [
+            self.pool.submit(assign_credit, image, *shared, rng, self.mask_pool.map)
+            for image, rng in zip(images, generators, strict=True)
+        ]
         return [job.result() for job in jobs]
 
     def _sampled(self, logits: Tensor, masks: Tensor, credit: Credit) -> Sampled:
