@@ -236,7 +236,10 @@ def make_updates(
     if not model.trainable:
         return None, {}
     weight_decay = config.optim.weight_decay
-    optimizer = torch.optim.AdamW(model.trainable.values(), betas=BETAS, weight_decay=weight_decay)
+    parameters = [*model.trainable.values()]
+    is_fused = parameters[0].is_cuda  # one kernel for all; on a CPU it would round in another way
+    settings = {"betas": BETAS, "weight_decay": weight_decay, "fused": is_fused}
+    optimizer = torch.optim.AdamW(parameters, **settings)
     is_unet = config.optim.control == "unet"
     flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
     updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}
