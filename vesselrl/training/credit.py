@@ -135,8 +135,7 @@ def _credit_by(
         values = {name: float(value) for name, value in overlap.items()}
         return values | reward.structure_terms(mask, truth, truth_topology)
 
-    def value_of(region: np.ndarray) -> float | None:
-        """What a pixel of a region earns beyond its overlap; None where its flip changes nothing."""
+    def value_of(region: np.ndarray) -> float | None:  # of each pixel, beyond its overlap credit
         changed = postprocess(greedy ^ region)
         # What is removed or closed anyway changes nothing; its overlap credit goes on teaching.
         if np.array_equal(changed, used):

@@ -235,11 +235,9 @@ def make_updates(
     """AdamW, and the steps by stage; none for a filter."""
     if not model.trainable:
         return None, {}
-    weight_decay = config.optim.weight_decay
     parameters = [*model.trainable.values()]
-    is_fused = parameters[0].is_cuda  # one kernel for all; on a CPU it would round in another way
-    settings = {"betas": BETAS, "weight_decay": weight_decay, "fused": is_fused}
-    optimizer = torch.optim.AdamW(parameters, **settings)
+    settings = {"weight_decay": config.optim.weight_decay, "fused": parameters[0].is_cuda}
+    optimizer = torch.optim.AdamW(parameters, betas=BETAS, **settings)
     is_unet = config.optim.control == "unet"
     flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
     updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}
