@@ -54,11 +54,7 @@ def memory(
         folder: of the random models.
         json: print the numbers as JSON.
     """
-    model_path = Path(folder) / f"{shape}{'_bf16' * use_bf16}"
-    if not (model_path / "config.json").exists():
-        dtype = torch.bfloat16 if use_bf16 else torch.float32
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory is not that of the training
-            pool.submit(write_random, model_path, shape, dtype).result()
+    model_path = random_model(shape, folder, use_bf16)
     settings = {"model_path": str(model_path), "lora_scope": lora_scope, "use_bf16": use_bf16}
     config = TrainConfig.from_dict(settings | {"stage": stage, "cache_gb": 0.0, "num_workers": 1})
     rng, rows = np.random.default_rng(0), {}
@@ -109,6 +105,16 @@ def anonymous_bytes() -> int:
     """Memory of this process that no file stands behind."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def random_model(shape: str, folder: str, use_bf16: bool) -> Path:
+    """The folder of a checkpoint with random weights, which is written where it is not there yet."""
+    model_path = Path(folder) / f"{shape}{'_bf16' * use_bf16}"
+    if not (model_path / "config.json").exists():
+        dtype = torch.bfloat16 if use_bf16 else torch.float32
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory is not that of the training
+            pool.submit(write_random, model_path, shape, dtype).result()
+    return model_path
 
 
 def write_random(folder: Path, shape: str, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from vesselrl.training.health import RULES
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
-BENCHMARKS = ("learning", "scoring", "caching", "memory", "pretrain")
+BENCHMARKS = ("learning", "scoring", "caching", "memory", "step", "pretrain")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"(?<![\w/.<>-])((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|toml|yml|csv))(?![\w/])")

@@ -1,5 +1,7 @@
 """Credit assignment against brute force: flip one pixel or one region, score again."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward, get
 from vesselrl.scoring.topology import topology
 from vesselrl.training.credit import (
     ConstrainedReward,
+    RolloutImage,
     assign_credit,
     choose_regions,
     overlap_credit,
@@ -37,10 +40,11 @@ def probability(greedy: np.ndarray, in_gap: float | None = None) -> np.ndarray:
     return on
 
 
-def credit_of(samples: np.ndarray, on: np.ndarray, reward, count: int, **post: float):
+def credit_of(samples: np.ndarray, on: np.ndarray, reward, count: int, each=map, **post: float):
     """The credit, and its overlap and structure together."""
     samples, rng = samples.reshape(-1, *TRUTH.shape), np.random.default_rng(0)
-    result = assign_credit(samples, on, TRUTH, topology(TRUTH), reward, PostProcessing(**post), count, rng)
+    image = RolloutImage(samples, on, TRUTH, topology(TRUTH))
+    result = assign_credit(image, reward, PostProcessing(**post), count, rng, each)
     return result, result.overlap + result.structure
 
 
@@ -66,6 +70,8 @@ def test_the_credit_of_a_region_adds_up_to_what_flipping_it_changes(reward_type:
     """A bar that closes a gap, and the smaller of the two components that it joins: R(with) - R(without)."""
     reward = get_reward_function(reward_type, custom=lambda pred, gt: float(pred.sum()) / 100)
     result, credit = credit_of(TRUTH, probability(BROKEN), reward, 9)
+    in_threads = credit_of(TRUTH, probability(BROKEN), reward, 9, ThreadPoolExecutor(2).map)[1]
+    assert np.array_equal(in_threads, credit)
     without = reward(BROKEN, TRUTH)[0]
     assert result.num_regions == 2
     assert credit[GAP].sum() == pytest.approx(reward(TRUTH, TRUTH)[0] - without, abs=1e-4)

@@ -19,7 +19,7 @@ from vesselrl.scoring.rewards import MultiObjectiveReward, Reward, SimpleDiceRew
 from vesselrl.scoring.topology import topology
 from vesselrl.training import ppo
 from vesselrl.training.checkpoint import attempts
-from vesselrl.training.credit import Credit
+from vesselrl.training.credit import Credit, RolloutImage
 from vesselrl.training.policy import MaskPolicy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.supervised import SupervisedUpdate
@@ -130,9 +130,9 @@ def test_noise_and_regions_change_with_rollout_and_place(tiny_checkpoint, monkey
     """Equal images get other masks each; alone in a process an image gets those of its place."""
     seen, assign_credit = [], ppo.assign_credit
 
-    def watch(masks: np.ndarray, *others: object) -> Credit:
-        seen.append((masks.copy(), others[-1].random()))
-        return assign_credit(masks, *others)
+    def watch(image: RolloutImage, *others: object) -> Credit:
+        seen.append((image.masks.copy(), others[3].random()))
+        return assign_credit(image, *others)
 
     monkeypatch.setattr(ppo, "assign_credit", watch)
     one = crossing_lines(64, 1)

@@ -2,11 +2,13 @@
 
 import os
 import re
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -21,77 +23,8 @@ from vesselrl.experiment import run_folder
 
 Severity = Literal["error", "warning", "info"]
 
-# Every kind of finding: its name in the summary, and after a bar how its sentence about a record goes on.
-_KINDS = {
-    "unusable": "unusable data root",
-    "bad_json": "broken JSON file",
-    "bad_record": "record or shape of the wrong form",
-    "missing_image": "missing image| of this label. Add the image, or remove the label.",
-    "missing_label": "image without mask or polygons|, which is left out. Label it, or remove it.",
-    "missing_file": "vanished file",
-    "extra_image": "image that no record names|, which is left out. Add a record, or remove the image.",
-    "extra_mask": "mask file of no image|. Remove it, if another label goes before it.",
-    "unreadable_image": "unreadable or truncated image",
-    "unreadable_mask": "unreadable or truncated mask",
-    "too_large": "image or mask with too many pixels",
-    "too_many_bits": "image whose bits do not fit into 8",
-    "sixteen_bit_image": "16-bit image|, which becomes 8-bit by the range of the bits it uses; its brightest "
-    "value is then {brightest} of 255. Save it with 8 bits in the window you label in.",
-    "several_frames": "file with several frames|: {value}. The first one is used. Save the frame that you "
-    "mean as a file of its own.",
-    "alpha_image": "image with an alpha channel| ({value}), which is dropped. Save it without.",
-    "rotated_image": "image turned by its EXIF orientation| {value}. Its label must be drawn on that image.",
-    "few_points": "polygon of fewer than 3 points or without area, left out|: {count}.",
-    "thin_polygon": "polygon thinner than a pixel|: the masks of {count} of {polygons} are empty or fall "
-    "apart. Draw them wider, or give a mask file.",
-    "traced_twice": "polygon that lies on itself|: {count} of {polygons}. What is traced twice counts as "
-    "outside (even-odd rule), which takes more than half of the area. Trace it once.",
-    "shares": "coordinates that look like shares of the image",
-    "odd_length": "polygon with an odd number of coordinates",
-    "outside_image": "polygon with coordinates outside the image",
-    "bad_polygon": "polygon that is no list of finite numbers",
-    "bad_rle": "broken run-length mask",
-    "label_size": "label and image of different proportions or far different sizes",
-    "scaled_label": "label of another size than its image, scaled|: {sizes}.",
-    "text_length": "number of texts differs from the number of objects|: {texts} and {objects}. Training "
-    "joins all objects; other programs may see the first only.",
-    "text_string": "text as one string|, not a list; it stands for all polygons.",
-    "bad_text": "text that is no list of texts|. Training ignores it; other programs may not.",
-    "nested_mask": "polygons nested one level deeper|, by object.",
-    "several_labels": "shapes of several classes, all taken for vessel|: {count}. Remove the others.",
-    "empty_mask": "empty mask|. Keep it only if the image shows no vessel.",
-    "all_foreground": "mask without background|. Label it again, or remove the record.",
-    "mostly_foreground": "mask with more vessel than background|: {share:.0%}. Inverted, or a field of view?",
-    "non_binary_mask": "mask that is not binary",
-    "ignore_mask": "mask in which 255 is to be ignored and smaller numbers are vessel",
-    "numbered_mask": "mask of numbers of vessels or classes, all of them vessel",
-    "coloured_mask": "mask of several colours",
-    "palette_mask": "mask with a palette, whose indices other than 0 and 255 are vessel",
-    "alpha_mask": "mask drawn in the alpha channel",
-    "disagreement": "mask file and polygons disagree|: Dice {dice:.3f} only. The mask file is used; make "
-    "sure that it is the right one.",
-    "mean_disagreement": "mask files and polygons disagree on the mean|: Dice {mean:.3f} over {images} "
-    "images. Find out which of them are right; the mask files are used.",
-    "duplicate_record": "second record of one image",
-    "duplicate_image": "second copy of one image|: same pixels as {other}. Remove one, or the "
-    "split may put the same image into two subsets.",
-    "near_duplicate": "image that looks like one of another patient|, {other}: frames of one run? Give both "
-    "the same patient in an alias file (file_name,patient), or remove one of the two.",
-    "lone_frames": "frames that count as a patient each|: {count} of {patients} patients have one image, and "
-    "the names of these differ in a number or a hash only, in {groups} groups. If a group is a patient, "
-    "frames of one patient may be in training and test: give --patient_pattern, such as "
-    r"'^(?P<patient>.+?)[-_ ]*\d+$', or --patient_aliases.",
-    "one_patient": "images that all count as one patient|: {count}. A training needs three patients: give "
-    "--patient_pattern for the part of the file name that tells them apart, or --patient_aliases.",
-    "patients": "patients cannot be told apart|. Each of {images} images counts as a patient of its own, but "
-    "{shared} of them share {folders} sub-folders. If a folder is a patient, give --patient_pattern "
-    "'^(?P<patient>[^/]+)/', or the split may put that patient into two subsets.",
-    "other_subsets": "labelled images beside the training images, not read|: {what}. To read them, "
-    "give their folder as the data root.",
-    "repaired": "repaired|: {what}.",
-    "left_out": "left out of the repaired copy|: {why}",
-}
-CODES = {code: text.partition("|")[0] for code, text in _KINDS.items()}
+_KINDS = tomllib.loads(resources.files("vesselrl.data").joinpath("findings.toml").read_text("utf-8"))
+CODES = {code: name for code, (name, *_) in _KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -118,7 +51,7 @@ class Findings(list[Finding]):
         self, code: str, record: str = "", file: str = "", severity: Severity = "warning", **values: object
     ) -> None:
         """Adds a finding with the sentence of its code, filled with `values`; `count` is 1 without."""
-        text = _KINDS[code].replace("|", "").format(**values)
+        text = "".join(_KINDS[code]).format(**values)
         message = f"{record}: {text}" if record else text[0].upper() + text[1:]
         self.append(Finding(severity, code, file or self._file, record, message, values.get("count", 1)))
 

@@ -5,9 +5,10 @@ are mapped in both directions by one table, so that what is loaded can be writte
 """
 
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
-from itertools import chain
+from importlib import resources
 from typing import NamedTuple
 
 import torch
@@ -29,93 +30,16 @@ from transformers import (
 
 from vesselrl.errors import CheckpointError
 
-# Tensor names by prefix, official then native. `#` stands for a number and `*` for the rest; the first row
-# that matches wins, in either direction. Of several native names, three are the parts of a tensor fused along
-# dim 0, and two are equal copies; the four official point embeddings are the rows of one table.
+# Tables of tensor names, official and native.
+_TABLES = tomllib.loads(resources.files("vesselrl.models").joinpath("names.toml").read_text("utf-8"))
 _SAM = "grounding_encoder.sam2_model."
 _POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
-_NAMES = {
-    ("", ""): """
-        mlp1.*                                      projector.*
-        text_hidden_fcs.*                           text_hidden_fcs.*
-        vision_model.embeddings.class_embedding     vision.embeddings.cls_token
-        vision_model.embeddings.position_embedding  vision.embeddings.position_embeddings
-        vision_model.embeddings.patch_embedding.*   vision.embeddings.patch_embeddings.projection.*
-    """,
-    ("vision_model.encoder.layers.#.", "vision.encoder.layer.#."): """
-        attn.qkv.*   attention.q_proj.*  attention.k_proj.*  attention.v_proj.*
-        attn.proj.*  attention.projection_layer.*
-        attn.*       attention.*
-        norm1.*      layernorm_before.*
-        norm2.*      layernorm_after.*
-        ls#          lambda_#
-        mlp.*        mlp.*
-    """,
-    (_SAM + "image_encoder.", "sam.vision_encoder."): """
-        trunk.patch_embed.proj.*       backbone.patch_embed.projection.*
-        trunk.blocks.#.norm#.*         backbone.blocks.#.layer_norm#.*
-        trunk.blocks.#.mlp.layers.0.*  backbone.blocks.#.mlp.proj_in.*
-        trunk.blocks.#.mlp.layers.1.*  backbone.blocks.#.mlp.proj_out.*
-        trunk.*                        backbone.*
-        neck.convs.#.conv.*            neck.convs.#.*
-    """,
-    (_SAM + "sam_prompt_encoder.", "sam.prompt_encoder."): """
-        point_embeddings.#.weight  point_embed.weight
-        not_a_point_embed.*        not_a_point_embed.*
-        no_mask_embed.*            no_mask_embed.*
-        mask_downscaling.0.*       mask_embed.conv1.*
-        mask_downscaling.1.*       mask_embed.layer_norm1.*
-        mask_downscaling.3.*       mask_embed.conv2.*
-        mask_downscaling.4.*       mask_embed.layer_norm2.*
-        mask_downscaling.6.*       mask_embed.conv3.*
-    """,
-    (_SAM, "sam."): """
-        no_mem_embed  no_memory_embedding
-        sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix \
-            prompt_encoder.shared_embedding.positional_embedding  shared_image_embedding.positional_embedding
-    """,
-}
 # SAM2's video memory: part of every official checkpoint, never used for a single image.
 _UNUSED = tuple(
     _SAM + name
     for name in "memory_attention. memory_encoder. maskmem_tpos_enc no_mem_pos_enc no_obj_ptr obj_ptr_proj. "
     "mask_downsample.".split()
 )
-_DECODER = """
-    output_upscaling.0.*                 upscale_conv1.*
-    output_upscaling.1.*                 upscale_layer_norm.*
-    output_upscaling.3.*                 upscale_conv2.*
-    transformer.layers.#.norm#.*         transformer.layers.#.layer_norm#.*
-    transformer.layers.#.mlp.layers.0.*  transformer.layers.#.mlp.proj_in.*
-    transformer.layers.#.mlp.layers.1.*  transformer.layers.#.mlp.proj_out.*
-    transformer.norm_final_attn.*        transformer.layer_norm_final_attn.*
-    transformer.*.out_proj.*             transformer.*.o_proj.*
-    transformer.*                        transformer.*
-    *.layers.0.*                         *.proj_in.*
-    *.layers.1.*                         *.layers.0.*
-    *.layers.2.*                         *.proj_out.*
-    *                                    *
-"""
-
-_PLAIN = {("", ""): "language_model.*  lm.*"}
-# InternLM2 is a Llama under other names, with q, k and v in one tensor, grouped by key and value head.
-_INTERNLM2 = {
-    ("language_model.", "lm."): """
-        model.tok_embeddings.weight  model.embed_tokens.weight
-        model.norm.weight            model.norm.weight
-        output.weight                lm_head.weight
-    """,
-    ("language_model.model.layers.#.", "lm.model.layers.#."): """
-        attention.wqkv.*         self_attn.q_proj.*  self_attn.k_proj.*  self_attn.v_proj.*
-        attention.wo.*           self_attn.o_proj.*
-        feed_forward.w1.weight   mlp.gate_proj.weight
-        feed_forward.w3.weight   mlp.up_proj.weight
-        feed_forward.w2.weight   mlp.down_proj.weight
-        attention_norm.weight    input_layernorm.weight
-        ffn_norm.weight          post_attention_layernorm.weight
-    """,
-}
-_QWEN_VL = {("", ""): "model.*  lm.*"}
 
 
 class Family(NamedTuple):
@@ -123,7 +47,7 @@ class Family(NamedTuple):
 
     config: type[PretrainedConfig]
     language_model: type[PreTrainedModel]
-    names: Mapping[tuple[str, str], str] = _PLAIN
+    names: str = "plain"  # tables of its tensors' names, beside the shared ones
     image_text: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
     has_bos: bool = False  # `<s>` stands before the prompt
     is_whole: bool = False
@@ -135,11 +59,11 @@ QWEN2 = "Qwen2ForCausalLM"
 FAMILIES = {
     QWEN2: Family(Qwen2Config, Qwen2ForCausalLM),
     "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
-    "InternLM2ForCausalLM": Family(LlamaConfig, LlamaForCausalLM, _INTERNLM2, has_bos=True),
+    "InternLM2ForCausalLM": Family(LlamaConfig, LlamaForCausalLM, "internlm2", has_bos=True),
     "qwen2_5_vl": Family(
-        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, _QWEN_VL, _LOOK, is_whole=True
+        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True
     ),
-    "qwen3_vl": Family(Qwen3VLConfig, Qwen3VLForConditionalGeneration, _QWEN_VL, _LOOK, is_whole=True),
+    "qwen3_vl": Family(Qwen3VLConfig, Qwen3VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True),
 }
 # What stands around the question and after the answer. No published Sa2VA was trained with a system prompt.
 _CHAT = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
@@ -204,11 +128,11 @@ class KeyMap:
         self.groups, self.group = heads[1], heads[0] // heads[1] + 2  # of InternLM2: queries, key and value
         original, name = _SAM + "sam_mask_decoder.", "sam_mask_decoder" + "_modified" * has_two_decoders
         self.unused = (*_UNUSED, original) if has_two_decoders else _UNUSED
-        decoder = {(f"{_SAM}{name}.", "sam.mask_decoder."): _DECODER}
+        decoder = _TABLES["decoder"] | {"official": f"{_SAM}{name}."}
         self.rows = [
-            [prefixes[k > 0] + part for k, part in enumerate(row.split())]
-            for prefixes, text in chain(family.names.items(), _NAMES.items(), decoder.items())
-            for row in text.strip().splitlines()
+            [table["native" if k else "official"] + part for k, part in enumerate(row.split())]
+            for table in (*_TABLES[family.names], *_TABLES["shared"], decoder)
+            for row in table["names"].strip().splitlines()
         ]
 
     def is_unused(self, official: str) -> bool:

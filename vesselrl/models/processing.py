@@ -102,8 +102,11 @@ def cut_patches(config: Sa2VAConfig, pictures: list[Image.Image]) -> tuple[torch
 
 def _normalise(image: Image.Image) -> torch.Tensor:
     """(3, H, W) float32, (value / 255 − mean) / deviation per channel."""
-    pixels = (np.asarray(image, np.float32) / np.float32(255) - MEAN) / STD
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
+    pixels /= np.float32(255)  # in place: a quarter of the time
+    pixels -= MEAN[:, None, None]
+    pixels /= STD[:, None, None]
+    return torch.from_numpy(pixels)
 
 
 class Sa2VAProcessor:

@@ -180,8 +180,9 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
     optimizer.state.clear()
     for name, state in kept.items():
         p = model.trainable[name]
-        # Step counts stay on the CPU, as AdamW has them.
-        optimizer.state[p] = {k: v.to(p.device) if v.ndim else v.clone() for k, v in state.items()}
+        # Step counts stay on the CPU, as AdamW has them, unless it is fused.
+        place = p.device if optimizer.defaults.get("fused") else "cpu"
+        optimizer.state[p] = {k: v.to(p.device if v.ndim else place, copy=True) for k, v in state.items()}
 
 
 def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[AbstractContextManager]:

@@ -10,10 +10,10 @@ and scored anew. What a region earns beyond its pixels' overlap is shared evenly
 credit adds up to what flipping it is worth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,6 +32,15 @@ MULTIPLIER_RATE = 100.0
 MAX_MULTIPLIER = 20.0
 
 Labelled = tuple[np.ndarray, int]  # a label image and one of its labels
+
+
+class RolloutImage(NamedTuple):
+    """The sampled masks of one image, and what they are scored with."""
+
+    masks: np.ndarray  # (K, H, W) bool
+    probabilities: np.ndarray  # (H, W) float32
+    truth: np.ndarray  # (H, W) bool
+    truth_topology: Topology
 
 
 @dataclass(frozen=True)
@@ -90,35 +99,34 @@ class ConstrainedReward:
 
 
 def assign_credit(
-    masks: np.ndarray,
-    probabilities: np.ndarray,
-    truth: np.ndarray,
-    truth_topology: Topology,
+    image: RolloutImage,
     reward: Reward | ConstrainedReward,
     post: PostProcessing,
     num_regions: int,
     rng: np.random.Generator,
+    map_masks: Callable[..., Iterable] = map,
 ) -> Credit:
-    """Scores the sampled masks (K, H, W) of one image, after post-processing, and credits its pixels.
+    """Scores the sampled masks of one image, after post-processing, and credits its pixels.
 
     Up to `num_regions` regions, which `rng` chooses, are flipped in the greedy mask. Where the user's
     function fails, no mask of this image has its term: all are compared by the same, and no value is made up.
+    `map_masks` is `map`, or that of a pool whose threads share the masks.
     """
-    image = (masks, probabilities, truth, truth_topology)
     try:
-        return _credit_by(reward, image, post, num_regions, deepcopy(rng))
+        return _credit_by(reward, image, post, num_regions, deepcopy(rng), map_masks)
     except RewardError as error:
-        return _credit_by(reward.without_custom(error), image, post, num_regions, rng)
+        return _credit_by(reward.without_custom(error), image, post, num_regions, rng, map_masks)
 
 
 def _credit_by(
     reward: Reward | ConstrainedReward,
-    image: tuple[np.ndarray, np.ndarray, np.ndarray, Topology],
+    image: RolloutImage,
     post: PostProcessing,
     num_regions: int,
     rng: np.random.Generator,
+    map_masks: Callable[..., Iterable],
 ) -> Credit:
-    """The credit by one reward, or its RewardError; `image`: the first four arguments of `assign_credit`."""
+    """The credit by one reward, or its RewardError; see `assign_credit`."""
     masks, probabilities, truth, truth_topology = image
     postprocess = post.postprocess_for(probabilities)
 
@@ -127,7 +135,17 @@ def _credit_by(
         values = {name: float(value) for name, value in overlap.items()}
         return values | reward.structure_terms(mask, truth, truth_topology)
 
-    sampled = [score(postprocess(mask)) for mask in masks]
+    def value_of(region: np.ndarray) -> float | None:  # of each pixel, beyond its overlap credit
+        changed = postprocess(greedy ^ region)
+        # What is removed or closed anyway changes nothing; its overlap credit goes on teaching.
+        if np.array_equal(changed, used):
+            return None
+        gain = sum(score(changed).values()) - greedy_reward
+        pixels = np.flatnonzero(region)
+        difference = -gain if greedy.flat[pixels[0]] else gain
+        return (difference - float(overlap.flat[pixels].sum())) / pixels.size
+
+    sampled = [*map_masks(lambda mask: score(postprocess(mask)), masks)]
     terms = {name: np.array([one[name] for one in sampled]) for name in sampled[0]}
 
     greedy = probabilities > 0.5
@@ -138,19 +156,12 @@ def _credit_by(
     greedy_reward = sum(used_terms.values())
     # Without structure terms, and with masks used as they are, a region earns what its pixels earn.
     has_structure = post.changes_masks or len(used_terms) > len(reward.overlap_terms(*used_counts))
-    flipped, values = [], []
-    for region in choose_regions(masks, greedy, probabilities, num_regions if has_structure else 0, rng):
-        changed = postprocess(greedy ^ region)
-        # What is removed or closed anyway changes nothing; its overlap credit goes on teaching.
-        if np.array_equal(changed, used):
-            continue
-        gain = sum(score(changed).values()) - greedy_reward
-        difference = -gain if greedy[region].any() else gain
-        flipped.append(region)
-        values.append((difference - float(overlap[region].sum())) / np.count_nonzero(region))
+    regions = choose_regions(masks, greedy, probabilities, num_regions if has_structure else 0, rng)
+    pairs = zip(regions, map_masks(value_of, regions), strict=True)
+    flipped = [(region, value) for region, value in pairs if value is not None]
     return Credit(
         overlap=overlap,
-        structure=mean_over_regions(flipped, np.array(values, np.float32), truth.shape),
+        structure=mean_over_regions(flipped, truth.shape),
         rewards=np.sum(list(terms.values()), axis=0),
         terms=terms,
         greedy_reward=greedy_reward,
@@ -203,14 +214,13 @@ def choose_regions(
     return [labels == label for labels, label in chosen]
 
 
-def mean_over_regions(
-    regions: Sequence[np.ndarray], values: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """(H, W) float32: the mean value of the regions that hold a pixel, 0 where none does."""
+def mean_over_regions(valued: Sequence[tuple[np.ndarray, float]], shape: tuple[int, int]) -> np.ndarray:
+    """(H, W): the mean value of the regions, given as (mask, value), that hold a pixel; 0 where none does."""
     total, covered = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    for region, value in zip(regions, values, strict=True):
-        total[region] += value
-        covered[region] += 1
+    for region, value in valued:
+        pixels = np.flatnonzero(region)  # a few of many
+        total.flat[pixels] += np.float32(value)
+        covered.flat[pixels] += 1
     return total / np.maximum(covered, 1)
 
 

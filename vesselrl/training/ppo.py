@@ -24,7 +24,7 @@ from vesselrl.scoring.overlap import dice_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math, processes
-from vesselrl.training.credit import ConstrainedReward, Credit, assign_credit
+from vesselrl.training.credit import ConstrainedReward, Credit, RolloutImage, assign_credit
 from vesselrl.training.health import check_moved, not_finite, take_step
 from vesselrl.training.policy import MaskPolicy
 
@@ -55,7 +55,10 @@ class PPOUpdate:
         self.max_grad_norm = config.optim.max_grad_norm
         self.seed = config.optim.seed
         self.num_rollouts = 0
-        self.pool = ThreadPoolExecutor(max_workers=config.run.num_workers)
+        # Images wait for their masks, and so are in a pool of their own.
+        self.pool, mask_pool = (ThreadPoolExecutor(config.run.num_workers) for _ in range(2))
+        # How often a user's function is called must not depend on which thread fails first.
+        self.map_masks = map if config.reward.reward_fn else mask_pool.map
         self.post = post_processing(config.to_dict())
         self.checked = False
 
@@ -133,9 +136,12 @@ class PPOUpdate:
         # Masks are used as the model gives them: the temperature is for sampling alone, not for closing gaps.
         probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
         generators = map(np.random.default_rng, self._seeds(batch, stream=2))
-        images = zip(samples, probabilities, batch.truths, batch.topologies, generators, strict=True)
+        images = map(RolloutImage, samples, probabilities, batch.truths, batch.topologies)
         shared = (self.reward, self.post, self.settings.num_regions)
-        jobs = [self.pool.submit(assign_credit, *image, *shared, rng) for *image, rng in images]
+        jobs = [
+            self.pool.submit(assign_credit, image, *shared, rng, self.map_masks)
+            for image, rng in zip(images, generators, strict=True)
+        ]
         return [job.result() for job in jobs]
 
     def _sampled(self, logits: Tensor, masks: Tensor, credit: Credit) -> Sampled:

@@ -111,26 +111,35 @@ def sample_masks(
 ) -> Tensor:
     """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
-    (H, W) logits give (K, H, W) bool masks, the same ones on every device as the generator is on the CPU.
+    (H, W) logits give (K, H, W) bool masks, up to rounding the same on every device: the generator is on the
+    CPU, and only its noise is smoothed on the device of the logits.
     `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
     """
-    field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
+    field = gaussian_field(num_samples, logits.shape, correlation_px, generator, logits.device)
     # P(field < quantile of p) = p for a standard normal field.
     uniform = torch.special.ndtr(field)
     return uniform < torch.sigmoid(logits.detach().float() / temperature)
 
 
 def gaussian_field(
-    count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
+    count: int,
+    shape: tuple[int, int],
+    correlation_px: float,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
     height, width = shape
     if correlation_px <= 0:
-        return torch.randn(count, height, width, generator=generator)
+        return torch.randn(count, height, width, generator=generator).to(device)
     radius = max(1, round(3 * correlation_px))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / correlation_px) ** 2)
     kernel = kernel / kernel.square().sum().sqrt()
     noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
-    noise = functional.conv2d(noise, kernel.view(1, 1, -1, 1))
-    return functional.conv2d(noise, kernel.view(1, 1, 1, -1))[:, 0]
+    noise, kernel = noise.to(device), kernel.to(device)
+    flags = {"enabled": True, "deterministic": torch.backends.cudnn.deterministic}  # as they are
+    with torch.backends.cudnn.flags(**flags, allow_tf32=False):  # of 10 bits, which would change masks
+        # One by one: with larger outputs a CPU takes most of the time for new pages of memory.
+        rows = (functional.conv2d(one, kernel.view(1, 1, -1, 1)) for one in noise.split(1))
+        return torch.cat([functional.conv2d(one, kernel.view(1, 1, 1, -1))[0] for one in rows])

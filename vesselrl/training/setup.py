@@ -250,8 +250,9 @@ def make_updates(
     """AdamW, and the steps by stage; none for a filter."""
     if not model.trainable:
         return None, {}
-    weight_decay = config.optim.weight_decay
-    optimizer = torch.optim.AdamW(model.trainable.values(), betas=BETAS, weight_decay=weight_decay)
+    parameters = [*model.trainable.values()]
+    settings = {"weight_decay": config.optim.weight_decay, "fused": parameters[0].is_cuda}
+    optimizer = torch.optim.AdamW(parameters, betas=BETAS, **settings)
     is_unet = config.optim.control == "unet"
     flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
     updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}
