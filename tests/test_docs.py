@@ -92,6 +92,7 @@ def test_every_import_command_and_option_exists() -> None:
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
         known |= {a.arg for f in tree.body if getattr(f, "name", "") == name for a in f.args.args}
     pages = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")]
+    known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal".split()}  # torchrun and Slurm
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "help", "no_"}, pages)
 
 

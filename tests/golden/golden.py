@@ -92,8 +92,8 @@ MEANT = {
     "help/predict/options/--shard*": "new option: a folder shared by several processes",
     **{
         f"train_{name}/{part}": "noise and regions are drawn anew for each rollout and place in the step"
-        for name in ("rl", "both", "curriculum", "constrained", "recall", "seed", "start", "embedded")
-        for part in ("metrics/*", "info/*")
+        for name in "rl both curriculum constrained recall seed start embedded strong".split()
+        for part in "metrics/* info/* findings* scores/*_latest/* scores/*_best/* scores/*_after/*".split()
     },
 }
 
@@ -101,6 +101,7 @@ MEANT = {
 # What the rounding of a first step decides, on which machines differ: with `--portable` any number will do.
 AFTER_A_STEP = (
     "train_*/info/final_metrics/* train_*/info/best_* train_*/info/test_metrics/* train_*/info/*_norm* "
+    "train_*/scores/*_latest/* train_*/scores/*_best/* train_*/scores/*_after/* "
     "train_*/metrics/*/[1-9]* reports/* comparing/* resuming/* evaluating/*"
 ).split()
 
