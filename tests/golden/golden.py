@@ -93,7 +93,7 @@ MEANT = {
     **{
         f"train_{name}/{part}": "noise and regions are drawn anew for each rollout and place in the step"
         for name in "rl both curriculum constrained recall seed start embedded strong".split()
-        for part in "metrics/* info/* findings* scores/*_latest/* scores/*_best/* scores/*_after/*".split()
+        for part in "metrics/* info/* cases/* findings* scores/*_latest/* scores/*_best/* scores/*_after/*".split()
     },
 }
 
@@ -101,7 +101,7 @@ MEANT = {
 # What the rounding of a first step decides, on which machines differ: with `--portable` any number will do.
 AFTER_A_STEP = (
     "train_*/info/final_metrics/* train_*/info/best_* train_*/info/test_metrics/* train_*/info/*_norm* "
-    "train_*/scores/*_latest/* train_*/scores/*_best/* train_*/scores/*_after/* "
+    "train_*/cases/*/after/* train_*/scores/*_latest/* train_*/scores/*_best/* train_*/scores/*_after/* "
     "train_*/metrics/*/[1-9]* reports/* comparing/* resuming/* evaluating/*"
 ).split()
 
