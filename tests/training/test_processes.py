@@ -79,6 +79,8 @@ def test_what_processes_tell_each_other() -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     two = launch(tmp_path / "two", TORCHRUN, SETTINGS)
     one = train_debug(tmp_path / "one", **SETTINGS).folder
