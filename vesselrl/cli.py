@@ -23,6 +23,7 @@ from vesselrl.errors import RunError
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.run_folder import find_run, run_settings
+from vesselrl.training import processes
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.held_out import HeldOutResult
@@ -37,7 +38,7 @@ OUT_OF_MEMORY = (
     "--num_samples or a smaller --lora_scope."
 )
 # Of several processes the main one says what goes on, and the others, by number, what goes wrong.
-OF_PROCESS = "" if os.environ.get("RANK", "0") == "0" else f"process {os.environ['RANK']}: "
+OF_PROCESS = "" if processes.is_main() else f"process {processes.rank()}: "
 logger = logging.getLogger("vesselrl")
 console = Console(highlight=False)
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"Unknown verb {verb!r}.\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
-    level = logging.INFO if OF_PROCESS == "" else logging.WARNING
+    level = logging.WARNING if OF_PROCESS else logging.INFO
     logging.basicConfig(level=level, format=f"%(asctime)s {OF_PROCESS}%(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "matplotlib", "PIL", "numba"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -93,8 +93,9 @@ MEANT = {
     **{
         f"train_{name}/{part}": "noise and regions are drawn anew for each rollout and place in the step"
         for name in "rl both curriculum constrained recall seed start embedded strong".split()
-        for kept in ("scores/*_latest/*", "scores/*_best/*", "scores/*_after/*")
-        for part in ("metrics/*", "info/*", "cases/*", "findings*", kept)
+        for part in (
+            "metrics/* info/* cases/* findings* scores/*_latest/* scores/*_best/* scores/*_after/*"
+        ).split()
     },
 }
 

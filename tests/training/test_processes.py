@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.runs import metrics_of, train_debug
+from vesselrl.training import processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # Of four images a process has two and one in the first step of an epoch, one and none in the second.
@@ -77,6 +78,11 @@ def check_same(one: Path, other: Path) -> None:
 def test_what_processes_tell_each_other() -> None:
     done = subprocess.run([*TORCHRUN, "--no-python", sys.executable, "-c", FUNCTIONS], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_rank_alone_makes_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")  # as a scheduler may leave it
+    assert processes.is_main()
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ Predict = Callable[[np.ndarray], Any]
 Pairs = Iterable[tuple[np.ndarray | None, np.ndarray]]  # predicted (None = failed) and true masks
 Load = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 Progress = Callable[[int, int], None]
+Gather = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 def load_pixels(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,7 @@ def evaluate(
     load: Load = load_pixels,
     caveats: Mapping[Caveat, str] | None = None,
     progress: Progress | None = None,
-    gather: Callable[[list[dict]], list[dict]] = list,
+    gather: Gather = list,
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
@@ -62,8 +63,7 @@ def evaluate(
     """
     predicted = predict_each(predict, samples, load, progress)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
-    rows = gather(score_rows(samples, pairs, reward))
-    return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=dict(caveats or {}))
+    return evaluate_masks(samples, pairs, reward, caveats, gather)
 
 
 def predict_each(
@@ -91,10 +91,14 @@ def predict_each(
 
 
 def evaluate_masks(
-    samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = None, caveats: Mapping | None = None
+    samples: Sequence[Sample],
+    pairs: Pairs,
+    reward: Reward | None = None,
+    caveats: Mapping | None = None,
+    gather: Gather = list,
 ) -> Evaluation:
-    """Scores one pair of masks per sample."""
-    rows = score_rows(samples, pairs, reward)
+    """Scores one pair of masks per sample; `gather` as for `evaluate`."""
+    rows = gather(score_rows(samples, pairs, reward))
     return summarise(rows, METRIC_SPEC, describe_reward(reward), caveats=dict(caveats or {}))
 
 

@@ -28,6 +28,7 @@ from vesselrl.training.credit import ConstrainedReward, Credit, RolloutImage, as
 from vesselrl.training.health import check_moved, not_finite, take_step
 from vesselrl.training.policy import MaskPolicy
 
+# Fields of PolicyLoss, then the two other terms of the loss.
 LOSS_METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
@@ -74,7 +75,8 @@ class PPOUpdate:
         decoded = policy.decode(inputs, batch.keys)
         choice = decoded.best()  # the candidate masks, kept for all passes
         logits = policy.logits(decoded, choice, inputs)
-        if processes.any_of(not all(bool(torch.isfinite(one).all()) for one in logits)):  # masks are empty
+        if processes.any_of(not all(bool(torch.isfinite(one).all()) for one in logits)):
+            # Its masks would all be empty.
             raise not_finite("The logits are not finite", 0.0)
         images, metrics, reward_varies = self.collect(batch, logits)
         # The largest in size, with its sign.

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from itertools import chain, zip_longest
-from typing import TypeVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, TypeVar
 
 from vesselrl.errors import Stopped
 from vesselrl.experiment import stop
+
+if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
+    from torch import nn
 
 T = TypeVar("T")
 
@@ -43,12 +43,13 @@ def connected() -> Iterator[None]:
     if count() == 1:
         yield
         return
+    import torch
     from accelerate import PartialState
 
     with _peers():
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     yield
-    state.destroy_process_group()
+    state.destroy_process_group()  # after an error it could wait for one that is gone
 
 
 @contextmanager
@@ -105,10 +106,11 @@ def from_main(compute: Callable[[], T]) -> T:
     return sent[0]
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: "Iterable[nn.Parameter]") -> None:
     """Sums the gradients of all processes; a weight without one stays so where no process has one."""
     if count() == 1:
         return
+    import torch
     from accelerate.utils import reduce
 
     parameters = [*parameters]
