@@ -6,7 +6,7 @@ sampled together (a Gaussian copula over a smooth random field), so that samples
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -79,7 +79,8 @@ class MaskPolicy:
         if not (self.encoder_is_frozen and self.language_is_frozen):
             self.savings[ONE_BY_ONE] = partial(setattr, self, "image_by_image", True)
             self.savings[RECOMPUTING] = self.model.recompute_blocks
-        self.start = self.values()
+        self.head = self.model.detail
+        self.start = self.base = self.values()
         self.reference_values = self.start
         self.load_language = load_language
         self.language_hash = ""  # of a language model that is not in `model`
@@ -99,12 +100,14 @@ class MaskPolicy:
 
     def values(self) -> dict[str, Tensor]:
         """Returns a copy of the trainable values."""
-        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        names = self.trainable if self.model.detail else _without_head(self.trainable)
+        return {name: self.trainable[name].detach().clone() for name in names}
 
     def restore(self, values: dict[str, Tensor]) -> None:
-        """Sets the trainable values."""
-        for name, parameter in self.trainable.items():
-            parameter.data.copy_(values[name])
+        """Sets the trainable values; without those of a detail head the model has none."""
+        for name, value in values.items():
+            self.trainable[name].data.copy_(value)
+        self.model.detail = self.head if len(values) == len(self.trainable) else None
 
     def distance(self, start: dict[str, Tensor] | None = None) -> float:
         """Euclidean distance of the adapters from `start`, by default their own."""
@@ -300,6 +303,10 @@ class MaskPolicy:
             return self.logits(decoded, choice, inputs)
 
 
+def _without_head(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if ".detail." not in name}
+
+
 def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
     """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
     s, seed = config.model, config.optim.seed
@@ -327,7 +334,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
         own = {name: value for name, value in own.items() if value is not None}
         size = lora.LORA_PRESETS[s.lora_preset]._replace(**own)
         peft_model = lora.attach_lora(model, s.lora_scope, size)
-    if s.detail_head and model.detail is None:
+    if adds_head := s.detail_head and model.detail is None:
         model.detail = load_detail_head().to(device)
     if model.detail:
         model.detail.requires_grad_(True)
@@ -338,6 +345,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    if adds_head:
+        policy.base = _without_head(policy.start)
     policy.predictor.tile_px = config.data.tile_px
     policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
     policy.half_features = dtype == torch.bfloat16
