@@ -108,7 +108,9 @@ def test_a_merged_copy_keeps_the_head_beside_it(run: Path, tiny_checkpoint: Path
     assert merge(tiny_checkpoint, adapter, merged)["detail_head"] is True
     assert {file.name for file in merged.glob("*.safetensors")} == {"model.safetensors", DETAIL_HEAD}
     image = np.random.default_rng(1).integers(0, 255, (80, 70, 3), dtype=np.uint8)
-    pair = Predictor.from_pretrained(tiny_checkpoint, adapter, device="cpu").predict(image)
+    both = Predictor.from_pretrained(tiny_checkpoint, adapter, device="cpu")
+    assert all(torch.equal(value, trained[name]) for name, value in both.model.detail.state_dict().items())
+    pair = both.predict(image)
     copy = Predictor.from_pretrained(merged, device="cpu").predict(image)
     np.testing.assert_allclose(copy.logits, pair.logits, atol=1e-3)
     (merged / DETAIL_HEAD).unlink()
