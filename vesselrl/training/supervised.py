@@ -34,11 +34,10 @@ def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def mask_cldice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Half `mask_loss`, half soft-clDice loss (Shit et al., clDice, CVPR 2021); shapes as for `mask_loss`.
+    """Half `mask_loss`, half 1 - soft clDice (Shit et al., clDice, CVPR 2021); shapes as for `mask_loss`.
 
     Soft clDice is 2 * tprec * tsens / (tprec + tsens), where tprec is the share of the prediction's soft
-    skeleton inside the truth and tsens the reverse. One half is the largest weight that they use, and favours
-    connectivity most.
+    skeleton inside the truth and tsens the reverse. One half is their largest weight: connectivity first.
     """
     probability = torch.sigmoid(logits)
     tprec = share_inside(soft_skeleton(probability), truth)
@@ -47,10 +46,10 @@ def mask_cldice_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def mask_skeleton_recall_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """`mask_loss` plus 1 - the soft recall of the truth's tube; shapes as for `mask_loss`.
+    """`mask_loss` plus 1 - the probability's mean over the truth's tube; shapes as for `mask_loss`.
 
-    The tube: the truth's skeleton, and pixels of the truth up to two steps along rows and columns from it.
-    Kirchhoff et al., Skeleton Recall Loss, ECCV 2024, with their weights, all 1.
+    The tube: the truth's skeleton, and its other pixels up to two steps along rows and columns from there.
+    Kirchhoff et al., Skeleton Recall Loss, ECCV 2024, with their weights of 1, and 1 added above and below.
     """
     tube = torch.stack([torch.from_numpy(topology(mask).skeleton) for mask in truth]).to(truth)
     tube = extreme(torch.maximum, extreme(torch.maximum, tube, "cross"), "cross") * truth
@@ -85,16 +84,16 @@ def soft_skeleton(image: Tensor) -> Tensor:
     for _ in range(SKELETON_ITERATIONS + 1):
         eroded = extreme(torch.minimum, keys, "cross")
         opened = extreme(torch.maximum, eroded, "square")
-        skeleton = skeleton.lerp(one, torch.relu(pick(image, keys) - pick(image, opened)))
-        keys = eroded
+        ridge = torch.relu(pick(image, keys) - pick(image, opened))
+        skeleton, keys = skeleton.lerp(one, ridge), eroded
     return skeleton
 
 
 def pixel_keys(image: Tensor) -> Tensor:
     """Integers in the order of the pixels' values, as float32, with the pixel's number in the lower half."""
-    bits = image.detach().float().contiguous().view(torch.int32).long()
-    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # floats are a sign and a size
-    return ordered << 32 | torch.arange(image.numel(), device=image.device).view_as(image)
+    bits = image.detach().float().contiguous().view(torch.int32)
+    ordered = bits ^ (bits >> 31 & 0x7FFFFFFF)  # as negative floats are a sign and a size
+    return ordered.long() << 32 | torch.arange(image.numel(), device=image.device).view_as(image)
 
 
 def pick(image: Tensor, keys: Tensor) -> Tensor:
