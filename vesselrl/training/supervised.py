@@ -107,8 +107,7 @@ def extreme(choose: Callable[..., Tensor], image: Tensor, shape: Literal["cross"
     """torch.minimum or torch.maximum over the cross of 5 or the square of 9 around each pixel, (B, H, W)."""
     result = image.clone()
     for axis in (1, 2):
-        source = image if shape == "cross" else result.clone()
-        size = image.shape[axis] - 1
+        source, size = image if shape == "cross" else result.clone(), image.shape[axis] - 1
         for here, there in ((0, 1), (1, 0)):
             part = result.narrow(axis, here, size)
             choose(part, source.narrow(axis, there, size), out=part)
