@@ -22,7 +22,8 @@ from vesselrl.synthetic.dataset import builtin_data
 
 RL = ("rl", "rl_post", "sft_rl", "sft_rl_post")
 # The strongest of the first on validation must be beaten; the others are compared at equal recall, too.
-STRONG_CONTROLS, EQUAL_RECALL = ("sft", "sft_tuned", "sft_cldice", "sft_post"), ("base_tuned", "sft_tuned")
+STRONG_CONTROLS = ("sft", "sft_tuned", "sft_cldice", "sft_scnp", "sft_skeleton_recall", "sft_post")
+EQUAL_RECALL = ("base_tuned", "sft_tuned")
 DICE_MARGIN, BETA0_GAIN = 0.005, 20  # the second in percent
 RECALL_TOLERANCE = 0.01  # of "equal" recall on validation; thresholds come in steps of 0.01
 LEDGER = "dice recall precision cldice beta0_error length_ratio reward".split()
@@ -217,7 +218,7 @@ def write_report(folder: Path, about: str, results: Results, verdicts: Verdicts,
         named = zip(map(metric_name, LEDGER), scores(evaluation, LEDGER), strict=True)
         words = [words for (_, method, _), (_, words) in verdicts.items() if method == name]
         texts[name] = " ".join([f"{labels[name]}: {', '.join(map(' '.join, named))}.", *words])
-    rows = [(f"controls C0 to C7 {about}; test patients", " ".join(texts[name] for name in controls))]
+    rows = [(f"controls C0 to C9 {about}; test patients", " ".join(texts[name] for name in controls))]
     rows += [(f"{labels[name]} against its controls {about}", texts[name]) for name in methods]
     ledger = [{"id": "R???", "what": what} | shared | {"result": result} for what, result in rows]
     write_text(folder / "ledger_rows.csv", csv_text(ledger))

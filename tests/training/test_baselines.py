@@ -7,7 +7,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from monai.losses import SoftclDiceLoss
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from tests.training.runs import train_debug
 from vesselrl.data.dataset import TrainBatch
@@ -15,9 +17,10 @@ from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
 from vesselrl.experiment.config import PRESETS
 from vesselrl.scoring.overlap import dice
+from vesselrl.training import supervised
 from vesselrl.training import train as training
 from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
-from vesselrl.training.supervised import SupervisedUpdate, mask_cldice_loss, mask_loss
+from vesselrl.training.supervised import SFT_LOSSES, SupervisedUpdate, mask_cldice_loss, mask_loss
 
 
 @pytest.fixture(scope="module", params=["unet", "frangi"])
@@ -53,8 +56,9 @@ def test_gradients_reach_the_unet_and_its_loss_falls() -> None:
     losses += [update.step(BARS)["train/loss"] for _ in range(25)]
     assert 0 < losses[-1] < 0.7 * losses[0]
     assert dice(model.predict(IMAGE).mask, TRUTH) > 0.9
-    other = unet_update(sft_loss="bce_dice_cldice").step(BARS)["train/loss"]
-    assert abs(losses[0] - other) > 0.01  # the loss is the one asked for
+    others = [unet_update(sft_loss=name).step(BARS)["train/loss"] for name in SFT_LOSSES]
+    assert others[0] == losses[0]
+    assert min(np.diff(sorted(others))) > 0.01  # the loss is the one asked for
 
 
 def test_the_unet_shows_each_image_flipped_with_its_truth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +174,21 @@ def test_soft_cldice_by_hand() -> None:
     assert soft_cldice_loss(logits, truth).tolist() == pytest.approx([3 / 17, 0], abs=1e-3)
 
 
-def test_soft_cldice_sees_wide_vessels_and_needs_none() -> None:
+def test_soft_cldice_is_that_of_monai() -> None:
+    truth = torch.stack([torch.from_numpy(TRUTH).float(), torch.zeros(TRUTH.shape)])
+    truth[1, 5:26, :30] = 1
+    noise = functional.avg_pool2d(torch.randn(2, 40, 56, generator=torch.manual_seed(0)), 3, 1, 1)
+    logits = (4 * truth - 2 + 5 * noise).requires_grad_()
+    monai = SoftclDiceLoss(iter_=10, reduction="none")(torch.sigmoid(logits)[:, None], truth[:, None])
+    ours = soft_cldice_loss(logits, truth)
+    assert ours.tolist() == pytest.approx(monai.tolist(), abs=1e-6)
+    slope, expected = (torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, monai))
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_soft_cldice_sees_wide_vessels() -> None:
     """20 px wide, as wide as any vessel here: the erosions reach its middle, so a lost stretch is paid."""
     truth, logits = torch.zeros(1, 40, 60), torch.full((1, 40, 60), -40.0)
-    assert torch.isfinite(soft_cldice_loss(logits, truth)).all()
     truth[0, 10:30, 5:55] = 1
     logits[0, 10:30, 5:30] = 40.0
     assert 0.15 < float(soft_cldice_loss(logits, truth)) < 0.5
@@ -184,3 +199,39 @@ def test_mask_loss_by_hand() -> None:
     soft_dice = (2 * 0.5 + 1) / (1 + 1 + 1)
     assert float(mask_loss(torch.zeros(1, 1, 2), truth)) == pytest.approx(np.log(2) + 1 - soft_dice)
     assert float(mask_loss(torch.tensor([[[50.0, -50.0]]]), truth)) == pytest.approx(0, abs=1e-6)
+
+
+def test_scnp_takes_the_worst_logit_of_the_same_class_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, logits = torch.zeros(1, 5, 5), torch.full((1, 5, 5), -2.0)
+    truth[0, :, 2], logits[0, :, 2] = 1, torch.tensor([3.0, 1, 2, -1, 4])
+    logits[0, 0, 0], logits[0, 2, 4], logits[0, 4, 0] = 0.5, 1, -9
+    left = [0.5, 0.5, -2, -2, -2]
+    right = [-2.0, 1, 1, 1, -2]
+    worst = torch.tensor([left, left, [1, 1, -1, -1, -1], right, right]).mT[None]
+    expected = mask_loss(worst, truth)
+    scnp = SFT_LOSSES["bce_dice_scnp"]
+    slope = torch.autograd.grad(scnp(logits.requires_grad_(), truth).sum(), logits)[0][0, :, 2]
+    assert torch.sign(slope).tolist() == [0, -1, 0, -1, 0]  # only the worst are moved
+    assert scnp(logits, truth).tolist() == expected.tolist()
+    monkeypatch.setattr(supervised, "mask_loss", lambda logits, truth: logits)
+    assert torch.equal(scnp(logits, truth), worst)
+
+
+def test_skeleton_recall_by_hand() -> None:
+    """A line of 5 px, 3 found: 1 - (3 + 1) / (5 + 1). A square: 13 px lie up to two steps from its centre."""
+    truth, logits = torch.ones(2, 5, 5), torch.full((2, 5, 5), -50.0)
+    truth[0, [0, 1, 3, 4]] = 0
+    logits[0, 2, :3] = logits[0, 0] = 50.0
+    logits[1, 1:4] = 50.0  # 3 + 5 + 3 of them
+    more = SFT_LOSSES["bce_dice_skeleton_recall"](logits, truth) - mask_loss(logits, truth)
+    assert more.tolist() == pytest.approx([1 / 3, 2 / 14], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SFT_LOSSES)
+def test_losses_are_finite_without_vessel_or_background_and_reach_the_logits(name: str) -> None:
+    for truth in (torch.zeros(1, 7, 9), torch.ones(1, 7, 9)):
+        logits = torch.linspace(-3, 3, 63).view(1, 7, 9).requires_grad_()
+        loss = SFT_LOSSES[name](logits, truth)
+        slope = torch.autograd.grad(loss.sum(), logits)[0]
+        assert torch.isfinite(torch.cat([loss, slope.flatten()])).all()
+        assert slope.abs().max() > 1e-3
