@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from vesselrl.errors import RefusedError
 from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions
@@ -99,6 +100,18 @@ def to_nf4(model: Sa2VA) -> None:
             packed.weight, packed.bias = Params4bit(layer.weight.data, False, quant_type="nf4"), layer.bias
             model.language_layers().set_submodule(name, packed)
     model.is_loaded_in_4bit = True  # PEFT looks for this
+
+
+def shard_layers(model: Sa2VA, plugin: "FullyShardedDataParallelPlugin") -> None:
+    """Splits the frozen weights of the language model's layers among all processes; adapters stay whole.
+
+    Each layer is gathered when it is needed, and by all processes at once.
+    """
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    settings = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    for layer in model.language_layers():
+        fully_shard(layer, ignored_params=whole, **settings)
+    fully_shard(model.lm.model, ignored_params={*model.lm.model.parameters()})  # lets layers overlap
 
 
 def total_memory(device: str) -> int:

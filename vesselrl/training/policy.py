@@ -26,7 +26,7 @@ from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_sa2va
-from vesselrl.models.memory import activation_bytes, to_nf4, total_memory
+from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
@@ -73,7 +73,7 @@ class MaskPolicy:
         self.store: FeatureStore | None = None
         self.half_features = False  # kept in bfloat16, as the model's weights are
         self.keys_repeat = keys_repeat
-        self.image_by_image = False
+        self.image_by_image = self.is_sharded = False
         # What can be done where memory does not suffice, in this order; no result changes by it.
         self.savings: dict[str, Callable[[], None]] = {}
         if not (self.encoder_is_frozen and self.language_is_frozen):
@@ -89,6 +89,16 @@ class MaskPolicy:
         self._kept: dict[str, Tensor] = {}  # states by key and by `image_key`, for the whole run
         self._states: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
+
+    def shard(self, plugin: "FullyShardedDataParallelPlugin", device: str) -> None:
+        """Splits the frozen language model, on the CPU until now, among all processes; then see `join`."""
+        identity = processes.from_main(self.identity)  # of whole weights
+        self.identity = lambda: identity
+        shard_layers(self.model, plugin)
+        self.model.to(device)
+        self.start = self.reference_values = self.values()
+        self.is_sharded = True
+        self._blank_pass()  # what inference mode allocated could not be used for gradients
 
     # ---- As a model in training, see `checkpoint.Model`
 
@@ -120,6 +130,19 @@ class MaskPolicy:
         weights = {n: v for n, v in self.model.state_dict().items() if ".lora_" not in n} | self.start
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
         return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}{self.language_hash}")
+
+    def join(self) -> None:
+        """Takes part in what others ask of a sharded language model, until none has a pass left.
+
+        All processes gather the weights of a layer together, but have different numbers of images.
+        """
+        while self.is_sharded and processes.any_of(False):
+            self._blank_pass()
+
+    @torch.no_grad()
+    def _blank_pass(self) -> None:
+        blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt)
+        self.model.seg_states(blank.to(self.model.device))
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
         """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""
@@ -195,7 +218,7 @@ class MaskPolicy:
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
-            return self.model.seg_prompts(inputs)
+            return self._project(self._language_pass(inputs))
         for index, key in enumerate(keys):
             if key not in self._kept and key not in self._states:
                 self._states[key] = self._seg_states(inputs.image(index))
@@ -209,7 +232,12 @@ class MaskPolicy:
     @torch.no_grad()
     def _seg_states(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, hidden) from the language model, on the CPU; it is loaded for this where it is not there."""
-        return self.language().seg_states(inputs).cpu()
+        return self._language_pass(inputs).cpu()
+
+    def _language_pass(self, inputs: Sa2VAInputs) -> Tensor:
+        if self.is_sharded:
+            processes.any_of(True)  # calls the processes that wait in `join`
+        return self.language().seg_states(inputs)
 
     def language(self) -> Sa2VA:
         """The model with the language model, which is loaded where it is not there."""
@@ -286,7 +314,7 @@ class MaskPolicy:
 
     def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
         """Native-size logits of the reference policy for the current policy's choice of candidates."""
-        if any(key not in self._reference for key in keys):
+        if processes.any_of(any(key not in self._reference for key in keys)):
             with torch.no_grad(), with_values(self, self.reference_values):
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
@@ -306,9 +334,10 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     )
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
+    plugin = processes.fsdp_plugin() if trains_language else None
     torch.manual_seed(seed)  # LoRA's first matrices are random
     with source() as folder:
-        first = "cpu" if s.use_nf4 else device
+        first = "cpu" if s.use_nf4 or plugin else device
         model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
     if s.use_nf4 and trains_language:
         to_nf4(model)
@@ -328,6 +357,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    if plugin:
+        policy.shard(plugin, device)
     policy.predictor.tile_px = config.data.tile_px
     policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
     policy.half_features = dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from vesselrl.errors import Stopped
 from vesselrl.experiment import stop
 
 if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
+    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch import nn
 
 T = TypeVar("T")
@@ -35,6 +36,18 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
+
+
+def fsdp_plugin() -> "FullyShardedDataParallelPlugin | None":
+    """The settings that `accelerate launch --use_fsdp` has started several processes with, if it has."""
+    if count() == 1 or os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return None
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP {plugin.fsdp_version} is not supported; give accelerate --fsdp_version 2.")
+    return plugin
 
 
 @contextmanager

@@ -126,10 +126,12 @@ def train(
             check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
+            # 6. Write results, curves, pictures and the report.
+            if processes.is_main():
+                draw(t)
+            t.model.join()
         if not processes.is_main():
             return None
-        # 6. Write results, curves, pictures and the report.
-        draw(t)
         return write_results(t, tested, calls)
 
 
@@ -202,11 +204,17 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
 def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
     """Scores the model on the `val` or `test` images, as it is or with other values."""
     caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
-    shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": processes.gather}
+    shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": partial(gather_rows, t)}
     with with_values(t.model, t.model.values() if values is None else values):
         scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
     return scored
+
+
+def gather_rows(t: Training, rows: list[dict]) -> list[dict]:
+    """The rows of all processes, when all have predicted their images."""
+    t.model.join()
+    return processes.gather(rows)
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
