@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from vesselrl.errors import RefusedError
 from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions
@@ -102,16 +101,19 @@ def to_nf4(model: Sa2VA) -> None:
     model.is_loaded_in_4bit = True  # PEFT looks for this
 
 
-def shard_layers(model: Sa2VA, plugin: "FullyShardedDataParallelPlugin") -> None:
+def shard_layers(model: Sa2VA) -> None:
     """Splits the frozen weights of the language model's layers among all processes; adapters stay whole.
 
-    Each layer is gathered when it is needed, and by all processes at once.
+    All processes gather a layer together when it runs. accelerate has the settings, and no FSDP on a CPU.
     """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import fully_shard
+
+    reshard = FullyShardedDataParallelPlugin().reshard_after_forward
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    settings = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
     for layer in model.language_layers():
-        fully_shard(layer, ignored_params=whole, **settings)
-    fully_shard(model.lm.model, ignored_params={*model.lm.model.parameters()})  # lets layers overlap
+        fully_shard(layer, reshard_after_forward=reshard, ignored_params=whole)
+    fully_shard(model.lm.model, ignored_params={*model.lm.model.parameters()})  # so that layers can overlap
 
 
 def total_memory(device: str) -> int:

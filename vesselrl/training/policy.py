@@ -90,11 +90,11 @@ class MaskPolicy:
         self._states: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
 
-    def shard(self, plugin: "FullyShardedDataParallelPlugin", device: str) -> None:
+    def shard(self, device: str) -> None:
         """Splits the frozen language model, on the CPU until now, among all processes; then see `join`."""
         identity = processes.from_main(self.identity)  # of whole weights
         self.identity = lambda: identity
-        shard_layers(self.model, plugin)
+        shard_layers(self.model)
         self.model.to(device)
         self.start = self.reference_values = self.values()
         self.is_sharded = True
@@ -314,10 +314,11 @@ class MaskPolicy:
 
     def reference_logits(self, inputs: Sa2VAInputs, keys: list[str], choice: Tensor) -> list[Tensor]:
         """Native-size logits of the reference policy for the current policy's choice of candidates."""
-        if processes.any_of(any(key not in self._reference for key in keys)):
+        if any(key not in self._reference for key in keys):
             with torch.no_grad(), with_values(self, self.reference_values):
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
+        self.join()
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 
@@ -334,14 +335,15 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     )
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
-    plugin = processes.fsdp_plugin() if trains_language else None
+    is_sharded = trains_language and processes.use_fsdp()
     torch.manual_seed(seed)  # LoRA's first matrices are random
     with source() as folder:
-        first = "cpu" if s.use_nf4 or plugin else device
+        first = "cpu" if s.use_nf4 or is_sharded else device
         model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
     if s.use_nf4 and trains_language:
         to_nf4(model)
         model.to(device)
+    model.autocasts = s.use_bf16 and device != "cpu"  # however it was loaded
     logger.info("model %s", describe_config(model.config, processor))
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
@@ -357,8 +359,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
-    if plugin:
-        policy.shard(plugin, device)
+    if is_sharded:
+        policy.shard(device)
     policy.predictor.tile_px = config.data.tile_px
     policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
     policy.half_features = dtype == torch.bfloat16

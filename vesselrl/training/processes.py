@@ -15,7 +15,6 @@ from vesselrl.errors import Stopped
 from vesselrl.experiment import stop
 
 if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
-    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch import nn
 
 T = TypeVar("T")
@@ -38,16 +37,14 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def fsdp_plugin() -> "FullyShardedDataParallelPlugin | None":
-    """The settings that `accelerate launch --use_fsdp` has started several processes with, if it has."""
+def use_fsdp() -> bool:
+    """Whether `accelerate launch --use_fsdp` has started several processes, with settings that we know."""
+    settings = [os.environ.get(name) for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")]
     if count() == 1 or os.environ.get("ACCELERATE_USE_FSDP") != "true":
-        return None
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP {plugin.fsdp_version} is not supported; give accelerate --fsdp_version 2.")
-    return plugin
+        return False
+    if settings[0] != "2" or settings[1] == "true":
+        raise ValueError("Of FSDP give accelerate --fsdp_version 2, and no --fsdp_offload_params.")
+    return True
 
 
 @contextmanager

@@ -266,6 +266,8 @@ def check_settings(config: TrainConfig) -> Reward:
     check_scope(config.model.lora_scope)
     if config.run.use_wandb and find_spec("wandb") is None:
         raise ValueError("--use_wandb needs the package wandb: pip install wandb.")
+    if processes.use_fsdp() and config.model.use_nf4:
+        raise ValueError("--use_nf4 packs weights that FSDP cannot split: leave out one of the two.")
     return make_reward(config.to_dict())
 
 

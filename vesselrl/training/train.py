@@ -126,13 +126,11 @@ def train(
             check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
-            # 6. Write results, curves, pictures and the report.
-            if processes.is_main():
-                draw(t)
-            t.model.join()
-        if not processes.is_main():
-            return None
-        return write_results(t, tested, calls)
+        # 6. Write curves, pictures, results and the report.
+        if processes.is_main():
+            draw(t)
+        t.model.join()
+        return write_results(t, tested, calls) if processes.is_main() else None
 
 
 def resume(
