@@ -56,18 +56,20 @@ def connected() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    with _peers():
+    with peers():
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     yield
     state.destroy_process_group()  # after an error it could wait for one that is gone
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turns what comes of a lost process into a ConnectionError that says so."""
+def peers(words: str = "") -> Iterator[None]:
+    """Turns what comes of a lost process, an error with these words, into a ConnectionError that says so."""
     try:
         yield
     except RuntimeError as error:
+        if words not in str(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         fault = f"Process {rank()} of {count()} has lost the others ({reason})"
         raise ConnectionError(f"{fault}: one of them has ended, and says why.") from error
@@ -84,7 +86,7 @@ def gather(items: list[T]) -> list[T]:
         return items
     from accelerate.utils import gather_object
 
-    with _peers():
+    with peers():
         shares = gather_object([[(item,) for item in items]])
     return [item for one in chain(*zip_longest(*shares)) if one for item in one]
 
@@ -107,7 +109,7 @@ def from_main(compute: Callable[[], T]) -> T:
         except Exception as raised:
             error = raised
     sent = [made, error is None]
-    with _peers():
+    with peers():
         broadcast_object_list(sent)
     if error is not None:
         raise error
@@ -126,7 +128,7 @@ def sum_gradients(parameters: "Iterable[nn.Parameter]") -> None:
     parameters = [*parameters]
     known = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    with _peers():
+    with peers():
         total = reduce(torch.cat([known, *(part.flatten().float() for part in parts)]), "sum")
     known, *parts = total.split([len(parameters), *(p.numel() for p in parameters)])
     for p, number, part in zip(parameters, known.tolist(), parts, strict=True):

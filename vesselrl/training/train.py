@@ -104,7 +104,8 @@ def train(
         Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     reward = setup.check_settings(config)
-    with processes.connected(), setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
+    opened = setup.open_run(config, resume_from)
+    with processes.connected(), opened as run, run.says_how_to_go_on(), processes.peers("by peer"):
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
         state = resume_from and processes.from_main(partial(checkpoint.read_state, run.path))
         t = set_up(config, argv, run, reward, state, allow_change)
