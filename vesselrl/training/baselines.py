@@ -48,7 +48,7 @@ class UNet:
         self.net.eval()
         self.device = device
         self.trainable = dict(self.net.named_parameters())
-        self.savings, self.store, self.join = {}, None, lambda: None
+        self.savings, self.store = {}, None
         self.counts = {"unet": sum(parameter.numel() for parameter in self.trainable.values())}
         self.start = self.values()
 
@@ -114,7 +114,6 @@ class Frangi:
     def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
         self.trainable: dict = {}
         self.counts: dict[str, int] = {}
-        self.join = lambda: None
         self.start = (tuple(sigmas), threshold)
         self.restore(self.start)
 

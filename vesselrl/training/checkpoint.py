@@ -66,7 +66,6 @@ class Model(Protocol):
     distance: Callable[[], float]  # from the start; 0 if nothing has moved
     identity: Callable[[], str]  # changes with everything that its masks depend on at the start
     save: Callable[[Path], None]  # writes the values to a folder
-    join: Callable[[], None]  # waits for the predictions of other processes where these need this one
 
 
 @contextmanager

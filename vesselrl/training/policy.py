@@ -73,7 +73,7 @@ class MaskPolicy:
         self.store: FeatureStore | None = None
         self.half_features = False  # kept in bfloat16, as the model's weights are
         self.keys_repeat = keys_repeat
-        self.image_by_image = self.is_sharded = False
+        self.image_by_image = False
         # What can be done where memory does not suffice, in this order; no result changes by it.
         self.savings: dict[str, Callable[[], None]] = {}
         if not (self.encoder_is_frozen and self.language_is_frozen):
@@ -91,14 +91,15 @@ class MaskPolicy:
         self._reference: dict[str, Tensor] = {}
 
     def shard(self, device: str) -> None:
-        """Splits the frozen language model, on the CPU until now, among all processes; then see `join`."""
+        """Splits the frozen language model, on the CPU until now, among all processes."""
         identity = processes.from_main(self.identity)  # of whole weights
         self.identity = lambda: identity
         shard_layers(self.model)
         self.model.to(device)
         self.start = self.reference_values = self.values()
-        self.is_sharded = True
-        self._blank_pass()  # what inference mode allocated could not be used for gradients
+        blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt).to(device)
+        processes.blank_pass = torch.no_grad()(partial(self.model.seg_states, blank))
+        processes.blank_pass()  # what inference mode allocated could not be used for gradients
 
     # ---- As a model in training, see `checkpoint.Model`
 
@@ -130,19 +131,6 @@ class MaskPolicy:
         weights = {n: v for n, v in self.model.state_dict().items() if ".lora_" not in n} | self.start
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
         return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}{self.language_hash}")
-
-    def join(self) -> None:
-        """Takes part in what others ask of a sharded language model, until none has a pass left.
-
-        All processes gather the weights of a layer together, but have different numbers of images.
-        """
-        while self.is_sharded and processes.any_of(False):
-            self._blank_pass()
-
-    @torch.no_grad()
-    def _blank_pass(self) -> None:
-        blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt)
-        self.model.seg_states(blank.to(self.model.device))
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
         """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""
@@ -235,8 +223,7 @@ class MaskPolicy:
         return self._language_pass(inputs).cpu()
 
     def _language_pass(self, inputs: Sa2VAInputs) -> Tensor:
-        if self.is_sharded:
-            processes.any_of(True)  # calls the processes that wait in `join`
+        processes.announce_pass()
         return self.language().seg_states(inputs)
 
     def language(self) -> Sa2VA:
@@ -318,7 +305,6 @@ class MaskPolicy:
             with torch.no_grad(), with_values(self, self.reference_values):
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
-        self.join()
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
 

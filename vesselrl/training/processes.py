@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
 
 T = TypeVar("T")
 
+blank_pass: Callable[[], object] | None = None  # through a model of which each process holds a share
 PATIENCE = timedelta(hours=6)  # for what the main process does alone, such as the check of a large data set
 
 
@@ -80,10 +81,25 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: count()]
 
 
+def announce_pass() -> None:
+    """To be called before a pass through a model whose weights all processes bring together, see `gather`."""
+    if blank_pass is not None:
+        _gather([True])
+
+
 def gather(items: list[T]) -> list[T]:
-    """The items of all processes, in the order that `share` took them from."""
+    """The items of all processes, in the order that `share` took them from.
+
+    Who is here first takes part, with blank passes, in those that others still announce.
+    """
     if count() == 1:
         return items
+    while blank_pass is not None and any(_gather([False])):
+        blank_pass()
+    return _gather(items)
+
+
+def _gather(items: list[T]) -> list[T]:
     from accelerate.utils import gather_object
 
     with peers():

@@ -130,7 +130,7 @@ def train(
         # 6. Write curves, pictures, results and the report.
         if processes.is_main():
             draw(t)
-        t.model.join()
+        processes.gather([])  # the others help with a model that is in shares
         return write_results(t, tested, calls) if processes.is_main() else None
 
 
@@ -203,17 +203,11 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
 def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) -> Evaluation:
     """Scores the model on the `val` or `test` images, as it is or with other values."""
     caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
-    shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": partial(gather_rows, t)}
+    shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": processes.gather}
     with with_values(t.model, t.model.values() if values is None else values):
         scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
     return scored
-
-
-def gather_rows(t: Training, rows: list[dict]) -> list[dict]:
-    """The rows of all processes, when all have predicted their images."""
-    t.model.join()
-    return processes.gather(rows)
 
 
 def predict(t: Training, image: np.ndarray) -> Prediction:
