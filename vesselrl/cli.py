@@ -160,6 +160,10 @@ def run_merge(rest: list[str]) -> int:
     done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
     same = f"predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
     console.print(f"{done['output']}: {same}")
+    if done["detail_head"]:
+        console.print(
+            "detail_head.safetensors beside it is used by vesselrl alone: other code gives masks without it."
+        )
     return 0
 
 

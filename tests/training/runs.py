@@ -28,5 +28,12 @@ def metrics_of(folder: Path) -> list[dict]:
 
 def same_weights(first: Path, second: Path) -> bool:
     """Whether two folders hold the same tensors to the last bit."""
-    (one,), (two,) = (map(load_file, folder.glob("*.safetensors")) for folder in (first, second))
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (
+        {
+            (file.name, name): tensor
+            for file in folder.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        for folder in (first, second)
+    )
+    return one.keys() == two.keys() != set() and all(torch.equal(one[name], two[name]) for name in one)

@@ -50,6 +50,7 @@ class Augmentation:
 
 AUGMENTATIONS = {
     "none": Augmentation(),
+    "flips": Augmentation(flips=True),
     "light": Augmentation(
         flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01
     ),
@@ -61,7 +62,7 @@ AUGMENTATIONS = {
 
 
 def get_augmentation(name: str) -> Augmentation:
-    """The plan of a name, none, light or strong; any other is a ValueError."""
+    """The plan of a name, none, flips, light or strong; any other is a ValueError."""
     if name not in AUGMENTATIONS:
         raise ValueError(f"augment is {name!r}. Choose one of {', '.join(AUGMENTATIONS)}.")
     return AUGMENTATIONS[name]

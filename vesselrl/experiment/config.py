@@ -3,12 +3,13 @@
 Field names are the command line's options, without their groups; the comment over each is its help text.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from vesselrl.experiment.ranges import check_settings
 
 DEFAULT_LEARNING_RATE = 5e-5
 # The miniature is a thousand times smaller than a real Sa2VA and needs larger steps; see docs/results.md.
@@ -71,7 +72,7 @@ class DataSettings(Reading):
     # Largest number of validation images; none: all. The choice goes round the patients.
     max_val_samples: int | None = None
     # Random changes of the training images and their masks; see vesselrl/data/augment.py.
-    augment: Literal["none", "light", "strong"] = "none"
+    augment: Literal["none", "flips", "light", "strong"] = "none"
     # Side in px of the random crops that training shows of a larger image, and of the overlapping tiles that
     # it is predicted in, at its own resolution; 0: none; left out: the model's square, for images more than
     # twice as large.
@@ -107,6 +108,9 @@ class ModelSettings:
     lora_dropout: float | None = None
     # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
+    # A small U-Net that refines masks at the image's own size, trained with the adapters; pre-trained on
+    # synthetic images of many kinds. Where the start has one already, that is trained.
+    detail_head: bool = False
     # Vision tower, language model and kept features in bfloat16; SAM2 stays in float32, but its image encoder
     # computes in bfloat16 on a GPU.
     use_bf16: bool = False
@@ -122,9 +126,10 @@ class OptimSettings:
     stage: Literal["sft", "rl", "sft+rl"] = "rl"
     # Loss of the supervised steps: BCE + soft Dice, or half of that and half of soft clDice.
     sft_loss: Literal["bce_dice", "bce_dice_cldice"] = "bce_dice"
-    # Train a control instead of the model, on the same images: a U-Net from scratch, or the settings of a
-    # Frangi filter. It is supervised whatever the stage; adapters and PPO are not used.
-    control: Literal["unet", "frangi"] | None = None
+    # Train a control instead of the model, on the same images: a U-Net from scratch or from the detail head's
+    # first weights, or the settings of a Frangi filter. It is supervised whatever the stage; adapters and PPO
+    # are not used.
+    control: Literal["unet", "unet_pretrained", "frangi"] | None = None
     # Epochs, of all stages together.
     num_epochs: int = 3
     # Epochs of PPO at the end of sft+rl; none: a sixth of all, at least one.
@@ -255,14 +260,7 @@ class TrainConfig:
     run: Annotated[RunSettings, _FLAT] = RunSettings()
 
     def __post_init__(self) -> None:
-        values = self.to_dict()
-        for names, is_valid, advice in _RANGES:
-            for name in names.split():
-                if values[name] is not None and not is_valid(values[name]):
-                    raise ValueError(f"--{name} is {values[name]!r}; {advice}.")
-        for message, is_wrong in _contradictions(self).items():
-            if is_wrong:
-                raise ValueError(message)
+        check_settings(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings by name, without their groups, as plain values for JSON."""
@@ -297,10 +295,17 @@ class TrainConfig:
         """The learning rate that is used."""
         if self.optim.learning_rate is not None:
             return self.optim.learning_rate
-        if self.optim.control == "unet":
-            return UNET_LEARNING_RATE
-        is_miniature = self.model.model_path in (None, RANDOM_MODEL)
-        return EMBEDDED_LEARNING_RATE if is_miniature else DEFAULT_LEARNING_RATE
+        return UNET_LEARNING_RATE if self.optim.control == "unet" else self._default_learning_rate
+
+    @property
+    def detail_rate_factor(self) -> float:
+        """Learning rate of a detail head over that of the adapters; the head is as small beside any model."""
+        return EMBEDDED_LEARNING_RATE / self._default_learning_rate
+
+    @property
+    def _default_learning_rate(self) -> float:
+        is_small = self.model.model_path in (None, RANDOM_MODEL) or self.optim.control is not None
+        return EMBEDDED_LEARNING_RATE if is_small else DEFAULT_LEARNING_RATE
 
     def rate_of_stage(self, stage: str) -> float:
         """The peak learning rate of `sft` or `rl`."""
@@ -322,61 +327,6 @@ class TrainConfig:
     def passes_of_epoch(self, epoch: int, num_epochs: int) -> int:
         """Passes over the data in an epoch, counted from 1 of `num_epochs`."""
         return self.ppo.num_passes if self.stage_of_epoch(epoch, num_epochs) == "sft" else 1
-
-
-def is_fold(text: str) -> bool:
-    """Whether a text is a fold, i/k with 1 <= i <= k and k >= 2."""
-    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
-    return numbers is not None and int(numbers[1]) <= int(numbers[2]) >= 2
-
-
-# Settings, the condition on a value that is given, and the advice; nan meets no condition.
-_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("num_epochs batch_size num_passes log_freq val_freq save_freq num_workers max_train_samples "
-     "max_val_samples lora_rank lora_alpha", lambda v: v >= 1, "give at least 1"),
-    ("num_samples", lambda v: v >= 2, "give at least 2"),
-    ("num_regions min_component_px sanity_overfit gpu seed split_seed", lambda v: v >= 0, "give at least 0"),
-    ("clip temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
-    ("kl_coef entropy_coef correlation_px structure_weight weight_decay cache_gb learning_rate "
-     "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
-    ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
-    ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
-    ("tile_px", lambda v: v == 0 or v >= 32, "give 0 for none, or at least 32"),
-    ("fold", is_fold, "give a share such as 1/5, up to 5/5"),
-    ("dice_floor", lambda v: 0 <= v <= 1, "give a Dice from 0 to 1"),
-)  # fmt: skip
-
-
-def _contradictions(c: TrainConfig) -> dict[str, bool]:
-    """Messages, and whether what they complain of is so."""
-    optim, split_file, epochs = c.optim, c.data.split_file, c.optim.num_epochs
-    own_split = bool(c.data.fold or c.model.init_lora or c.data.split_unit != "patient")
-    two_stages, is_control, stage = optim.stage == "sft+rl", bool(optim.control), f"--stage {optim.stage}"
-    supervised = optim.control == "unet" or (not is_control and optim.stage != "rl")
-    return {
-        "--split_file says who is in which subset. Leave out --fold, --split_unit and --init_lora.":
-            split_file is not None and own_split,
-        "--curriculum needs --num_epochs of at least 2: one epoch opens all images.":
-            c.data.curriculum and epochs < 2,
-        "--dice_floor is for --objective constrained; leave it out otherwise.":
-            c.ppo.dice_floor > 0 and c.ppo.objective != "constrained",
-        "--use_nf4 is for a language model in the scope; outside it is not kept in memory. Leave it out.":
-            c.model.use_nf4 and "language_model" not in c.model.lora_scope,
-        "--stage sft+rl needs --num_epochs of at least 2, one for each stage.": two_stages and epochs < 2,
-        f"--rl_epochs is for --stage sft+rl; with {stage} leave it out.":
-            optim.rl_epochs is not None and not two_stages,
-        f"--rl_epochs is {optim.rl_epochs} of --num_epochs {epochs}; give at least 1, but not all.":
-            optim.rl_epochs is not None and not 1 <= optim.rl_epochs < epochs,
-        f"--rl_learning_rate is for --stage sft+rl; with {stage} use --learning_rate.":
-            optim.rl_learning_rate is not None and not two_stages,
-        f"--control {optim.control} has no adapters to start from; leave --init_lora out. The split is the "
-        "same as that of other runs on this data with the same --split_seed.":
-            is_control and c.model.init_lora is not None,
-        f"--control {optim.control} has no second stage; leave --stage sft+rl out.":
-            is_control and two_stages,
-        f"--sft_loss {optim.sft_loss} is for supervised steps, and there are none; add --stage sft, --stage "
-        "sft+rl or --control unet, or leave it out.": optim.sft_loss != "bce_dice" and not supervised,
-    }  # fmt: skip
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -28,7 +28,7 @@ def merge(
     The copy is loaded again and appears under its name only when it predicts what base and adapter predict,
     masks and probabilities, on pictures in which these find vessel: two empty masks prove nothing.
     `dtype`: keep (each tensor as in the base), float32 or bfloat16. Gives `output`, `verified_dice` (smallest
-    over the test pictures) and `max_probability_gap`.
+    over the test pictures), `max_probability_gap`, and whether there is a `detail_head` beside the weights.
     """
     if dtype not in _DTYPES:
         raise CheckpointError(f"--dtype {dtype} is unknown; choose one of {', '.join(_DTYPES)}.")
@@ -51,7 +51,8 @@ def merge(
             fault = "The merged copy predicts other masks than base plus adapter"
             advice = "Merge with --dtype float32"
             raise RunError(f"{fault} ({found}, at most {allowed:g}) and was removed. {advice}.")
-    return {"output": str(target), "verified_dice": worst, "max_probability_gap": gap}
+    measured = {"verified_dice": worst, "max_probability_gap": gap}
+    return {"output": str(target), **measured, "detail_head": merged.model.detail is not None}
 
 
 def _with_vessel(predictor: Predictor) -> tuple[list[np.ndarray], list[Prediction]]:

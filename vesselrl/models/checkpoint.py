@@ -28,6 +28,7 @@ from vesselrl.models.config import (
     read_json_object,
     unreadable,
 )
+from vesselrl.models.detail import DetailHead
 from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
 from vesselrl.models.processing import Sa2VAProcessor, load_tokenizer
 from vesselrl.models.sa2va import HEAD, Sa2VA
@@ -35,7 +36,9 @@ from vesselrl.models.sa2va import HEAD, Sa2VA
 logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
+DETAIL_HEAD = "detail_head.safetensors"  # beside a checkpoint or an adapter; official code passes it over
 EMBEDDED = Path(__file__).parent / "embedded"
+PRETRAINED_HEAD = Path(__file__).with_name(DETAIL_HEAD)
 # Trained weights stay below about 1e3 (the largest are biases of Qwen2's keys); the top exponent bit,
 # flipped, makes 1e34 of 1e-4.
 LARGEST_WEIGHT = 1e4
@@ -70,6 +73,8 @@ def load_sa2va(
     for name, module in [] if model.lm is None else [*model.lm.named_modules()]:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.lm.set_submodule(name, type(module)(module.config))
+    if (folder / DETAIL_HEAD).is_file():
+        model.detail = load_detail_head(folder / DETAIL_HEAD)
     model.autocasts = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
     if config.family.is_whole and model.lm is not None:
@@ -276,6 +281,26 @@ def save_sa2va(model: Sa2VA, folder: Path) -> None:
         save_file(tensors, partial, metadata={"format": "pt"})
 
 
+def save_detail_head(head: DetailHead, file: Path) -> None:
+    """Writes the weights of a detail head as one safetensors file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    with atomic_write(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+
+
+def load_detail_head(file: Path = PRETRAINED_HEAD) -> DetailHead:
+    """Reads a detail head, by default the package's; a CheckpointError says what is wrong with the file."""
+    head, tensors = DetailHead(), dict(read_shard(file))
+    for name, tensor in tensors.items():
+        check_weight(name, tensor, file)
+    try:
+        head.load_state_dict(tensors)
+    except RuntimeError as error:
+        fault = f"{file} holds no detail head of this version ({' '.join(str(error).split()):.200})"
+        raise CheckpointError(f"{fault}. Copy it again.") from None
+    return head.requires_grad_(False).eval()
+
+
 def copy_with_weights(
     source: Path, target: Path, model: Sa2VA, changed: Collection[str], dtype: torch.dtype | None = None
 ) -> set[torch.dtype]:
@@ -296,4 +321,6 @@ def copy_with_weights(
             tensors[name] = new.detach().to("cpu", dtype or original.dtype).contiguous()
             written.add(tensors[name].dtype)
         save_file(tensors, target / file.name, metadata={"format": "pt"})
+    if model.detail:
+        save_detail_head(model.detail, target / DETAIL_HEAD)
     return written

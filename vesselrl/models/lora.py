@@ -19,7 +19,14 @@ from torch.nn import functional
 
 from vesselrl.errors import CheckpointError
 from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums, writing
-from vesselrl.models.checkpoint import LARGEST_WEIGHT, check_weight, read_shard
+from vesselrl.models.checkpoint import (
+    DETAIL_HEAD,
+    LARGEST_WEIGHT,
+    check_weight,
+    load_detail_head,
+    read_shard,
+    save_detail_head,
+)
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
 
@@ -144,7 +151,10 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
         raise CheckpointError(f"{folder} does not fit this model: {reason}") from None
     if not is_trainable:
         peft_model.eval()
-    return _checked(peft_model, targets)
+    _checked(peft_model, targets)
+    if (folder / DETAIL_HEAD).is_file():
+        model.detail = load_detail_head(folder / DETAIL_HEAD).to(model.device)
+    return peft_model
 
 
 def _plain_name(name: str) -> str:
@@ -239,10 +249,12 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Writes adapter_config.json, adapter_model.safetensors and their checksums, nothing else."""
+    """Writes adapter_config.json, adapter_model.safetensors, a detail head and checksums, nothing else."""
     with writing(folder):
         peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    if head := peft_model.get_base_model().detail:
+        save_detail_head(head, folder / DETAIL_HEAD)
     write_sums(folder)
 
 
@@ -256,9 +268,9 @@ def trainable_counts(peft_model: PeftModel) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, parameter in adapter_parameters(peft_model).items():
         module = name.removeprefix("base_model.model.")
-        scope = next((s for s, (prefix, _) in _PARTS.items() if module.startswith(prefix)), "other")
+        scope = next((s for s, (prefix, _) in _PARTS.items() if module.startswith(prefix)), "detail_head")
         counts[scope] += parameter.numel()
-    return {name: counts[name] for name in (*SCOPES, "other") if counts[name]}
+    return {name: counts[name] for name in (*SCOPES, "detail_head") if counts[name]}
 
 
 def adapter_delta_norm(peft_model: PeftModel, start: dict[str, Tensor]) -> float:

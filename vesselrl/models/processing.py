@@ -43,12 +43,13 @@ class Sa2VAInputs:
     sam_pixels: torch.Tensor  # (B, 3, S, S) float
     sizes: tuple[tuple[int, int], ...]  # (height, width) of every original image, in px
     num_tiles: tuple[int, ...]  # of every image
+    pixels: tuple[torch.Tensor, ...]  # (H, W) uint8, the green channel of every image at its own size
     grids: torch.Tensor | None = None  # (B, 3) long, of a Qwen-VL: frames, rows and columns of its patches
 
     def to(self, device: torch.device | str) -> "Sa2VAInputs":
         """The same batch on another device."""
         moved = {k: value.to(device) for k, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, pixels=tuple(one.to(device) for one in self.pixels))
 
     def image(self, index: int) -> "Sa2VAInputs":
         """One image of the batch, without padding."""
@@ -57,7 +58,8 @@ class Sa2VAInputs:
         tiles = self.tiles[first : first + self.num_tiles[index]]
         text = self.input_ids[one, :length], self.attention_mask[one, :length]
         grids = None if self.grids is None else self.grids[one]
-        return Sa2VAInputs(tiles, *text, self.sam_pixels[one], self.sizes[one], self.num_tiles[one], grids)
+        own = (values[one] for values in (self.sam_pixels, self.sizes, self.num_tiles, self.pixels))
+        return Sa2VAInputs(tiles, *text, *own, grids)
 
 
 def tile_grid(width: int, height: int, tile_px: int, max_tiles: int = 12) -> tuple[int, int]:
@@ -151,6 +153,7 @@ class Sa2VAProcessor:
             sam_pixels=torch.stack([_normalise(p.resize(side, Image.Resampling.BICUBIC)) for p in pictures]),
             sizes=tuple((picture.height, picture.width) for picture in pictures),
             num_tiles=num_tiles,
+            pixels=tuple(torch.from_numpy(image[..., 1].copy()) for image in images),
             grids=grids,
         )
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import InternVLVisionModel, Sam2Model
 
 from vesselrl.models.config import Sa2VAConfig
+from vesselrl.models.detail import DetailHead
 from vesselrl.models.families import KeyMap
 from vesselrl.models.processing import Sa2VAInputs
 
@@ -84,6 +85,7 @@ class Sa2VA(nn.Module):
         # Ids of <IMG_CONTEXT> and [SEG], set by the loader, which knows the tokenizer.
         self.image_token_id = self.seg_token_id = -1
         self.autocasts = False  # whether SAM2's image encoder computes in bfloat16
+        self.detail: DetailHead | None = None
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +101,12 @@ class Sa2VA(nn.Module):
     def forward(self, inputs: Sa2VAInputs) -> list[Tensor]:
         """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks if several."""
         decoded = self.decode(self.encode_image(inputs.sam_pixels), self.seg_prompts(inputs))
-        return upsample(decoded.select(decoded.best()), inputs.sizes, self.config.sam2.image_size)
+        return self.native_logits(decoded, decoded.best(), inputs)
+
+    def native_logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
+        """(H, W) logits per image of the chosen candidates (B, P), refined where there is a detail head."""
+        coarse = upsample(decoded.select(choice), inputs.sizes, self.config.sam2.image_size)
+        return [*map(self.detail, inputs.pixels, coarse)] if self.detail else coarse
 
     def image_tokens(self, tiles: Tensor) -> Tensor:
         """(T, tokens, hidden): the language model's view of T tiles."""

@@ -1,4 +1,4 @@
-"""Baselines in place of the model: a small U-Net from random weights, and the Frangi filter.
+"""Baselines in place of the model: a small U-Net, from random weights or pre-trained, and the Frangi filter.
 
 Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
@@ -11,24 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from torch import Tensor
-from torch.nn import functional
 
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
-from vesselrl.models.checkpoint import check_weight
+from vesselrl.models.checkpoint import check_weight, load_detail_head
+from vesselrl.models.detail import FEATURES, GreyUNet
 from vesselrl.training.checkpoint import DAMAGED, tensors_hash
 
 BEST = "best_control"
 FILE = "control.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "vesselrl control 1"
-
-UNET_FEATURES = (8, 16, 32, 64, 64, 8)
-UNET_MULTIPLE = 16  # px; four halvings
-UNET_SMALLEST = 32  # px; below that the deepest level has one pixel and nothing to normalise with
 
 # The choices of a filter, first its start: standard deviations of Gaussians in px, about a third of a vessel.
 SIGMAS = ((2, 3), (2,), (3,), (2, 3, 4))
@@ -37,31 +33,23 @@ _FLOOR = 1e-6  # of the vesselness, so that every logit is finite
 
 
 class UNet:
-    """MONAI's BasicUNet with 0.3 million random weights, on one grey image of any size."""
+    """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
 
     kind = "control"
 
-    def __init__(self, device: str = "cpu") -> None:
-        from monai.networks.nets import BasicUNet
-
-        self.net = BasicUNet(spatial_dims=2, in_channels=1, out_channels=1, features=UNET_FEATURES).to(device)
-        self.net.eval()
-        self.device = device
+    def __init__(self, device: str = "cpu", is_pretrained: bool = False) -> None:
+        self.is_pretrained, self.device = is_pretrained, device
+        self.on_image = (load_detail_head() if is_pretrained else GreyUNet()).to(device).eval()
+        self.net = self.on_image.unet.requires_grad_(True)
         self.trainable = dict(self.net.named_parameters())
         self.savings, self.store = {}, None
         self.counts = {"unet": sum(parameter.numel() for parameter in self.trainable.values())}
         self.start = self.values()
 
     def logits(self, image: np.ndarray) -> Tensor:
-        """(H, W) logits of one image, with gradient; padded for the net and cut back."""
+        """(H, W) logits of one image, with gradient."""
         grey = torch.from_numpy(image[..., 1].astype(np.float32)).to(self.device)
-        grey = (grey - grey.mean()) / grey.std().clamp(min=1.0)
-        height, width = grey.shape
-        right, below = (
-            max(UNET_SMALLEST, -(-size // UNET_MULTIPLE) * UNET_MULTIPLE) - size for size in (width, height)
-        )
-        padded = functional.pad(grey[None, None], (0, right, 0, below), mode="replicate")
-        return self.net(padded)[0, 0, :height, :width]
+        return self.on_image(grey, torch.zeros_like(grey)) if self.is_pretrained else self.on_image(grey)
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
         """Logits per image for a supervised step."""
@@ -93,7 +81,8 @@ class UNet:
 
     def save(self, folder: Path) -> None:
         """Writes control.json and model.safetensors."""
-        write_json(folder / FILE, {"format": FORMAT, "control": "unet", "features": UNET_FEATURES})
+        control = "unet_pretrained" if self.is_pretrained else "unet"
+        write_json(folder / FILE, {"format": FORMAT, "control": control, "features": FEATURES})
         with atomic_write(folder / WEIGHTS) as partial:
             save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, partial)
         write_sums(folder)
@@ -190,8 +179,8 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
         kind = settings["control"] if settings["format"] == FORMAT else None
         if kind == "frangi":
             return Frangi(tuple(settings["sigmas"]), float(settings["threshold"]))
-        if kind == "unet" and tuple(settings["features"]) == UNET_FEATURES:
-            model, weights = UNet(device), load_file(place / WEIGHTS, device=device)
+        if kind in ("unet", "unet_pretrained") and tuple(settings["features"]) == FEATURES:
+            model, weights = UNet(device, kind != "unet"), load_file(place / WEIGHTS, device=device)
             for name, tensor in weights.items():
                 check_weight(name, tensor, place)
             model.net.load_state_dict(weights)

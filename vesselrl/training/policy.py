@@ -25,11 +25,11 @@ from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
-from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_sa2va
+from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_detail_head, load_sa2va
 from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
-from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA, upsample
+from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA
 from vesselrl.training import processes
 from vesselrl.training.checkpoint import tensors_hash, with_values
 from vesselrl.training.features import GIB, FeatureStore, feature_store, image_key, language_hash
@@ -156,6 +156,7 @@ class MaskPolicy:
         candidates = {name for name in second if "output_hypernetworks_mlps." in name}
         if not candidates <= silent:
             silent -= candidates
+        silent |= {name for name, p in self.trainable.items() if ".detail." in name and p.grad is None}
         if silent or not second:
             raise LearningError(
                 f"{len(silent)} of {len(self.trainable)} adapter matrices received no gradient, such as "
@@ -289,8 +290,8 @@ class MaskPolicy:
         return float((one - other).norm() / one.norm())
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
-        """Native-size logits (H, W) per image of the chosen candidates (B, P)."""
-        return upsample(decoded.select(choice), inputs.sizes, self.model.config.sam2.image_size)
+        """Native-size logits (H, W) per image of the chosen candidates (B, P), refined by a detail head."""
+        return self.model.native_logits(decoded, choice, inputs)
 
     # ---- The reference of the KL term
 
@@ -306,7 +307,12 @@ class MaskPolicy:
                 decoded = self.decode(inputs, keys)
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
-        return self.logits(DecodedMasks(stored, stored.new_zeros(stored.shape[:3])), choice, inputs)
+        decoded = DecodedMasks(stored, stored.new_zeros(stored.shape[:3]))
+        with (
+            torch.no_grad(),
+            with_values(self, self.reference_values) if self.model.detail else nullcontext(),
+        ):
+            return self.logits(decoded, choice, inputs)
 
 
 def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
@@ -338,6 +344,10 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
         own = {name: value for name, value in own.items() if value is not None}
         size = lora.LORA_PRESETS[s.lora_preset]._replace(**own)
         peft_model = lora.attach_lora(model, s.lora_scope, size)
+    if s.detail_head and model.detail is None:
+        model.detail = load_detail_head().to(device)
+    if model.detail:
+        model.detail.requires_grad_(True)
     keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
 
     def load_language() -> Sa2VA:

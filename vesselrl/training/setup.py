@@ -56,6 +56,7 @@ BETAS = (0.9, 0.95)
 SANITY_STEPS = 600  # as many as the embedded miniature needs to know four images by heart; docs/results.md
 CONTROLS = {
     "unet": {"model": "U-Net from random weights", "start": "them"},
+    "unet_pretrained": {"model": "U-Net from the detail head's first weights", "start": "them"},
     "frangi": {"model": "Frangi filter", "start": "default settings"},
 }
 
@@ -238,7 +239,8 @@ def make_model(config: TrainConfig, device: str, data: RunData) -> tuple[Model, 
         tiling = model.predictor.tiling
     else:
         torch.manual_seed(config.optim.seed)
-        model = UNet(device) if config.optim.control == "unet" else Frangi()
+        is_pretrained = config.optim.control == "unet_pretrained"
+        model = Frangi() if config.optim.control == "frangi" else UNet(device, is_pretrained)
     for component, count in model.counts.items():
         logger.info("trainable in %s: %s values", component, f"{count:,}")
     return model, tiling
@@ -250,10 +252,12 @@ def make_updates(
     """AdamW, and the steps by stage; none for a filter."""
     if not model.trainable:
         return None, {}
-    parameters = [*model.trainable.values()]
-    settings = {"weight_decay": config.optim.weight_decay, "fused": parameters[0].is_cuda}
-    optimizer = torch.optim.AdamW(parameters, betas=BETAS, **settings)
-    is_unet = config.optim.control == "unet"
+    groups = [{"params": [], "rate_factor": 1.0}, {"params": [], "rate_factor": config.detail_rate_factor}]
+    for name, parameter in model.trainable.items():
+        groups[".detail." in name]["params"].append(parameter)
+    is_cuda = next(iter(model.trainable.values())).is_cuda
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=config.optim.weight_decay, fused=is_cuda)
+    is_unet = config.optim.control is not None
     flips = np.random.default_rng([config.optim.seed, 3]) if is_unet else None
     updates = {"sft": SupervisedUpdate(model, optimizer, config, flips)}
     if not is_unet:

@@ -263,7 +263,7 @@ def take_step(t: Training, batch: TrainBatch, stage: str, rate: float, epoch: in
     """One update and its metrics, or a roll-back."""
     rate *= t.health.rate_factor
     for group in t.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     t.step += 1
     try:
         for attempt in checkpoint.attempts(t.model, t.optimizer, t.updates[stage]):

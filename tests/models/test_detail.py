@@ -1,0 +1,131 @@
+"""The detail head: its own small net, from file to file, and in training, reference and merged copy."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import BasicUNet
+from safetensors.torch import load_file, save_file
+
+from tests.training.runs import train_debug
+from vesselrl.errors import CheckpointError
+from vesselrl.experiment.run_folder import SUMS_FILE
+from vesselrl.inference.merge import merge
+from vesselrl.inference.predictor import Predictor
+from vesselrl.models.checkpoint import DETAIL_HEAD, PRETRAINED_HEAD, load_detail_head, load_sa2va
+from vesselrl.models.detail import FEATURES, DetailHead, GreyUNet
+from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.training.policy import MaskPolicy
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 40), dtype=np.uint8))
+
+
+@pytest.fixture
+def policy(tiny_checkpoint: Path) -> MaskPolicy:
+    model, processor = load_sa2va(tiny_checkpoint)
+    size = LORA_PRESETS["medium"]._replace(rank=4, alpha=8)
+    peft_model = attach_lora(model, ("projector", "mask_decoder"), size)
+    model.detail = load_detail_head().requires_grad_(True)
+    return MaskPolicy(peft_model, processor, "Segment.")
+
+
+@torch.no_grad()
+def test_the_head_is_monais_unet_on_standardised_grey_and_scaled_logits(pixels: torch.Tensor) -> None:
+    """By hand: replicated to a multiple of 16 below and to the right, logits of at most 10 over 4."""
+    head, logits = load_detail_head(), torch.linspace(-40, 40, 48 * 40).view(48, 40)
+    net = BasicUNet(2, in_channels=2, out_channels=1, features=FEATURES)
+    net.load_state_dict(head.unet.state_dict())
+    grey, coarse = (pixels.numpy() - pixels.numpy().mean()) / pixels.numpy().std(), logits.numpy()
+    given = np.pad(np.stack([grey, coarse.clip(-10, 10) / 4]), ((0, 0), (0, 0), (0, 8)), mode="edge")
+    expected = net(torch.from_numpy(given.astype(np.float32))[None])[0, 0, :, :40]
+    torch.testing.assert_close(head(pixels, logits), expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(1, 1), (20, 33), (64, 64), (65, 130)])
+def test_brightness_and_contrast_do_not_matter_at_any_size(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    net, image = GreyUNet().eval(), torch.rand(size) * 100
+    result = net(image)
+    assert result.shape == size
+    assert bool(torch.isfinite(result).all())
+    if min(size) > 1:
+        torch.testing.assert_close(net(2 * image + 30), result, atol=1e-3, rtol=0)
+
+
+def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: MaskPolicy) -> None:
+    images = list(np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8))
+    assert policy.counts["detail_head"] == sum(p.numel() for p in DetailHead().parameters())
+    logits = policy.batch_logits(images, ["a", "b"])
+    inputs = policy.prepare(images)
+    decoded = policy.decode(inputs, ["a", "b"])
+    without, head = policy.model, policy.model.detail
+    without.detail = None
+    coarse = policy.logits(decoded, decoded.best(), inputs)
+    without.detail = head
+    for one, low, image in zip(logits, coarse, images, strict=True):
+        torch.testing.assert_close(one, head(torch.from_numpy(image[..., 1]), low))
+    sum(one.square().mean() for one in logits).backward()
+    policy.check_gradients()
+    reached = {name for name, p in policy.trainable.items() if p.grad is not None and bool(p.grad.any())}
+    assert {name.split(".")[2] for name in reached} == {"detail", "text_hidden_fcs", "sam"}
+    next(iter(head.parameters())).grad = None
+    with pytest.raises(Exception, match=r"1 of \d+ adapter matrices received no gradient, such as .*detail"):
+        policy.check_gradients()
+    with torch.no_grad():
+        start = [one.detach().clone() for one in logits]
+        for parameter in head.parameters():
+            parameter.add_(0.1)
+        reference = policy.reference_logits(inputs, ["a", "b"], decoded.best())
+        now = policy.logits(policy.decode(inputs, ["a", "b"]), decoded.best(), inputs)
+    for first, ref, moved in zip(start, reference, now, strict=True):
+        assert torch.equal(first, ref)
+        assert not torch.allclose(first, moved, atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short supervised training with a detail head, whose weights it has changed."""
+    settings = {"model_path": tiny_checkpoint, "data_root": angiograms, "stage": "sft", "detail_head": True}
+    output = tmp_path_factory.mktemp("detail")
+    return train_debug(output, **settings, learning_rate=0.02, max_train_samples=None, val_freq=100).folder
+
+
+def test_a_merged_copy_keeps_the_head_beside_it(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Masks and logits of copy and head are those of base, adapter and head; without it they differ."""
+    adapter, merged = run / "best_lora", tmp_path / "merged"
+    trained, first = (load_file(file) for file in (adapter / DETAIL_HEAD, PRETRAINED_HEAD))
+    assert trained.keys() == first.keys()
+    assert any(not torch.equal(trained[name], first[name]) for name in trained)
+    assert merge(tiny_checkpoint, adapter, merged)["detail_head"] is True
+    assert {file.name for file in merged.glob("*.safetensors")} == {"model.safetensors", DETAIL_HEAD}
+    image = np.random.default_rng(1).integers(0, 255, (80, 70, 3), dtype=np.uint8)
+    pair = Predictor.from_pretrained(tiny_checkpoint, adapter, device="cpu").predict(image)
+    copy = Predictor.from_pretrained(merged, device="cpu").predict(image)
+    np.testing.assert_allclose(copy.logits, pair.logits, atol=1e-3)
+    (merged / DETAIL_HEAD).unlink()
+    assert (
+        np.abs(Predictor.from_pretrained(merged, device="cpu").predict(image).logits - pair.logits).max()
+        > 0.1
+    )
+
+
+@pytest.mark.parametrize("fault", ["cut", "nan", "other"])
+def test_a_damaged_head_is_named(run: Path, tiny_checkpoint: Path, tmp_path: Path, fault: str) -> None:
+    folder = Path(shutil.copytree(run / "best_lora", tmp_path / "adapter"))
+    (folder / SUMS_FILE).unlink()
+    tensors = load_file(folder / DETAIL_HEAD)
+    name = sorted(tensors)[0]
+    if fault == "cut":
+        (folder / DETAIL_HEAD).write_bytes((folder / DETAIL_HEAD).read_bytes()[:1000])
+    elif fault == "nan":
+        save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, folder / DETAIL_HEAD)
+    else:
+        save_file({name: tensors[name]}, folder / DETAIL_HEAD)
+    with pytest.raises(CheckpointError, match="detail_head"):
+        load_adapter(load_sa2va(tiny_checkpoint)[0], folder)
