@@ -91,11 +91,9 @@ class MaskPolicy:
         self._reference: dict[str, Tensor] = {}
 
     def shard(self, device: str) -> None:
-        """Splits the frozen language model, on the CPU until now, among all processes."""
-        identity = processes.from_main(self.identity)  # of whole weights
-        self.identity = lambda: identity
-        shard_layers(self.model)
-        self.model.to(device)
+        """Moves the model from the CPU to the device, in shares, see `shard_layers`."""
+        self.identity = partial(str, processes.from_main(self.identity))  # while the weights are whole
+        shard_layers(self.model, device)
         self.start = self.reference_values = self.values()
         blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt).to(device)
         processes.blank_pass = torch.no_grad()(partial(self.model.seg_states, blank))
@@ -207,7 +205,7 @@ class MaskPolicy:
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
-            return self._project(self._language_pass(inputs))
+            return self.language().seg_prompts(inputs)
         for index, key in enumerate(keys):
             if key not in self._kept and key not in self._states:
                 self._states[key] = self._seg_states(inputs.image(index))
@@ -221,14 +219,11 @@ class MaskPolicy:
     @torch.no_grad()
     def _seg_states(self, inputs: Sa2VAInputs) -> Tensor:
         """(B, P, hidden) from the language model, on the CPU; it is loaded for this where it is not there."""
-        return self._language_pass(inputs).cpu()
-
-    def _language_pass(self, inputs: Sa2VAInputs) -> Tensor:
-        processes.announce_pass()
-        return self.language().seg_states(inputs)
+        return self.language().seg_states(inputs).cpu()
 
     def language(self) -> Sa2VA:
-        """The model with the language model, which is loaded where it is not there."""
+        """The model with the language model, for one pass; it is loaded where it is not there."""
+        processes.announce_pass()
         self._language = self._language or self.load_language()
         return self._language
 
@@ -308,10 +303,8 @@ class MaskPolicy:
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         decoded = DecodedMasks(stored, stored.new_zeros(stored.shape[:3]))
-        with (
-            torch.no_grad(),
-            with_values(self, self.reference_values) if self.model.detail else nullcontext(),
-        ):
+        values = with_values(self, self.reference_values) if self.model.detail else nullcontext()
+        with torch.no_grad(), values:
             return self.logits(decoded, choice, inputs)
 
 
@@ -320,11 +313,9 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     is_random = s.model_path == RANDOM_MODEL
-    source = (
-        partial(random_checkpoint, seed)
-        if is_random
-        else partial(nullcontext, checkpoint_folder(s.model_path))
-    )
+    source = partial(random_checkpoint, seed)
+    if not is_random:
+        source = partial(nullcontext, checkpoint_folder(s.model_path))
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
     is_sharded = trains_language and processes.use_fsdp()
@@ -340,9 +331,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
     else:
-        own = {"rank": s.lora_rank, "alpha": s.lora_alpha, "dropout": s.lora_dropout}
-        own = {name: value for name, value in own.items() if value is not None}
-        size = lora.LORA_PRESETS[s.lora_preset]._replace(**own)
+        own = {name: getattr(s, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+        size = lora.LORA_PRESETS[s.lora_preset]._replace(**{n: v for n, v in own.items() if v is not None})
         peft_model = lora.attach_lora(model, s.lora_scope, size)
     if s.detail_head and model.detail is None:
         model.detail = load_detail_head().to(device)
