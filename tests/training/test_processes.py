@@ -15,16 +15,10 @@ from tests.training.runs import metrics_of, train_debug
 from vesselrl.training import processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-FSDP = "accelerate.commands.launch --use_fsdp --fsdp_version=2 --num_processes=2 --num_machines=1"
-FSDP = [
-    sys.executable,
-    "-m",
-    *FSDP.split(),
-    "--main_process_port=0",
-    "--mixed_precision=no",
-    "--dynamo_backend=no",
-]
-LANGUAGE = {"lora_scope": ("language_model", "mask_decoder")}
+FSDP = "--use_fsdp --fsdp_version=2 --num_processes=2 --num_machines=1 --main_process_port=0"
+FSDP = [sys.executable, "-m", "accelerate.commands.launch", *FSDP.split()]
+SCOPE = {"lora_scope": ("language_model", "mask_decoder")}
+both_ways = pytest.mark.parametrize(("launcher", "changes"), [(TORCHRUN, {}), (FSDP, SCOPE)])
 # Of four images a process has two and one in the first step of an epoch, one and none in the second.
 SETTINGS = {"stage": "sft+rl", "num_epochs": 3, "rl_epochs": 2, "batch_size": 3, "val_freq": 100}
 LONG = SETTINGS | {"num_epochs": 14, "rl_epochs": 12}
@@ -73,8 +67,9 @@ with processes.connected():
 
 
 def launch(output: Path, arguments: list[str], settings: dict) -> subprocess.Popen:
+    scope = settings.get("lora_scope", ("projector", "mask_decoder", "image_encoder"))
     words = [f"--{name}={value}" for name, value in settings.items() if name != "lora_scope"]
-    words += ["--lora_scope", *settings["lora_scope"]] if "lora_scope" in settings else []
+    words += ["--lora_scope", *scope]
     command = ["vesselrl", "train", "--preset=debug", f"--output_dir={output}", "--log_freq=1", *words]
     log = (output.parent / f"{output.name}.log").open("a")
     return subprocess.Popen([*arguments, "-m", *command], stdout=log, stderr=log)
@@ -118,7 +113,7 @@ def test_a_rank_alone_makes_no_other_process(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("launcher", "changes"), [(TORCHRUN, {}), (FSDP, LANGUAGE)])
+@both_ways
 def test_two_processes_train_as_one(tmp_path: Path, launcher: list[str], changes: dict) -> None:
     two = launch(tmp_path / "two", launcher, SETTINGS | changes)
     one = train_debug(tmp_path / "one", **SETTINGS | changes).folder
@@ -152,7 +147,7 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("launcher", "changes"), [(TORCHRUN, {}), (FSDP, LANGUAGE)])
+@both_ways
 @pytest.mark.parametrize("killed", [0, 1])
 def test_where_one_process_is_killed_the_other_ends(
     tmp_path: Path, killed: int, launcher: list[str], changes: dict
