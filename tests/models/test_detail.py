@@ -1,5 +1,6 @@
 """The detail head: its own small net, from file to file, and in training, reference and merged copy."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from monai.networks.nets import BasicUNet
 from safetensors.torch import load_file, save_file
 
-from tests.training.runs import train_debug
+from tests.training.runs import metrics_of, train_debug
+from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import CheckpointError
 from vesselrl.experiment.run_folder import SUMS_FILE
 from vesselrl.inference.merge import merge
@@ -17,6 +19,7 @@ from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import DETAIL_HEAD, PRETRAINED_HEAD, load_detail_head, load_sa2va
 from vesselrl.models.detail import FEATURES, DetailHead, GreyUNet
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.scoring.overlap import dice
 from vesselrl.training.policy import MaskPolicy
 
 
@@ -129,3 +132,20 @@ def test_a_damaged_head_is_named(run: Path, tiny_checkpoint: Path, tmp_path: Pat
         save_file({name: tensors[name]}, folder / DETAIL_HEAD)
     with pytest.raises(CheckpointError, match="detail_head"):
         load_adapter(load_sa2va(tiny_checkpoint)[0], folder)
+
+
+def test_a_run_is_compared_with_the_base_model_without_a_head(
+    run: Path, tiny_checkpoint: Path, angiograms: Path
+) -> None:
+    """`before` is the base model's own mask; step 0 of the curves has the untrained head."""
+    alone = Predictor.from_pretrained(tiny_checkpoint, device="cpu")
+    samples = {sample.key: sample for sample in find_samples(angiograms)}
+    for name in ("val_before", "test_before"):
+        for row in json.loads((run / f"{name}.json").read_text())["rows"]:
+            sample = samples[row["key"]]
+            expected = dice(alone.predict(load_image(sample)).mask, load_mask(sample))
+            assert row["dice"] == pytest.approx(expected, abs=1e-6), name
+    (first, *_) = [one for one in metrics_of(run) if "val/dice" in one]
+    before = json.loads((run / "training_info.json").read_text())["initial_metrics"]["dice"]
+    assert first["step"] == 0
+    assert abs(first["val/dice"] - before) > 0.01

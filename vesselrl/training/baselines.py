@@ -44,7 +44,7 @@ class UNet:
         self.trainable = dict(self.net.named_parameters())
         self.savings, self.store = {}, None
         self.counts = {"unet": sum(parameter.numel() for parameter in self.trainable.values())}
-        self.start = self.values()
+        self.start = self.base = self.values()
 
     def logits(self, image: np.ndarray) -> Tensor:
         """(H, W) logits of one image, with gradient."""
@@ -103,7 +103,7 @@ class Frangi:
     def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
         self.trainable: dict = {}
         self.counts: dict[str, int] = {}
-        self.start = (tuple(sigmas), threshold)
+        self.start = self.base = (tuple(sigmas), threshold)
         self.restore(self.start)
 
     def predict(self, image: np.ndarray) -> Prediction:

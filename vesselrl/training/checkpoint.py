@@ -60,6 +60,7 @@ class Model(Protocol):
     store: Any  # of features by image, to be read ahead; None: there is none
     savings: dict[str, Callable[[], None]]  # ways to need less memory, in words; no result changes by them
     start: Any  # values before the first step
+    base: Any  # those of what it is compared with: the same, but for a detail head that was added
     predict: Callable[[np.ndarray], Prediction]  # of an image, uint8 RGB (H, W, 3)
     values: Callable[[], Any]  # a copy of all that training changes
     restore: Callable[[Any], None]  # sets such values

@@ -6,7 +6,7 @@ sampled together (a Gaussian copula over a smooth random field), so that samples
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.samples import Sample, load_image
-from vesselrl.errors import LearningError
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
@@ -79,7 +78,8 @@ class MaskPolicy:
         if not (self.encoder_is_frozen and self.language_is_frozen):
             self.savings[ONE_BY_ONE] = partial(setattr, self, "image_by_image", True)
             self.savings[RECOMPUTING] = self.model.recompute_blocks
-        self.start = self.values()
+        self.head = self.model.detail
+        self.start = self.base = self.values()
         self.reference_values = self.start
         self.load_language = load_language
         self.language_hash = ""  # of a language model that is not in `model`
@@ -94,7 +94,7 @@ class MaskPolicy:
         """Moves the model from the CPU to the device, in shares, see `shard_layers`."""
         self.identity = partial(str, processes.from_main(self.identity))  # while the weights are whole
         shard_layers(self.model, device)
-        self.start = self.reference_values = self.values()
+        self.start = self.base = self.reference_values = self.values()
         blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt).to(device)
         processes.blank_pass = torch.no_grad()(partial(self.model.seg_states, blank))
         processes.blank_pass()  # what inference mode allocated could not be used for gradients
@@ -108,12 +108,14 @@ class MaskPolicy:
 
     def values(self) -> dict[str, Tensor]:
         """Returns a copy of the trainable values."""
-        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        names = self.trainable if self.model.detail else _without_head(self.trainable)
+        return {name: self.trainable[name].detach().clone() for name in names}
 
     def restore(self, values: dict[str, Tensor]) -> None:
-        """Sets the trainable values."""
-        for name, parameter in self.trainable.items():
-            parameter.data.copy_(values[name])
+        """Sets the trainable values; without those of a detail head the model has none."""
+        for name, value in values.items():
+            self.trainable[name].data.copy_(value)
+        self.model.detail = self.head if len(values) == len(self.trainable) else None
 
     def distance(self, start: dict[str, Tensor] | None = None) -> float:
         """Euclidean distance of the adapters from `start`, by default their own."""
@@ -140,27 +142,8 @@ class MaskPolicy:
         return logits
 
     def check_gradients(self) -> None:
-        """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
-
-        LoRA's first matrix has none while the second is zero; of the decoder's hyper-networks only that of
-        the chosen candidate mask has one.
-        """
-        parameters = self.peft_model.named_parameters()
-        strays = [name for name, p in parameters if p.grad is not None and not p.requires_grad]
-        if strays:
-            raise LearningError(f"{len(strays)} frozen weights received a gradient, such as {strays[0]}.")
-        second = {name: p.grad for name, p in self.trainable.items() if ".lora_B." in name}
-        silent = {name for name, gradient in second.items() if gradient is None or not bool(gradient.any())}
-        candidates = {name for name in second if "output_hypernetworks_mlps." in name}
-        if not candidates <= silent:
-            silent -= candidates
-        silent |= {name for name, p in self.trainable.items() if ".detail." in name and p.grad is None}
-        if silent or not second:
-            raise LearningError(
-                f"{len(silent)} of {len(self.trainable)} adapter matrices received no gradient, such as "
-                f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; "
-                "narrow --lora_scope."
-            )
+        """Raises LearningError for first gradients that miss an adapter, or reach frozen weights."""
+        lora.check_gradients(self.peft_model)
 
     # ---- Forward passes
 
@@ -308,6 +291,10 @@ class MaskPolicy:
             return self.logits(decoded, choice, inputs)
 
 
+def _without_head(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in values.items() if ".detail." not in name}
+
+
 def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) -> MaskPolicy:
     """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
     s, seed = config.model, config.optim.seed
@@ -334,7 +321,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
         own = {name: getattr(s, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
         size = lora.LORA_PRESETS[s.lora_preset]._replace(**{n: v for n, v in own.items() if v is not None})
         peft_model = lora.attach_lora(model, s.lora_scope, size)
-    if s.detail_head and model.detail is None:
+    if adds_head := s.detail_head and model.detail is None:
         model.detail = load_detail_head().to(device)
     if model.detail:
         model.detail.requires_grad_(True)
@@ -347,6 +334,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
     if is_sharded:
         policy.shard(device)
+    if adds_head:
+        policy.base = _without_head(policy.start)
     policy.predictor.tile_px = config.data.tile_px
     policy.keys_repeat &= not policy.predictor.tiling.cuts_any(train)
     policy.half_features = dtype == torch.bfloat16

@@ -104,8 +104,7 @@ def train(
         Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     reward = setup.check_settings(config)
-    opened = setup.open_run(config, resume_from)
-    with processes.connected(), opened as run, run.says_how_to_go_on(), processes.peers("by peer"):
+    with processes.connected(), setup.open_run(config, resume_from) as run:
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
         state = resume_from and processes.from_main(partial(checkpoint.read_state, run.path))
         t = set_up(config, argv, run, reward, state, allow_change)
@@ -186,16 +185,18 @@ def set_up(
 
 def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
-    latest = evaluate_subset(t, "val", "validation")
+    latest = before = evaluate_subset(t, "val", "validation")
+    if t.before is None and t.model.base is not t.model.start:
+        before = evaluate_subset(t, "val", "base model", t.model.base)
     with finish_first():
         t.latest, t.validated = latest, t.step
-        t.before = t.before or t.latest
+        t.before = t.before or before
         means = t.latest.headline
         t.monitor.log_validation(t.step, means)
         if t.best is None or means["reward"] > t.best.headline["reward"]:
             keep_best(t, t.step, t.latest)
-        name = "val_before" if t.step == 0 else "val_latest"
-        results.write_evaluation(t.run.path, name, t.latest, {"step": t.step})
+        name, scored = ("val_latest", t.latest) if t.step else ("val_before", t.before)
+        results.write_evaluation(t.run.path, name, scored, {"step": t.step})
         t.health.after_validation(t.step, means, is_last)
         update_multipliers(t, stage)
 
@@ -327,7 +328,7 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
     read = partial(results.evaluation_from_json, source=t.run.path / STATE_FILE)
     t.before, best, t.latest = (read(state[f"evaluation_{name}"]) for name in ("before", "best", "latest"))
     if t.changed:  # scores of other images, or by another reward, are no measure for later ones
-        weights = (t.model.start, state["best_values"], state["values"])
+        weights = (t.model.base, state["best_values"], state["values"])
         t.before, best, t.latest = (evaluate_subset(t, "val", "again", values) for values in weights)
         results.write_evaluation(t.run.path, "val_before", t.before, {"step": 0})
         results.write_evaluation(t.run.path, "val_latest", t.latest, {"step": t.step})
@@ -349,7 +350,7 @@ def restore(t: Training, state: Mapping[str, Any]) -> None:
 def score_test(t: Training) -> dict[str, Evaluation]:
     """Scores the base model (`before`) and the best weights (`after`) on the test images."""
     tested = {}
-    for name, values in (("before", t.model.start), ("after", t.best_values)) if t.data.test else ():
+    for name, values in (("before", t.model.base), ("after", t.best_values)) if t.data.test else ():
         scored = tested[name] = evaluate_subset(t, "test", f"test {name}", values)
         extra = {"threshold": 0.5, "run": t.run.path.name}
         results.write_evaluation(t.run.path, f"test_{name}", scored, extra)
@@ -362,7 +363,7 @@ def draw(t: Training) -> None:
     cases, samples = [], {sample.key: sample for sample in t.data.val}
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(samples[key]), []
-        for values in (t.model.start, t.best_values):
+        for values in (t.model.base, t.best_values):
             masks.append(None)  # a prediction that fails, as the log has told
             with with_values(t.model, values), suppress(NotFiniteError):
                 masks[-1] = predict(t, image).mask
