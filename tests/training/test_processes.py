@@ -15,6 +15,10 @@ from tests.training.runs import metrics_of, train_debug
 from vesselrl.training import processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+FSDP = "--use_fsdp --fsdp_version=2 --num_processes=2 --num_machines=1 --main_process_port=0"
+FSDP = [sys.executable, "-m", "accelerate.commands.launch", *FSDP.split()]
+SCOPE = {"lora_scope": ("language_model", "mask_decoder")}
+both_ways = pytest.mark.parametrize(("launcher", "changes"), [(TORCHRUN, {}), (FSDP, SCOPE)])
 # Of four images a process has two and one in the first step of an epoch, one and none in the second.
 SETTINGS = {"stage": "sft+rl", "num_epochs": 3, "rl_epochs": 2, "batch_size": 3, "val_freq": 100}
 LONG = SETTINGS | {"num_epochs": 14, "rl_epochs": 12}
@@ -41,9 +45,31 @@ with p.connected():
         raise AssertionError
 """
 
+SHARES = """
+import os
+from torch.distributed.tensor import DTensor
+from vesselrl.experiment.config import PRESETS
+from vesselrl.training import processes
+from vesselrl.training.policy import load_policy
+
+config = PRESETS["debug"].with_(lora_scope=("language_model", "mask_decoder"))
+with processes.connected():
+    policy = load_policy(config, "cpu")
+    layers = [*policy.model.language_layers().parameters()]
+    assert all(isinstance(p, DTensor) != p.requires_grad for p in layers)
+    weights = [p for p in layers if not p.requires_grad]
+    held = sum(p.to_local().nbytes for p in weights) / sum(p.nbytes for p in weights)
+    assert 0.5 <= held < 0.52, held
+    del os.environ["ACCELERATE_USE_FSDP"]
+    whole = load_policy(config, "cpu")
+    assert policy.identity() == whole.identity()
+"""
+
 
 def launch(output: Path, arguments: list[str], settings: dict) -> subprocess.Popen:
-    words = [f"--{name}={value}" for name, value in settings.items()]
+    scope = settings.get("lora_scope", ("projector", "mask_decoder", "image_encoder"))
+    words = [f"--{name}={value}" for name, value in settings.items() if name != "lora_scope"]
+    words += ["--lora_scope", *scope]
     command = ["vesselrl", "train", "--preset=debug", f"--output_dir={output}", "--log_freq=1", *words]
     log = (output.parent / f"{output.name}.log").open("a")
     return subprocess.Popen([*arguments, "-m", *command], stdout=log, stderr=log)
@@ -87,11 +113,20 @@ def test_a_rank_alone_makes_no_other_process(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    two = launch(tmp_path / "two", TORCHRUN, SETTINGS)
-    one = train_debug(tmp_path / "one", **SETTINGS).folder
+@both_ways
+def test_two_processes_train_as_one(tmp_path: Path, launcher: list[str], changes: dict) -> None:
+    two = launch(tmp_path / "two", launcher, SETTINGS | changes)
+    one = train_debug(tmp_path / "one", **SETTINGS | changes).folder
     assert two.wait() == 0, (tmp_path / "two.log").read_text()
     check_same(one, the_run(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_with_fsdp_each_process_holds_half_of_the_language_model(tmp_path: Path) -> None:
+    (tmp_path / "shares.py").write_text(SHARES)
+    done = subprocess.run([*FSDP, tmp_path / "shares.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -112,10 +147,13 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@both_ways
 @pytest.mark.parametrize("killed", [0, 1])
-def test_where_one_process_is_killed_the_other_ends(tmp_path: Path, killed: int) -> None:
+def test_where_one_process_is_killed_the_other_ends(
+    tmp_path: Path, killed: int, launcher: list[str], changes: dict
+) -> None:
     output = tmp_path / "two"
-    two = launch(output, TORCHRUN, LONG)
+    two = launch(output, launcher, LONG | changes)
     wait_for(output, "step 3:")
     ids = {}
     for path in Path("/proc").glob("[0-9]*/environ"):

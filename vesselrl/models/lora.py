@@ -17,7 +17,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vesselrl.errors import CheckpointError
+from vesselrl.errors import CheckpointError, LearningError
 from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums, writing
 from vesselrl.models.checkpoint import (
     DETAIL_HEAD,
@@ -278,6 +278,30 @@ def adapter_delta_norm(peft_model: PeftModel, start: dict[str, Tensor]) -> float
     trained = adapter_parameters(peft_model).items()
     squares = [(value.detach() - start[name]).double().square().sum() for name, value in trained]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
+def check_gradients(peft_model: PeftModel) -> None:
+    """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
+
+    LoRA's first matrix has none while the second is zero; of the decoder's hyper-networks only that of
+    the chosen candidate mask has one.
+    """
+    trainable = adapter_parameters(peft_model)
+    strays = [name for name, p in peft_model.named_parameters() if p.grad is not None and not p.requires_grad]
+    if strays:
+        raise LearningError(f"{len(strays)} frozen weights received a gradient, such as {strays[0]}.")
+    second = {name: p.grad for name, p in trainable.items() if ".lora_B." in name}
+    silent = {name for name, gradient in second.items() if gradient is None or not bool(gradient.any())}
+    candidates = {name for name in second if "output_hypernetworks_mlps." in name}
+    if not candidates <= silent:
+        silent -= candidates
+    silent |= {name for name, p in trainable.items() if ".detail." in name and p.grad is None}
+    if silent or not second:
+        raise LearningError(
+            f"{len(silent)} of {len(trainable)} adapter matrices received no gradient, such as "
+            f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; "
+            "narrow --lora_scope."
+        )
 
 
 class _Folded:

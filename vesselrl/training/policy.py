@@ -20,13 +20,12 @@ from torch import Tensor
 
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.samples import Sample, load_image
-from vesselrl.errors import LearningError
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_detail_head, load_sa2va
-from vesselrl.models.memory import activation_bytes, to_nf4, total_memory
+from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA
@@ -91,6 +90,15 @@ class MaskPolicy:
         self._states: dict[str, Tensor] = {}
         self._reference: dict[str, Tensor] = {}
 
+    def shard(self, device: str) -> None:
+        """Moves the model from the CPU to the device, in shares, see `shard_layers`."""
+        self.identity = partial(str, processes.from_main(self.identity))  # while the weights are whole
+        shard_layers(self.model, device)
+        self.start = self.base = self.reference_values = self.values()
+        blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt).to(device)
+        processes.blank_pass = torch.no_grad()(partial(self.model.seg_states, blank))
+        processes.blank_pass()  # what inference mode allocated could not be used for gradients
+
     # ---- As a model in training, see `checkpoint.Model`
 
     def predict(self, image: np.ndarray) -> Prediction:
@@ -134,27 +142,8 @@ class MaskPolicy:
         return logits
 
     def check_gradients(self) -> None:
-        """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
-
-        LoRA's first matrix has none while the second is zero; of the decoder's hyper-networks only that of
-        the chosen candidate mask has one.
-        """
-        parameters = self.peft_model.named_parameters()
-        strays = [name for name, p in parameters if p.grad is not None and not p.requires_grad]
-        if strays:
-            raise LearningError(f"{len(strays)} frozen weights received a gradient, such as {strays[0]}.")
-        second = {name: p.grad for name, p in self.trainable.items() if ".lora_B." in name}
-        silent = {name for name, gradient in second.items() if gradient is None or not bool(gradient.any())}
-        candidates = {name for name in second if "output_hypernetworks_mlps." in name}
-        if not candidates <= silent:
-            silent -= candidates
-        silent |= {name for name, p in self.trainable.items() if ".detail." in name and p.grad is None}
-        if silent or not second:
-            raise LearningError(
-                f"{len(silent)} of {len(self.trainable)} adapter matrices received no gradient, such as "
-                f"{min(silent, default='(there are none)')}. No trainable parameter there can learn; "
-                "narrow --lora_scope."
-            )
+        """Raises LearningError for first gradients that miss an adapter, or reach frozen weights."""
+        lora.check_gradients(self.peft_model)
 
     # ---- Forward passes
 
@@ -199,7 +188,7 @@ class MaskPolicy:
     def seg_prompts(self, inputs: Sa2VAInputs, keys: list[str]) -> Tensor:
         """(B, P, C) prompt tokens, from kept [SEG] states where the language model is frozen."""
         if not self.language_is_frozen:
-            return self.model.seg_prompts(inputs)
+            return self.language().seg_prompts(inputs)
         for index, key in enumerate(keys):
             if key not in self._kept and key not in self._states:
                 self._states[key] = self._seg_states(inputs.image(index))
@@ -216,7 +205,8 @@ class MaskPolicy:
         return self.language().seg_states(inputs).cpu()
 
     def language(self) -> Sa2VA:
-        """The model with the language model, which is loaded where it is not there."""
+        """The model with the language model, for one pass; it is loaded where it is not there."""
+        processes.announce_pass()
         self._language = self._language or self.load_language()
         return self._language
 
@@ -296,10 +286,8 @@ class MaskPolicy:
             self._reference.update(zip(keys, decoded.logits.cpu().unbind(0), strict=True))
         stored = torch.stack([self._reference[key] for key in keys]).to(self.model.device)
         decoded = DecodedMasks(stored, stored.new_zeros(stored.shape[:3]))
-        with (
-            torch.no_grad(),
-            with_values(self, self.reference_values) if self.model.detail else nullcontext(),
-        ):
+        values = with_values(self, self.reference_values) if self.model.detail else nullcontext()
+        with torch.no_grad(), values:
             return self.logits(decoded, choice, inputs)
 
 
@@ -312,27 +300,26 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     is_random = s.model_path == RANDOM_MODEL
-    source = (
-        partial(random_checkpoint, seed)
-        if is_random
-        else partial(nullcontext, checkpoint_folder(s.model_path))
-    )
+    source = partial(random_checkpoint, seed)
+    if not is_random:
+        source = partial(nullcontext, checkpoint_folder(s.model_path))
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
+    is_sharded = trains_language and processes.use_fsdp()
     torch.manual_seed(seed)  # LoRA's first matrices are random
     with source() as folder:
-        first = "cpu" if s.use_nf4 else device
+        first = "cpu" if s.use_nf4 or is_sharded else device
         model, processor = load_sa2va(folder, first, dtype, without=HEAD if trains_language else LANGUAGE)
     if s.use_nf4 and trains_language:
         to_nf4(model)
         model.to(device)
+    model.autocasts = s.use_bf16 and device != "cpu"  # however it was loaded
     logger.info("model %s", describe_config(model.config, processor))
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
     else:
-        own = {"rank": s.lora_rank, "alpha": s.lora_alpha, "dropout": s.lora_dropout}
-        own = {name: value for name, value in own.items() if value is not None}
-        size = lora.LORA_PRESETS[s.lora_preset]._replace(**own)
+        own = {name: getattr(s, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
+        size = lora.LORA_PRESETS[s.lora_preset]._replace(**{n: v for n, v in own.items() if v is not None})
         peft_model = lora.attach_lora(model, s.lora_scope, size)
     if adds_head := s.detail_head and model.detail is None:
         model.detail = load_detail_head().to(device)
@@ -345,6 +332,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
             return load_sa2va(folder, device, dtype, without=MASKS + HEAD)[0]
 
     policy = MaskPolicy(peft_model, processor, s.prompt, keys_repeat, load_language)
+    if is_sharded:
+        policy.shard(device)
     if adds_head:
         policy.base = _without_head(policy.start)
     policy.predictor.tile_px = config.data.tile_px

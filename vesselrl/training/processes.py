@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
 
 T = TypeVar("T")
 
+blank_pass: Callable[[], object] | None = None  # through a model of which each process holds a share
 PATIENCE = timedelta(hours=6)  # for what the main process does alone, such as the check of a large data set
 
 
@@ -37,6 +38,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def use_fsdp() -> bool:
+    """Whether `accelerate launch --use_fsdp` has started several processes, with settings that we know."""
+    settings = [os.environ.get(name) for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")]
+    if count() == 1 or os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return False
+    if settings[0] != "2" or settings[1] == "true":
+        raise ValueError("Of FSDP give accelerate --fsdp_version 2, and no --fsdp_offload_params.")
+    return True
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """Connects the processes for the length of a `with` block: by NCCL between GPUs, else by gloo."""
@@ -46,18 +57,20 @@ def connected() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    with _peers():
+    with peers():
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     yield
     state.destroy_process_group()  # after an error it could wait for one that is gone
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """Turns what comes of a lost process into a ConnectionError that says so."""
+def peers(words: str = "") -> Iterator[None]:
+    """Turns what comes of a lost process, an error with these words, into a ConnectionError that says so."""
     try:
         yield
     except RuntimeError as error:
+        if words not in str(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         fault = f"Process {rank()} of {count()} has lost the others ({reason})"
         raise ConnectionError(f"{fault}: one of them has ended, and says why.") from error
@@ -68,13 +81,28 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: count()]
 
 
+def announce_pass() -> None:
+    """To be called before a pass through a model whose weights all processes bring together, see `gather`."""
+    if blank_pass is not None:
+        _gather([True])
+
+
 def gather(items: list[T]) -> list[T]:
-    """The items of all processes, in the order that `share` took them from."""
+    """The items of all processes, in the order that `share` took them from.
+
+    Who is here first takes part, with blank passes, in those that others still announce.
+    """
     if count() == 1:
         return items
+    while blank_pass is not None and any(_gather([False])):
+        blank_pass()
+    return _gather(items)
+
+
+def _gather(items: list[T]) -> list[T]:
     from accelerate.utils import gather_object
 
-    with _peers():
+    with peers():
         shares = gather_object([[(item,) for item in items]])
     return [item for one in chain(*zip_longest(*shares)) if one for item in one]
 
@@ -97,7 +125,7 @@ def from_main(compute: Callable[[], T]) -> T:
         except Exception as raised:
             error = raised
     sent = [made, error is None]
-    with _peers():
+    with peers():
         broadcast_object_list(sent)
     if error is not None:
         raise error
@@ -116,7 +144,7 @@ def sum_gradients(parameters: "Iterable[nn.Parameter]") -> None:
     parameters = [*parameters]
     known = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    with _peers():
+    with peers():
         total = reduce(torch.cat([known, *(part.flatten().float() for part in parts)]), "sum")
     known, *parts = total.split([len(parameters), *(p.numel() for p in parameters)])
     for p, number, part in zip(parameters, known.tolist(), parts, strict=True):

@@ -202,7 +202,7 @@ def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolde
     What processes write that are not the main one is thrown away.
     """
     if not processes.is_main():
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory() as scratch, processes.peers("by peer"):
             if resume_from is not None:
                 shutil.copy(RunFolder(resume_from).metrics_file, scratch)
             yield RunFolder(Path(scratch))
@@ -212,7 +212,7 @@ def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolde
         logger.info("run folder %s", run.path)
     else:
         run = RunFolder(resume_from)
-    with run.locked():
+    with run.locked(), run.says_how_to_go_on(), processes.peers("by peer"):
         yield run
 
 
@@ -270,6 +270,8 @@ def check_settings(config: TrainConfig) -> Reward:
     check_scope(config.model.lora_scope)
     if config.run.use_wandb and find_spec("wandb") is None:
         raise ValueError("--use_wandb needs the package wandb: pip install wandb.")
+    if processes.use_fsdp() and config.model.use_nf4:
+        raise ValueError("--use_nf4 packs weights that FSDP cannot split: leave out one of the two.")
     return make_reward(config.to_dict())
 
 

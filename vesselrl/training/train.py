@@ -104,7 +104,7 @@ def train(
         Stopped: a signal, after the step that it came in; the state to go on from is saved.
     """
     reward = setup.check_settings(config)
-    with processes.connected(), setup.open_run(config, resume_from) as run, run.says_how_to_go_on():
+    with processes.connected(), setup.open_run(config, resume_from) as run:
         # 1. Data and model: find and split the samples by patient, load the model, put adapters on it.
         state = resume_from and processes.from_main(partial(checkpoint.read_state, run.path))
         t = set_up(config, argv, run, reward, state, allow_change)
@@ -126,11 +126,11 @@ def train(
             check_learned(t.num_steps, t.model.distance())
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
-        if not processes.is_main():
-            return None
-        # 6. Write results, curves, pictures and the report.
-        draw(t)
-        return write_results(t, tested, calls)
+        # 6. Write curves, pictures, results and the report.
+        if processes.is_main():
+            draw(t)
+        processes.gather([])  # the others help with a model that is in shares
+        return write_results(t, tested, calls) if processes.is_main() else None
 
 
 def resume(
