@@ -94,7 +94,8 @@ def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: Mask
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short supervised training with a detail head, whose weights it has changed."""
-    settings = {"model_path": tiny_checkpoint, "data_root": angiograms, "stage": "sft", "detail_head": True}
+    settings = {"model_path": tiny_checkpoint, "data_root": angiograms, "stage": "sft"}
+    settings |= {"detail_head": "pretrained"}
     output = tmp_path_factory.mktemp("detail")
     return train_debug(output, **settings, learning_rate=0.02, max_train_samples=None, val_freq=100).folder
 

@@ -108,9 +108,9 @@ class ModelSettings:
     lora_dropout: float | None = None
     # Parts that get adapters: language_model, projector, mask_decoder, image_encoder.
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder", "image_encoder")
-    # A small U-Net that refines masks at the image's own size, trained with the adapters; pre-trained on
-    # synthetic images of many kinds. Where the start has one already, that is trained.
-    detail_head: bool = False
+    # A small U-Net that refines masks at the image's own size, trained with the adapters: none, pre-trained
+    # on synthetic images of many kinds, or random. Where the start has one already, that is trained.
+    detail_head: Literal["none", "pretrained", "random"] = "none"
     # Vision tower, language model and kept features in bfloat16; SAM2 stays in float32, but its image encoder
     # computes in bfloat16 on a GPU.
     use_bf16: bool = False

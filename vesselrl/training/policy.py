@@ -25,6 +25,7 @@ from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_detail_head, load_sa2va
+from vesselrl.models.detail import DetailHead
 from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
@@ -321,8 +322,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
         own = {name: getattr(s, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
         size = lora.LORA_PRESETS[s.lora_preset]._replace(**{n: v for n, v in own.items() if v is not None})
         peft_model = lora.attach_lora(model, s.lora_scope, size)
-    if adds_head := s.detail_head and model.detail is None:
-        model.detail = load_detail_head().to(device)
+    if adds_head := s.detail_head != "none" and model.detail is None:
+        model.detail = (load_detail_head() if s.detail_head == "pretrained" else DetailHead()).to(device)
     if model.detail:
         model.detail.requires_grad_(True)
     keys_repeat = bool(config.run.sanity_overfit) or get_augmentation(config.data.augment).is_none
