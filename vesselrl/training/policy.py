@@ -319,9 +319,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if adapter is not None:
         peft_model = lora.load_adapter(model, adapter, is_trainable=True)
     else:
-        own = {name: getattr(s, f"lora_{name}") for name in ("rank", "alpha", "dropout")}
-        size = lora.LORA_PRESETS[s.lora_preset]._replace(**{n: v for n, v in own.items() if v is not None})
-        peft_model = lora.attach_lora(model, s.lora_scope, size)
+        own = {n: v for n in ("rank", "alpha", "dropout") if (v := getattr(s, f"lora_{n}")) is not None}
+        peft_model = lora.attach_lora(model, s.lora_scope, lora.LORA_PRESETS[s.lora_preset]._replace(**own))
     if adds_head := s.detail_head != "none" and model.detail is None:
         model.detail = (load_detail_head() if s.detail_head == "pretrained" else DetailHead()).to(device)
     if model.detail:

@@ -124,6 +124,7 @@ def from_main(compute: Callable[[], T]) -> T:
             made = compute()
         except Exception as raised:
             error = raised
+    gather([])  # the others take part in its passes
     sent = [made, error is None]
     with peers():
         broadcast_object_list(sent)

@@ -127,9 +127,7 @@ def train(
             # 5. Test once, on patients that nothing was chosen on: the base model and the best adapter.
             tested, calls = score_test(t), processes.gather([t.reward.calls.to_json()])
         # 6. Write curves, pictures, results and the report.
-        if processes.is_main():
-            draw(t)
-        processes.gather([])  # the others help with a model that is in shares
+        processes.from_main(partial(draw, t))
         return write_results(t, tested, calls) if processes.is_main() else None
 
 
