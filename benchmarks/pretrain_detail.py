@@ -34,7 +34,7 @@ TEXTURED, SLOPED, INVERTED = 0.4, 0.3, 0.15  # shares of the images
 UNKNOWN = 0.35  # share of the images whose coarse logits say nothing
 
 
-def pretrain_detail(output: str, num_steps: int = 2400, num_images: int = 300, seed: int = 0) -> int:
+def pretrain_detail(output: str, num_steps: int = 6000, num_images: int = 800, seed: int = 0) -> int:
     """Trains the detail path from random weights on synthetic images with coarse logits of many qualities.
 
     Args:
