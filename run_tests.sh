@@ -10,5 +10,5 @@ status=0
 .venv/bin/python -m ruff format --check . || status=1
 # Two workers with one thread each: a small model gains little from more threads, and workers must not fight for cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-.venv/bin/python -m pytest --numprocesses 2 "$@" || status=$?
+.venv/bin/python -m pytest --numprocesses 2 --dist worksteal "$@" || status=$?
 exit "$status"

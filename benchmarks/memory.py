@@ -40,6 +40,7 @@ def memory(
     shape: Literal["1b", "internvl3-8b"] = "1b",
     lora_scope: tuple[str, ...] = ("projector", "mask_decoder"),
     stage: Literal["sft", "rl"] = "rl",
+    detail_head: Literal["none", "pretrained"] = "none",
     use_bf16: bool = False,
     folder: str = "output/random_models",
     json: bool = False,
@@ -50,12 +51,14 @@ def memory(
         shape: of the model, which is written to the folder once (4.6 GB, or 16.4 GB in bfloat16).
         lora_scope: what is trained.
         stage: kind of the steps, on one image of 512 x 512.
+        detail_head: that the masks go through.
         use_bf16: vision tower and language model in bfloat16, in the files too.
         folder: of the random models.
         json: print the numbers as JSON.
     """
     model_path = random_model(shape, folder, use_bf16)
     settings = {"model_path": str(model_path), "lora_scope": lora_scope, "use_bf16": use_bf16}
+    settings |= {"detail_head": detail_head}
     config = TrainConfig.from_dict(settings | {"stage": stage, "cache_gb": 0.0, "num_workers": 1})
     rng, rows = np.random.default_rng(0), {}
     image, truth = rng.integers(0, 255, (512, 512, 3), dtype=np.uint8), np.zeros((512, 512), bool)

@@ -55,6 +55,7 @@ def step(
     shape: Literal["miniature", "1b", "internvl3-8b"] = "miniature",
     lora_scope: tuple[str, ...] = TrainConfig().model.lora_scope,
     rounds: int = 3,
+    detail_head: Literal["none", "pretrained"] = "none",
     use_bf16: bool = False,
     tflops: float | None = None,
     folder: str = "output/random_models",
@@ -66,6 +67,7 @@ def step(
         shape: of the model; all but the miniature have random weights, written to the folder once.
         lora_scope: what is trained.
         rounds: images, of which the fastest counts, after one to warm up.
+        detail_head: that the masks go through.
         use_bf16: vision tower and language model in bfloat16.
         tflops: 1e12 operations a second of another device, in place of the measured time of this one.
         folder: of the random models.
@@ -73,6 +75,7 @@ def step(
     """
     model_path = None if shape == "miniature" else str(random_model(shape, folder, use_bf16))
     settings = {"model_path": model_path, "lora_scope": lora_scope, "use_bf16": use_bf16}
+    settings |= {"detail_head": detail_head}
     device, size = select_device(0), BuiltinSize(rounds + 1, 1, 1, SIDES[shape])
     with TemporaryDirectory() as output:
         config = TrainConfig.from_dict(settings | {"output_dir": output})
