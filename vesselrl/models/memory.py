@@ -110,7 +110,7 @@ def shard_layers(model: Sa2VA, device: str) -> None:
 
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in model.language_layers():
-        fully_shard(layer, ignored_params=whole)
+        fully_shard(layer, reshard_after_forward=True, ignored_params=whole)
     # The whole has no share of its own: it lets the next layer come while one computes.
     fully_shard(model.lm.model, ignored_params={*model.lm.model.parameters()})
     model.to(device)
