@@ -106,13 +106,11 @@ def shard_layers(model: Sa2VA, device: str) -> None:
 
     All processes gather a layer's weights together while it runs (FSDP2). Adapters are whole in each.
     """
-    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
-    reshard = FullyShardedDataParallelPlugin().reshard_after_forward
     whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for layer in model.language_layers():
-        fully_shard(layer, reshard_after_forward=reshard, ignored_params=whole)
+        fully_shard(layer, reshard_after_forward=True, ignored_params=whole)
     # The whole has no share of its own: it lets the next layer come while one computes.
     fully_shard(model.lm.model, ignored_params={*model.lm.model.parameters()})
     model.to(device)

@@ -40,11 +40,13 @@ def is_main() -> bool:
 
 def use_fsdp() -> bool:
     """Whether `accelerate launch --use_fsdp` has started several processes, with settings that we know."""
-    settings = [os.environ.get(name) for name in ("FSDP_VERSION", "FSDP_OFFLOAD_PARAMS")]
     if count() == 1 or os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return False
-    if settings[0] != "2" or settings[1] == "true":
-        raise ValueError("Of FSDP give accelerate --fsdp_version 2, and no --fsdp_offload_params.")
+    # Weights that stay whole after a pass would be gathered again only where an adapter was saved.
+    needed = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    for name, value in needed.items():
+        if (found := os.environ.get(name, value)) != value:
+            raise ValueError(f"FSDP needs accelerate's --{name.lower()} {value}; it is {found}.")
     return True
 
 
