@@ -156,6 +156,9 @@ class PPOSettings:
     num_passes: int = 2
     # PPO keeps the ratio of a pixel's action probability, new to old, within 1 - clip to 1 + clip.
     clip: float = 0.2
+    # Largest KL divergence, per undecided pixel, of an update from the policy that sampled its masks: a step
+    # beyond it is shortened.
+    target_kl: float = 0.05
     # Weight of the KL divergence from the starting policy.
     kl_coef: float = 0.01
     # Weight of the entropy, which rewards undecided pixels.
@@ -336,7 +339,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "max_val_samples lora_rank lora_alpha", lambda v: v >= 1, "give at least 1"),
     ("num_samples", lambda v: v >= 2, "give at least 2"),
     ("num_regions min_component_px sanity_overfit gpu seed split_seed", lambda v: v >= 0, "give at least 0"),
-    ("clip temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
+    ("clip target_kl temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
     ("kl_coef entropy_coef correlation_px structure_weight weight_decay cache_gb learning_rate "
      "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
