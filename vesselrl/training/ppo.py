@@ -32,6 +32,7 @@ from vesselrl.training.policy import MaskPolicy
 
 # Fields of PolicyLoss, then the two other terms of the loss.
 LOSS_METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
+BACKTRACKS = 6
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
 
@@ -85,11 +86,11 @@ class PPOUpdate:
         reward = max((metrics[f"train/{n}"] for n in ("reward", "greedy_reward", "reward_std")), key=abs)
         if reward_varies:
             reference = policy.reference_logits(inputs, batch.keys, choice)
-            passes = partial(self._pass, batch, inputs, choice, (images, reference))
+            measure = partial(self._measure, batch, inputs, choice, (images, reference))
             if is_first:
                 with torch.no_grad():
-                    self._check_rollout(batch, images[0].masks, passes()[1])
-            loss, update = passes(logits)
+                    self._check_rollout(batch, images[0].masks, measure()[1])
+            loss, update = measure(logits)
             metrics["train/first_ratio_gap"] = update["ratio_gap"]
             for number in range(1, self.settings.num_passes + 1):
                 start = policy.values()
@@ -99,7 +100,10 @@ class PPOUpdate:
                     check_moved(policy.distance(policy.reference_values))
                     self.checked = True
                 with torch.set_grad_enabled(number < self.settings.num_passes):
-                    loss, update = self._keep_near(start, passes)
+                    loss, update = measure()
+                if not update["approx_kl"] <= self.settings.target_kl:  # nor where it is nan
+                    update = self._shorten(start, update, measure)
+                    break
             update |= {"loss": value, "grad_norm": norm}
             metrics |= {f"train/{name}": value for name, value in update.items()}
         else:
@@ -172,30 +176,37 @@ class PPOUpdate:
             rows.append(torch.stack([*policy, kl, entropy]).detach())
         return total / len(logits), [*torch.stack(rows).cpu()]
 
-    def _pass(
-        self, batch: TrainBatch, inputs: Any, choice: Tensor, rollout: tuple, logits: list[Tensor] | None = None
+    def _measure(
+        self,
+        batch: TrainBatch,
+        inputs: Any,
+        choice: Tensor,
+        rollout: tuple,
+        logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """This process's part of the loss by the present weights, and the values of LOSS_METRICS of all."""
         logits = logits or self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
         loss, rows = self._loss(logits, *rollout)
         return loss * batch.weight, loss_metrics(processes.gather(rows if batch.weight else []))
 
-    def _keep_near(self, start: dict[str, Tensor], passes: Callable) -> tuple[Tensor, dict[str, float]]:
-        """Shortens the latest step, which began at `start`, until the KL is at most `target_kl`; then `_pass`.
+    @torch.no_grad()
+    def _shorten(
+        self, start: dict[str, Tensor], update: dict[str, float], measure: Callable[[], tuple]
+    ) -> dict[str, float]:
+        """Shortens the step from `start` until the KL is at most `target_kl`; the metrics there.
 
-        A backtracking line search as in TRPO (Schulman et al. 2015). The optimizer's moments stay: they are
-        averages of gradients, whatever the length of the step.
+        The backtracking line search of TRPO (Schulman et al. 2015). The optimizer's moments stay: they are
+        means of gradients, whatever the length of the step.
         """
         end, part, limit = self.policy.values(), 1.0, self.settings.target_kl
-        while True:
-            loss, update = passes()
-            if update["approx_kl"] <= limit or part == 0:
-                return loss, update
-            del loss  # and with it what the model kept for its gradient
-            # The KL grows with the square of a step.
-            part *= min(0.5, math.sqrt(limit / update["approx_kl"]))
-            part = part if part > 1e-6 else 0.0  # XXX
-            self.policy.restore({name: torch.lerp(start[name], end[name], part) for name in start})
+        for left in reversed(range(BACKTRACKS)):
+            # The KL grows with the square of a step; at last there is none.
+            part *= min(0.5, math.sqrt(limit / update["approx_kl"])) if left else 0
+            self.policy.restore({name: one.lerp(end[name], part) for name, one in start.items()})
+            update = measure()[1]
+            if update["approx_kl"] <= limit:
+                break
+        return update
 
     def _check_rollout(self, batch: TrainBatch, masks: Tensor, metrics: dict[str, float]) -> None:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
