@@ -12,13 +12,10 @@ import tyro
 
 DEFAULT_LEARNING_RATE = 5e-5
 # The miniature is a thousand times smaller than a real Sa2VA and needs larger steps; see docs/results.md.
-EMBEDDED_LEARNING_RATE = 2e-3
-# By PPO from the base model: at twice the rate, half of the updates go beyond what clipping means.
-EMBEDDED_RL_LEARNING_RATE = 3.5e-4
+EMBEDDED_LEARNING_RATE, EMBEDDED_RL_LEARNING_RATE = 2e-3, 3.5e-4  # the second: PPO from the base model
 # The U-Net control is trained from random weights; tests/training/test_baselines.py.
 UNET_LEARNING_RATE = 4e-3
-# Share of it that PPO gets after a supervised stage: it refines what has been learned; at a tenth the masks
-# first lose what they then win back.
+# Share of it that PPO gets after a supervised stage; at a tenth the masks first lose what they then win back.
 RL_RATE_SHARE = 0.025
 # In place of a model folder: a tiny Sa2VA with random weights, made on the spot.
 RANDOM_MODEL = "random"
@@ -158,8 +155,7 @@ class PPOSettings:
     num_passes: int = 2
     # PPO keeps the ratio of a pixel's action probability, new to old, within 1 - clip to 1 + clip.
     clip: float = 0.2
-    # Largest KL divergence, per undecided pixel, of an update from the policy that sampled its masks: a step
-    # beyond it is shortened, and no further pass made. 0.02 takes a pixel from 0.5 to the edge of clip.
+    # Largest KL divergence of an update, per undecided pixel: a step beyond it is shortened, and is the last.
     target_kl: float = 0.1
     # Weight of the KL divergence from the starting policy.
     kl_coef: float = 0.01
@@ -304,10 +300,8 @@ class TrainConfig:
             return self.optim.learning_rate
         if self.optim.control == "unet":
             return UNET_LEARNING_RATE
-        if self.model.model_path not in (None, RANDOM_MODEL):
-            return DEFAULT_LEARNING_RATE
-        is_ppo = self.optim.stage == "rl" and self.optim.control is None
-        return EMBEDDED_RL_LEARNING_RATE if is_ppo else EMBEDDED_LEARNING_RATE
+        own = EMBEDDED_RL_LEARNING_RATE if self.optim.stage == "rl" else EMBEDDED_LEARNING_RATE
+        return own if self.model.model_path in (None, RANDOM_MODEL) else DEFAULT_LEARNING_RATE
 
     def rate_of_stage(self, stage: str) -> float:
         """The peak learning rate of `sft` or `rl`."""
@@ -387,9 +381,8 @@ def _contradictions(c: TrainConfig) -> dict[str, bool]:
 
 
 PRESETS: dict[str, TrainConfig] = {
-    # Minutes on two CPU cores with the embedded model: see whether everything works. From the base model,
-    # inverse-probability weighting bloated the masks with one seed in three.
-    # A precision guard at 0.85 ends below 0.85: easy images fall to it at no cost, hard ones stay below.
+    # Minutes on two CPU cores with the embedded model. Inverse-probability weighting bloated the masks of one
+    # seed in three. A precision guard at 0.85 ends below: easy images fall to it at no cost, hard ones stay.
     "quick": TrainConfig().with_(
         num_epochs=1, max_train_samples=50, max_val_samples=20, num_passes=4, val_freq=25, advantage="plain",
         precision_target=0.9,
