@@ -12,7 +12,7 @@ import tyro
 
 DEFAULT_LEARNING_RATE = 5e-5
 # The miniature is a thousand times smaller than a real Sa2VA and needs larger steps; see docs/results.md.
-EMBEDDED_LEARNING_RATE, EMBEDDED_RL_LEARNING_RATE = 2e-3, 3.5e-4  # the second: PPO from the base model
+EMBEDDED_LEARNING_RATE, EMBEDDED_RL_LEARNING_RATE = 2e-3, 3e-4  # the second: PPO from the base model
 # The U-Net control is trained from random weights; tests/training/test_baselines.py.
 UNET_LEARNING_RATE = 4e-3
 # Share of it that PPO gets after a supervised stage; at a tenth the masks first lose what they then win back.
