@@ -32,7 +32,7 @@ from vesselrl.training.policy import MaskPolicy
 
 # Fields of PolicyLoss, then the two other terms of the loss.
 LOSS_METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
-BACKTRACKS = 6
+BACKTRACKS = 6  # of a step that is too long; the last is all the way
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
 
@@ -177,12 +177,7 @@ class PPOUpdate:
         return total / len(logits), [*torch.stack(rows).cpu()]
 
     def _measure(
-        self,
-        batch: TrainBatch,
-        inputs: Any,
-        choice: Tensor,
-        rollout: tuple,
-        logits: list[Tensor] | None = None,
+        self, batch: TrainBatch, inputs: Any, choice: Tensor, rollout: tuple, logits: list | None = None
     ) -> tuple[Tensor, dict[str, float]]:
         """This process's part of the loss by the present weights, and the values of LOSS_METRICS of all."""
         logits = logits or self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
@@ -190,9 +185,7 @@ class PPOUpdate:
         return loss * batch.weight, loss_metrics(processes.gather(rows if batch.weight else []))
 
     @torch.no_grad()
-    def _shorten(
-        self, start: dict[str, Tensor], update: dict[str, float], measure: Callable[[], tuple]
-    ) -> dict[str, float]:
+    def _shorten(self, start: dict, update: dict, measure: Callable[[], tuple]) -> dict[str, float]:
         """Shortens the step from `start` until the KL is at most `target_kl`; the metrics there.
 
         The backtracking line search of TRPO (Schulman et al. 2015). The optimizer's moments stay: they are
@@ -200,7 +193,7 @@ class PPOUpdate:
         """
         end, part, limit = self.policy.values(), 1.0, self.settings.target_kl
         for left in reversed(range(BACKTRACKS)):
-            # The KL grows with the square of a step; at last there is none.
+            # The KL grows with the square of a step.
             part *= min(0.5, math.sqrt(limit / update["approx_kl"])) if left else 0
             self.policy.restore({name: one.lerp(end[name], part) for name, one in start.items()})
             update = measure()[1]
