@@ -64,7 +64,7 @@ def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkp
                                      for name in ("images", "truths", "topologies")), size=2)  # fmt: skip
     found = []
     for _ in range(2):
-        update = make_update(tiny_checkpoint, rate=0.1, num_passes=3)
+        update = make_update(tiny_checkpoint, rate=0.01, num_passes=3)
         before, policy = weights(update), update.policy
         step = update.step if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS).step
         metrics = step(batch)
@@ -285,11 +285,11 @@ def test_a_step_ends_within_the_trust_region() -> None:
 
 def test_no_pass_follows_a_shortened_step() -> None:
     """The divergence is that of all passes together from the policy that sampled."""
-    calls, take_step = [], ppo.take_step
+    calls, take_step, settings = [], ppo.take_step, {"num_passes": 4, "target_kl": 0.05}
     for rate, wanted in ((0.02, 4), (0.9, 2), (9.0, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ppo, "take_step", lambda *a, **k: calls.append(a) or take_step(*a, **k))
-            update = toy_update(torch.zeros(16, 16) - 0.5, SimpleDiceReward(), rate, num_passes=4)
+            update = toy_update(torch.zeros(16, 16) - 0.5, SimpleDiceReward(), rate, **settings)
             assert update.step(crossing_lines(16, 1))["train/approx_kl"] <= 0.05
         assert len(calls) == wanted
         calls.clear()
