@@ -64,7 +64,7 @@ def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkp
                                      for name in ("images", "truths", "topologies")), size=2)  # fmt: skip
     found = []
     for _ in range(2):
-        update = make_update(tiny_checkpoint, rate=0.01, num_passes=3)
+        update = make_update(tiny_checkpoint, rate=0.1, num_passes=3, target_kl=1e9)
         before, policy = weights(update), update.policy
         step = update.step if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS).step
         metrics = step(batch)
