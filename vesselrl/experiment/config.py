@@ -385,7 +385,7 @@ PRESETS: dict[str, TrainConfig] = {
     # seed in three. A precision guard at 0.85 ends below: easy images fall to it at no cost, hard ones stay.
     "quick": TrainConfig().with_(
         num_epochs=1, max_train_samples=50, max_val_samples=20, num_passes=4, val_freq=25, advantage="plain",
-        precision_target=0.9,
+        precision_target=0.9, precision_weight=1.5,
     ),
     # The real thing: supervised, then PPO; with the embedded model under an hour on two CPU cores.
     "full": TrainConfig().with_(
