@@ -277,7 +277,7 @@ LONG = [pytest.mark.long, pytest.mark.timeout(7200)]  # run it with -m long
 @pytest.mark.parametrize(
     ("steps", "settings"),
     [
-        (30, {"stage": "rl", "learning_rate": 100.0}),
+        (30, {"stage": "rl", "learning_rate": 100.0, "target_kl": 1e9}),  # no trust region
         (30, {"stage": "sft", "learning_rate": 100.0}),
         pytest.param(2500, {"learning_rate": RATE}, marks=LONG, id="tiny"),
         pytest.param(2500, {"learning_rate": RATE, "model_path": None}, marks=LONG, id="embedded"),
@@ -289,3 +289,12 @@ def test_a_rate_far_too_high_is_corrected_or_stopped(tmp_path, monkeypatch, step
         sanity_run(tmp_path, monkeypatch, steps, **settings)
     codes = {finding["code"] for finding in findings_in(tmp_path)}
     assert "correction" in codes or steps > 30
+
+
+def test_a_rate_far_too_high_is_harmless_within_a_trust_region(tmp_path, monkeypatch) -> None:
+    """Every step is shortened; the run ends without a correction."""
+    result = sanity_run(tmp_path, monkeypatch, 10, stage="rl", learning_rate=100.0)
+    sizes = [line["train/approx_kl"] for line in metrics_of(result.folder) if "train/approx_kl" in line]
+    assert len(sizes) == 10
+    assert 1e-3 < max(sizes) <= TrainConfig().ppo.target_kl
+    assert "correction" not in {finding["code"] for finding in findings_in(tmp_path)}

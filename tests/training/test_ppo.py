@@ -64,7 +64,7 @@ def test_a_step_changes_lora_weights_alone_and_repeats_with_its_seed(tiny_checkp
                                      for name in ("images", "truths", "topologies")), size=2)  # fmt: skip
     found = []
     for _ in range(2):
-        update = make_update(tiny_checkpoint, rate=0.1, num_passes=3)
+        update = make_update(tiny_checkpoint, rate=0.1, num_passes=3, target_kl=1e9)
         before, policy = weights(update), update.policy
         step = update.step if stage == "rl" else SupervisedUpdate(policy, update.optimizer, SETTINGS).step
         metrics = step(batch)
@@ -230,6 +230,8 @@ def toy_update(logits: torch.Tensor, reward: Reward, rate: float = 0.0, **settin
         decode=lambda inputs, keys: DecodedMasks(table[None, None, None], torch.zeros(1, 1, 1)),
         logits=lambda decoded, choice, inputs: [decoded.logits[0, 0, 0]],
         reference_logits=lambda inputs, keys, choice: [logits],
+        values=lambda: {"table": table.detach().clone()},
+        restore=lambda values: table.data.copy_(values["table"]),
     )
     update = PPOUpdate(policy, torch.optim.Adam([table], lr=rate), reward, SETTINGS.with_(**settings))
     update.checked = True  # a table has no adapters to look at
@@ -259,6 +261,47 @@ def test_reward_rises_on_a_toy_and_not_when_credit_is_shuffled(seed: int, monkey
     assert np.mean(rising[-5:]) > 9.0
     monkeypatch.setattr(ppo, "assign_credit", shuffled)
     assert np.mean(rewards()[-5:]) < 5.0
+
+
+def test_a_step_ends_within_the_trust_region() -> None:
+    """Too long a step ends on its own line; one that no shortening brings back is not taken."""
+    start, batch = torch.full((16, 16), -0.5), crossing_lines(16, 1)
+    found = {}
+    for rate, limit in ((0.01, 0.05), (9.0, 1e9), (9.0, 0.05), (1e30, 0.05)):
+        update = toy_update(start, SimpleDiceReward(), rate, target_kl=limit, num_passes=1)
+        metrics = update.step(batch)
+        moved = update.policy.trainable["table"].detach() - start
+        (moments,) = update.optimizer.state.values()
+        found[rate, limit] = metrics["train/approx_kl"], moved, moments["exp_avg"]
+    (short, *_), (full, all_the_way, moments), (kl, moved, kept), (none, stays, _) = found.values()
+    assert short < 0.05 < 0.5 < full
+    assert 0.02 < kl <= 0.05
+    part = float(moved.norm() / all_the_way.norm())
+    assert torch.allclose(moved, part * all_the_way, atol=1e-6)
+    assert torch.equal(kept, moments)
+    assert none == 0
+    assert not stays.any()
+
+
+def test_no_pass_follows_a_shortened_step() -> None:
+    """The divergence is that of all passes together from the policy that sampled."""
+    calls, take_step, settings = [], ppo.take_step, {"num_passes": 4, "target_kl": 0.05}
+    for rate, wanted in ((0.02, 4), (0.9, 2), (9.0, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ppo, "take_step", lambda *a, **k: calls.append(a) or take_step(*a, **k))
+            update = toy_update(torch.zeros(16, 16) - 0.5, SimpleDiceReward(), rate, **settings)
+            assert update.step(crossing_lines(16, 1))["train/approx_kl"] <= 0.05
+        assert len(calls) == wanted
+        calls.clear()
+
+
+def test_scores_of_the_greedy_masks_by_hand() -> None:
+    """6 of 10 vessel pixels and 2 false ones; then nothing, where nothing is."""
+    given = {"overlap": None, "structure": None, "rewards": np.zeros(2), "terms": {}, "greedy_reward": 0.0}
+    credits = [Credit(**given, greedy_counts=one, num_regions=0) for one in ((6, 2, 4), (0, 0, 0))]
+    metrics = ppo.rollout_metrics(credits)
+    wanted = {"dice": (2 / 3 + 1) / 2, "recall": 0.8, "precision": 0.875, "foreground": 0.8}
+    assert {name: metrics[f"train/{name}"] for name in wanted} == pytest.approx(wanted)
 
 
 BAR = np.zeros((24, 24), bool)

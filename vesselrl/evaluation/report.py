@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vesselrl.evaluation import figures, results, words
 from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, nearest, read_metrics
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
@@ -214,7 +216,9 @@ def _training(path: Path) -> dict[str, Any] | None:
     points = {metric: dict(zip(*map(list, series[f"val/{metric}"]), strict=True)) for metric in metrics}
     steps = sorted({step for values in points.values() for step in values})
     rows = [(str(step), *(number(metric, points[metric].get(step)) for metric in metrics)) for step in steps]
-    return {"metrics": metrics, "rows": rows, "draw": partial(figures.curves_figure, path)}
+    sizes = {name: series.get(f"train/{name}", [None])[-1] for name in ("approx_kl", "clipfrac", "ratio_gap")}
+    sizes = {k: (f"{np.median(v):.2g}", f"{max(v):.2g}") for k, v in sizes.items() if v is not None}
+    return {"metrics": metrics, "rows": rows, "sizes": sizes, "draw": partial(figures.curves_figure, path)}
 
 
 def _later(folder: Path, test: Evaluation | None) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
      "max_val_samples lora_rank lora_alpha", lambda v: v >= 1, "give at least 1"),
     ("num_samples", lambda v: v >= 2, "give at least 2"),
     ("num_regions min_component_px sanity_overfit gpu seed split_seed", lambda v: v >= 0, "give at least 0"),
-    ("clip temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
+    ("clip target_kl temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
     ("kl_coef entropy_coef correlation_px structure_weight weight_decay cache_gb learning_rate "
      "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),

@@ -6,10 +6,12 @@
 4. at least two passes of the clipped loss, with a KL term to the frozen starting policy.
 """
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch.optim import Optimizer
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.errors import LearningError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.scoring.overlap import dice_from_counts
+from vesselrl.scoring.overlap import dice_from_counts, precision_from_counts, recall_from_counts
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import ppo_math, processes
@@ -30,6 +32,7 @@ from vesselrl.training.policy import MaskPolicy
 
 # Fields of PolicyLoss, then the two other terms of the loss.
 LOSS_METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_gap", "kl_ref", "entropy")
+BACKTRACKS = 6  # of a step that is too long; the last is all the way
 TOLERANCE = 1e-4  # of the ratio and the KL before the first update, and of what must not be 0
 
 
@@ -83,23 +86,25 @@ class PPOUpdate:
         reward = max((metrics[f"train/{n}"] for n in ("reward", "greedy_reward", "reward_std")), key=abs)
         if reward_varies:
             reference = policy.reference_logits(inputs, batch.keys, choice)
+            measure = partial(self._measure, batch, inputs, choice, (images, reference))
             if is_first:
                 with torch.no_grad():
-                    again = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                self._check_rollout(batch, again, (images, reference))
-            for number in range(self.settings.num_passes):
-                if number > 0:
-                    logits = policy.logits(policy.decode(inputs, batch.keys), choice, inputs)
-                loss, rows = self._loss(logits, images, reference)
-                update = loss_metrics(processes.gather(rows if batch.weight else []))
-                shared = policy, self.optimizer, loss * batch.weight, self.max_grad_norm
-                loss, norm = take_step(*shared, is_first=not self.checked, reward=reward)
-                if number == 0:
-                    metrics["train/first_ratio_gap"] = update["ratio_gap"]
+                    self._check_rollout(batch, images[0].masks, measure()[1])
+            loss, update = measure(logits)
+            metrics["train/first_ratio_gap"] = update["ratio_gap"]
+            for number in range(1, self.settings.num_passes + 1):
+                start = policy.values()
+                shared = policy, self.optimizer, loss, self.max_grad_norm
+                value, norm = take_step(*shared, is_first=not self.checked, reward=reward)
                 if not self.checked:
                     check_moved(policy.distance(policy.reference_values))
                     self.checked = True
-            update |= {"loss": loss, "grad_norm": norm}
+                with torch.set_grad_enabled(number < self.settings.num_passes):
+                    loss, update = measure()
+                if not update["approx_kl"] <= self.settings.target_kl:  # nor where it is nan
+                    update = self._shorten(start, update, measure)
+                    break
+            update |= {"loss": value, "grad_norm": norm}
             metrics |= {f"train/{name}": value for name, value in update.items()}
         else:
             # Nothing to learn from: an update would only add weight decay and noise.
@@ -171,15 +176,38 @@ class PPOUpdate:
             rows.append(torch.stack([*policy, kl, entropy]).detach())
         return total / len(logits), [*torch.stack(rows).cpu()]
 
+    def _measure(
+        self, batch: TrainBatch, inputs: Any, choice: Tensor, rollout: tuple, logits: list | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """This process's part of the loss by the present weights, and the values of LOSS_METRICS of all."""
+        logits = logits or self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
+        loss, rows = self._loss(logits, *rollout)
+        return loss * batch.weight, loss_metrics(processes.gather(rows if batch.weight else []))
+
     @torch.no_grad()
-    def _check_rollout(self, batch: TrainBatch, again: list[Tensor], rollout: tuple) -> None:
+    def _shorten(self, start: dict, update: dict, measure: Callable[[], tuple]) -> dict[str, float]:
+        """Shortens the step from `start` until the KL is at most `target_kl`; the metrics there.
+
+        The backtracking line search of TRPO (Schulman et al. 2015). The optimizer's moments stay: they are
+        means of gradients, whatever the length of the step.
+        """
+        end, part, limit = self.policy.values(), 1.0, self.settings.target_kl
+        for left in reversed(range(BACKTRACKS)):
+            # The KL grows with the square of a step.
+            part *= min(0.5, math.sqrt(limit / update["approx_kl"])) if left else 0
+            self.policy.restore({name: one.lerp(end[name], part) for name, one in start.items()})
+            update = measure()[1]
+            if update["approx_kl"] <= limit:
+                break
+        return update
+
+    def _check_rollout(self, batch: TrainBatch, masks: Tensor, metrics: dict[str, float]) -> None:
         """Before any update samples differ, a second pass has ratio 1 and KL 0, and the image matters."""
-        policy, masks = self.policy, rollout[0][0].masks
+        policy = self.policy
         if batch.first == 0 and bool((masks[1:] == masks[:1]).all()):
             fault = f"All {len(masks)} sampled masks of the first image are equal"
             sure = "the policy is completely sure of every pixel. Raise --temperature or --num_samples."
             raise LearningError(f"{fault}: {sure}")
-        metrics = loss_metrics(self._loss(again, *rollout)[1])
         if metrics["ratio_gap"] > TOLERANCE:
             raise LearningError(
                 f"The ratio before the first update is off by {metrics['ratio_gap']:.2g} (allowed "
@@ -226,16 +254,19 @@ def loss_metrics(rows: list[Tensor]) -> dict[str, float]:
 
 def rollout_metrics(credits: list[Credit]) -> dict[str, float]:
     """Reward of a rollout, its terms, their spread within an image, and groups of masks without spread."""
-    tp, fp, fn = np.sum([c.greedy_counts for c in credits], axis=0)
-    empty_ratio = 1.0 if fp == 0 else float("inf")
+    tp, fp, fn = np.transpose([c.greedy_counts for c in credits])
+    empty_ratio = float("inf") if fp.any() else 1.0
     metrics = {
         "reward": [c.rewards.mean() for c in credits],
         "greedy_reward": [c.greedy_reward for c in credits],
         "reward_std": [c.rewards.std() for c in credits],
         "zero_variance_groups": [c.rewards.std() < 1e-8 for c in credits],
         "regions_scored": [c.num_regions for c in credits],
-        "dice": [dice_from_counts(*c.greedy_counts) for c in credits],
-        "foreground": (tp + fp) / (tp + fn) if tp + fn else empty_ratio,  # predicted over true vessel area
+        "dice": dice_from_counts(tp, fp, fn),
+        "recall": recall_from_counts(tp, fn, empty=1.0),
+        "precision": precision_from_counts(tp, fp, fn),
+        # Predicted over true vessel area.
+        "foreground": (tp + fp).sum() / (tp + fn).sum() if (tp + fn).any() else empty_ratio,
     }
     for name in dict.fromkeys(name for credit in credits for name in credit.terms):
         having = [credit for credit in credits if name in credit.terms]  # the user's function may have failed
