@@ -102,7 +102,7 @@ def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPa
 
 def test_a_merged_copy_keeps_the_head_beside_it(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Masks and logits of copy and head are those of base, adapter and head; without it they differ."""
-    adapter, merged = run / "best_lora", tmp_path / "merged"
+    adapter, merged = run / "final_lora", tmp_path / "merged"
     trained, first = (load_file(file) for file in (adapter / DETAIL_HEAD, PRETRAINED_HEAD))
     assert trained.keys() == first.keys()
     assert any(not torch.equal(trained[name], first[name]) for name in trained)
