@@ -91,6 +91,18 @@ MEANT = {
     "*/config/args/tile_px": "new option: large images in tiles",
     "help/*/options/--tile_px*": "new option: large images in tiles",
     "help/predict/options/--shard*": "new option: a folder shared by several processes",
+    **dict.fromkeys(
+        "*/config/args/detail_head help/*/options/--detail_head* help/*/options/--augment* "
+        "help/*/options/--control*".split(),
+        "new: a detail head, its control, and flips alone",
+    ),
+    "help/train --preset quick/options/--precision_*": "quick weighs precision more",
+    **dict.fromkeys(
+        "*/config/args/target_kl help/*/options/--target_kl* resuming/*/last/train/* reports/constrained/* "
+        "comparing/*/table/*".split(),
+        "new: PPO's steps are shortened to a trust region, and have recall and precision",
+    ),
+    "train_augment/*": "soft clDice sends the gradient of equal pixels to one of them",
     **{
         f"train_{name}/{part}": "noise and regions are drawn anew for each rollout and place in the step"
         for name in "rl both curriculum constrained recall seed start embedded strong".split()
