@@ -1,4 +1,4 @@
-"""Rebuilds the first weights of the detail path: supervised training on synthetic images of many kinds."""
+"""Rebuilds the first weights of the detail head: supervised training on synthetic images of many kinds."""
 
 import hashlib
 import logging
@@ -35,7 +35,7 @@ UNKNOWN = 0.35  # share of the images whose coarse logits say nothing
 
 
 def pretrain_detail(output: str, num_steps: int = 6000, num_images: int = 800, seed: int = 0) -> int:
-    """Trains the detail path from random weights on synthetic images with coarse logits of many qualities.
+    """Trains the detail head from random weights on synthetic images with coarse logits of many qualities.
 
     Args:
         output: safetensors file.
