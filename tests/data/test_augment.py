@@ -109,9 +109,9 @@ def test_rotation_against_scipy(drawn):
 
 
 def test_the_plan_that_changes_nothing_and_unknown_ones(drawn):
-    assert [plan.is_none for plan in AUGMENTATIONS.values()] == [True, False, False]
+    assert [plan.is_none for plan in AUGMENTATIONS.values()] == [True, False, False, False]
     assert all(a is b for a, b in zip(augment(*drawn, get_augmentation("none"), 0, 1, 0), drawn, strict=True))
-    with pytest.raises(ValueError, match=r"augment is 'weak'\. Choose one of none, light, strong\."):
+    with pytest.raises(ValueError, match=r"augment is 'weak'\. Choose one of none, flips, light, strong\."):
         get_augmentation("weak")
     with pytest.raises(ValueError, match=r"shape \(256, 199, 3\) for its mask: got uint8 \(256, 200, 3\)"):
         augment(drawn[0], drawn[1][:, 1:], STRONG, 0, 1, 0)
