@@ -73,7 +73,7 @@ def load_sa2va(
     for name, module in [] if model.lm is None else [*model.lm.named_modules()]:
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             model.lm.set_submodule(name, type(module)(module.config))
-    if (folder / DETAIL_HEAD).is_file():
+    if model.sam is not None and (folder / DETAIL_HEAD).is_file():
         model.detail = load_detail_head(folder / DETAIL_HEAD)
     model.autocasts = dtype == torch.bfloat16 and torch.device(device).type == "cuda"
     model.image_token_id, model.seg_token_id = processor.image_token_id, processor.seg_token_id
