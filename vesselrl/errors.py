@@ -34,6 +34,10 @@ class RunError(RuntimeError):
     """A run folder cannot be made, read or written; the message names it and what to do."""
 
 
+class PeerOutOfMemoryError(RuntimeError):
+    """Another process of this training is out of memory: no process can finish the step."""
+
+
 class RefusedError(RunError):
     """A run that cannot be begun or gone on with, or is in use; refused before anything was touched."""
 

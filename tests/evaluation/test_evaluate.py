@@ -84,6 +84,25 @@ def test_scores_by_hand():
     assert str(empty.rows) == str(result.rows).replace("True", "False")
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 9])
+def test_predicted_in_batches_only_what_is_not_finite_has_failed(batch_size):
+    sizes, told = [], []
+
+    def predict_batch(images):
+        sizes.append(len(images))
+        if any(image[0, 0, 0] == 2 for image in images):
+            raise NotFiniteError("The model gives no numbers.")
+        return [*map(predict, images)]
+
+    result = evaluate(
+        predict_batch, PICTURES, load=load, progress=lambda *done: told.append(done), batch_size=batch_size
+    )
+    assert str(result.rows) == str(evaluate(predict, PICTURES, load=load).rows)  # nan too
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # The batch with the third image is taken apart.
+    assert sizes == {2: [2, 2, 1, 1], 3: [3, 1, 1, 1, 1], 9: [4, 1, 1, 1, 1]}[batch_size]
+
+
 def test_the_hashes_follow_images_and_labels():
     result, shuffled, fewer = (
         evaluate(predict, p, load=load) for p in (PICTURES, PICTURES[::-1], PICTURES[:3])

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.training.runs import metrics_of, train_debug
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, TrainConfig
 from vesselrl.training import supervised
-from vesselrl.training.health import MAX_CORRECTIONS, WINDOW, Health, Issue, clip_gradients
+from vesselrl.training.health import MAX_CORRECTIONS, WINDOW, Health, Issue, take_step
 from vesselrl.training.setup import warm_cosine
 from vesselrl.training.train import TrainResult
 
@@ -202,12 +203,22 @@ def test_a_run_that_goes_wrong_again_and_again_stops_with_advice() -> None:
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, 1e30])  # the square of the last one overflows
 def test_a_gradient_whose_norm_is_no_number_is_refused(spoilt: float) -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([spoilt, 0.0])
     with pytest.raises(NotFiniteError):
-        clip_gradients([weight], 1.0)
-    weight.grad = torch.tensor([3.0, 4.0])
-    assert clip_gradients([weight], 1.0) == 5
-    assert weight.grad.tolist() == pytest.approx([0.6, 0.8])
+        step_along(weight, [spoilt, 0.0])
+    assert weight.tolist() == [0, 0]
+    assert step_along(weight, [3.0, 4.0]) == 5
+    assert weight.tolist() == pytest.approx([-0.6, -0.8])
+
+
+def step_along(weight: torch.nn.Parameter, gradient: list[float], reward: float = 0.0) -> float:
+    """Takes a step of one whose loss is 0 and has this gradient; returns the gradient's norm."""
+    model, sgd = SimpleNamespace(trainable={"weight": weight}), torch.optim.SGD([weight], lr=1.0)
+    loss = (weight - weight.detach()).sum()
+    hook = weight.register_hook(lambda _: torch.tensor(gradient))
+    try:
+        return take_step(model, sgd, loss, 1.0, is_first=False, reward=reward)[1]
+    finally:
+        hook.remove()
 
 
 def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None:
@@ -221,9 +232,8 @@ def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None
         (-1e12, LearningError, "the reward is the cause"),
         (5.0, NotFiniteError, "rate"),
     ):
-        weight.grad = torch.tensor([1e30, 0.0])
         with pytest.raises(LearningError, match=words) as raised:
-            clip_gradients([weight], 1.0, reward)
+            step_along(weight, [1e30, 0.0], reward)
         assert type(raised.value) is kind  # smaller steps would not help: no roll back
 
 

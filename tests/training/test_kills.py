@@ -37,19 +37,19 @@ def test_cold_warm_damaged_and_no_cache_give_the_same_weights(
 
     A full cache needs no language model; without its part the model has no parameters of it, in any pass.
     """
-    sizes, parts, predict = [], [], MaskPolicy.predict
+    sizes, parts, predict_batch = [], [], MaskPolicy.predict_batch
 
     def load(*given: object, without: tuple[str, ...], **options: object) -> tuple:
         parts.append(without)
         return load_sa2va(*given, without=without, **options)
 
-    def watch(policy: MaskPolicy, image: np.ndarray) -> Prediction:
+    def watch(policy: MaskPolicy, images: list[np.ndarray]) -> list[Prediction]:
         names = [n for n, _ in policy.model.named_parameters() if n.startswith(LANGUAGE)]
         sizes.append(len(names) + (policy._language is not None))
-        return predict(policy, image)
+        return predict_batch(policy, images)
 
     monkeypatch.setattr(policy_module, "load_sa2va", load)
-    monkeypatch.setattr(MaskPolicy, "predict", watch)
+    monkeypatch.setattr(MaskPolicy, "predict_batch", watch)
 
     def train(**changes: object) -> Path:
         return train_debug(tmp_path, **FROZEN | {"data_root": angiograms} | changes).folder / "final_lora"

@@ -87,7 +87,7 @@ def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
         [images[0], images[1][:40], images[1]],
     )
     for policy, size in zip(policies, (1, 8), strict=True):
-        policy.states_per_pass = size
+        policy.images_per_pass = size
         policy.states = FeatureStore(tmp_path / str(size))
         assert policy.keep_states((str(k), image) for k, image in enumerate([*images, images[0]])) == 3
         policy.drop_language()
@@ -105,6 +105,33 @@ def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
     again.states = FeatureStore(tmp_path / "1")
     assert again.keep_states([("x", images[2])]) == 0
     assert torch.equal(again.seg_prompts(None, ["x"]), alone[2])
+
+
+def test_several_images_are_predicted_in_one_pass_or_where_memory_ends_alone(
+    tiny_checkpoint, images, caplog
+) -> None:
+    policy, images, sizes, room = make_policy(tiny_checkpoint), [*images, images[0][:40]], [], []
+    alone = [policy.predict(image).logits for image in images]
+    encode = policy.model.encode_image
+
+    def limited(pixels: torch.Tensor) -> ImageFeatures:
+        sizes.append(len(pixels))
+        if len(pixels) > room[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return encode(pixels)
+
+    policy.model.encode_image, policy.encoder_is_frozen = limited, False
+    for limit, wanted, per_pass in ((3, [3], 8), (2, [3, 1, 1, 1], 1)):
+        sizes.clear()
+        room.append(limit)
+        policy.images_per_pass = 8
+        for one, other in zip(alone, policy.predict_batch(images), strict=True):
+            assert float(np.abs(one - other.logits).max()) < 1e-4
+        assert (sizes, policy.images_per_pass) == (wanted, per_pass)
+    assert caplog.text.count("from now on one image at a time") == 1
+    room.append(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.predict(images[0])
 
 
 def test_the_hash_of_the_language_model_is_noted_until_a_file_changes(tiny_checkpoint, tmp_path) -> None:

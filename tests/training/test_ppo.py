@@ -1,5 +1,6 @@
 """Learning is real: gradients reach the adapters and nothing else, and only a reward can move the policy."""
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -124,6 +125,25 @@ def test_a_step_that_memory_does_not_suffice_for_is_taken_again(tiny_checkpoint,
 class Constant(MultiObjectiveReward):
     overlap_terms = staticmethod(lambda tp, fp, fn: {"dice": np.ones(np.shape(tp))})
     structure_terms = staticmethod(lambda *_, **__: {"topology": 0.5})
+
+
+def test_masks_are_scored_while_the_reference_is_computed(tiny_checkpoint, monkeypatch) -> None:
+    """Else the scoring here would wait for ever, and the device for the scoring."""
+    update, passed, assign_credit = make_update(tiny_checkpoint), threading.Event(), ppo.assign_credit
+    reference = update.policy.reference_logits
+
+    def scored_later(*args) -> Credit:
+        assert passed.wait(60)
+        return assign_credit(*args)
+
+    def reference_first(*args) -> list[torch.Tensor]:
+        found = reference(*args)
+        passed.set()
+        return found
+
+    monkeypatch.setattr(ppo, "assign_credit", scored_later)
+    update.policy.reference_logits = reference_first
+    assert update.step(crossing_lines(64))["train/grad_norm"] > 0
 
 
 def test_noise_and_regions_change_with_rollout_and_place(tiny_checkpoint, monkeypatch) -> None:
@@ -330,7 +350,8 @@ def test_masks_are_scored_as_they_will_be_used() -> None:
     for temperature in (1.0, 0.25):
         settings = {"min_component_px": 9, "close_gaps": 0.05, "temperature": temperature}
         update = toy_update(logits, MultiObjectiveReward(), **settings)
-        assert update.collect(BAR_BATCH, [logits])[1]["train/foreground"] == 1.0
+        sampled = update.sample(BAR_BATCH, [logits])
+        assert update.collect(BAR_BATCH, [logits], *sampled)[1]["train/foreground"] == 1.0
 
 
 def test_a_rollout_keeps_the_policy_that_sampled_and_the_credit_of_the_mask_in_use() -> None:
@@ -338,7 +359,8 @@ def test_a_rollout_keeps_the_policy_that_sampled_and_the_credit_of_the_mask_in_u
     logits = 2 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     batch = crossing_lines(16, 1)
     update = toy_update(logits, SimpleDiceReward(), temperature=1.5, advantage="plain")
-    (image,), *_ = update.collect(batch, [logits.requires_grad_(True)])
+    logits.requires_grad_(True)
+    (image,), *_ = update.collect(batch, [logits], *update.sample(batch, [logits]))
     assert not image.old_logprobs.requires_grad
     logits = logits.detach()
     policy_then = torch.distributions.Bernoulli(logits=logits / 1.5)

@@ -66,13 +66,34 @@ with processes.connected():
 """
 
 
-def launch(output: Path, arguments: list[str], settings: dict) -> subprocess.Popen:
+OUT_OF_MEMORY = """
+import os
+import torch
+from vesselrl.cli import main
+from vesselrl.models.sa2va import Sa2VA
+
+encode, calls = Sa2VA.encode_image, []
+
+def encode_image(self, pixels):
+    calls.append(torch.is_grad_enabled())
+    if os.environ["RANK"] == "1" and calls[-1] and sum(calls) in (2, 9):  # a supervised step, and one of PPO
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return encode(self, pixels)
+
+Sa2VA.encode_image = encode_image
+main()
+"""
+
+
+def launch(
+    output: Path, arguments: list[str], settings: dict, program: tuple[str, ...] = ("-m", "vesselrl")
+) -> subprocess.Popen:
     scope = settings.get("lora_scope", ("projector", "mask_decoder", "image_encoder"))
     words = [f"--{name}={value}" for name, value in settings.items() if name != "lora_scope"]
     words += ["--lora_scope", *scope]
-    command = ["vesselrl", "train", "--preset=debug", f"--output_dir={output}", "--log_freq=1", *words]
+    command = [*program, "train", "--preset=debug", f"--output_dir={output}", "--log_freq=1", *words]
     log = (output.parent / f"{output.name}.log").open("a")
-    return subprocess.Popen([*arguments, "-m", *command], stdout=log, stderr=log)
+    return subprocess.Popen([*arguments, *command], stdout=log, stderr=log)
 
 
 def the_run(output: Path) -> Path:
@@ -118,6 +139,19 @@ def test_two_processes_train_as_one(tmp_path: Path, launcher: list[str], changes
     two = launch(tmp_path / "two", launcher, SETTINGS | changes)
     one = train_debug(tmp_path / "one", **SETTINGS | changes).folder
     assert two.wait() == 0, (tmp_path / "two.log").read_text()
+    check_same(one, the_run(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_where_one_process_is_out_of_memory_all_take_the_step_again(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(OUT_OF_MEMORY)
+    two = launch(tmp_path / "two", TORCHRUN, SETTINGS, (str(tmp_path / "train.py"),))
+    one = train_debug(tmp_path / "one", **SETTINGS).folder
+    log = (tmp_path / "two.log").read_text
+    assert two.wait() == 0, log()
+    for cause in ("CUDA out of memory", "another process is out of memory"):
+        assert log().count(f"out of memory ({cause}); the step is taken again") == 2
     check_same(one, the_run(tmp_path / "two"))
 
 

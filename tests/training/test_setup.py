@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -19,12 +21,31 @@ from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import PRESETS, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
 from vesselrl.scoring.topology import topology
-from vesselrl.training.setup import RunData, check_disk, make_model, prepare_data
+from vesselrl.training.setup import RunData, check_disk, make_model, prepare_data, read_ahead
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
     config = TrainConfig().with_(output_dir=str(tmp_path), data_root=str(angiograms), **options)
     return prepare_data(config, RunFolder.create(tmp_path))
+
+
+def test_a_batch_is_made_while_the_one_before_is_learned_from() -> None:
+    made, asked = [threading.Event() for _ in range(3)], []
+
+    def batches():
+        for number, event in enumerate(made):
+            event.set()
+            yield SimpleNamespace(keys=[number])
+        raise DataError("The next image is damaged.")
+
+    ahead = read_ahead(batches(), SimpleNamespace(fetch_ahead=asked.extend))
+    for number, event in enumerate(made[1:]):
+        assert next(ahead).keys == [number]
+        assert event.wait(60)
+    assert next(ahead).keys == [2]
+    with pytest.raises(DataError):
+        next(ahead)
+    assert asked == [0, 1, 2]
 
 
 def keys_of(data: RunData) -> list[set[str]]:

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,40 +55,63 @@ def evaluate(
     caveats: Mapping[Caveat, str] | None = None,
     progress: Progress | None = None,
     gather: Gather = list,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
     `samples` have `key`, `patient`, `sequence`, each key once. A reward gives the column `reward`, a user's
     own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total);
-    `gather` adds the rows of other samples, which other processes have scored.
+    `gather` adds the rows of other samples, which other processes have scored. With a `batch_size` `predict`
+    takes a list of so many images, and returns as many predictions.
     """
-    predicted = predict_each(predict, samples, load, progress)
+    predicted = predict_each(predict, samples, load, progress, batch_size)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
     return evaluate_masks(samples, pairs, reward, caveats, gather)
 
 
 def predict_each(
-    predict: Predict, samples: Sequence[Sample], load: Load = load_pixels, progress: Progress | None = None
+    predict: Predict,
+    samples: Sequence[Sample],
+    load: Load = load_pixels,
+    progress: Progress | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yields prediction and true mask of every sample; `progress` is told when they were used.
 
-    A prediction that is not finite has failed (None), which the log says.
+    A prediction that is not finite has failed (None), which the log says. `batch_size` as for `evaluate`.
     """
     check_unique([sample.key for sample in samples])
-    for number, sample in enumerate(samples, start=1):
-        image, truth = load(sample)
-        truth = as_mask(truth, name=f"{sample.key}: true mask")
-        if truth.shape != image.shape[:2]:
-            sizes = f"the true mask is {truth.shape}, its image {image.shape[:2]}"
-            raise ValueError(f"{sample.key}: {sizes}. They must be of one size; check the annotation.")
-        try:
-            prediction = predict(image)
-        except NotFiniteError as error:
-            logger.warning("%s: failed, and counted as an empty mask. %s", sample.key, error)
-            prediction = None
-        yield prediction, truth
-        if progress is not None:
-            progress(number, len(samples))
+    predict_batch = predict if batch_size else lambda images: [predict(image) for image in images]
+    step, done = batch_size or 1, 0
+    for first in range(0, len(samples), step):
+        batch = samples[first : first + step]
+        images, truths = zip(*(_load_checked(sample, load) for sample in batch), strict=True)
+        for prediction, truth in zip(_or_failed(predict_batch, batch, [*images]), truths, strict=True):
+            yield prediction, truth
+            done += 1
+            if progress is not None:
+                progress(done, len(samples))
+
+
+def _load_checked(sample: Sample, load: Load) -> tuple[np.ndarray, np.ndarray]:
+    image, truth = load(sample)
+    truth = as_mask(truth, name=f"{sample.key}: true mask")
+    if truth.shape != image.shape[:2]:
+        sizes = f"the true mask is {truth.shape}, its image {image.shape[:2]}"
+        raise ValueError(f"{sample.key}: {sizes}. They must be of one size; check the annotation.")
+    return image, truth
+
+
+def _or_failed(predict_batch: Callable, samples: Sequence[Sample], images: list[np.ndarray]) -> list[Any]:
+    """Predictions of a batch; None for each that is not finite, whatever the others are."""
+    try:
+        return predict_batch(images)
+    except NotFiniteError as error:
+        if len(images) == 1:
+            logger.warning("%s: failed, and counted as an empty mask. %s", samples[0].key, error)
+            return [None]
+    alone = (_or_failed(predict_batch, [s], [image]) for s, image in zip(samples, images, strict=True))
+    return [*chain.from_iterable(alone)]
 
 
 def evaluate_masks(

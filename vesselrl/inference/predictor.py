@@ -107,7 +107,7 @@ class Predictor:
         return Tiling.of_model(self.tile_px, self.processor.config.sam2.image_size)
 
     def _logits(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        inputs = self.processor(images, self.prompt).to(self.model.device)
+        inputs = self.processor(images, self.prompt, device=self.model.device)
         outputs = self.model(inputs) if self.forward is None else self.forward(inputs, images)
         results = [output.float().cpu().numpy() for output in outputs]
         for logits in results:

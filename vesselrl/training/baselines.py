@@ -36,6 +36,7 @@ class UNet:
     """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
 
     kind = "control"
+    images_per_pass = 1
 
     def __init__(self, device: str = "cpu", is_pretrained: bool = False) -> None:
         self.is_pretrained, self.device = is_pretrained, device
@@ -59,6 +60,10 @@ class UNet:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return _prediction(self.logits(image).float().cpu().numpy())
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Segments several images, one after the other."""
+        return [*map(self.predict, images)]
 
     def check_gradients(self) -> None:
         """Refuses a first gradient that misses a weight."""
@@ -99,6 +104,7 @@ class Frangi:
     """
 
     kind = "control"
+    images_per_pass = 1
 
     def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
         self.trainable: dict = {}
@@ -109,6 +115,10 @@ class Frangi:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return self.cut(vesselness(image, self.sigmas))
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Segments several images, one after the other."""
+        return [*map(self.predict, images)]
 
     def cut(self, response: np.ndarray) -> Prediction:
         """Prediction of a vesselness that is known already."""

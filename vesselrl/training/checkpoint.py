@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
-from vesselrl.errors import RefusedError
+from vesselrl.errors import PeerOutOfMemoryError, RefusedError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import (
@@ -61,7 +61,8 @@ class Model(Protocol):
     savings: dict[str, Callable[[], None]]  # ways to need less memory, in words; no result changes by them
     start: Any  # values before the first step
     base: Any  # those of what it is compared with: the same, but for a detail head that was added
-    predict: Callable[[np.ndarray], Prediction]  # of an image, uint8 RGB (H, W, 3)
+    images_per_pass: int  # that `predict_batch` is best given
+    predict_batch: Callable[[list[np.ndarray]], Sequence[Prediction]]  # of images, uint8 RGB (H, W, 3)
     values: Callable[[], Any]  # a copy of all that training changes
     restore: Callable[[Any], None]  # sets such values
     distance: Callable[[], float]  # from the start; 0 if nothing has moved
@@ -189,9 +190,10 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
 def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[AbstractContextManager]:
     """Contexts to take a step in: a second, third ... where a GPU's memory did not suffice, each with less.
 
-    Each begins where the first began, so that the step ends as if memory had sufficed at once.
+    Each begins where the first began, so that the step ends as if memory had sufficed at once. Of several
+    processes all take it again where one has to.
     """
-    while model.savings and processes.count() == 1:  # others would wait for the step's second half
+    while model.savings and processes.blank_pass is None:  # layers in shares would wait for each other
         state, values, failures = update.state_dict(), model.values(), []
         kept, random = deepcopy(moments(optimizer, model)), random_state()
         yield _out_of_memory(failures)
@@ -213,7 +215,11 @@ def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[Abstra
 def _out_of_memory(failures: list[str]) -> Iterator[None]:
     try:
         yield
+        processes.gather([])  # whether all have come this far
     except torch.OutOfMemoryError as error:
+        failures.append(str(error))
+        processes.tell_out_of_memory()
+    except PeerOutOfMemoryError as error:
         failures.append(str(error))
 
 

@@ -7,7 +7,7 @@ thresholds lie far outside of what trainings of the miniature that gained have s
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -332,15 +332,19 @@ def take_step(
     finite is refused, and a first gradient that misses a weight. `reward` is the size of the rewards behind
     the loss.
     """
-    value = math.fsum(processes.gather([float(loss.detach())]))
-    if not math.isfinite(value):
-        raise not_finite(f"The loss is {value}", reward)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     processes.sum_gradients(model.trainable.values())
+    norm = torch.nn.utils.clip_grad_norm_(model.trainable.values(), max_norm)
+    # Fetched from a GPU together, and before the weights change.
+    own, norm = torch.stack([loss.detach(), norm.to(loss.device)]).tolist()
+    value = math.fsum(processes.gather([own]))
+    if not math.isfinite(value):
+        raise not_finite(f"The loss is {value}", reward)
+    if not math.isfinite(norm):  # clipped by an infinite norm all gradients would be 0, and pass for a step
+        raise not_finite(f"The gradient has a norm of {norm}", reward)
     if is_first:
         model.check_gradients()
-    norm = clip_gradients(model.trainable.values(), max_norm, reward)
     optimizer.step()
     return value, norm
 
@@ -351,14 +355,6 @@ def not_finite(fault: str, reward: float) -> LearningError:
         return NotFiniteError(f"{fault}: --learning_rate is probably too high.")
     cause = f"the reward is the cause, with values of {reward:.3g}"
     return LearningError(f"{fault}: {cause}. Scale it to at most about 10 for a good mask.")
-
-
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float, reward: float = 0.0) -> float:
-    """Clips the gradients to a norm and returns what it was; one that is nan or infinite is refused."""
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-    if not math.isfinite(norm):  # clipped by an infinite norm all gradients would be 0, and pass for a step
-        raise not_finite(f"The gradient has a norm of {norm}", reward)
-    return norm
 
 
 def check_moved(distance: float) -> None:

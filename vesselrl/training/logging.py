@@ -120,7 +120,7 @@ class Monitor:
 
     @property
     def reward_time_share(self) -> float:
-        """Share of the training steps' time that scoring and crediting masks took, in [0, 1]."""
+        """Share of the training steps' time that was spent waiting for scores and credit, in [0, 1]."""
         return self._reward_s / self._step_s if self._step_s else 0.0
 
     def bar(self, label: str) -> Callable[[int, int], None]:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ from vesselrl.training.features import GIB, FeatureStore, feature_store, image_k
 
 logger = logging.getLogger(__name__)
 
-STATES_PER_PASS = 8  # images that go through the language model together on a GPU; on a CPU it is one
+T = TypeVar("T")
+IMAGES_PER_PASS = 8  # that need no gradient go through the model together on a GPU; on a CPU it is one
 ONE_BY_ONE = "images of a batch are encoded one by one"
 RECOMPUTING = "what is inside the model's blocks is computed a second time for the gradient, and not kept"
 PROBE, NEGATIVE = "probe", "negative of the probe"  # keys of an image and its negative, for a self-check
@@ -85,7 +87,7 @@ class MaskPolicy:
         self.load_language = load_language
         self.language_hash = ""  # of a language model that is not in `model`
         self.states = FeatureStore()
-        self.states_per_pass = 1 if self.model.device.type == "cpu" else STATES_PER_PASS
+        self.images_per_pass = 1 if self.model.device.type == "cpu" else IMAGES_PER_PASS
         self._language: Sa2VA | None = self.model if self.model.lm is not None else None
         self._kept: dict[str, Tensor] = {}  # states by key and by `image_key`, for the whole run
         self._states: dict[str, Tensor] = {}
@@ -96,7 +98,7 @@ class MaskPolicy:
         self.identity = partial(str, processes.from_main(self.identity))  # while the weights are whole
         shard_layers(self.model, device)
         self.start = self.base = self.reference_values = self.values()
-        blank = self.processor([np.zeros((8, 8, 3), np.uint8)], self.prompt).to(device)
+        blank = self._inputs([np.zeros((8, 8, 3), np.uint8)])
         processes.blank_pass = torch.no_grad()(partial(self.model.seg_states, blank))
         processes.blank_pass()  # what inference mode allocated could not be used for gradients
 
@@ -104,8 +106,23 @@ class MaskPolicy:
 
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image."""
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Segments several images in one pass."""
         self.peft_model.eval()
-        return self.predictor.predict(image)
+        return self._in_one_pass(self.predictor.predict_batch, images)
+
+    def _in_one_pass(self, compute: Callable[[list], Sequence[T]], images: list[np.ndarray]) -> Sequence[T]:
+        """What a pass gives of images; where memory does not suffice, from then on of one at a time."""
+        try:
+            return compute(images)
+        except torch.OutOfMemoryError:
+            if len(images) == 1:
+                raise
+        logger.warning("out of memory: from now on one image at a time goes through the model")
+        self.images_per_pass = 1
+        return [*chain.from_iterable(compute([image]) for image in images)]
 
     def values(self) -> dict[str, Tensor]:
         """Returns a copy of the trainable values."""
@@ -153,7 +170,10 @@ class MaskPolicy:
         if not self.keys_repeat:
             self._states.clear()
             self._reference.clear()
-        return self.processor(images, self.prompt).to(self.model.device)
+        return self._inputs(images)
+
+    def _inputs(self, images: list[np.ndarray]) -> Sa2VAInputs:
+        return self.processor(images, self.prompt, device=self.model.device)
 
     def decode(self, inputs: Sa2VAInputs, keys: list[str]) -> DecodedMasks:
         """Candidate masks of a batch; keys name the images, one each."""
@@ -226,7 +246,7 @@ class MaskPolicy:
                 continue
             waiting[content] = image
             computed += 1
-            if len(waiting) >= self.states_per_pass:
+            if len(waiting) >= self.images_per_pass:
                 self._compute_states(waiting)
                 waiting = {}
         if waiting:
@@ -239,15 +259,10 @@ class MaskPolicy:
         self._kept |= dict(processes.gather([*self._kept.items()]))
 
     def _compute_states(self, images: dict[str, np.ndarray]) -> None:
-        inputs = self.processor([*images.values()], self.prompt).to(self.model.device)
-        try:
-            states = self._seg_states(inputs).split(1)
-        except torch.OutOfMemoryError:
-            if len(images) == 1:
-                raise
-            logger.warning("out of memory: from now on one image at a time goes through the language model")
-            self.states_per_pass = 1
-            states = [self._seg_states(inputs.image(index)) for index in range(len(images))]
+        def compute(some: list[np.ndarray]) -> Sequence[Tensor]:
+            return self._seg_states(self._inputs(some)).split(1)
+
+        states = self._in_one_pass(compute, [*images.values()])
         for content, state in zip(images, states, strict=True):
             self._kept[content] = state.clone()
             self.states.write(content, {"state": self._kept[content]})
@@ -342,7 +357,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
     policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
     needed = config.optim.batch_size * activation_bytes(model.config.sam2)
-    if not policy.encoder_is_frozen and needed > total_memory(device) / 2:
+    is_large = processes.any_of(needed > total_memory(device) / 2)
+    if not policy.encoder_is_frozen and is_large:
         logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
         policy.savings.pop(RECOMPUTING)()
     if policy.language_is_frozen:

@@ -9,7 +9,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,14 +78,16 @@ class PPOUpdate:
         decoded = policy.decode(inputs, batch.keys)
         choice = decoded.best()  # the candidate masks, kept for all passes
         logits = policy.logits(decoded, choice, inputs)
-        if processes.any_of(not all(bool(torch.isfinite(one).all()) for one in logits)):
-            # Its masks would all be empty.
+        # Of masks that are not, all would be empty; fetched from a GPU together.
+        if processes.any_of(not bool(torch.stack([one.isfinite().all() for one in logits]).all())):
             raise not_finite("The logits are not finite", 0.0)
-        images, metrics, reward_varies = self.collect(batch, logits)
+        sampled = self.sample(batch, logits)
+        # While threads score the masks.
+        reference = policy.reference_logits(inputs, batch.keys, choice)
+        images, metrics, reward_varies = self.collect(batch, logits, *sampled)
         # The largest in size, with its sign.
         reward = max((metrics[f"train/{n}"] for n in ("reward", "greedy_reward", "reward_std")), key=abs)
         if reward_varies:
-            reference = policy.reference_logits(inputs, batch.keys, choice)
             measure = partial(self._measure, batch, inputs, choice, (images, reference))
             if is_first:
                 with torch.no_grad():
@@ -113,17 +115,31 @@ class PPOUpdate:
         return metrics
 
     @torch.no_grad()
-    def collect(
-        self, batch: TrainBatch, logits: list[Tensor]
-    ) -> tuple[list[Sampled], dict[str, float], bool]:
-        """Samples, scores and credits K masks per image; also their metrics, and whether any pixel earned."""
+    def sample(self, batch: TrainBatch, logits: list[Tensor]) -> tuple[list[Tensor], list[Future[Credit]]]:
+        """K masks per image, and what threads will have found of them, which begin to score and credit."""
         s = self.settings
         sampling = (s.num_samples, s.correlation_px, s.temperature)
         seeds = (int(one.generate_state(1, np.uint64)[0]) for one in self._seeds(batch, stream=1))
         noise = (torch.Generator().manual_seed(seed) for seed in seeds)
         masks = [ppo_math.sample_masks(one, *sampling, next(noise)) for one in logits]
+        samples = [one.cpu().numpy() for one in masks]
+        # Masks are used as the model gives them: the temperature is for sampling alone, not for closing gaps.
+        probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
+        generators = map(np.random.default_rng, self._seeds(batch, stream=2))
+        images = map(RolloutImage, samples, probabilities, batch.truths, batch.topologies)
+        shared = (self.reward, self.post, s.num_regions)
+        return masks, [
+            self.pool.submit(assign_credit, image, *shared, rng, self.map_masks)
+            for image, rng in zip(images, generators, strict=True)
+        ]
+
+    @torch.no_grad()
+    def collect(
+        self, batch: TrainBatch, logits: list[Tensor], masks: list[Tensor], scoring: list[Future[Credit]]
+    ) -> tuple[list[Sampled], dict[str, float], bool]:
+        """Waits for the scores of `sample`; also gives their metrics, and whether any pixel earned."""
         started = time.perf_counter()
-        credits = self._credit(batch, masks, logits)
+        credits = [job.result() for job in scoring]
         took = time.perf_counter() - started
         scored = [replace(one, overlap=None, structure=None) for one in credits]  # maps are large
         metrics = rollout_metrics(processes.gather(scored if batch.weight else [])) | {"time/reward": took}
@@ -137,19 +153,6 @@ class PPOUpdate:
         """Random numbers of each image, by seed, rollout and place, however many processes share a step."""
         keys = ([self.seed, stream, self.num_rollouts, place] for place in batch.places)
         return [*map(np.random.SeedSequence, keys)]
-
-    def _credit(self, batch: TrainBatch, masks: list[Tensor], logits: list[Tensor]) -> list[Credit]:
-        samples = [one.cpu().numpy() for one in masks]
-        # Masks are used as the model gives them: the temperature is for sampling alone, not for closing gaps.
-        probabilities = [torch.sigmoid(one.float()).cpu().numpy() for one in logits]
-        generators = map(np.random.default_rng, self._seeds(batch, stream=2))
-        images = map(RolloutImage, samples, probabilities, batch.truths, batch.topologies)
-        shared = (self.reward, self.post, self.settings.num_regions)
-        jobs = [
-            self.pool.submit(assign_credit, image, *shared, rng, self.map_masks)
-            for image, rng in zip(images, generators, strict=True)
-        ]
-        return [job.result() for job in jobs]
 
     def _sampled(self, logits: Tensor, masks: Tensor, credit: Credit) -> Sampled:
         s = self.settings

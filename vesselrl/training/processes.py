@@ -6,12 +6,12 @@ gathered, so that all processes take the same decisions. The main one alone writ
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
-from vesselrl.errors import Stopped
+from vesselrl.errors import PeerOutOfMemoryError, Stopped
 from vesselrl.experiment import stop
 
 if TYPE_CHECKING:  # the command line asks for the rank before it needs torch
@@ -101,12 +101,22 @@ def gather(items: list[T]) -> list[T]:
     return _gather(items)
 
 
-def _gather(items: list[T]) -> list[T]:
+def _gather(items: list[T] | None) -> list[T]:
+    """The items of all; None: this process is out of memory, and so none can go on."""
     from accelerate.utils import gather_object
 
     with peers():
-        shares = gather_object([[(item,) for item in items]])
+        shares = gather_object([None if items is None else [(item,) for item in items]])
+    if None in shares:
+        raise PeerOutOfMemoryError("another process is out of memory")
     return [item for one in chain(*zip_longest(*shares)) if one for item in one]
+
+
+def tell_out_of_memory() -> None:
+    """Ends the step of the other processes too, by an error in the `gather` that they come to next."""
+    if count() > 1:
+        with suppress(PeerOutOfMemoryError):
+            _gather(None)
 
 
 def any_of(flag: bool) -> bool:
@@ -144,6 +154,7 @@ def sum_gradients(parameters: "Iterable[nn.Parameter]") -> None:
     import torch
     from accelerate.utils import reduce
 
+    gather([])  # nobody is out of memory
     parameters = [*parameters]
     known = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

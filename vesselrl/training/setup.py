@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -183,16 +184,20 @@ def training_batches(config: TrainConfig, data: RunData, run: RunFolder, tiling:
 
 
 def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Iterator[TrainBatch]:
-    """The batches; kept features of each begin to be read while the one before is learned from."""
-    waiting = None
-    for batch in batches:
-        if store is not None:
+    """The batches; each is made, and its kept features are read, while the one before is learned from."""
+    left = iter(batches)
+
+    def make() -> TrainBatch | None:
+        batch = next(left, None)
+        if batch is not None and store is not None:
             store.fetch_ahead(batch.keys)
-        if waiting is not None:
-            yield waiting
-        waiting = batch
-    if waiting is not None:
-        yield waiting
+        return batch
+
+    with ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(make)
+        while (batch := coming.result()) is not None:
+            coming = maker.submit(make)
+            yield batch
 
 
 @contextmanager

@@ -203,17 +203,19 @@ def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) ->
     """Scores the model on the `val` or `test` images, as it is or with other values."""
     caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
     shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": processes.gather}
+    shared |= {"batch_size": t.model.images_per_pass}
     with with_values(t.model, t.model.values() if values is None else values):
         scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
     return scored
 
 
-def predict(t: Training, image: np.ndarray) -> Prediction:
-    """Segments one image, with the run's post-processing."""
-    prediction = t.model.predict(image)
-    postprocess = t.post.postprocess_for(prediction.probabilities)
-    return prediction._replace(mask=postprocess(prediction.mask))
+def predict(t: Training, images: list[np.ndarray]) -> list[Prediction]:
+    """Segments images, with the run's post-processing."""
+    return [
+        one._replace(mask=t.post.postprocess_for(one.probabilities)(one.mask))
+        for one in t.model.predict_batch(images)
+    ]
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
@@ -364,7 +366,7 @@ def draw(t: Training) -> None:
         for values in (t.model.base, t.best_values):
             masks.append(None)  # a prediction that fails, as the log has told
             with with_values(t.model, values), suppress(NotFiniteError):
-                masks[-1] = predict(t, image).mask
+                masks[-1] = predict(t, [image])[0].mask
         cases.append(Case(key, image, truth, *masks, rank))
     write_cases(t.run.path, cases)
 
