@@ -33,11 +33,13 @@ START = {"reward": 3.1, "dice": 0.78, "recall": 0.77, "precision": 0.81, "cldice
 class Toy:
     """A model of one weight, whose every step adds 1 to it."""
 
+    kind = "lora"
+
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.AdamW([self.weight], lr=1.0)
         self.issues: list[Issue] = []
-        self.health = Health(self, self.optimizer, 1.0, self.issues.append)
+        self.health = Health(self, self.optimizer, TrainConfig(), self.issues.append)
 
     def values(self) -> torch.Tensor:
         return self.weight.detach().clone()
@@ -219,6 +221,22 @@ def step_along(weight: torch.nn.Parameter, gradient: list[float], reward: float 
         return take_step(model, sgd, loss, 1.0, is_first=False, reward=reward)[1]
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("dice", "stage", "kind"),
+    [(0.59, "rl", "lora"), (0.6, "rl", "lora"), (0.1, "sft", "lora"), (0.1, "rl", "control")],
+)
+def test_ppo_from_a_model_that_does_not_know_the_images_is_advised_once(dice, stage, kind) -> None:
+    toy, issues = Toy(), []
+    toy.kind = kind
+    health = Health(toy, toy.optimizer, TrainConfig().with_(stage=stage), issues.append)
+    for later in (0.0, 0.01):
+        health.after_validation(0, START | {"dice": dice + later, "reward": 3.0 + later})
+    assert [issue.code for issue in issues] == ["images_unknown"] * (dice == 0.59)
+    for issue in issues:
+        assert "Dice is 0.590" in issue.symptom
+        assert "--stage sft --detail_head pretrained" in issue.advice
 
 
 def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vesselrl.errors import LearningError, NotFiniteError
+from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.training import processes
 from vesselrl.training.checkpoint import Model
 
@@ -25,6 +26,9 @@ WINDOW = 20  # steps that a rule looks at: a single one says nothing, unless it 
 MAX_CORRECTIONS = 5
 HEALTHY = 0.5  # part of every `roll_back` threshold below which weights count as good
 FLAT_VALIDATIONS = 4  # validations in a row without gain
+KNOWN_DICE = (
+    0.6  # of a model before training; below it a detail head gains far more than PPO alone: R029, R078
+)
 HUGE_REWARD = 1e4  # the built-in ones stay below 20; beyond it no learning rate is at fault
 
 
@@ -52,6 +56,7 @@ class History:
     latest: dict[str, list[float]] = field(default_factory=dict)
     since_roll_back: dict[str, int] = field(default_factory=dict)  # number of values
     validations: list[dict[str, float]] = field(default_factory=list)
+    is_rl_alone: bool = False  # PPO from a model that somebody has trained
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Adds the `train/` metrics of a step, but no reward while multipliers move, and no loss of PPO."""
@@ -139,6 +144,12 @@ def _flat(h: History) -> float:
     return best + 0.005 * max(1.0, abs(best)) - max(rewards[-FLAT_VALIDATIONS:])
 
 
+def _unknown(h: History) -> float:
+    """How far the first Dice of a run of PPO alone is below that of images that a model knows."""
+    is_first = h.is_rl_alone and len(h.validations) == 1
+    return KNOWN_DICE - h.validations[0]["dice"] if is_first else -math.inf
+
+
 def _traded(h: History, name: str) -> float:
     """How far a validation score has fallen, if the reward has risen."""
     return h.validations[0][name] - h.validations[-1][name] if _reward_rise(h, 0, -1) > 1 else -math.inf
@@ -205,6 +216,10 @@ RULES = (
          "The reward of the masks has fallen to {now:.3g}, {first:.3g} at the start."),
     Rule("correction", "loss", _loss_rise, None, math.log(2.5),
          "The loss has risen to {now:.3g}, {first:.3g} at the start."),
+    Rule("images_unknown", "", _unknown, 0, None,
+         "Before training the Dice is {first[dice]:.3f}: the model does not know such images.",
+         "Teach it first: --stage sft --detail_head pretrained --augment flips, with about 700 image passes "
+         "(--num_epochs 12 for 30 images)."),
     Rule("below_start", "", lambda h: -_reward_rise(h, 0, -1), 1, None,
          "The validation reward is {now[reward]:.3f}, below the {first[reward]:.3f} that the run began with.",
          "If it stays there, lower --learning_rate or raise --kl_coef."),
@@ -232,21 +247,23 @@ class Health:
 
     model: Model
     optimizer: Optimizer | None
-    max_grad_norm: float
+    config: TrainConfig
     note: Callable[[Issue], None]
-    history: History = field(default_factory=History)
     rate_factor: float = 1.0  # of the learning rate
     num_corrections: int = 0
     last_seen: dict[str, int] = field(default_factory=dict)  # step by code of a rule
 
     def __post_init__(self) -> None:
         self.good = self.candidate = (0, self.model.values())
+        is_random = self.config.model.model_path == RANDOM_MODEL
+        is_rl = self.config.optim.stage == "rl" and self.model.kind == "lora"
+        self.history = History(is_rl_alone=is_rl and not is_random)
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step, none where its loss or gradient was not finite."""
         derived = {}  # not hidden while multipliers move: the size of rewards is no measure of progress
         if "train/grad_norm" in metrics:
-            derived["train/excess_grad_norm"] = metrics["train/grad_norm"] / self.max_grad_norm
+            derived["train/excess_grad_norm"] = metrics["train/grad_norm"] / self.config.optim.max_grad_norm
         if "train/reward" in metrics:
             derived["train/score_size"] = abs(metrics["train/reward"])
         self.history.add({**metrics, **derived})

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ from vesselrl.training.features import GIB, FeatureStore, feature_store, image_k
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 IMAGES_PER_PASS = 8  # that need no gradient go through the model together on a GPU; on a CPU it is one
 ONE_BY_ONE = "images of a batch are encoded one by one"
 RECOMPUTING = "what is inside the model's blocks is computed a second time for the gradient, and not kept"
@@ -65,8 +63,7 @@ class MaskPolicy:
     ) -> None:
         self.peft_model = peft_model
         self.model: Sa2VA = peft_model.get_base_model()
-        self.processor = processor
-        self.prompt = prompt
+        self.processor, self.prompt = processor, prompt
         self.predictor = Predictor(self.model, processor, prompt, forward=self.predict_logits)
         self.trainable = lora.adapter_parameters(peft_model)
         self.counts = lora.trainable_counts(peft_model)
@@ -82,8 +79,7 @@ class MaskPolicy:
             self.savings[ONE_BY_ONE] = partial(setattr, self, "image_by_image", True)
             self.savings[RECOMPUTING] = self.model.recompute_blocks
         self.head = self.model.detail
-        self.start = self.base = self.values()
-        self.reference_values = self.start
+        self.start = self.base = self.reference_values = self.values()
         self.load_language = load_language
         self.language_hash = ""  # of a language model that is not in `model`
         self.states = FeatureStore()
@@ -113,7 +109,7 @@ class MaskPolicy:
         self.peft_model.eval()
         return self._in_one_pass(self.predictor.predict_batch, images)
 
-    def _in_one_pass(self, compute: Callable[[list], Sequence[T]], images: list[np.ndarray]) -> Sequence[T]:
+    def _in_one_pass(self, compute: Callable[[list], Sequence], images: list[np.ndarray]) -> Sequence:
         """What a pass gives of images; where memory does not suffice, from then on of one at a time."""
         try:
             return compute(images)
@@ -259,13 +255,13 @@ class MaskPolicy:
         self._kept |= dict(processes.gather([*self._kept.items()]))
 
     def _compute_states(self, images: dict[str, np.ndarray]) -> None:
-        def compute(some: list[np.ndarray]) -> Sequence[Tensor]:
-            return self._seg_states(self._inputs(some)).split(1)
-
-        states = self._in_one_pass(compute, [*images.values()])
+        states = self._in_one_pass(self._states_of, [*images.values()])
         for content, state in zip(images, states, strict=True):
             self._kept[content] = state.clone()
             self.states.write(content, {"state": self._kept[content]})
+
+    def _states_of(self, images: list[np.ndarray]) -> Sequence[Tensor]:
+        return self._seg_states(self._inputs(images)).split(1)
 
     def drop_language(self) -> None:
         """Gives the memory of a frozen language model back, until an image comes whose state is not kept."""
@@ -357,8 +353,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
     policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
     needed = config.optim.batch_size * activation_bytes(model.config.sam2)
-    is_large = processes.any_of(needed > total_memory(device) / 2)
-    if not policy.encoder_is_frozen and is_large:
+    if processes.any_of(needed > total_memory(device) / 2) and not policy.encoder_is_frozen:
         logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
         policy.savings.pop(RECOMPUTING)()
     if policy.language_is_frozen:

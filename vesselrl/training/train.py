@@ -109,7 +109,7 @@ def train(
         state = resume_from and processes.from_main(partial(checkpoint.read_state, run.path))
         t = set_up(config, argv, run, reward, state, allow_change)
         with Monitor(run, config, t.num_steps, console, state and state["step"]) as t.monitor:
-            t.health = Health(t.model, t.optimizer, config.optim.max_grad_norm, t.monitor.note)
+            t.health = Health(t.model, t.optimizer, config, t.monitor.note)
             if state is not None:
                 restore(t, state)
             # 2. Validate before the first update: the starting adapter is the first `best_lora`.
@@ -212,10 +212,8 @@ def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) ->
 
 def predict(t: Training, images: list[np.ndarray]) -> list[Prediction]:
     """Segments images, with the run's post-processing."""
-    return [
-        one._replace(mask=t.post.postprocess_for(one.probabilities)(one.mask))
-        for one in t.model.predict_batch(images)
-    ]
+    predictions = t.model.predict_batch(images)
+    return [one._replace(mask=t.post.postprocess_for(one.probabilities)(one.mask)) for one in predictions]
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
