@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[type, ...]] = {
 }
 VALUES = {str: "text", int: "whole number", float: "number", bool: "switch"}
 PRESET = "A set of defaults that the other options change."
+CONFIG = "Run folder, or the config.json in one, whose settings take the place of the defaults."
 
 
 class Option(NamedTuple):
@@ -113,7 +114,8 @@ def option_tables() -> str:
                 parts.append(option_table(options_of(group)))
         if verb == "train":
             preset = Option(("--preset",), ", ".join(f"`{name}`" for name in PRESETS), "none", PRESET)
-            parts.append("### Presets\n\n" + option_table([preset]) + "\n" + preset_table())
+            config = Option(("--config",), "text", "none", CONFIG)
+            parts.append("### Presets\n\n" + option_table([preset, config]) + "\n" + preset_table())
     return "\n".join(parts)
 
 

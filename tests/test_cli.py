@@ -1,7 +1,10 @@
 """The command line: verbs, presets, spellings, exit codes, and what it imports."""
 
 import contextlib
+import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import torch
 from vesselrl.cli import VERBS, main
 from vesselrl.evaluation.held_out import HeldOutResult
 from vesselrl.experiment.config import PRESETS, TrainConfig
+from vesselrl.experiment.run_folder import run_settings
 
 # Runs the command line as `python -m vesselrl` does, then says whether something heavy was imported.
 SPY = """
@@ -25,13 +29,14 @@ sys.exit(f"imported {sorted(heavy)}" if heavy else code)
 
 
 @pytest.fixture
-def trained(monkeypatch) -> list:
+def trained(monkeypatch, tmp_path: Path) -> list:
     """Stands in for the training: what it was called with, as [config, argv] pairs."""
-    calls = []
+    calls, folder = [], tmp_path / "output" / "the_run"
+    (folder / "best_lora").mkdir(parents=True)
 
     def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
         calls.append((config, argv))
-        return SimpleNamespace(folder="the run folder", validation=[], test=[], caveats=())
+        return SimpleNamespace(folder=folder, validation=[], test=[], caveats=())
 
     monkeypatch.setattr("vesselrl.training.train.train", train)
     return calls
@@ -49,7 +54,7 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy(repository: Path, words:
 
 WRONG_USAGE = {
     "": ["usage: vesselrl VERB"],
-    "tarin": ["usage: vesselrl VERB", "Unknown verb 'tarin'"],
+    "tarin": ["usage: vesselrl VERB", "Unknown verb 'tarin'. Did you mean 'train'?"],
     "--version-of-what": ["usage: vesselrl VERB", "Unknown verb '--version-of-what'"],
     "train --learnin_rate 1": ["--learnin_rate", "--learning_rate"],
     "train --reward_type best": ["'best'", "multi_objective", "simple_dice", "recall_focused"],
@@ -79,6 +84,66 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
         assert line.startswith("error: --preset is '")
         assert line.endswith(f"choose one of {', '.join(PRESETS)}.")
     assert len(trained) == 3
+
+
+def test_the_last_lines_name_report_adapter_and_next_command(trained: list, tmp_path: Path, capsys) -> None:
+    main(["train"])
+    folder = tmp_path / "output" / "the_run"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Report: {folder / 'report.html'}",
+        f"Best weights: {folder / 'best_lora'}",
+        f"Next: vesselrl predict --lora_weights {folder} --image IMAGES",
+    ]
+
+
+def test_the_settings_of_another_run_are_a_start(trained: list, finished_run: Path, capsys) -> None:
+    for place in (finished_run, finished_run / "config.json"):
+        assert main(["train", "--config", str(place), "--seed", "7"]) == 0
+    settings = TrainConfig.from_dict(run_settings(finished_run)).with_(seed=7)
+    assert [config for config, _ in trained] == [settings, settings]
+    assert settings != TrainConfig().with_(seed=7)
+    assert main(["train", "--config", str(finished_run / "best_lora")]) == 2
+    assert "there is no config.json in" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vesselrl {importlib.metadata.version('vesselrl')}\n"
+
+
+def test_without_a_model_the_newest_finished_run_is_taken_and_told(
+    finished_run, tmp_path, monkeypatch, capsys
+) -> None:
+    """Unless a base is named, or none is asked for; its base's scores stand beside it."""
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("newer", "older", "unfinished")):
+        shutil.copytree(finished_run, Path("output") / name)
+        os.utime(Path("output") / name / "training_info.json", (1e9 - number, 1e9 - number))
+    Path("output/unfinished/training_info.json").unlink()
+    assert main(["evaluate"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "No model was named: the adapter is that of output/newer, the run that finished last."
+    )
+    assert "base model and adapter, test: patient means" in out
+    assert Path("output/newer/evaluation/test_best_lora.json").is_file()
+    seen = []
+    monkeypatch.setattr("vesselrl.inference.predictor.Predictor.from_pretrained",
+                        lambda *places, **_: seen.append(places) or sys.exit(0))  # fmt: skip
+    for words in ("", "--lora_weights output/older", "--base_model b", "--lora_weights none"):
+        assert main(["predict", "--image", "images", *words.split()]) == 0
+    assert seen == [(None, "output/newer"), (None, "output/older"), ("b", None), (None, None)]
+    shutil.rmtree("output")
+    assert main(["merge", "--output_model", "merged"]) == 2
+    assert "there is no finished run" in capsys.readouterr().err
+
+
+def test_compare_takes_a_folder(tmp_path: Path, capsys) -> None:
+    assert main(["compare", str(tmp_path / "nowhere")]) == main(
+        ["compare", "--output_dir", str(tmp_path / "nowhere")]
+    )
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second
 
 
 def test_hyphens_and_underscores_are_the_same(trained: list) -> None:

@@ -95,7 +95,7 @@ def test_every_import_command_and_option_exists() -> None:
     known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal".split()}  # torchrun and Slurm
     accelerate = "use_fsdp fsdp_version fsdp_offload_params fsdp_reshard_after_forward"
     known |= {*accelerate.split(), "num_machines", "num_processes"}
-    check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "help", "no_"}, pages)
+    check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)
 
 
 def test_every_shell_variable_and_verb_is_named() -> None:

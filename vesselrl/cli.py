@@ -10,8 +10,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +22,8 @@ from rich.table import Table
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
-from vesselrl.experiment.run_folder import find_run, run_settings
+from vesselrl.experiment.progress import bar
+from vesselrl.experiment.run_folder import CONFIG_FILE, find_run, run_settings
 from vesselrl.training import processes
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USAGE = "VERB [options]   (vesselrl VERB --help lists them)"
 Verb = Callable[[list[str]], int]
+BASE_ALONE = "none"  # in the place of an adapter
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
 OUT_OF_MEMORY = (
     "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
@@ -50,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(USAGE, VERBS))
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
+    if verb == "--version":
+        print(f"vesselrl {sys.modules[__package__].__version__}")
+        return 0
     if verb not in VERBS:
-        print(f"Unknown verb {verb!r}.\n{usage(USAGE, VERBS)}", file=sys.stderr)
+        near = "".join(f" Did you mean {name!r}?" for name in get_close_matches(verb, VERBS, 1))
+        print(f"Unknown verb {verb!r}.{near}\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
     level = logging.WARNING if OF_PROCESS else logging.INFO
     logging.basicConfig(level=level, format=f"%(asctime)s {OF_PROCESS}%(message)s", datefmt="%H:%M:%S")
@@ -88,7 +94,8 @@ def usage(form: str, verbs: dict[str, Verb]) -> str:
 def run_train(rest: list[str]) -> int:
     """Fine-tune with PPO or supervised; --preset quick, full or debug.
 
-    A preset is a set of defaults that the options change; `--preset quick --help` shows them.
+    A preset is a set of defaults that the options change; `--preset quick --help` shows them. `--config RUN`
+    takes the settings of another run, or of its config.json, in their place.
     `--resume_from RUN`, alone, goes on with an interrupted run; what has changed since must be named in
     `--allow_change`.
     """
@@ -99,8 +106,8 @@ def run_train(rest: list[str]) -> int:
 
         print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
         return 0
-    preset, others = take_preset(rest)
-    config = parse(TrainConfig, others, "train", PRESETS.get(preset))
+    start, others = take_start(rest)
+    config = parse(TrainConfig, others, "train", start)
     from vesselrl.training.train import train
 
     print_result(train(config, argv, bars))
@@ -112,11 +119,12 @@ def run_evaluate(rest: list[str]) -> int:
     args = parse(options.Evaluate, rest, "evaluate")
     from vesselrl.evaluation.held_out import evaluate_held_out
 
-    failed = False
-    for weights in args.lora_weights or (None,):
-        with bar("evaluating") as progress:
+    failed, asked = False, args.lora_weights or (newest_run(args.base_model),)
+    for weights in (None if weights == BASE_ALONE else weights for weights in asked):
+        with bar(console, "evaluating") as progress:
             result = evaluate_held_out(args, weights, progress)
         print_evaluation(f"{weights or 'base model'}, {args.split}", args.threshold, result)
+        print_base_beside(args, weights, result)
         failed |= result.evaluation.too_many_failed
     return int(failed)
 
@@ -129,14 +137,15 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
-    listed = list_name(args.shard)
-    settings, weights = run_settings(find_run(args.lora_weights)), (args.base_model, args.lora_weights)
+    listed, adapter = list_name(args.shard), args.lora_weights or newest_run(args.base_model)
+    adapter = None if adapter == BASE_ALONE else adapter
+    settings, weights = run_settings(find_run(adapter)), (args.base_model, adapter)
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
     made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
     predictor = Predictor.from_pretrained(*weights, use_bf16=args.use_bf16, **made)
     counts, failed = Counter(), []
-    with bar("predicting") as progress:
+    with bar(console, "predicting") as progress:
         places = Path(args.image), Path(args.output_dir)
         for row in predict_files(predictor, *places, progress, args.shard):
             counts[row["status"]] += 1
@@ -157,7 +166,10 @@ def run_merge(rest: list[str]) -> int:
     args = parse(options.Merge, rest, "merge")
     from vesselrl.inference.merge import merge
 
-    done = merge(args.base_model, args.lora_weights, args.output_model, args.dtype)
+    adapter = args.lora_weights or newest_run()
+    if adapter is None:
+        raise ValueError("merge needs --lora_weights, as there is no finished run in output/.")
+    done = merge(args.base_model, adapter, args.output_model, args.dtype)
     same = f"predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
     console.print(f"{done['output']}: {same}")
     if done["detail_head"]:
@@ -169,6 +181,8 @@ def run_merge(rest: list[str]) -> int:
 
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
+    if rest and not rest[0].startswith("-"):
+        rest = ["--output_dir", *rest]
     args = parse(options.Compare, rest, "compare")
     from vesselrl.evaluation.compare import compare_runs, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
@@ -257,16 +271,63 @@ def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = No
     )
 
 
-def take_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of --preset and the other arguments; no value, or an unknown one, is a ValueError."""
+def print_base_beside(args: options.Evaluate, weights: str | None, result: "HeldOutResult") -> None:
+    """The same scores of the base model, where the adapter's run has them of the same images and masks."""
+    from vesselrl.evaluation.results import before_after_table, read_evaluation, set_mismatch
+
+    run = find_run(weights)
+    file = run and run / f"{args.split}_before.json"
+    changed = args.flips or args.threshold != 0.5 or {args.min_component_px, args.close_gaps} != {None}
+    if changed or not file or not file.is_file():
+        return
+    base, adapted = read_evaluation(file), result.evaluation
+    if not set_mismatch(base, adapted, "base", "adapter"):
+        print_before_after(f"base model and adapter, {args.split}", before_after_table(base, adapted))
+
+
+def print_before_after(title: str, rows: list[dict]) -> None:
+    """A table of paired differences; nothing without rows."""
+    if not rows:
+        return
+    columns = ("metric", "before", "after", "difference", "95 % interval", "")
+    table = Table(*columns, title=f"{title}: patient means")
+    for row in rows:
+        interval = row["reason"] or f"{row['low']:+.4f} to {row['high']:+.4f}"
+        values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
+        table.add_row(row["metric"], *values, interval, row["verdict"])
+    console.print(table)
+
+
+def take_start(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
+    """The settings of --preset or --config, and the other arguments; an unknown one is a ValueError."""
     for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name == "--preset":
+        if name in ("--preset", "--config"):
             value, used = (value, 1) if equals else (next(iter(arguments[index + 1 :]), ""), 2)
-            if value not in PRESETS:
+            others = arguments[:index] + arguments[index + used :]
+            if name == "--preset" and value not in PRESETS:
                 raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
-            return value, arguments[:index] + arguments[index + used :]
+            return PRESETS[value] if name == "--preset" else config_of(Path(value)), others
     return None, arguments
+
+
+def config_of(place: Path) -> TrainConfig:
+    """The settings of a run, by its folder or its config.json."""
+    folder = place.parent if place.name == CONFIG_FILE else place
+    if not (settings := run_settings(folder, may_be_changed=True)):
+        raise ValueError(f"--config: there is no {CONFIG_FILE} in {folder}; give the folder of a run.")
+    return TrainConfig.from_dict(settings)
+
+
+def newest_run(base_model: str | None = None) -> str | None:
+    """The run in output/ that finished last, which is said; None: there is none, or a base was named."""
+    finished = [] if base_model else Path("output").glob("*/training_info.json")
+    runs = [file for file in finished if (file.parent / "best_lora").is_dir()]
+    if not runs:
+        return None
+    newest = str(max(runs, key=lambda file: file.stat().st_mtime).parent)
+    print(f"No model was named: the adapter is that of {newest}, the run that finished last.")
+    return newest
 
 
 def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> None:
@@ -298,23 +359,9 @@ def print_result(result: "TrainResult | None") -> None:
     for caveat in result.caveats:
         console.print(f"[bold]{caveat}[/bold]")
     for title, rows in (("validation", result.validation), ("test", result.test)):
-        if not rows:
-            continue
-        columns = ("metric", "before", "after", "difference", "95 % interval", "")
-        table = Table(*columns, title=f"{title}: patient means")
-        for row in rows:
-            interval = row["reason"] or f"{row['low']:+.4f} to {row['high']:+.4f}"
-            values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
-            table.add_row(row["metric"], *values, interval, row["verdict"])
-        console.print(table)
-    console.print(f"Run folder: {result.folder}")
-
-
-@contextmanager
-def bar(label: str):
-    """A progress bar as a callback (done, total); silent where the output is no terminal."""
-    from rich.progress import Progress
-
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        print_before_after(title, rows)
+    best = next(result.folder.glob("best_*"))
+    lines = [f"Report: {result.folder / 'report.html'}", f"Best weights: {best}"]
+    if best.name == "best_lora":
+        lines.append(f"Next: vesselrl predict --lora_weights {result.folder} --image IMAGES")
+    console.print(*lines, sep="\n", soft_wrap=True)

@@ -168,7 +168,7 @@ def test_with_fsdp_each_process_holds_half_of_the_language_model(tmp_path: Path)
 def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
     output = tmp_path / "two"
     two = launch(output, TORCHRUN, LONG)
-    wait_for(output, "step 9:")  # of PPO
+    wait_for(output, "step 9 of")  # of PPO
     two.send_signal(signal.SIGTERM)
     assert two.wait(30) != 0
     run, log = the_run(output), (tmp_path / "two.log").read_text()
@@ -188,7 +188,7 @@ def test_where_one_process_is_killed_the_other_ends(
 ) -> None:
     output = tmp_path / "two"
     two = launch(output, launcher, LONG | changes)
-    wait_for(output, "step 3:")
+    wait_for(output, "step 3 of")
     ids = {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -26,6 +26,7 @@ from vesselrl.data.patients import lone_frames
 from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
 from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
 from vesselrl.data.records import CODES, DataFolder, Entry, Finding, Findings, Listing, Severity
+from vesselrl.experiment.progress import logged
 from vesselrl.scoring.overlap import dice
 
 MIN_AGREEMENT = 0.98  # Dice of a mask file with the polygons of its image
@@ -146,7 +147,8 @@ def check_listing(
     entries = list(samples.different_images(listing, aliases, findings))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         check = partial(check_entry, folder=listing.folder, with_look=near_duplicates)
-        checked = list(pool.map(check, entries, [aliases[entry.name] for entry in entries]))
+        results = pool.map(check, entries, [aliases[entry.name] for entry in entries])
+        checked = [*logged(results, "checking images", len(entries))]
     for result in checked:
         findings.extend(result.findings)
     usable = [result for result in checked if result.sample is not None]

@@ -22,6 +22,7 @@ from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.results import Caveat, Evaluation, read_caveats, summarise
 from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
+from vesselrl.experiment.progress import Progress
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import Reward, score_or_skip
@@ -37,7 +38,6 @@ FLIPS = tuple((slice(None, None, y), slice(None, None, x)) for y in (None, -1) f
 Predict = Callable[[np.ndarray], Any]
 Pairs = Iterable[tuple[np.ndarray | None, np.ndarray]]  # predicted (None = failed) and true masks
 Load = Callable[[Any], tuple[np.ndarray, np.ndarray]]
-Progress = Callable[[int, int], None]
 Gather = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 

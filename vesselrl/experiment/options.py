@@ -30,7 +30,8 @@ class Evaluate(Reading):
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folders, each is scored; none: the base model.
+    # Adapter or run folders, each is scored, and none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
     lora_weights: tuple[str, ...] = ()
     # Data folder; none: the run's own data.
     data_root: str | None = None
@@ -74,7 +75,8 @@ class Predict:
     image: str
     # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folder; none: the base model.
+    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
+    # the base model where there is no run or --base_model is given.
     lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
@@ -99,10 +101,10 @@ class Predict:
 class Merge:
     """Write a merged copy of the model in the official layout, and verify it."""
 
-    # Adapter or run folder.
-    lora_weights: str
     # New folder for the merged model.
     output_model: str
+    # Adapter or run folder; left out: the run in output/ that finished last.
+    lora_weights: str | None = None
     # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
     # Of the written weights; keep: each tensor's own.

@@ -29,6 +29,7 @@ from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, NotFiniteError
+from vesselrl.experiment.progress import Progress
 from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
@@ -157,7 +158,7 @@ def predict_files(
     predictor: Predictor,
     path: Path,
     output_dir: Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     shard: str = ALL,
 ) -> Iterator[dict]:
     """Segments an image or a folder of images and writes mask, probability and overlay of each.

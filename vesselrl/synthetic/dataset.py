@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.polygons import mask_to_polygons
+from vesselrl.experiment.progress import logged
 from vesselrl.experiment.run_folder import atomic_write, check_room, read_json
 from vesselrl.synthetic.rendering import Domain, choose_style, compose, render_attenuation, render_mask
 from vesselrl.synthetic.tree import CANVAS_PX, Rng, Vessel, beat, grow_tree, project
@@ -119,7 +120,8 @@ def _draw(root: Path, domain: Domain, settings: dict) -> None:
         if layout != "nested":
             (partial / "masks").mkdir()
         records = []
-        for patient, sequence in product(range(1, num_patients + 1), range(1, num_sequences + 1)):
+        names = product(range(1, num_patients + 1), range(1, num_sequences + 1))
+        for patient, sequence in logged(names, "drawing sequences", num_patients * num_sequences):
             frames = draw_sequence(domain, patient, sequence, settings["num_frames"], size, seed)
             stems = _stems(seed, patient, sequence, settings["num_frames"])
             drawn = zip(frames, stems, strict=True)

@@ -3,7 +3,7 @@
 Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from vesselrl.data.samples import Sample, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
+from vesselrl.experiment.progress import Progress
 from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight, load_detail_head
@@ -155,7 +156,7 @@ def vesselness(image: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
 
 
 def best_frangi(
-    samples: Sequence[Sample], progress: Callable[[int, int], None] | None = None
+    samples: Sequence[Sample], progress: Progress | None = None
 ) -> tuple[tuple[float, ...], float]:
     """The sigmas and the threshold with the best mean over patients of Dice on these samples."""
     counted: dict[tuple, list] = {sigmas: [] for sigmas in SIGMAS}

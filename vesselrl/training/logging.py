@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from vesselrl.errors import WriteError
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths
+from vesselrl.experiment.progress import Pace, Progress, log_progress
 from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training import processes
 from vesselrl.training.health import Issue
@@ -60,6 +61,7 @@ class Monitor:
             *columns, console=console or Console(quiet=True), disable=console is None
         )
         self._training = self._progress.add_task("training", total=total_steps)
+        self._total, self._pace = total_steps, Pace()
 
     def __enter__(self) -> "Monitor":
         self._progress.start()
@@ -101,8 +103,9 @@ class Monitor:
         self.log(step, metrics)
         self._progress.update(self._training, completed=step)
         shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-        if step % self.log_freq == 0 and shown:
-            logger.info("step %d: %s", step, ", ".join(shown))
+        left, is_due = self._pace.left(step, self._total), self._pace.is_due()
+        if step % self.log_freq == 0 or is_due:
+            logger.info("step %d of %d%s: %s", step, self._total, left, ", ".join(shown) or "taken back")
 
     def log_validation(self, step: int, scores: Mapping[str, float]) -> None:
         """Stores the mean scores of a validation."""
@@ -123,8 +126,10 @@ class Monitor:
         """Share of the training steps' time that was spent waiting for scores and credit, in [0, 1]."""
         return self._reward_s / self._step_s if self._step_s else 0.0
 
-    def bar(self, label: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that shows a second bar for the length of an evaluation."""
+    def bar(self, label: str) -> Progress:
+        """A callback (done, total) that shows a second bar for the length of an evaluation, or logs."""
+        if self._progress.disable:
+            return log_progress(label)
         task = self._progress.add_task(label, total=None)
 
         def show(done: int, total: int) -> None:

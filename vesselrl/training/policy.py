@@ -21,6 +21,7 @@ from torch import Tensor
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.samples import Sample, load_image
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.progress import logged
 from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
@@ -312,9 +313,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
     is_random = s.model_path == RANDOM_MODEL
-    source = partial(random_checkpoint, seed)
-    if not is_random:
-        source = partial(nullcontext, checkpoint_folder(s.model_path))
+    place = None if is_random else checkpoint_folder(s.model_path)
+    source = partial(random_checkpoint, seed) if is_random else partial(nullcontext, place)
     adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
     is_sharded = trains_language and processes.use_fsdp()
@@ -352,8 +352,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     policy.half_features = dtype == torch.bfloat16
     encoder = model.sam.vision_encoder if policy.encoder_is_frozen else None
     policy.store = feature_store(config.run, encoder, "_bf16" * policy.half_features)
-    needed = config.optim.batch_size * activation_bytes(model.config.sam2)
-    if processes.any_of(needed > total_memory(device) / 2) and not policy.encoder_is_frozen:
+    needed = config.optim.batch_size * activation_bytes(model.config.sam2) * (not policy.encoder_is_frozen)
+    if processes.any_of(needed > total_memory(device) / 2):
         logger.info("activations would take %.1f GB: %s", needed / 1e9, RECOMPUTING)
         policy.savings.pop(RECOMPUTING)()
     if policy.language_is_frozen:
@@ -382,17 +382,17 @@ def keep_states(policy: MaskPolicy, train: Sequence[Sample], others: Sequence[Sa
     tiling = policy.predictor.tiling
 
     def images() -> Iterator[tuple[str, np.ndarray]]:
-        for sample in processes.share(samples):
+        for sample in logged(processes.share(samples), "[SEG] states"):
             image = load_image(sample)
             if not tiling.cuts(*image.shape[:2]):
                 yield sample.key, image
                 continue
             yield from ((f"{sample.key} tile {k}", tile) for k, tile in enumerate(tiling.pieces(image)))
 
-    computed = policy.keep_states(chain(pair, images()))
+    new = policy.keep_states(chain(pair, images()))
     policy.gather_states()
     took = time.perf_counter() - started
-    logger.info("[SEG] states: %d images, %d computed, %.1f s", len(samples), computed, took)
+    logger.info("[SEG] states: %d images, %d computed, %.1f s", len(samples), new, took)
     if policy.keys_repeat:
         policy.drop_language()
         logger.info("vision tower and language model are not needed any more: unloaded")

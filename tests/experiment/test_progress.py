@@ -1,0 +1,43 @@
+"""A task says how far it is when it has long been silent, and what is left by its pace."""
+
+import logging
+
+import pytest
+from rich.console import Console
+
+from vesselrl.experiment import progress
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which tests move."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_come_at_most_every_few_seconds_with_what_is_left(clock, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    with progress.bar(Console(force_terminal=False), "validation") as tell:
+        for done in range(1, 101):
+            clock[0] += 4.0
+            tell(done, 100)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:2] == ["validation: 4 of 100, 6 min left", "validation: 8 of 100, 6 min left"]
+    assert lines[-1] == "validation: 96 of 100, 16 s left"
+    assert len(lines) == 24
+
+
+def test_what_is_soon_done_says_nothing(clock, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    assert list(progress.logged([1, 2, 3], "images")) == [1, 2, 3]
+    assert not caplog.records
+
+
+def test_hours_and_a_run_that_goes_on(clock) -> None:
+    """Steps that were done before the interruption say nothing about the pace."""
+    pace = progress.Pace()
+    assert pace.left(1000, 2000) == ""
+    clock[0] += 60.0
+    assert pace.left(1010, 2000) == ", 1 h 39 min left"  # 990 steps of 6 s
+    assert pace.left(2000, 2000) == ""
