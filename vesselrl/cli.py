@@ -147,7 +147,7 @@ def run_predict(rest: list[str]) -> int:
     counts, failed = Counter(), []
     with bar(console, "predicting") as progress:
         places = Path(args.image), Path(args.output_dir)
-        for row in predict_files(predictor, *places, progress, args.shard):
+        for row in predict_files(predictor, *places, progress, args.shard, args.pixel_mm):
             counts[row["status"]] += 1
             failed += [f"{row['image']}: {row['reason']}"] if row["status"] == "failed" else []
     written = counts["done"] + counts["replaced"]

@@ -1,5 +1,6 @@
 """Evaluating adapters on the held-out subset of their own split, with the run's own settings and tuned."""
 
+import csv
 import json
 import logging
 import shutil
@@ -12,13 +13,14 @@ import pytest
 from PIL import Image
 
 from vesselrl.cli import main
-from vesselrl.data.samples import find_samples
+from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, write_split
 from vesselrl.errors import RunError
 from vesselrl.evaluation.held_out import evaluate_held_out
 from vesselrl.evaluation.results import Caveat, csv_text, read_evaluation
 from vesselrl.experiment.options import Evaluate
 from vesselrl.inference.predictor import Prediction, Predictor
+from vesselrl.scoring.measurements import vessel_measurements
 
 HELD_OUT = "vesselrl.evaluation.held_out"
 STEM = "test_best_lora"
@@ -64,6 +66,21 @@ def test_the_numbers_are_those_of_the_training(run, tiny_checkpoint, angiograms,
     assert sorted(map(str, last)) == sorted(map(str, read_evaluation(run / "val_latest.json").rows))
     base = evaluated(None, base_model=tiny_checkpoint, data_root=angiograms, output_dir=tmp_path / "base")
     assert scores(base.evaluation) == scores(before)  # the same seed, 42
+
+
+def test_the_vessels_of_true_and_predicted_masks_are_measured(run, angiograms):
+    done = evaluated(run, pixel_mm=0.25)
+    rows = list(csv.DictReader((run / "evaluation" / f"{STEM}_measurements.csv").open()))
+    foreground = {row["key"]: row["foreground"] for row in done.evaluation.rows}
+    found = {row["key"]: float(row["foreground"]) for row in rows if row["mask"] == "predicted"}
+    assert found == pytest.approx(foreground, abs=1e-6)
+    samples = {sample.key: sample for sample in find_samples(angiograms)}
+    for row in (row for row in rows if row["mask"] == "true"):
+        expected = vessel_measurements(load_mask(samples[row["key"]]))
+        assert float(row["length_px"]) == pytest.approx(expected["length_px"], abs=1e-4)
+        assert float(row["length_mm"]) == pytest.approx(expected["length_px"] / 4, abs=1e-4)
+    with pytest.raises(ValueError, match="--pixel_mm is 0"):
+        evaluated(run, pixel_mm=0.0)
 
 
 def test_each_subset_is_that_of_the_run_also_for_a_copy_of_the_data(run, angiograms, tmp_path):

@@ -19,6 +19,7 @@ from vesselrl.cli import main
 from vesselrl.errors import DataError, RunError
 from vesselrl.inference import predictor as module
 from vesselrl.inference.predictor import Prediction, Predictor, predict_files
+from vesselrl.scoring.measurements import measurement_row, vessel_measurements
 from vesselrl.scoring.postprocessing import PostProcessing
 
 PERSON = "ZHANG_SAN(1234567890)_1-2_3_0A1B2C3D_frame_000011"
@@ -57,7 +58,7 @@ def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
     grey = np.full((2, 3, 3), 100, np.uint8)
     probabilities = np.array([[0, 0.25, 0.5], [0.75, 1, 1e-5]], np.float32)
     prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32))
-    assert module.write_prediction(grey, prediction, tmp_path / "heart.v2", {}) == 2 / 6
+    assert module.write_prediction(grey, prediction, tmp_path / "heart.v2", {})["foreground"] == 2 / 6
     files = (tmp_path / f"heart.v2_{kind}.png" for kind in ("mask", "probability", "overlay"))
     mask, probability, overlay = map(np.asarray, map(Image.open, files))
     assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 0, 0], [255, 255, 0]])
@@ -175,6 +176,15 @@ def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Pa
     expected = predictor.predict(np.asarray(Image.open(folder / "01.png"))).mask
     assert (np.asarray(Image.open(out / "01_mask.png")) == 255 * expected).all()
     assert rows[0]["foreground"] == pytest.approx(expected.mean())
+    again = list(predict_files(predictor, folder, out, pixel_mm=0.5))
+    assert [row["status"] for row in again] == ["kept"] * 3
+    measured = measurement_row(vessel_measurements(expected))
+    assert measured.items() <= rows[0].items()
+    in_mm = {f"{name}_mm": measured[f"{name}_px"] / 2 for name in ("length", "mean_width", "max_width")}
+    assert {name: again[0].pop(name) for name in in_mm} == pytest.approx(in_mm, abs=1e-4)
+    assert again[0] == rows[0] | {"status": "kept"}
+    with pytest.raises(ValueError, match="--pixel_mm is -1"):
+        next(predict_files(predictor, folder, out, pixel_mm=-1.0))
 
 
 def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:

@@ -11,21 +11,16 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import breadth_first_order, connected_components
-from scipy.spatial import KDTree
 from scipy.stats import rankdata
 
 from vesselrl.data.samples import Sample
+from vesselrl.scoring.measurements import UNIT_PX, branches, tortuosity
 from vesselrl.scoring.overlap import as_mask
 from vesselrl.scoring.topology import topology
 
 FIRST_SHARE = 0.4  # of the samples, in the first epoch
-UNIT_PX = 512  # shorter side of the image in whose pixels lengths are given
 _GAP_PX, _RING_PX = 1.0, 8.0  # the background of a vessel lies between these distances from it
 _NEAR_PX = 24.0  # half the side of the square in which a vessel pixel looks for its background
-_SHORTEST_BRANCH_PX = 16.0  # shorter ones have no shape to speak of
-_STEP_PX = 4.0  # a branch is measured by points so far apart, so that its pixel staircase does not count
 
 
 class Measures(NamedTuple):
@@ -43,8 +38,7 @@ def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
       pixel and its eight neighbours; outside the image is background.
     - Contrast: |mean over the vessel pixels of (mean grey of the background near by − own grey)| / 255, with
       the background 1 to 8 px beside any vessel and at most 24 px from the pixel; 0 without any.
-    - Tortuosity: Σ arc / Σ chord over the branches between junctions, of those with 16 px or more; 1 is
-      straight, or without any. Of a closed branch one half counts.
+    - Tortuosity: as in `vessel_measurements`, but 1 without any branch that is long enough.
     """
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3):
@@ -57,7 +51,8 @@ def measure(image: np.ndarray, mask: np.ndarray) -> Measures:
     ridge = cv2.dilate(inside, np.ones((3, 3)))[1:-1, 1:-1]
     width_px = float(np.median(2 * ridge[skeleton] - 1)) / unit
     contrast = _contrast(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), mask, unit)
-    return Measures(round(width_px, 3), round(contrast, 5), round(_tortuosity(skeleton, unit), 5))
+    winding = tortuosity([path for path, _ in branches(skeleton)], unit)
+    return Measures(round(width_px, 3), round(contrast, 5), 1.0 if math.isnan(winding) else round(winding, 5))
 
 
 def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
@@ -68,32 +63,6 @@ def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
     total = cv2.blur(np.where(ring, grey, 0).astype(np.float32), (side, side), borderType=cv2.BORDER_CONSTANT)
     known = mask & (share > 0.5 / side**2)
     return float(abs((total[known] / share[known] - grey[known]).mean())) / 255 if known.any() else 0.0
-
-
-def _tortuosity(skeleton: np.ndarray, unit: float) -> float:
-    pixels = skeleton.astype(np.uint8)
-    num_neighbours = cv2.filter2D(pixels, -1, np.ones((3, 3)), borderType=cv2.BORDER_CONSTANT) - pixels
-    places = np.argwhere(skeleton & (num_neighbours <= 2))  # without the junctions
-    if len(places) == 0:
-        return 1.0
-    pairs = KDTree(places).query_pairs(1.5, output_type="ndarray")  # neighbours are 1 or 1.41 px apart
-    pairs = np.concatenate([pairs, pairs[:, ::-1]])
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(places), len(places))).tocsr()
-    _, numbers = connected_components(graph, directed=False)
-    _, firsts, sizes = np.unique(numbers, return_index=True, return_counts=True)
-    step = max(1, round(_STEP_PX * unit))
-    total_arc = total_chord = 0.0
-    for first in firsts[sizes >= math.ceil(_SHORTEST_BRANCH_PX * unit)]:
-        end = breadth_first_order(graph, first, return_predecessors=False)[-1]
-        order, previous = breadth_first_order(graph, end)
-        steps = [order[-1]]  # from end to end of the branch; half of a ring
-        while steps[-1] != end:
-            steps.append(previous[steps[-1]])
-        path = places[steps]
-        corners = np.concatenate([path[:-1:step], path[-1:]])
-        total_arc += np.hypot(*np.diff(corners, axis=0).T).sum()
-        total_chord += np.hypot(*(path[-1] - path[0]))
-    return float(total_arc / total_chord) if total_chord > 0 else 1.0
 
 
 def rate_difficulty(measures: Sequence[Measures]) -> list[float]:

@@ -5,7 +5,7 @@ For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,15 +22,23 @@ from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
-from vesselrl.evaluation.results import Caveat, Evaluation, read_evaluation, write_evaluation
+from vesselrl.evaluation.results import Caveat, Evaluation, csv_text, read_evaluation, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate, hide_paths
-from vesselrl.experiment.run_folder import check_writable, find_run, reading, run_settings, write_json
+from vesselrl.experiment.run_folder import (
+    check_writable,
+    find_run,
+    reading,
+    run_settings,
+    write_json,
+    write_text,
+)
 from vesselrl.inference.predictor import Predictor, adapter_folder
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import DEFAULT_PROMPT
+from vesselrl.scoring.measurements import check_pixel_mm, measurement_row, vessel_measurements
 from vesselrl.scoring.postprocessing import PostProcessing, post_processing
 from vesselrl.scoring.rewards import make_reward
 from vesselrl.synthetic.dataset import FULL, SMALL, builtin_data
@@ -58,6 +66,7 @@ def evaluate_held_out(
     options: Evaluate, lora_weights: str | None = None, progress: Progress | None = None
 ) -> HeldOutResult:
     """Scores one model (None: the base) on one subset of a split; writes JSON, CSV and reports."""
+    check_pixel_mm(options.pixel_mm)
     if options.tune_post and not options.tune:
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if lora_weights:
@@ -85,7 +94,9 @@ def evaluate_held_out(
     )
     tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
-    done = evaluate.evaluate_variants(samples, predict_all(samples), post, choices, reward, caveats)
+    measured: list[dict] = []
+    predicted = with_measurements(samples, predict_all(samples), post, options.pixel_mm, measured)
+    done = evaluate.evaluate_variants(samples, predicted, post, choices, reward, caveats)
 
     results: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():
@@ -93,6 +104,7 @@ def evaluate_held_out(
         extra |= {"chosen_on": "val"} if ending else {}
         file = f"{name}_{ending}" if ending else name
         results[ending] = scored, write_evaluation(folder, file, scored, extra)
+    write_text(folder / f"{name}_measurements.csv", csv_text(measured))
     if tuning:
         write_json(folder / f"{name}_thresholds.json", tuning.curve.to_json() | {"flips": options.flips})
         if tuning.grid:
@@ -108,6 +120,24 @@ def evaluate_held_out(
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(results, report_path, tuning)
+
+
+def with_measurements(
+    samples: Sequence[Sample],
+    predicted: Iterable[tuple],
+    post: PostProcessing,
+    pixel_mm: float | None,
+    rows: list[dict],
+) -> Iterator[tuple]:
+    """The predictions; adds a row of measurements of the true and of the predicted mask for each."""
+    for sample, (prediction, truth) in zip(samples, predicted, strict=True):
+        masks = {"true": truth}
+        if prediction is not None:
+            masks["predicted"] = post.postprocess_for(prediction.probabilities)(prediction.mask)
+        for whose, mask in masks.items():
+            row = {"key": sample.key, "mask": whose, "foreground": round(float(mask.mean()), 6)}
+            rows.append(row | measurement_row(vessel_measurements(mask), pixel_mm))
+        yield prediction, truth
 
 
 def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:

@@ -63,6 +63,8 @@ class Evaluate(Reading):
     tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
 
@@ -91,6 +93,8 @@ class Predict:
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
     # Vision tower and language model in bfloat16, for GPUs.

@@ -35,11 +35,18 @@ from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
+from vesselrl.scoring.measurements import (
+    IN_MM,
+    MEASUREMENTS,
+    check_pixel_mm,
+    measurement_row,
+    vessel_measurements,
+)
 from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
 LIST_FILE = "predictions.csv"
-COLUMNS = ("image", "result", "status", "foreground", "reason")
+COLUMNS = ("image", "result", "status", "foreground", *MEASUREMENTS, *IN_MM, "reason")
 ALL = "0/1"  # the shard that has every image
 AHEAD = 2  # images that wait to be predicted, and that wait to be written
 KINDS = ("mask", "probability", "overlay")
@@ -160,18 +167,21 @@ def predict_files(
     output_dir: Path,
     progress: Progress | None = None,
     shard: str = ALL,
+    pixel_mm: float | None = None,
 ) -> Iterator[dict]:
     """Segments an image or a folder of images and writes mask, probability and overlay of each.
 
     Goes on after a file that cannot be used; results of the same image by the same model and settings are
     kept. A pseudonym stands for a name that may be a person's; only `patients.mapping.json` in the output
     folder says which file it is. Yields a row of `COLUMNS` for each image, also listed in `predictions.csv`:
-    `status` is done, replaced (there was another result), kept or failed. `progress` takes (done, in all).
+    `status` is done, replaced (there was another result), kept or failed; measurements are those of
+    `vessel_measurements`, in mm too with the side of a pixel. `progress` takes (done, in all).
 
     Shard i/n takes every nth image from the ith on, counted from 0, and lists them in a file of its own; the
     one that ends last joins the files. One thread reads ahead and two write, in the order of the images.
     """
     list_file, (first, step) = list_name(shard), map(int, shard.split("/"))
+    check_pixel_mm(pixel_mm)
     files = find_inputs(path, output_dir)
     check_writable(output_dir)
     total = len(range(first, len(files), step))
@@ -193,6 +203,7 @@ def predict_files(
         rows = _in_order(writers, _Job.write, (job.predict(predictor) for job in read))
         with _listing(output_dir / list_file, json.dumps(head)) as add:
             for done, row in enumerate(rows, start=1):
+                row |= measurement_row(row.pop("measurements", {}), pixel_mm if "foreground" in row else None)
                 add(row)
                 yield row
                 if progress is not None:
@@ -240,7 +251,9 @@ class _Job:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             self.origin = {"image": digest, "made_by": made_by}
             if self.origin.items() <= (there := read_stamp(self.result)).items():
-                self.row |= {"status": "kept", "foreground": there["foreground"]}
+                self.row |= {"status": "kept"} | {
+                    name: there[name] for name in ("foreground", "measurements")
+                }
                 return self
             self.row["status"] = "replaced" if there else "done"
             self.image = read_image(self.file, self.name)
@@ -261,8 +274,7 @@ class _Job:
     def write(self) -> dict:
         """Writes the results; returns the row."""
         if self.prediction is not None:
-            foreground = write_prediction(self.image, self.prediction, self.result, self.origin)
-            self.row["foreground"] = foreground
+            self.row |= write_prediction(self.image, self.prediction, self.result, self.origin)
         return self.row
 
     def _fail(self, reason: str) -> None:
@@ -319,22 +331,24 @@ def _join_shards(folder: Path, num_shards: int, head: str) -> None:
                     add(json.loads(line))
 
 
-def write_prediction(image: np.ndarray, prediction: Prediction, result: Path, origin: dict) -> float:
-    """Writes `<result>_mask.png` (0/255), `_probability.png` (16 bit), `_overlay.png`; foreground in [0, 1].
+def write_prediction(image: np.ndarray, prediction: Prediction, result: Path, origin: dict) -> dict:
+    """Writes `<result>_mask.png` (0/255), `_probability.png` (16 bit), `_overlay.png`.
 
-    A link in their place is replaced, not followed; nothing but pixels and `origin` is in them.
+    Returns the foreground, in [0, 1], and the measurements. A link in their place is replaced, not followed;
+    nothing but pixels, these and `origin` is in them.
     """
     pixels = (
         prediction.mask.astype(np.uint8) * 255,
         np.round(prediction.probabilities * 65535).astype(np.uint16),
         overlay(image, prediction.mask),
     )
-    foreground, stamp = float(prediction.mask.mean()), PngImagePlugin.PngInfo()
-    stamp.add_text(STAMP, json.dumps(origin | {"foreground": foreground}))
+    measured, stamp = measurement_row(vessel_measurements(prediction.mask)), PngImagePlugin.PngInfo()
+    found = {"foreground": float(prediction.mask.mean()), "measurements": measured}
+    stamp.add_text(STAMP, json.dumps(origin | found))
     for kind, values in zip(KINDS, pixels, strict=True):
         with atomic_write(_picture(result, kind)) as partial:
             Image.fromarray(values).save(partial, format="PNG", pnginfo=stamp)
-    return foreground
+    return found
 
 
 def read_stamp(result: Path) -> dict:
@@ -349,7 +363,7 @@ def read_stamp(result: Path) -> dict:
         stamp = json.loads(texts.pop()) if len(texts) == 1 else None
     except _BROKEN_PNG:
         return {}
-    return stamp if isinstance(stamp, dict) and "foreground" in stamp else {}
+    return stamp if isinstance(stamp, dict) and "measurements" in stamp else {}
 
 
 def _picture(result: Path, kind: str) -> Path:
