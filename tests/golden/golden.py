@@ -98,6 +98,14 @@ MEANT = {
     ),
     "help/train --preset quick/options/--precision_*": "quick weighs precision more",
     **dict.fromkeys(
+        ("help/train --preset full/options/--max_train*", "help/train --preset full/options/--num_passes*"),
+        "full has a detail head, and reaches more in half of the passes",
+    ),
+    "help/*/options/--pixel_mm*": "new option: measurements in mm",
+    "help/merge/options/--lora_weights*": "merge takes the newest run where none is named",
+    "evaluating/*/files": "evaluate writes the measurements of the vessels",
+    "train_curriculum/difficulty.json/*": "branches are measured to the middle of where they meet",
+    **dict.fromkeys(
         "*/config/args/target_kl help/*/options/--target_kl* resuming/*/last/train/* reports/constrained/* "
         "comparing/*/table/*".split(),
         "new: PPO's steps are shortened to a trust region, and have recall and precision",

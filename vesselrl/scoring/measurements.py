@@ -103,8 +103,6 @@ def branches(skeleton: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray
     A path is (N, 2) float, row and column from pixel to pixel, with the middles of the places where it meets
     others. One that is closed comes in two halves.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components, depth_first_order
     from scipy.spatial import KDTree
 
     pixels = skeleton.astype(np.uint8)
@@ -113,24 +111,29 @@ def branches(skeleton: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray
     count, labels, _, middles = cv2.connectedComponentsWithStats(meeting.view(np.uint8), connectivity=8)
     labels, alone = np.pad(labels, 1), set(range(1, count))
     places = np.argwhere(skeleton & ~meeting)
-    pairs = KDTree(places).query_pairs(1.5, output_type="ndarray") if len(places) else np.empty((0, 2), int)
-    pairs = np.concatenate([pairs, pairs[:, ::-1]])  # neighbours are 1 or 1.41 px apart
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(places), len(places))).tocsr()
-    degrees = np.diff(graph.indptr)
-    _, numbers = connected_components(graph, directed=False)
-    # Of each path an end, or any pixel of a ring.
-    order = np.lexsort((degrees, numbers))
-    for first in order[np.unique(numbers[order], return_index=True)[1]]:
-        path = places[depth_first_order(graph, first, return_predecessors=False)]
-        if degrees[first] == 2:
+    beside: list[list[int]] = [[] for _ in places]  # of each no more than two
+    for one, other in KDTree(places).query_pairs(1.5) if len(places) else ():
+        beside[one].append(other)
+        beside[other].append(one)
+    is_left = [True] * len(places)
+    # From an end, where there is one.
+    for first in sorted(range(len(places)), key=lambda place: (len(beside[place]), place)):
+        if not is_left[first]:
+            continue
+        steps = [first]
+        while steps[-1] is not None:
+            is_left[steps[-1]] = False
+            steps.append(next((place for place in beside[steps[-1]] if is_left[place]), None))
+        path, is_ring = places[steps[:-1]], len(beside[first]) == 2
+        if is_ring:
             path = np.concatenate([path, path[:1]])
         middle, free, ends = path.astype(float), [], []
         for row, column in (path[0], path[-1]):
             # A single pixel may join two places; elsewhere both ends may meet at one.
-            near = np.setdiff1d(labels[row : row + 3, column : column + 3], [0, *ends * (len(path) == 1)])
-            ends += near[:1].tolist() or [0]
+            near = {*labels[row : row + 3, column : column + 3].flat} - {0, *ends * (len(path) == 1)}
+            ends.append(min(near, default=0))
             alone.discard(ends[-1])
-            free += [] if ends[-1] or degrees[first] == 2 else [(row, column)]
+            free += [] if ends[-1] or is_ring else [(row, column)]
         start, end = (middles[[one], ::-1] if one else middle[:0] for one in ends)
         whole = np.concatenate([start, middle, end])
         if not np.array_equal(whole[0], whole[-1]) or len(whole) == 1:
