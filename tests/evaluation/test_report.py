@@ -16,6 +16,7 @@ from vesselrl.evaluation.report import (
     write_run_report,
 )
 from vesselrl.evaluation.results import Caveat, read_evaluation, write_evaluation
+from vesselrl.experiment.run_folder import damaged_files
 
 GOLDEN = Path(__file__).parent / "golden"
 BEFORE = [0.70, 0.72, 0.60, 0.80, 0.66]
@@ -174,3 +175,15 @@ def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):
         write_evaluation(run / "evaluation", f"test_best_lora{ending}", made(AFTER), facts)
     labels = ["threshold 0.5", "threshold 0.5, tuned for reward", "human agreement"]
     assert cells(write_run_report(run)[1].read_text(), "Test at other settings")[0][2:] == labels
+
+
+def test_the_best_adapter_has_a_model_card_of_its_own_scores(finished_run: Path, angiograms: Path) -> None:
+    text = (finished_run / "best_lora" / "README.md").read_text(encoding="utf-8")
+    before, after = (
+        read_evaluation(finished_run / f"test_{name}.json").headline for name in ("before", "after")
+    )
+    (row,) = re.findall(r"^\| Dice \| higher \| ([0-9.]+).*? \| ([0-9.]+)", text, re.MULTILINE)
+    assert row == (f"{before['dice']:.3f}", f"{after['dice']:.3f}")
+    assert "| train images |" in text
+    assert str(angiograms) not in text
+    assert damaged_files(finished_run / "best_lora") == []

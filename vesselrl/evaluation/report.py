@@ -29,9 +29,16 @@ MAX_PICTURE_BYTES = 3_000_000
 
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
-    """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out."""
-    with reading(Path(run_folder), "Put its files back."):
-        return _write("run.j2", Path(run_folder) / "report", run_page(Path(run_folder)))
+    """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out.
+
+    The best adapter gets a model card, README.md, of the same values.
+    """
+    folder = Path(run_folder)
+    with reading(folder, "Put its files back."):
+        page = run_page(folder)
+        if (folder / "best_lora").is_dir() and "args" in page["info"]:
+            write_text(folder / "best_lora" / "README.md", render("card.j2", "md", page))
+        return _write("run.j2", folder / "report", page)
 
 
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
@@ -75,6 +82,7 @@ def render(template: str, form: str, page: Mapping[str, Any]) -> str:
         "metric_name": metric_name,
         "one_line": lambda text: " ".join(str(text).split()).replace("<", "\\<"),
         "png_uri": png_uri,
+        "setting_text": setting_text,
         "settings": lambda values: [(k, setting_text(v)) for k, v in values.items() if v is not None],
         "subset_name": lambda subset: words.LABELS["subsets"].get(subset, subset),
         "svg": figures.svg,
