@@ -163,7 +163,7 @@ SETTINGS = {
     ("patient_pattern", "("): "patient_pattern is not a regular expression",
     ("recall_target", 85): "recall_target must be between 0 and 1, got 85",
     ("lora_scope", "everything"): r"LoRA scope \['everything'\] .*; choose one or more of language_model, ",
-    ("use_wandb", True): "--use_wandb needs the package wandb",
+    ("use_wandb", True): "--report_to wandb needs the package wandb",
     **{("output_dir", below): "results" for below in ("results", "results/deeper/still")},
 }
 

@@ -101,6 +101,9 @@ MEANT = {
         ("help/train --preset full/options/--max_train*", "help/train --preset full/options/--num_passes*"),
         "full has a detail head, and reaches more in half of the passes",
     ),
+    **dict.fromkeys(
+        ("*/config/args/report_to", "help/*/options/--report_to*"), "new option: trackers beside TensorBoard"
+    ),
     "help/*/options/--pixel_mm*": "new option: measurements in mm",
     "help/merge/options/--lora_weights*": "merge takes the newest run where none is named",
     "evaluating/*/files": "evaluate writes the measurements of the vessels",

@@ -1,8 +1,10 @@
 """The whole training on a random miniature: what it logs, that it repeats, and its stages."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -52,6 +54,26 @@ def two_stages(run: Run) -> tuple[list[dict], list[int]]:
         patch.setattr(PPOUpdate, "step", looked_at)
         done = run(objective="constrained", **settings)
     return metrics_of(done.folder), num_moments
+
+
+def test_trackers_get_settings_and_every_metric(tmp_path: Path, angiograms: Path, monkeypatch) -> None:
+    """Through accelerate, by trackers whose packages are not installed here; no path to data reaches them."""
+    tracker = Mock()
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"swanlab": tracker, "mlflow": tracker})
+    monkeypatch.setattr("vesselrl.training.setup.find_spec", lambda name: name)
+    folder = train_debug(tmp_path, report_to=("swanlab", "mlflow"), data_root=str(angiograms)).folder
+    name = folder.name
+    assert tracker.mock_calls[0] == call("vesselrl", experiment_name=name)
+    assert call("vesselrl", run_name=name) in tracker.mock_calls
+    run = tracker.return_value
+    names = [done[0] for done in run.mock_calls]
+    assert names[:2] == ["start", "store_init_configuration"]
+    assert names[-2:] == ["finish", "finish"]
+    (settings,) = run.store_init_configuration.call_args_list[0].args
+    assert settings["data_root"] == "DATA_ROOT"
+    logged = [str({"step": done.kwargs["step"]} | done.args[0]) for done in run.log.call_args_list[::2]]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [*map(str, lines)]
 
 
 def test_each_stage_has_steps_a_rate_moments_and_a_reference_of_its_own(two_stages: tuple) -> None:

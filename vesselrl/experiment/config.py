@@ -241,10 +241,17 @@ class RunSettings:
     # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept, and likewise the
     # states of a frozen language model; 0: memory only.
     cache_gb: float = 20.0
-    # Also log to Weights & Biases.
+    # Trackers that get the metrics too, beside TensorBoard; each needs the package of its name.
+    report_to: tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...] = ()
+    # The same as --report_to wandb.
     use_wandb: bool = False
     # Train and validate on this many images to see whether the model can learn at all; 0: off.
     sanity_overfit: int = 0
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers beside TensorBoard, each once."""
+        return tuple(dict.fromkeys((*self.report_to, *["wandb"] * self.use_wandb)))
 
 
 _FLAT = tyro.conf.arg(name="")  # no prefix on the command line

@@ -1,10 +1,10 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, wandb on request, the log, diagnosis.json, progress bars."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, other trackers, the log, diagnosis.json, progress bars."""
 
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,28 @@ from vesselrl.experiment.run_folder import RunFolder, writing
 from vesselrl.training import processes
 from vesselrl.training.health import Issue
 
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
 logger = logging.getLogger(__name__)
 
 SHOWN = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
+
+
+# What the trackers call the name of a run; its project is vesselrl.
+RUN_NAMES = {"wandb": "name", "swanlab": "experiment_name", "mlflow": "run_name", "trackio": "name"}
+
+
+def start_tracker(name: str, run_name: str, settings: Mapping[str, Any]) -> "GeneralTracker":
+    """Begins a run with one of accelerate's trackers."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=True)  # its log asks for one; of several processes there is one already
+    tracker = LOGGER_TYPE_TO_CLASS[name]("vesselrl", **{RUN_NAMES[name]: run_name})
+    tracker.start()
+    tracker.store_init_configuration({name: str(value) for name, value in settings.items()})
+    return tracker
 
 
 class Monitor:
@@ -49,12 +68,14 @@ class Monitor:
         self._folder = run.path / "tensorboard"
         with writing(self._folder):
             self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
-        self._wandb = None
-        if config.run.use_wandb and processes.is_main():
-            import wandb
-
-            settings = hide_paths(config.to_dict())
-            self._wandb = wandb.init(project="vesselrl", name=run.path.name, config=settings)
+        self._trackers = (
+            []
+            if not processes.is_main()
+            else [
+                start_tracker(name, run.path.name, hide_paths(config.to_dict()))
+                for name in config.run.trackers
+            ]
+        )
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(
@@ -76,8 +97,8 @@ class Monitor:
         except WriteError:
             if not any(exception):  # else the run has ended by what is more telling
                 raise
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Stores any metrics."""
@@ -85,8 +106,8 @@ class Monitor:
         with writing(self._folder):
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        for tracker in self._trackers:
+            tracker.log(dict(metrics), step=step)
 
     def show_image(self, path: Path) -> None:
         """Shows a picture in TensorBoard, if there is one."""

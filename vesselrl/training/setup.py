@@ -273,8 +273,9 @@ def make_updates(
 def check_settings(config: TrainConfig) -> Reward:
     """The reward of these settings, before anything is written; an error says which of them cannot be met."""
     check_scope(config.model.lora_scope)
-    if config.run.use_wandb and find_spec("wandb") is None:
-        raise ValueError("--use_wandb needs the package wandb: pip install wandb.")
+    for name in config.run.trackers:
+        if find_spec(name) is None:
+            raise ValueError(f"--report_to {name} needs the package {name}: pip install 'vesselrl[{name}]'.")
     if processes.use_fsdp() and config.model.use_nf4:
         raise ValueError("--use_nf4 packs weights that FSDP cannot split: leave out one of the two.")
     return make_reward(config.to_dict())
