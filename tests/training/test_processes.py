@@ -134,17 +134,17 @@ def test_a_rank_alone_makes_no_other_process(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@both_ways
-def test_two_processes_train_as_one(tmp_path: Path, launcher: list[str], changes: dict) -> None:
-    two = launch(tmp_path / "two", launcher, SETTINGS | changes)
-    one = train_debug(tmp_path / "one", **SETTINGS | changes).folder
+def test_two_processes_with_a_share_of_the_model_each_train_as_one(tmp_path: Path) -> None:
+    two = launch(tmp_path / "two", FSDP, SETTINGS | SCOPE)
+    one = train_debug(tmp_path / "one", **SETTINGS | SCOPE).folder
     assert two.wait() == 0, (tmp_path / "two.log").read_text()
     check_same(one, the_run(tmp_path / "two"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_where_one_process_is_out_of_memory_all_take_the_step_again(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_also_where_one_is_out_of_memory(tmp_path: Path) -> None:
+    """All take the step again."""
     (tmp_path / "train.py").write_text(OUT_OF_MEMORY)
     two = launch(tmp_path / "two", TORCHRUN, SETTINGS, (str(tmp_path / "train.py"),))
     one = train_debug(tmp_path / "one", **SETTINGS).folder
