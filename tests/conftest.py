@@ -34,6 +34,12 @@ def shared_folder() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_runs_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clone may have runs in output/, whose newest is taken where no model is named."""
+    monkeypatch.setattr("vesselrl.cli.RUNS", Path("no such folder"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_network() -> Iterator[None]:
     connect = socket.socket.connect

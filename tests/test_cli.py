@@ -116,6 +116,7 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
 ) -> None:
     """Unless a base is named, or none is asked for; its base's scores stand beside it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vesselrl.cli.RUNS", Path("output"))
     for number, name in enumerate(("newer", "older", "unfinished")):
         shutil.copytree(finished_run, Path("output") / name)
         os.utime(Path("output") / name / "training_info.json", (1e9 - number, 1e9 - number))

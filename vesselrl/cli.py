@@ -34,6 +34,7 @@ T = TypeVar("T")
 USAGE = "VERB [options]   (vesselrl VERB --help lists them)"
 Verb = Callable[[list[str]], int]
 BASE_ALONE = "none"  # in the place of an adapter
+RUNS = Path("output")  # where runs are looked for
 EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
 OUT_OF_MEMORY = (
     "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
@@ -321,7 +322,7 @@ def config_of(place: Path) -> TrainConfig:
 
 def newest_run(base_model: str | None = None) -> str | None:
     """The run in output/ that finished last, which is said; None: there is none, or a base was named."""
-    finished = [] if base_model else Path("output").glob("*/training_info.json")
+    finished = [] if base_model else RUNS.glob("*/training_info.json")
     runs = [file for file in finished if (file.parent / "best_lora").is_dir()]
     if not runs:
         return None
