@@ -64,13 +64,15 @@ def test_brightness_and_contrast_do_not_matter_at_any_size(size: tuple[int, int]
 def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: MaskPolicy) -> None:
     images = list(np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8))
     assert policy.counts["detail_head"] == sum(p.numel() for p in DetailHead().parameters())
-    logits = policy.batch_logits(images, ["a", "b"])
+    both = policy.batch_logits(images, ["a", "b"])
+    logits = [one[0] for one in both]
     inputs = policy.prepare(images)
     decoded = policy.decode(inputs, ["a", "b"])
     without, head = policy.model, policy.model.detail
     without.detail = None
     coarse = policy.logits(decoded, decoded.best(), inputs)
     without.detail = head
+    assert all(torch.equal(one[1], low) for one, low in zip(both, coarse, strict=True))
     for one, low, image in zip(logits, coarse, images, strict=True):
         torch.testing.assert_close(one, head(torch.from_numpy(image[..., 1]), low))
     sum(one.square().mean() for one in logits).backward()

@@ -284,7 +284,7 @@ def check_gradients(peft_model: PeftModel) -> None:
     """Raises LearningError for first gradients that miss an adapter, or reach frozen weights.
 
     LoRA's first matrix has none while the second is zero; of the decoder's hyper-networks only that of
-    the chosen candidate mask has one.
+    the chosen candidate mask has one. A matrix that has learned may have none any more, as the log says.
     """
     trainable = adapter_parameters(peft_model)
     strays = [name for name, p in peft_model.named_parameters() if p.grad is not None and not p.requires_grad]
@@ -293,8 +293,12 @@ def check_gradients(peft_model: PeftModel) -> None:
     second = {name: p.grad for name, p in trainable.items() if ".lora_B." in name}
     silent = {name for name, gradient in second.items() if gradient is None or not bool(gradient.any())}
     candidates = {name for name in second if "output_hypernetworks_mlps." in name}
-    if not candidates <= silent:
+    learned = {name for name in silent if bool(trainable[name].any())}
+    if not candidates <= silent - learned:
         silent -= candidates
+    if spent := silent & learned:
+        logger.warning("%d adapter matrices get no gradient any more, such as %s", len(spent), min(spent))
+        silent -= spent
     silent |= {name for name, p in trainable.items() if ".detail." in name and p.grad is None}
     if silent or not second:
         raise LearningError(
