@@ -1,0 +1,328 @@
+"""Where labels end: PPO by a reward against supervised training, on images without full masks.
+
+Three suites. centreline: masks of training and validation images are lines of one px. number: ten training
+images have masks, the others only the area of their vessels. own_reward: all have masks, but what counts is a
+reward without a gradient. Test images always have full masks, and choose nothing.
+"""
+
+import json as json_module
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from benchmarks import run, trainings
+from benchmarks.scores import Scorer, load_predictor
+from vesselrl.data.samples import find_samples, load_image, load_mask
+from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
+from vesselrl.evaluation.evaluate import score_rows
+from vesselrl.evaluation.statistics import Interval, bootstrap_interval, paired_difference
+from vesselrl.evaluation.tuning import best_postprocessing, score_postprocessing
+from vesselrl.evaluation.words import metric_name, with_interval
+from vesselrl.experiment.run_folder import atomic_write, check_writable, write_json
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
+from vesselrl.scoring.rewards import Reward, make_reward
+from vesselrl.scoring.scores import cached_truth
+from vesselrl.scoring.topology import topology
+from vesselrl.synthetic.dataset import SEED as DATA_SEED
+from vesselrl.synthetic.dataset import TARGET, write_dataset
+
+WIDTH_PX = 3.8  # typical vessel width of these images, known to both sides
+NEAR = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))  # a predicted centreline within 3 px is right
+NUM_LABELLED = 10  # training images of the suite `number` that have masks
+METRICS = "dice recall precision cldice beta0_error reward".split()
+
+
+# ---- Rewards, for --reward_fn; each is added to built-in terms
+
+
+def centreline_reward(pred: np.ndarray, gt: np.ndarray) -> float:
+    """10 x share of the predicted centreline within 3 px of the true one + 5 x agreement of components."""
+    shape, truth = topology(pred), cached_truth(gt)
+    near = cv2.dilate(truth.topology.skeleton.astype(np.uint8), NEAR) > 0
+    right = np.count_nonzero(shape.skeleton & near) / max(shape.length_px, 1)
+    numbers = shape.num_components, truth.topology.num_components
+    return 10 * right + 5 * (1 + min(numbers)) / (1 + max(numbers))
+
+
+def number_reward(pred: np.ndarray, gt: np.ndarray) -> float:
+    """-10 x relative error of the area, at most 1, where `gt` carries an area; 0 where it is a mask."""
+    if np.count_nonzero(gt) != 1:
+        return 0.0
+    return -10 * min(abs(np.count_nonzero(pred) / read_area(gt) - 1), 1.0)
+
+
+def report_reward(pred: np.ndarray, gt: np.ndarray) -> float:
+    """5 where the length of the vessels is right within 10 %, minus 0.5 per wrong component, at most 5."""
+    shape, truth = topology(pred), cached_truth(gt).topology
+    is_right = abs(shape.length_px - truth.length_px) <= 0.1 * truth.length_px
+    return 5.0 * is_right - 0.5 * min(abs(shape.num_components - truth.num_components), 10)
+
+
+# ---- Labels
+
+
+def centreline(mask: np.ndarray) -> np.ndarray:
+    """The centreline of a mask, one px wide."""
+    return topology(mask).skeleton
+
+
+def area_mask(mask: np.ndarray) -> np.ndarray:
+    """A mask of one pixel, which carries the area of another: its place in reading order, from 0."""
+    carrier = np.zeros(mask.shape, bool)
+    carrier.flat[np.count_nonzero(mask)] = True
+    return carrier
+
+
+def read_area(carrier: np.ndarray) -> int:
+    """The area that a mask of one pixel carries."""
+    return max(int(np.flatnonzero(carrier)[0]), 1)
+
+
+def labels_of(suite: str, split: Split) -> dict[str, np.ndarray]:
+    """The mask that each image of a suite has in training, by key."""
+    masks = {sample.key: load_mask(sample) for subset in SUBSETS for sample in getattr(split, subset)}
+    convert, partly = {
+        "centreline": (centreline, (*split.train, *split.val)),
+        "number": (area_mask, number_only(split)),
+        "own_reward": (np.copy, ()),
+    }[suite]
+    return masks | {sample.key: convert(masks[sample.key]) for sample in partly}
+
+
+def number_only(split: Split) -> list[Any]:
+    """The training images of the suite `number` without masks; those with are the first that `take` gives."""
+    labelled = {sample.key for sample in take(split.train, NUM_LABELLED, trainings.SEED)}
+    return [sample for sample in split.train if sample.key not in labelled]
+
+
+def write_root(root: Path, split: Split, masks: Mapping[str, np.ndarray]) -> None:
+    """Writes a data root of the same images with other masks, complete or not at all."""
+    if root.exists():
+        return
+    with atomic_write(root) as partial:
+        for folder in ("images", "masks"):
+            (partial / folder).mkdir(parents=True)
+        for sample in (sample for subset in SUBSETS for sample in getattr(split, subset)):
+            shutil.copy(sample.image_path, partial / "images")
+            path = partial / "masks" / f"{sample.image_path.stem}.png"
+            Image.fromarray(masks[sample.key].astype(np.uint8) * 255).save(path)
+
+
+def pseudo_labels(split: Split, predict: Callable, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Masks in place of areas: of each such image as many of its most probable pixels as its area says."""
+    found = dict(masks)
+    for sample in number_only(split):
+        probabilities, area = predict(load_image(sample)).probabilities, read_area(masks[sample.key])
+        found[sample.key] = np.zeros(probabilities.shape, bool)
+        found[sample.key].flat[np.argsort(-probabilities, axis=None, kind="stable")[:area]] = True
+    return found
+
+
+# ---- Trainings
+
+
+class Method(NamedTuple):
+    """A training, on the labels of its suite or on pseudo-labels made by the method that it starts from."""
+
+    label: str
+    options: dict[str, Any]
+    start: str = ""
+    pseudo: bool = False
+    is_rl: bool = False
+
+
+CENTRELINE_LOSS = {"sft_loss": "bce_dice_centreline"}
+ONLY_OWN = dict.fromkeys(("dice_weight", "topology_weight", "length_weight"), 0)
+# Of all trainings; what is found and how much is painted are terms of pixel counts, with exact credit.
+COMMON = {"batch_size": 1, "min_component_px": 20, "close_gaps": 0.05, "val_freq": 80, "num_workers": 1}
+REWARDS = {
+    "centreline": ONLY_OWN
+    | {"recall_target": 1, "precision_target": round(1 / WIDTH_PX, 3), "precision_weight": 10}
+    | {"reward_fn": "benchmarks.partial_labels:centreline_reward"},
+    "number": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:number_reward"},
+    "own_reward": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:report_reward"},
+}
+TEN = {"stage": "sft", "max_train_samples": NUM_LABELLED, "num_passes": 4}
+METHODS = {
+    "centreline": {
+        "sft": Method(
+            "supervised, band around centrelines ignored", {"stage": "sft", "num_epochs": 4} | CENTRELINE_LOSS
+        ),
+        "rl": Method("PPO", {"stage": "rl", "num_epochs": 4}, is_rl=True),
+        "sft_rl": Method(
+            "supervised, then PPO",
+            {"stage": "sft+rl", "num_epochs": 4, "rl_epochs": 2} | CENTRELINE_LOSS,
+            is_rl=True,
+        ),
+    },
+    "number": {
+        "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 3}),
+        "ten_long": Method("supervised on ten, all passes", TEN | {"num_epochs": 9}),
+        "pseudo": Method(
+            "supervised on pseudo-labels", {"stage": "sft", "num_epochs": 3}, start="ten", pseudo=True
+        ),
+        "rl": Method(
+            "PPO on numbers", {"stage": "rl", "num_epochs": 3, "learning_rate": 5e-5}, start="ten", is_rl=True
+        ),
+    },
+    "own_reward": {
+        "sft": Method("supervised", {"stage": "sft", "num_epochs": 4}),
+        "sft_rl": Method(
+            "supervised, then PPO", {"stage": "sft+rl", "num_epochs": 4, "rl_epochs": 2}, is_rl=True
+        ),
+    },
+}
+
+
+def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
+    """Trains what is not finished of one seed, one after the other; RuntimeError where one fails."""
+    masks = labels_of(suite, split)
+    for name, method in METHODS[suite].items():
+        place, root = folder / f"{name}_seed{seed}", folder / "data"
+        start = trainings.last_run(folder / f"{method.start}_seed{seed}") if method.start else None
+        if method.pseudo:
+            root = folder / f"pseudo_seed{seed}"
+            if not root.exists():
+                write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
+        options = (
+            COMMON | REWARDS[suite] | {"data_root": str(root), "split_seed": trainings.SEED, "seed": seed}
+        )
+        begin = {"init_lora": str(start)} if start else {"split_file": str(folder / "data_split.json")}
+        options |= begin | {"output_dir": str(place)} | method.options
+        settings = trainings.plain_settings(options)
+        trainings.check_settings(place, settings)
+        if not trainings.last_run(place) and (reason := trainings.train_one(place, options, settings)):
+            raise RuntimeError(f"{place.name}: {reason}")
+
+
+# ---- Scores
+
+
+class Result(NamedTuple):
+    """A method with one post-processing per seed, and its scores on the test images, means over the seeds."""
+
+    label: str
+    is_rl: bool
+    val_reward: float
+    posts: list[PostProcessing]
+    scores: dict[str, np.ndarray]  # (test images,) by metric
+
+
+def score_method(suite: str, name: str, scorers: Sequence[Scorer]) -> list[Result]:
+    """Scores a method as it was trained, and with post-processing tuned on validation for the reward."""
+    method = METHODS[suite].get(name, Method("base model", {}))
+    reward, as_trained = (
+        make_reward(REWARDS[suite]),
+        trainings.FIXED_POST if method.options else THRESHOLD_ONLY,
+    )
+    grids = [score_postprocessing(scorer.images(name, "val"), reward) for scorer in scorers]
+    results = []
+    for words, posts in (("", [as_trained] * len(grids)), (", tuned", [*map(best_postprocessing, grids)])):
+        tables = [
+            test_scores(suite, reward, one, name, post) for one, post in zip(scorers, posts, strict=True)
+        ]
+        means = {metric: np.mean([table[metric] for table in tables], axis=0) for metric in METRICS}
+        val_reward = float(np.mean([grid[post] for grid, post in zip(grids, posts, strict=True)]))
+        results.append(Result(method.label + words, method.is_rl, val_reward, posts, means))
+    return results
+
+
+def test_scores(
+    suite: str, reward: Reward, scorer: Scorer, name: str, post: PostProcessing
+) -> dict[str, np.ndarray]:
+    """Scores against full masks; the reward against what it sees in training, lines in the first suite."""
+    pairs = [(post.mask(image.filled), image.truth) for image in scorer.images(name, "test")]
+    rows = score_rows(scorer.samples["test"], pairs)
+    convert = centreline if suite == "centreline" else np.copy
+    for row, (mask, truth) in zip(rows, pairs, strict=True):
+        row["reward"] = reward(mask, convert(truth))[0]
+    return {metric: np.array([row[metric] for row in rows]) for metric in METRICS}
+
+
+def report(suite: str, results: Sequence[Result], patients: Sequence[str], about: str) -> tuple[str, dict]:
+    """All methods, and the best PPO method on validation minus the best control, as text and data."""
+    best = [
+        max((r for r in results if r.is_rl == is_rl), key=lambda r: r.val_reward) for is_rl in (True, False)
+    ]
+    lines = [f"## {suite}: {about}", "", f"| | validation reward | {' | '.join(map(metric_name, METRICS))} |"]
+    lines += ["|" + "---|" * (len(METRICS) + 2)]
+    levels, differences = {}, {}
+    for one in results:
+        found = {metric: bootstrap_interval(one.scores[metric], patients) for metric in METRICS}
+        levels[one.label] = {"validation_reward": one.val_reward} | as_json(found)
+        lines.append(f"| {one.label} | {one.val_reward:.3f} | {cells(found)} |")
+    for rl in (one for one in results if one.is_rl):
+        for control in (one for one in results if not one.is_rl):
+            pairs = ((m, control.scores[m], rl.scores[m]) for m in METRICS)
+            found = {m: paired_difference(before, after, patients) for m, before, after in pairs}
+            differences[f"{rl.label} minus {control.label}"] = as_json(found)
+            if [rl, control] == best:
+                lines.append(f"| **{rl.label}** minus **{control.label}** | | {cells(found, sign=True)} |")
+    compared = {"ppo": best[0].label, "control": best[1].label}
+    return "\n".join(lines), {"compared": compared, "levels": levels, "differences": differences}
+
+
+def cells(found: Mapping[str, Interval], sign: bool = False) -> str:
+    """Means with their 95 % intervals, as cells of a table."""
+    texts = (with_interval(name, one.mean, one.low, one.high, sign) for name, one in found.items())
+    return " | ".join(map(str, texts))
+
+
+def as_json(found: Mapping[str, Interval]) -> dict[str, list[float]]:
+    """[mean, low, high] by metric."""
+    return {name: [one.mean, one.low, one.high] for name, one in found.items()}
+
+
+def partial_labels(
+    suite: Literal["centreline", "number", "own_reward"] | None = None,
+    seeds: tuple[int, ...] = (42, 43, 44),
+    output_dir: str = "output/bench_partial_labels",
+    num_images: int = 80,
+    json: bool = False,
+) -> int:
+    """Compares PPO with supervised training where training images have no full masks.
+
+    Args:
+        suite: none: all three, one after the other.
+        seeds: one training of every method each.
+        output_dir: finished trainings are kept here and not trained again.
+        num_images: built-in images, one per patient: half for training, an eighth for validation.
+        json: print the numbers as JSON.
+    """
+    place, everything = Path(output_dir), {}
+    check_writable(place)
+    source = write_dataset(place / "source", TARGET, num_images, 1, 1, seed=DATA_SEED, layout="masks")
+    split = split_by_patient(find_samples(source), trainings.SEED, (0.5, 0.125, 0.375))
+    patients = [sample.patient for sample in split.test]
+    for name in [suite] if suite else METHODS:
+        folder = place / name
+        write_root(folder / "data", split, labels_of(name, split))
+        labelled = read_split_of(folder, split)
+        for seed in seeds:
+            train_methods(name, split, folder, seed)
+        scorers = [Scorer(labelled, folder, seed) for seed in seeds]
+        results = score_method(name, "base", scorers[:1])
+        results += [result for method in METHODS[name] for result in score_method(name, method, scorers)]
+        about = f"{len(seeds)} seeds, {len(split.train)} training, {len(patients)} test images"
+        text, everything[name] = report(name, results, patients, about)
+        if not json:
+            print(text, "", sep="\n")
+    write_json(place / "results.json", everything)
+    if json:
+        print(json_module.dumps(everything, indent=1))
+    return 0
+
+
+def read_split_of(folder: Path, split: Split) -> Split:
+    """The same split with the labels of a suite; writes data_split.json for its trainings."""
+    write_split(folder / "data_split.json", split)
+    return read_split(folder / "data_split.json", find_samples(folder / "data"))
+
+
+if __name__ == "__main__":
+    run(partial_labels)
