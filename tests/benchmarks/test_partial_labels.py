@@ -50,7 +50,7 @@ def test_centreline_reward_by_hand() -> None:
 def test_the_counted_terms_of_centrelines_ask_for_typical_width() -> None:
     """Recall costs 20 a unit; the guard sets in where the mask is wider than 3.8 px for every px of line."""
     reward = make_reward(REWARDS["centreline"])
-    wide = [LINE] + [LINE | np.roll(LINE, -1, axis=0) | np.roll(LINE, 1, axis=0)]
+    wide = [LINE, LINE | np.roll(LINE, -1, axis=0) | np.roll(LINE, 1, axis=0)]
     wide.append(wide[1] | np.roll(wide[1], 3, axis=0))
     terms = [reward(mask, LINE)[1] for mask in wide]
     assert [one["precision_term"] for one in terms[:2]] == [0, 0]  # 1 and 3 px wide
