@@ -34,6 +34,7 @@ from vesselrl.synthetic.dataset import TARGET, write_dataset
 WIDTH_PX = 3.8  # typical vessel width of these images, known to both sides
 NEAR = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))  # a predicted centreline within 3 px is right
 NUM_LABELLED = 10  # training images of the suite `number` that have masks
+GRID = {"sizes_px": (0, 20, 80), "gap_levels": (0.0, 0.005, 0.05)}  # and thresholds of 0.2 to 0.8
 METRICS = "dice recall precision cldice beta0_error reward".split()
 
 
@@ -164,13 +165,16 @@ METHODS = {
         "sft_rl": Method("supervised with the band, then PPO", SFT_RL | BAND, is_rl=True),
     },
     "number": {
-        "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 3}),
-        "ten_long": Method("supervised on ten, all passes", TEN | {"num_epochs": 9}),
+        "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 2}),
+        "ten_long": Method("supervised on ten, all passes", TEN | {"num_epochs": 6}),
         "pseudo": Method(
-            "supervised on pseudo-labels", {"stage": "sft", "num_epochs": 3}, start="ten", made="pseudo"
+            "supervised on ten, then on pseudo-labels", SFT | {"num_epochs": 2}, start="ten", made="pseudo"
         ),
         "rl": Method(
-            "PPO on numbers", {"stage": "rl", "num_epochs": 3, "learning_rate": 5e-5}, start="ten", is_rl=True
+            "supervised on ten, then PPO on numbers",
+            {"stage": "rl", "num_epochs": 2, "learning_rate": 5e-5},
+            start="ten",
+            is_rl=True,
         ),
     },
     "own_reward": {
@@ -222,7 +226,7 @@ def score_method(suite: str, name: str, scorers: Sequence[Scorer]) -> list[Resul
         make_reward(REWARDS[suite]),
         trainings.FIXED_POST if method.options else THRESHOLD_ONLY,
     )
-    grids = [score_postprocessing(scorer.images(name, "val"), reward) for scorer in scorers]
+    grids = [score_postprocessing(one.images(name, "val"), reward, **GRID) for one in scorers]
     results = []
     for words, posts in (("", [as_trained] * len(grids)), (", tuned", [*map(best_postprocessing, grids)])):
         tables = [
