@@ -17,13 +17,14 @@ from PIL import Image
 
 from benchmarks import run, trainings
 from benchmarks.scores import Scorer, load_predictor
+from benchmarks.trainings import FIXED_POST
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
 from vesselrl.evaluation.evaluate import score_rows
 from vesselrl.evaluation.statistics import Interval, bootstrap_interval, paired_difference
 from vesselrl.evaluation.tuning import best_postprocessing, score_postprocessing
 from vesselrl.evaluation.words import metric_name, with_interval
-from vesselrl.experiment.run_folder import atomic_write, check_writable, write_json
+from vesselrl.experiment.run_folder import atomic_write, check_writable, write_text
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 from vesselrl.scoring.rewards import Reward, make_reward
 from vesselrl.scoring.scores import cached_truth
@@ -54,7 +55,7 @@ def number_reward(pred: np.ndarray, gt: np.ndarray) -> float:
     """-10 x relative error of the area, at most 1, where `gt` carries an area; 0 where it is a mask."""
     if np.count_nonzero(gt) != 1:
         return 0.0
-    return -10 * min(abs(np.count_nonzero(pred) / read_area(gt) - 1), 1.0)
+    return -10 * min(abs(np.count_nonzero(pred) / np.flatnonzero(gt)[0] - 1), 1.0)
 
 
 def report_reward(pred: np.ndarray, gt: np.ndarray) -> float:
@@ -77,11 +78,6 @@ def area_mask(mask: np.ndarray) -> np.ndarray:
     carrier = np.zeros(mask.shape, bool)
     carrier.flat[np.count_nonzero(mask)] = True
     return carrier
-
-
-def read_area(carrier: np.ndarray) -> int:
-    """The area that a mask of one pixel carries."""
-    return max(int(np.flatnonzero(carrier)[0]), 1)
 
 
 def labels_of(suite: str, split: Split) -> dict[str, np.ndarray]:
@@ -118,7 +114,7 @@ def pseudo_labels(split: Split, predict: Callable, masks: dict[str, np.ndarray])
     """Masks in place of areas: of each such image as many of its most probable pixels as its area says."""
     found = dict(masks)
     for sample in number_only(split):
-        probabilities, area = predict(load_image(sample)).probabilities, read_area(masks[sample.key])
+        probabilities, (area,) = predict(load_image(sample)).probabilities, np.flatnonzero(masks[sample.key])
         found[sample.key] = np.zeros(probabilities.shape, bool)
         found[sample.key].flat[np.argsort(-probabilities, axis=None, kind="stable")[:area]] = True
     return found
@@ -126,9 +122,8 @@ def pseudo_labels(split: Split, predict: Callable, masks: dict[str, np.ndarray])
 
 def tubes(split: Split, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Masks in place of the training images' centrelines: 3 px wide, and so about as wide as vessels are."""
-    square = np.ones((3, 3), np.uint8)
-    wide = {s.key: cv2.dilate(masks[s.key].astype(np.uint8), square) > 0 for s in split.train}
-    return masks | wide
+    lines = {sample.key: masks[sample.key].astype(np.uint8) for sample in split.train}
+    return masks | {key: cv2.dilate(line, np.ones((3, 3))) > 0 for key, line in lines.items()}
 
 
 # ---- Trainings
@@ -155,8 +150,9 @@ REWARDS = {
     "number": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:number_reward"},
     "own_reward": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:report_reward"},
 }
-TEN = {"stage": "sft", "max_train_samples": NUM_LABELLED, "num_passes": 4}
 SFT, SFT_RL = {"stage": "sft", "num_epochs": 3}, {"stage": "sft+rl", "num_epochs": 3, "rl_epochs": 1}
+TEN = {"stage": "sft", "max_train_samples": NUM_LABELLED, "num_passes": 4}
+ON = {"stage": "rl", "num_epochs": 2, "learning_rate": 5e-5}  # as after the supervised stage of sft+rl
 METHODS = {
     "centreline": {
         "sft_tubes": Method("supervised on tubes of typical width", SFT, made="tubes"),
@@ -166,16 +162,11 @@ METHODS = {
     },
     "number": {
         "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 2}),
-        "ten_long": Method("supervised on ten, all passes", TEN | {"num_epochs": 6}),
+        "ten_long": Method("supervised on ten", TEN | {"num_epochs": 6}),
         "pseudo": Method(
-            "supervised on ten, then on pseudo-labels", SFT | {"num_epochs": 2}, start="ten", made="pseudo"
+            "supervised on ten, then on pseudo-labels", SFT | {"num_epochs": 2}, "ten", "pseudo"
         ),
-        "rl": Method(
-            "supervised on ten, then PPO on numbers",
-            {"stage": "rl", "num_epochs": 2, "learning_rate": 5e-5},
-            start="ten",
-            is_rl=True,
-        ),
+        "rl": Method("supervised on ten, then PPO on numbers", ON, "ten", is_rl=True),
     },
     "own_reward": {
         "sft": Method("supervised", SFT),
@@ -190,16 +181,14 @@ def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
     for name, method in METHODS[suite].items():
         place, root = folder / f"{name}_seed{seed}", folder / "data"
         start = trainings.last_run(folder / f"{method.start}_seed{seed}") if method.start else None
-        if method.made:
-            root = folder / (f"pseudo_seed{seed}" if method.made == "pseudo" else method.made)
-        if method.made and not root.exists():
-            predict = load_predictor(start) if method.made == "pseudo" else None
-            write_root(root, split, pseudo_labels(split, predict, masks) if predict else tubes(split, masks))
-        options = (
-            COMMON | REWARDS[suite] | {"data_root": str(root), "split_seed": trainings.SEED, "seed": seed}
-        )
-        begin = {"init_lora": str(start)} if start else {"split_file": str(folder / "data_split.json")}
-        options |= begin | {"output_dir": str(place)} | method.options
+        if method.made == "tubes":
+            write_root(root := folder / "tubes", split, tubes(split, masks))
+        elif method.made and not (root := folder / f"pseudo_seed{seed}").exists():
+            write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
+        places = {"data_root": str(root), "output_dir": str(place)}
+        places |= {"init_lora": str(start)} if start else {"split_file": str(folder / "data_split.json")}
+        own = {"split_seed": trainings.SEED, "seed": seed} | method.options
+        options = COMMON | REWARDS[suite] | places | own
         settings = trainings.plain_settings(options)
         trainings.check_settings(place, settings)
         if not trainings.last_run(place) and (reason := trainings.train_one(place, options, settings)):
@@ -210,31 +199,26 @@ def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
 
 
 class Result(NamedTuple):
-    """A method with one post-processing per seed, and its scores on the test images, means over the seeds."""
+    """A method with one post-processing, and its scores, means over the seeds."""
 
     label: str
     is_rl: bool
     val_reward: float
-    posts: list[PostProcessing]
     scores: dict[str, np.ndarray]  # (test images,) by metric
 
 
 def score_method(suite: str, name: str, scorers: Sequence[Scorer]) -> list[Result]:
     """Scores a method as it was trained, and with post-processing tuned on validation for the reward."""
     method = METHODS[suite].get(name, Method("base model", {}))
-    reward, as_trained = (
-        make_reward(REWARDS[suite]),
-        trainings.FIXED_POST if method.options else THRESHOLD_ONLY,
-    )
+    reward, as_trained = make_reward(REWARDS[suite]), FIXED_POST if method.options else THRESHOLD_ONLY
     grids = [score_postprocessing(one.images(name, "val"), reward, **GRID) for one in scorers]
     results = []
     for words, posts in (("", [as_trained] * len(grids)), (", tuned", [*map(best_postprocessing, grids)])):
-        tables = [
-            test_scores(suite, reward, one, name, post) for one, post in zip(scorers, posts, strict=True)
-        ]
+        pairs = zip(scorers, posts, strict=True)
+        tables = [test_scores(suite, reward, scorer, name, post) for scorer, post in pairs]
         means = {metric: np.mean([table[metric] for table in tables], axis=0) for metric in METRICS}
         val_reward = float(np.mean([grid[post] for grid, post in zip(grids, posts, strict=True)]))
-        results.append(Result(method.label + words, method.is_rl, val_reward, posts, means))
+        results.append(Result(method.label + words, method.is_rl, val_reward, means))
     return results
 
 
@@ -250,38 +234,33 @@ def test_scores(
     return {metric: np.array([row[metric] for row in rows]) for metric in METRICS}
 
 
-def report(suite: str, results: Sequence[Result], patients: Sequence[str], about: str) -> tuple[str, dict]:
-    """All methods, and the best PPO method on validation minus the best control, as text and data."""
-    best = [
-        max((r for r in results if r.is_rl == is_rl), key=lambda r: r.val_reward) for is_rl in (True, False)
-    ]
-    lines = [f"## {suite}: {about}", "", f"| | validation reward | {' | '.join(map(metric_name, METRICS))} |"]
-    lines += ["|" + "---|" * (len(METRICS) + 2)]
-    levels, differences = {}, {}
-    for one in results:
-        found = {metric: bootstrap_interval(one.scores[metric], patients) for metric in METRICS}
-        levels[one.label] = {"validation_reward": one.val_reward} | as_json(found)
-        lines.append(f"| {one.label} | {one.val_reward:.3f} | {cells(found)} |")
-    for rl in (one for one in results if one.is_rl):
-        for control in (one for one in results if not one.is_rl):
-            pairs = ((m, control.scores[m], rl.scores[m]) for m in METRICS)
-            found = {m: paired_difference(before, after, patients) for m, before, after in pairs}
-            differences[f"{rl.label} minus {control.label}"] = as_json(found)
-            if [rl, control] == best:
-                lines.append(f"| **{rl.label}** minus **{control.label}** | | {cells(found, sign=True)} |")
-    compared = {"ppo": best[0].label, "control": best[1].label}
-    return "\n".join(lines), {"compared": compared, "levels": levels, "differences": differences}
+def compare(results: Sequence[Result], patients: Sequence[str]) -> dict[str, dict[str, Interval]]:
+    """Scores by method, then the best PPO method on validation minus every control, the best one in bold."""
+    rl = max((one for one in results if one.is_rl), key=lambda one: one.val_reward)
+    controls = [one for one in results if not one.is_rl]
+    best = max(controls, key=lambda one: one.val_reward)
+    rows = {
+        f"{one.label} (validation reward {one.val_reward:.3f})": {
+            metric: bootstrap_interval(values, patients) for metric, values in one.scores.items()
+        }
+        for one in results
+    }
+    for control in controls:
+        name = f"{rl.label} minus {control.label}"
+        rows[f"**{name}**" if control is best else name] = {
+            metric: paired_difference(values, rl.scores[metric], patients)
+            for metric, values in control.scores.items()
+        }
+    return rows
 
 
-def cells(found: Mapping[str, Interval], sign: bool = False) -> str:
-    """Means with their 95 % intervals, as cells of a table."""
-    texts = (with_interval(name, one.mean, one.low, one.high, sign) for name, one in found.items())
-    return " | ".join(map(str, texts))
-
-
-def as_json(found: Mapping[str, Interval]) -> dict[str, list[float]]:
-    """[mean, low, high] by metric."""
-    return {name: [one.mean, one.low, one.high] for name, one in found.items()}
+def table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
+    """Means with their 95 % intervals, as a Markdown table."""
+    lines = [["", *map(metric_name, METRICS)], ["---"] * (len(METRICS) + 1)]
+    for label, row in rows.items():
+        texts = (with_interval(m, x.mean, x.low, x.high, sign=" minus " in label) for m, x in row.items())
+        lines.append([label, *map(str, texts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def partial_labels(
@@ -300,34 +279,29 @@ def partial_labels(
         num_images: built-in images, one per patient: half for training, an eighth for validation.
         json: print the numbers as JSON.
     """
-    place, everything = Path(output_dir), {}
+    place, numbers = Path(output_dir), {}
     check_writable(place)
     source = write_dataset(place / "source", TARGET, num_images, 1, 1, seed=DATA_SEED, layout="masks")
     split = split_by_patient(find_samples(source), trainings.SEED, (0.5, 0.125, 0.375))
-    patients = [sample.patient for sample in split.test]
     for name in [suite] if suite else METHODS:
         folder = place / name
         write_root(folder / "data", split, labels_of(name, split))
-        labelled = read_split_of(folder, split)
+        write_split(folder / "data_split.json", split)
         for seed in seeds:
             train_methods(name, split, folder, seed)
+        labelled = read_split(folder / "data_split.json", find_samples(folder / "data"))
         scorers = [Scorer(labelled, folder, seed) for seed in seeds]
         results = score_method(name, "base", scorers[:1])
         results += [result for method in METHODS[name] for result in score_method(name, method, scorers)]
-        about = f"{len(seeds)} seeds, {len(split.train)} training, {len(patients)} test images"
-        text, everything[name] = report(name, results, patients, about)
+        rows = compare(results, [sample.patient for sample in split.test])
+        sizes = " / ".join(str(len(getattr(split, subset))) for subset in SUBSETS)
+        numbers[name] = {k: {m: [x.mean, x.low, x.high] for m, x in row.items()} for k, row in rows.items()}
+        write_text(folder / "report.md", f"## {name}, {len(seeds)} seeds, {sizes} images\n\n{table(rows)}\n")
         if not json:
-            print(text, "", sep="\n")
-    write_json(place / "results.json", everything)
+            print((folder / "report.md").read_text())
     if json:
-        print(json_module.dumps(everything, indent=1))
+        print(json_module.dumps(numbers, indent=1))
     return 0
-
-
-def read_split_of(folder: Path, split: Split) -> Split:
-    """The same split with the labels of a suite; writes data_split.json for its trainings."""
-    write_split(folder / "data_split.json", split)
-    return read_split(folder / "data_split.json", find_samples(folder / "data"))
 
 
 if __name__ == "__main__":
