@@ -183,7 +183,7 @@ def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
         start = trainings.last_run(folder / f"{method.start}_seed{seed}") if method.start else None
         if method.made == "tubes":
             write_root(root := folder / "tubes", split, tubes(split, masks))
-        elif method.made and not (root := folder / f"pseudo_seed{seed}").exists():
+        elif method.made and not (root := folder / f"pseudo_labels_seed{seed}").exists():
             write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
         places = {"data_root": str(root), "output_dir": str(place)}
         places |= {"init_lora": str(start)} if start else {"split_file": str(folder / "data_split.json")}
