@@ -35,7 +35,8 @@ from vesselrl.synthetic.dataset import TARGET, write_dataset
 WIDTH_PX = 3.8  # typical vessel width of these images, known to both sides
 NEAR = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (7, 7))  # a predicted centreline within 3 px is right
 NUM_LABELLED = 10  # training images of the suite `number` that have masks
-GRID = {"sizes_px": (0, 20, 80), "gap_levels": (0.0, 0.005, 0.05)}  # and thresholds of 0.2 to 0.8
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+GRID = {"thresholds": THRESHOLDS, "sizes_px": (0, 20, 80), "gap_levels": (0.0, 0.005, 0.05)}
 METRICS = "dice recall precision cldice beta0_error reward".split()
 
 
@@ -139,7 +140,6 @@ class Method(NamedTuple):
     is_rl: bool = False
 
 
-BAND = {"sft_loss": "bce_dice_centreline"}
 ONLY_OWN = dict.fromkeys(("dice_weight", "topology_weight", "length_weight"), 0)
 # Of all trainings; what is found and how much is painted are terms of pixel counts, with exact credit.
 COMMON = {"batch_size": 1, "min_component_px": 20, "close_gaps": 0.05, "val_freq": 80, "num_workers": 1}
@@ -156,9 +156,9 @@ ON = {"stage": "rl", "num_epochs": 2, "learning_rate": 5e-5}  # as after the sup
 METHODS = {
     "centreline": {
         "sft_tubes": Method("supervised on tubes of typical width", SFT, made="tubes"),
-        "sft_band": Method("supervised, a band around centrelines left out", SFT | BAND),
+        "start": Method("the same, two thirds of the passes", SFT | {"num_epochs": 2}, made="tubes"),
+        "tubes_rl": Method("supervised on tubes, then PPO", ON | {"num_epochs": 1}, "start", is_rl=True),
         "rl": Method("PPO", {"stage": "rl", "num_epochs": 3}, is_rl=True),
-        "sft_rl": Method("supervised with the band, then PPO", SFT_RL | BAND, is_rl=True),
     },
     "number": {
         "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 2}),

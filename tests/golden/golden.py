@@ -64,7 +64,7 @@ MEANT = {
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",
     "*/config/args/image_dir": "new option: layouts of any names",
     "*/config/args/mask_*": "new options: layouts of any names",
-    "help/*/options/--sft_loss*": "new choices: SCNP, skeleton recall and centrelines",
+    "help/*/options/--sft_loss*": "new choices: SCNP and skeleton recall",
     "help/*/options/--image_dir*": "new option: layouts of any names",
     "help/*/options/--mask_*": "new options: layouts of any names",
     "doctor/ill/message/3": "says what lies in the data root, and which options name folders",

@@ -124,11 +124,8 @@ class OptimSettings:
     # sft: supervised (BCE + Dice). rl: PPO. sft+rl: supervised, and PPO for the last epochs.
     stage: Literal["sft", "rl", "sft+rl"] = "rl"
     # Loss of the supervised steps: BCE + soft Dice; half of it and half of soft clDice; it on the worst logit
-    # of a pixel's class in the 3 x 3 around (SCNP); it plus skeleton recall; or it where the masks are
-    # centrelines, one px wide: vessel within 1 px, background beyond 3 px, nothing between.
-    sft_loss: Literal[
-        "bce_dice", "bce_dice_cldice", "bce_dice_scnp", "bce_dice_skeleton_recall", "bce_dice_centreline"
-    ] = "bce_dice"
+    # of a pixel's class in the 3 x 3 around (SCNP); or it plus skeleton recall.
+    sft_loss: Literal["bce_dice", "bce_dice_cldice", "bce_dice_scnp", "bce_dice_skeleton_recall"] = "bce_dice"
     # Train a control instead of the model, on the same images: a U-Net from scratch or from the detail head's
     # first weights, or the settings of a Frangi filter. It is supervised whatever the stage; adapters and PPO
     # are not used.

@@ -18,8 +18,6 @@ from vesselrl.training.health import check_moved, take_step
 
 # Erosions of the soft skeleton; 10 reach the centre line of vessels up to 22 px wide, MONAI's 3 up to 8 px.
 SKELETON_ITERATIONS = 10
-# Where a truth is a centreline: vessel up to so many px from it, background beyond so many.
-VESSEL_PX, BACKGROUND_PX = 1, 3
 
 
 def mask_loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -68,27 +66,6 @@ def mask_scnp_loss(logits: Tensor, truth: Tensor) -> Tensor:
     lowest = extreme(torch.minimum, torch.where(vessel, keys, end), "square")
     highest = extreme(torch.maximum, torch.where(vessel, -end, keys), "square")
     return mask_loss(pick(logits, torch.where(vessel, lowest, highest)), truth)
-
-
-def mask_centreline_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """`mask_loss` of truths that are centrelines, one px wide; shapes as for `mask_loss`.
-
-    Pixels up to 1 px from a centreline are vessel, those beyond 3 px background; the band between, where a
-    centreline cannot tell the two apart, is left out.
-    """
-    vessel, reach = (widen(truth, width) for width in (VESSEL_PX, BACKGROUND_PX))
-    parts = [
-        (one[k][None, None], t[k][None, None])
-        for one, t, k in zip(logits, vessel, vessel == reach, strict=True)
-    ]
-    return torch.cat([mask_loss(*part) for part in parts])
-
-
-def widen(mask: Tensor, steps: int) -> Tensor:
-    """A mask (B, H, W) grown by so many px, in octagons."""
-    for step in range(steps):
-        mask = extreme(torch.maximum, mask, ("cross", "square")[step % 2])
-    return mask
 
 
 def share_inside(part: Tensor, whole: Tensor) -> Tensor:
@@ -142,7 +119,6 @@ SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bce_dice_cldice": mask_cldice_loss,
     "bce_dice_scnp": mask_scnp_loss,
     "bce_dice_skeleton_recall": mask_skeleton_recall_loss,
-    "bce_dice_centreline": mask_centreline_loss,
 }
 
 
