@@ -158,7 +158,6 @@ METHODS = {
         "sft_tubes": Method("supervised on tubes of typical width", SFT, made="tubes"),
         "start": Method("the same, two thirds of the passes", SFT | {"num_epochs": 2}, made="tubes"),
         "tubes_rl": Method("supervised on tubes, then PPO", ON | {"num_epochs": 1}, "start", is_rl=True),
-        "rl": Method("PPO", {"stage": "rl", "num_epochs": 3}, is_rl=True),
     },
     "number": {
         "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 2}),
