@@ -127,6 +127,12 @@ def tubes(split: Split, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return masks | {key: cv2.dilate(line, np.ones((3, 3))) > 0 for key, line in lines.items()}
 
 
+def numbers(split: Split, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Areas of all training images: `Health` would take a change from masks to areas for bloated masks."""
+    labelled = take(split.train, NUM_LABELLED, trainings.SEED)
+    return masks | {sample.key: area_mask(masks[sample.key]) for sample in labelled}
+
+
 # ---- Trainings
 
 
@@ -136,7 +142,7 @@ class Method(NamedTuple):
     label: str
     options: dict[str, Any]
     start: str = ""  # the method that it goes on from; none: the base model
-    made: str = ""  # "tubes" of typical width around centrelines, "pseudo" labels by the method of `start`
+    made: str = ""  # "tubes" around centrelines, "pseudo" labels by the method of `start`, "numbers" for all
     is_rl: bool = False
 
 
@@ -165,7 +171,7 @@ METHODS = {
         "pseudo": Method(
             "supervised on ten, then on pseudo-labels", SFT | {"num_epochs": 2}, "ten", "pseudo"
         ),
-        "rl": Method("supervised on ten, then PPO on numbers", ON, "ten", is_rl=True),
+        "rl": Method("supervised on ten, then PPO on numbers", ON, "ten", "numbers", is_rl=True),
     },
     "own_reward": {
         "sft": Method("supervised", SFT),
@@ -182,6 +188,8 @@ def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
         start = trainings.last_run(folder / f"{method.start}_seed{seed}") if method.start else None
         if method.made == "tubes":
             write_root(root := folder / "tubes", split, tubes(split, masks))
+        elif method.made == "numbers":
+            write_root(root := folder / "numbers", split, numbers(split, masks))
         elif method.made and not (root := folder / f"pseudo_labels_seed{seed}").exists():
             write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
         places = {"data_root": str(root), "output_dir": str(place)}
