@@ -167,7 +167,6 @@ METHODS = {
     },
     "number": {
         "ten": Method("supervised on ten, a third of the passes", TEN | {"num_epochs": 2}),
-        "ten_long": Method("supervised on ten", TEN | {"num_epochs": 6}),
         "pseudo": Method(
             "supervised on ten, then on pseudo-labels", SFT | {"num_epochs": 2}, "ten", "pseudo"
         ),
