@@ -2,7 +2,7 @@
 
 Three suites. centreline: masks of training and validation images are lines of one px. number: ten training
 images have masks, the others only the area of their vessels. own_reward: all have masks, but what counts is a
-reward without a gradient. Test images always have full masks, and choose nothing.
+reward without a gradient. Test images have full masks, and choose nothing.
 """
 
 import json as json_module
@@ -128,7 +128,7 @@ def tubes(split: Split, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def numbers(split: Split, masks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Areas of all training images: `Health` would take a change from masks to areas for bloated masks."""
+    """Areas of all training images: beside masks the health rules would take an area for a bloated mask."""
     labelled = take(split.train, NUM_LABELLED, trainings.SEED)
     return masks | {sample.key: area_mask(masks[sample.key]) for sample in labelled}
 
@@ -146,13 +146,13 @@ class Method(NamedTuple):
     is_rl: bool = False
 
 
-ONLY_OWN = dict.fromkeys(("dice_weight", "topology_weight", "length_weight"), 0)
-# Of all trainings; what is found and how much is painted are terms of pixel counts, with exact credit.
 COMMON = {"batch_size": 1, "min_component_px": 20, "close_gaps": 0.05, "val_freq": 80, "num_workers": 1}
+# Beside a line of one px recall is how much of it is found, and precision 1 over the width of a perfect mask.
+# Both are counts of pixels, with exact credit.
+COUNTED = {"recall_target": 1, "precision_target": round(1 / WIDTH_PX, 3), "precision_weight": 10}
+COUNTED |= dict.fromkeys(("dice_weight", "topology_weight", "length_weight"), 0)
 REWARDS = {
-    "centreline": ONLY_OWN
-    | {"recall_target": 1, "precision_target": round(1 / WIDTH_PX, 3), "precision_weight": 10}
-    | {"reward_fn": "benchmarks.partial_labels:centreline_reward"},
+    "centreline": COUNTED | {"reward_fn": "benchmarks.partial_labels:centreline_reward"},
     "number": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:number_reward"},
     "own_reward": {"reward_type": "simple_dice", "reward_fn": "benchmarks.partial_labels:report_reward"},
 }
@@ -185,12 +185,12 @@ def train_methods(suite: str, split: Split, folder: Path, seed: int) -> None:
     for name, method in METHODS[suite].items():
         place, root = folder / f"{name}_seed{seed}", folder / "data"
         start = trainings.last_run(folder / f"{method.start}_seed{seed}") if method.start else None
-        if method.made == "tubes":
-            write_root(root := folder / "tubes", split, tubes(split, masks))
-        elif method.made == "numbers":
-            write_root(root := folder / "numbers", split, numbers(split, masks))
-        elif method.made and not (root := folder / f"pseudo_labels_seed{seed}").exists():
-            write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
+        if method.made == "pseudo":
+            if not (root := folder / f"pseudo_labels_seed{seed}").exists():
+                write_root(root, split, pseudo_labels(split, load_predictor(start), masks))
+        elif method.made:
+            made = {"tubes": tubes, "numbers": numbers}[method.made](split, masks)
+            write_root(root := folder / method.made, split, made)
         places = {"data_root": str(root), "output_dir": str(place)}
         places |= {"init_lora": str(start)} if start else {"split_file": str(folder / "data_split.json")}
         own = {"split_seed": trainings.SEED, "seed": seed} | method.options
