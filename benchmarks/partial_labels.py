@@ -8,6 +8,7 @@ reward without a gradient. Test images have full masks, and choose nothing.
 import json as json_module
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -209,6 +210,7 @@ class Result(NamedTuple):
 
     label: str
     is_rl: bool
+    tuned: bool
     val_reward: float
     scores: dict[str, np.ndarray]  # (test images,) by metric
 
@@ -224,7 +226,7 @@ def score_method(suite: str, name: str, scorers: Sequence[Scorer]) -> list[Resul
         tables = [test_scores(suite, reward, scorer, name, post) for scorer, post in pairs]
         means = {metric: np.mean([table[metric] for table in tables], axis=0) for metric in METRICS}
         val_reward = float(np.mean([grid[post] for grid, post in zip(grids, posts, strict=True)]))
-        results.append(Result(method.label + words, method.is_rl, val_reward, means))
+        results.append(Result(method.label + words, method.is_rl, bool(words), val_reward, means))
     return results
 
 
@@ -241,22 +243,25 @@ def test_scores(
 
 
 def compare(results: Sequence[Result], patients: Sequence[str]) -> dict[str, dict[str, Interval]]:
-    """Scores by method, then the best PPO method on validation minus every control, the best one in bold."""
-    rl = max((one for one in results if one.is_rl), key=lambda one: one.val_reward)
-    controls = [one for one in results if not one.is_rl]
-    best = max(controls, key=lambda one: one.val_reward)
+    """Scores by method, then PPO minus every control that is tuned as it is, or not tuned.
+
+    In bold: the two of highest validation reward.
+    """
     rows = {
         f"{one.label} (validation reward {one.val_reward:.3f})": {
             metric: bootstrap_interval(values, patients) for metric, values in one.scores.items()
         }
         for one in results
     }
-    for control in controls:
+    ppo, controls = ([one for one in results if one.is_rl == is_rl] for is_rl in (True, False))
+    best = [max(group, key=lambda one: one.val_reward) for group in (ppo, controls)]
+    for rl, control in product(ppo, controls):
         name = f"{rl.label} minus {control.label}"
-        rows[f"**{name}**" if control is best else name] = {
-            metric: paired_difference(values, rl.scores[metric], patients)
-            for metric, values in control.scores.items()
-        }
+        if rl.tuned == control.tuned or (rl is best[0] and control is best[1]):
+            rows[f"**{name}**" if (rl is best[0] and control is best[1]) else name] = {
+                metric: paired_difference(values, rl.scores[metric], patients)
+                for metric, values in control.scores.items()
+            }
     return rows
 
 
