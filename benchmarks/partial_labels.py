@@ -256,9 +256,9 @@ def compare(results: Sequence[Result], patients: Sequence[str]) -> dict[str, dic
     ppo, controls = ([one for one in results if one.is_rl == is_rl] for is_rl in (True, False))
     best = [max(group, key=lambda one: one.val_reward) for group in (ppo, controls)]
     for rl, control in product(ppo, controls):
-        name = f"{rl.label} minus {control.label}"
-        if rl.tuned == control.tuned or (rl is best[0] and control is best[1]):
-            rows[f"**{name}**" if (rl is best[0] and control is best[1]) else name] = {
+        name, is_best = f"{rl.label} minus {control.label}", rl is best[0] and control is best[1]
+        if rl.tuned == control.tuned or is_best:
+            rows[f"**{name}**" if is_best else name] = {
                 metric: paired_difference(values, rl.scores[metric], patients)
                 for metric, values in control.scores.items()
             }
