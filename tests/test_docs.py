@@ -22,8 +22,23 @@ from vesselrl.training.health import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")]
-BENCHMARKS = ("learning", "scoring", "caching", "memory", "step", "pretrain")
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README.zh-CN.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *DOCS.rglob("*.md"),
+]
+BENCHMARKS = (
+    "learning",
+    "scoring",
+    "caching",
+    "memory",
+    "step",
+    "pretrain",
+    "pretrain_detail",
+    "partial_labels",
+)
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"(?<![\w/.<>-])((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|toml|yml|csv))(?![\w/])")
@@ -85,7 +100,7 @@ def test_every_import_command_and_option_exists() -> None:
     lines = re.compile(r"^from vesselrl import .+$", re.MULTILINE)
     check(lambda page: {*imported.findall("\n".join(lines.findall(read(page))))} - {*vesselrl.__all__})
     check(lambda page: set(VERB.findall(code_of(page))) - set(cli.VERBS))
-    check(lambda page: set(re.findall(r"\bbenchmarks\.([a-z]+)", code_of(page))) - set(BENCHMARKS))
+    check(lambda page: set(re.findall(r"\bbenchmarks\.([a-z_]+)", code_of(page))) - set(BENCHMARKS))
     kinds = [kind for kinds in reference.VERBS.values() for kind in kinds]
     known = {name.lstrip("-") for kind in kinds for o in reference.options_of(kind) for name in o.names}
     for name in BENCHMARKS:
@@ -96,6 +111,16 @@ def test_every_import_command_and_option_exists() -> None:
     accelerate = "use_fsdp fsdp_version fsdp_offload_params fsdp_reshard_after_forward"
     known |= {*accelerate.split(), "num_machines", "num_processes"}
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)
+
+
+def test_both_readmes_have_the_same_commands_figures_and_links() -> None:
+    """The text is free; what a reader types, compares or opens is not."""
+    english, chinese = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
+    )
+    for pattern in (r"```.*?```", r"\d+(?:\.\d+)?", r"\]\(((?!README)[^)]+)\)"):
+        one, other = (re.findall(pattern, text, re.DOTALL) for text in (english, chinese))
+        assert (one == other) if "`" in pattern else (set(one) == set(other)), pattern
 
 
 def test_every_shell_variable_and_verb_is_named() -> None:

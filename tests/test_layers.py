@@ -35,7 +35,7 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
 # Of the whole product; the house as first built had 60, 12,000 and 9,500.
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 15_950, 14_080
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 15_970, 14_200
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 
@@ -120,7 +120,7 @@ def test_the_package_keeps_its_layers_and_the_house_stays_small() -> None:
     assert len(modules) <= MAX_MODULES
     assert num_lines(PACKAGE.rglob("*.py")) <= MAX_PACKAGE_LINES
     assert num_lines(ROOT.glob("tests/**/*.py")) <= MAX_TEST_LINES
-    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 1_404
+    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 1_730
     longest = max(ROOT.glob("tests/**/*.py"), key=lambda path: num_lines([path]))
     assert num_lines([longest]) <= MAX_LINES, longest
 

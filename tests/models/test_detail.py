@@ -64,15 +64,13 @@ def test_brightness_and_contrast_do_not_matter_at_any_size(size: tuple[int, int]
 def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: MaskPolicy) -> None:
     images = list(np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8))
     assert policy.counts["detail_head"] == sum(p.numel() for p in DetailHead().parameters())
-    both = policy.batch_logits(images, ["a", "b"])
-    logits = [one[0] for one in both]
+    logits = policy.batch_logits(images, ["a", "b"])
     inputs = policy.prepare(images)
     decoded = policy.decode(inputs, ["a", "b"])
     without, head = policy.model, policy.model.detail
     without.detail = None
     coarse = policy.logits(decoded, decoded.best(), inputs)
     without.detail = head
-    assert all(torch.equal(one[1], low) for one, low in zip(both, coarse, strict=True))
     for one, low, image in zip(logits, coarse, images, strict=True):
         torch.testing.assert_close(one, head(torch.from_numpy(image[..., 1]), low))
     sum(one.square().mean() for one in logits).backward()
@@ -91,6 +89,22 @@ def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: Mask
     for first, ref, moved in zip(start, reference, now, strict=True):
         assert torch.equal(first, ref)
         assert not torch.allclose(first, moved, atol=0.1)
+
+
+def test_a_matrix_that_has_learned_may_fall_silent_and_one_that_has_not_may_not(policy, caplog) -> None:
+    """As where the head does all and the decoder's hyper-networks have died, before the first step of PPO."""
+    for parameter in policy.trainable.values():
+        parameter.grad = torch.ones_like(parameter)
+    parts = ("output_hypernetworks_mlps.", "final_attn_token_to_image.")
+    silent = [n for n in policy.trainable if ".lora_B." in n and any(part in n for part in parts)]
+    for name in silent:
+        policy.trainable[name].grad.zero_()
+        policy.trainable[name].data.fill_(0.1)
+    policy.check_gradients()
+    assert "4 adapter matrices get no gradient any more" in caplog.text
+    policy.trainable[silent[0]].data.zero_()
+    with pytest.raises(Exception, match=r"1 of \d+ adapter matrices received no gradient"):
+        policy.check_gradients()
 
 
 @pytest.fixture(scope="module")

@@ -66,9 +66,7 @@ def test_the_unet_shows_each_image_flipped_with_its_truth(monkeypatch: pytest.Mo
     update, images, truths = unet_update(), [], []
     update.checked = True  # nothing is learned here
     blank = torch.zeros(TRUTH.shape)
-    monkeypatch.setattr(
-        update.model, "batch_logits", lambda shown, keys: images.extend(shown) or [blank[None]] * 2
-    )
+    monkeypatch.setattr(update.model, "batch_logits", lambda shown, keys: images.extend(shown) or [blank] * 2)
     nothing = torch.zeros(1, requires_grad=True)
     monkeypatch.setattr(update, "loss", lambda logits, truth: truths.append(truth[0].numpy()) or nothing)
     for _ in range(20):

@@ -101,18 +101,12 @@ class Sa2VA(nn.Module):
     def forward(self, inputs: Sa2VAInputs) -> list[Tensor]:
         """Mask logits (H, W) of every image at its own size; the union of its [SEG] masks if several."""
         decoded = self.decode(self.encode_image(inputs.sam_pixels), self.seg_prompts(inputs))
-        return [one[0] for one in self.native_logits(decoded, decoded.best(), inputs)]
+        return self.native_logits(decoded, decoded.best(), inputs)
 
     def native_logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
-        """Logits (1, H, W) per image of the chosen candidates (B, P).
-
-        Where there is a detail head they are (2, H, W): as it refines them, and as the decoder gives them.
-        """
+        """(H, W) logits per image of the chosen candidates (B, P), refined where there is a detail head."""
         coarse = upsample(decoded.select(choice), inputs.sizes, self.config.sam2.image_size)
-        if self.detail is None:
-            return [one[None] for one in coarse]
-        refined = map(self.detail, inputs.pixels, coarse)
-        return [torch.stack(pair) for pair in zip(refined, coarse, strict=True)]
+        return [*map(self.detail, inputs.pixels, coarse)] if self.detail else coarse
 
     def image_tokens(self, tiles: Tensor) -> Tensor:
         """(T, tokens, hidden): the language model's view of T tiles."""

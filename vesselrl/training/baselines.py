@@ -54,8 +54,8 @@ class UNet:
         return self.on_image(grey, torch.zeros_like(grey)) if self.is_pretrained else self.on_image(grey)
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
-        """Logits (1, H, W) per image for a supervised step."""
-        return [self.logits(image)[None] for image in images]
+        """Logits per image for a supervised step."""
+        return [self.logits(image) for image in images]
 
     @torch.inference_mode()
     def predict(self, image: np.ndarray) -> Prediction:

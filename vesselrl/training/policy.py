@@ -148,11 +148,11 @@ class MaskPolicy:
         return tensors_hash(weights, f"{self.model.config} {tokenizer} {self.prompt}{self.language_hash}")
 
     def batch_logits(self, images: list[np.ndarray], keys: list[str]) -> list[Tensor]:
-        """All logits (O, H, W) per image for a supervised step, with LoRA dropout; frozen parts have none."""
+        """Logits (H, W) per image for a supervised step, with LoRA dropout; the frozen model has none."""
         self.peft_model.train()
         inputs = self.prepare(images)
         decoded = self.decode(inputs, keys)
-        logits = self.model.native_logits(decoded, decoded.best(), inputs)
+        logits = self.logits(decoded, decoded.best(), inputs)
         self.peft_model.eval()
         return logits
 
@@ -282,7 +282,7 @@ class MaskPolicy:
 
     def logits(self, decoded: DecodedMasks, choice: Tensor, inputs: Sa2VAInputs) -> list[Tensor]:
         """Native-size logits (H, W) per image of the chosen candidates (B, P), refined by a detail head."""
-        return [one[0] for one in self.model.native_logits(decoded, choice, inputs)]
+        return self.model.native_logits(decoded, choice, inputs)
 
     # ---- The reference of the KL term
 

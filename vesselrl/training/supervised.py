@@ -151,11 +151,9 @@ class SupervisedUpdate:
             axes = drawn[batch.first :: batch.stride] or drawn[:1]
             images, truths = ([*map(flip, pixels, axes)] for pixels in (images, truths))
         logits = self.model.batch_logits(images, batch.keys)
-        # With a detail head of the decoder's own logits too, at equal weight: else it would leave all to the
-        # head, and have no mask where that is not used.
         losses = [
-            self.loss(some, torch.from_numpy(truth.astype(np.float32)).to(some.device).expand_as(some))
-            for some, truth in zip(logits, truths, strict=True)
+            self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
+            for one, truth in zip(logits, truths, strict=True)
         ]
         loss = torch.cat(losses).mean() * batch.weight
         shared = self.model, self.optimizer, loss, self.max_grad_norm
