@@ -59,6 +59,7 @@ def assert_in_order(expected: list[tuple[str, str]], calls: list[tuple[str, str]
         at = calls.index(call, at) + 1
 
 
+@pytest.mark.slow
 def test_one_training_step_runs_as_described(tiny_checkpoint: Path, angiograms: Path, tmp_path: Path) -> None:
     words = ["--model_path", tiny_checkpoint, "--data_root", angiograms, "--output_dir", tmp_path]
     calls, depths = traced(lambda: main(["train", "--preset", "debug", *map(str, words)]))
