@@ -26,9 +26,8 @@ WINDOW = 20  # steps that a rule looks at: a single one says nothing, unless it 
 MAX_CORRECTIONS = 5
 HEALTHY = 0.5  # part of every `roll_back` threshold below which weights count as good
 FLAT_VALIDATIONS = 4  # validations in a row without gain
-KNOWN_DICE = (
-    0.6  # of a model before training; below it a detail head gains far more than PPO alone: R029, R078
-)
+# Of a model before training; below it a detail head gains far more than PPO alone: R029, R078.
+KNOWN_DICE = 0.6
 HUGE_REWARD = 1e4  # the built-in ones stay below 20; beyond it no learning rate is at fault
 
 
