@@ -1,4 +1,4 @@
-"""Readers of the layouts that a data root may have: one function each, and the list READERS at the end.
+"""Readers of the layouts that a data root may have, the list READERS at the end, and writers of two of them.
 
 All polygons, shapes and annotations of an image are one target; a label file goes before them.
 """
@@ -8,16 +8,18 @@ import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from vesselrl.data import pairing, polygons, records
 from vesselrl.data.images import read_mask
 from vesselrl.data.pairing import Names, below, fold, folder_key, list_files, list_images
-from vesselrl.data.polygons import Outline, Size, describe, mask_to_polygons
+from vesselrl.data.polygons import Outline, RunLengths, Size, describe, mask_to_polygons
 from vesselrl.data.records import DataFolder, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
@@ -320,6 +322,41 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
     mask = read_mask(io.BytesIO(data), f"{where}: its mask")
     outlines = [outline + corners[0] for outline in mask_to_polygons(mask)]
     return [polygons.read_polygon(outline.ravel().tolist(), size, where) for outline in outlines] or [None]
+
+
+def labelme(name: str, mask: np.ndarray) -> dict:
+    """The LabelMe file of an image file `name` beside it: the outlines of a bool mask (H, W), holes kept."""
+    shapes = [
+        {
+            "label": "vessel",
+            "shape_type": "polygon",
+            "points": outline.tolist(),
+            "group_id": None,
+            "flags": {},
+        }
+        for outline in mask_to_polygons(mask)
+    ]
+    height, width = mask.shape
+    image = {"imagePath": name, "imageData": None, "imageHeight": height, "imageWidth": width}
+    return {"version": "5.5.0", "flags": {}, "shapes": shapes, **image}
+
+
+def coco(masks: Iterable[tuple[str, np.ndarray]]) -> dict:
+    """The COCO file of (image file, bool mask (H, W)): run lengths, area and box; none of an empty mask."""
+    images, annotations = [], []
+    for number, (name, mask) in enumerate(masks, start=1):
+        height, width = mask.shape
+        images.append({"id": number, "file_name": name, "width": width, "height": height})
+        if mask.any():
+            (top, bottom), (left, right) = (
+                np.flatnonzero(mask.any(axis=k))[[0, -1]].tolist() for k in (1, 0)
+            )
+            runs = {"size": [height, width], "counts": RunLengths.encode(mask).runs.tolist()}
+            box = {"bbox": [left, top, right - left + 1, bottom - top + 1], "area": int(mask.sum())}
+            owner = {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0}
+            annotations.append({**owner, "segmentation": runs, **box})
+    categories = [{"id": 1, "name": "vessel"}]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:

@@ -25,6 +25,12 @@ class RunLengths:
     runs: np.ndarray  # uint32
     shape: tuple[int, int]  # (H, W)
 
+    @classmethod
+    def encode(cls, mask: np.ndarray) -> "RunLengths":
+        """The run lengths of a bool mask (H, W)."""
+        changes = np.flatnonzero(np.diff(mask.ravel(order="F"), prepend=False))
+        return cls(np.diff(changes, prepend=0, append=mask.size).astype(np.uint32), mask.shape)
+
     def decode(self) -> np.ndarray:
         """The mask as bool (H, W)."""
         is_vessel = np.arange(len(self.runs)) % 2 == 1
