@@ -14,7 +14,7 @@ from benchmarks import run
 from benchmarks.pretrain import WEIGHT_DECAY
 from vesselrl.data.augment import AUGMENTATIONS, augment
 from vesselrl.models.checkpoint import save_detail_head
-from vesselrl.models.detail import DetailHead
+from vesselrl.models.sa2va import DetailHead
 from vesselrl.synthetic.dataset import SOURCE, draw_sequence
 from vesselrl.training.setup import warm_cosine
 from vesselrl.training.supervised import mask_loss

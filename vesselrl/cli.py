@@ -134,7 +134,8 @@ def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
     from vesselrl.data.tiles import tile_px_of
-    from vesselrl.inference.predictor import Predictor, list_name, predict_files
+    from vesselrl.inference.files import list_name, predict_files
+    from vesselrl.inference.predictor import Predictor
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
@@ -148,11 +149,14 @@ def run_predict(rest: list[str]) -> int:
     counts, failed = Counter(), []
     with bar(console, "predicting") as progress:
         places = Path(args.image), Path(args.output_dir)
-        for row in predict_files(predictor, *places, progress, args.shard, args.pixel_mm):
+        for row in predict_files(predictor, *places, progress, args.shard, args.pixel_mm, args.format):
             counts[row["status"]] += 1
             failed += [f"{row['image']}: {row['reason']}"] if row["status"] == "failed" else []
     written = counts["done"] + counts["replaced"]
     print(f"{written} images written to {args.output_dir}; all are listed in {listed} there.")
+    for kind in sorted({"labelme", "coco"} & {*args.format}):
+        place = Path(args.output_dir, kind)
+        print(f"To correct: {place}; then: vesselrl data merge DATA_ROOT {place} --output NEW_DATA_ROOT")
     if counts["replaced"]:
         print(f"{counts['replaced']} of them anew: their results were of another image, model or settings.")
     if counts["kept"]:

@@ -17,8 +17,9 @@ from PIL import Image
 from tests.golden.broken_input import cut
 from vesselrl.cli import main
 from vesselrl.errors import DataError, RunError
-from vesselrl.inference import predictor as module
-from vesselrl.inference.predictor import Prediction, Predictor, predict_files
+from vesselrl.inference import files as module
+from vesselrl.inference.files import predict_files
+from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.scoring.measurements import measurement_row, vessel_measurements
 from vesselrl.scoring.postprocessing import PostProcessing
 
@@ -47,7 +48,7 @@ class Threshold:
     def predict(self, image: np.ndarray) -> Prediction:
         self.num_images += 1
         bright = image[..., 0] > self.level
-        return Prediction(bright, bright.astype(np.float32), bright.astype(np.float32))
+        return Prediction(bright, bright.astype(np.float32), bright.astype(np.float32), image)
 
 
 def statuses(predictor: Threshold, *paths: Path) -> dict[str, str]:
@@ -57,8 +58,8 @@ def statuses(predictor: Threshold, *paths: Path) -> dict[str, str]:
 def test_pixel_values_of_the_three_files(tmp_path: Path) -> None:
     grey = np.full((2, 3, 3), 100, np.uint8)
     probabilities = np.array([[0, 0.25, 0.5], [0.75, 1, 1e-5]], np.float32)
-    prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32))
-    assert module.write_prediction(grey, prediction, tmp_path / "heart.v2", {})["foreground"] == 2 / 6
+    prediction = Prediction(probabilities > 0.5, probabilities, np.zeros((2, 3), np.float32), grey)
+    assert prediction.save(tmp_path / "heart.v2")["foreground"] == 2 / 6
     files = (tmp_path / f"heart.v2_{kind}.png" for kind in ("mask", "probability", "overlay"))
     mask, probability, overlay = map(np.asarray, map(Image.open, files))
     assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 0, 0], [255, 255, 0]])
@@ -192,7 +193,7 @@ def test_a_folder_in_name_order_with_progress(predictor: Predictor, tmp_path: Pa
 
 def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:
     """Kept for 80 pictures of 48 KB: less than six of them; where writing is slow, prediction waits."""
-    predictor, unwritten, write = Threshold(), [], module.write_prediction
+    predictor, unwritten, write = Threshold(), [], Prediction.save
     for number in range(100):
         Image.new("RGB", (128, 128), (number, 0, 0)).save(tmp_path / f"{number}.png")
 
@@ -201,7 +202,7 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch) -> None:
         unwritten.append(predictor.num_images - len(unwritten))
         return write(*given)
 
-    monkeypatch.setattr(module, "write_prediction", write_slowly)
+    monkeypatch.setattr(Prediction, "save", write_slowly)
     rows = predict_files(predictor, tmp_path, tmp_path / "out")
     tracemalloc.start()
     used = [tracemalloc.get_traced_memory()[0] for _ in rows]

@@ -17,8 +17,8 @@ from vesselrl.experiment.run_folder import SUMS_FILE
 from vesselrl.inference.merge import merge
 from vesselrl.inference.predictor import Predictor
 from vesselrl.models.checkpoint import DETAIL_HEAD, PRETRAINED_HEAD, load_detail_head, load_sa2va
-from vesselrl.models.detail import FEATURES, DetailHead, GreyUNet
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
+from vesselrl.models.sa2va import FEATURES, DetailHead, GreyUNet
 from vesselrl.scoring.overlap import dice
 from vesselrl.training.policy import MaskPolicy
 

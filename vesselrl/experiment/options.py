@@ -97,6 +97,9 @@ class Predict:
     pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
+    # Masks as LabelMe or COCO files too, each in a folder with the images, to be corrected; PNG files and
+    # predictions.csv are always written.
+    format: tuple[Literal["png", "labelme", "coco", "csv"], ...] = ("png", "csv")
     # Vision tower and language model in bfloat16, for GPUs.
     use_bf16: bool = False
 

@@ -28,10 +28,9 @@ from vesselrl.models.config import (
     read_json_object,
     unreadable,
 )
-from vesselrl.models.detail import DetailHead
 from vesselrl.models.families import KeyMap, has_two_decoders, refuse_known
 from vesselrl.models.processing import Sa2VAProcessor, load_tokenizer
-from vesselrl.models.sa2va import HEAD, Sa2VA
+from vesselrl.models.sa2va import HEAD, DetailHead, Sa2VA
 
 logger = logging.getLogger(__name__)
 

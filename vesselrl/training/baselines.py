@@ -19,7 +19,7 @@ from vesselrl.experiment.progress import Progress
 from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight, load_detail_head
-from vesselrl.models.detail import FEATURES, GreyUNet
+from vesselrl.models.sa2va import FEATURES, GreyUNet
 from vesselrl.training.checkpoint import DAMAGED, tensors_hash
 
 BEST = "best_control"

@@ -26,11 +26,10 @@ from vesselrl.experiment.run_folder import json_hash
 from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
 from vesselrl.models import lora
 from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_detail_head, load_sa2va
-from vesselrl.models.detail import DetailHead
 from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
-from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, ImageFeatures, Sa2VA
+from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, DetailHead, ImageFeatures, Sa2VA
 from vesselrl.training import processes
 from vesselrl.training.checkpoint import tensors_hash, with_values
 from vesselrl.training.features import GIB, FeatureStore, feature_store, image_key, language_hash
