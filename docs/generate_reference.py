@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[type, ...]] = {
     "compare": (options.Compare,),
     "data check": (options.DataCheck,),
     "data show": (options.DataShow,),
+    "data merge": (options.DataMerge,),
     "data draw": (options.DataDraw,),
     "doctor": (options.Doctor,),
 }

@@ -202,8 +202,8 @@ def run_compare(rest: list[str]) -> int:
 
 
 def run_data(rest: list[str]) -> int:
-    """Check a data set, show it, or draw a synthetic one: data check, data show, data draw."""
-    parts = {"check": check_data_set, "show": show_data_set, "draw": draw_data_set}
+    """Check, show, join or draw a data set: data check, data show, data merge, data draw."""
+    parts = {"check": check_data_set, "show": show_data_set, "merge": merge_data_sets, "draw": draw_data_set}
     name = rest[0] if rest else ""
     if name in parts:
         return parts[name](rest[1:])
@@ -233,6 +233,23 @@ def show_data_set(rest: list[str]) -> int:
     chosen = {"data_root": args.data_root or builtin_data("output"), "stratified": args.data_root is not None}
     path = write_contact_sheet(**vars(args) | chosen)
     console.print(f"Written: {path}")
+    return 0
+
+
+def merge_data_sets(rest: list[str]) -> int:
+    """Join new or corrected labels with a data set."""
+    args = parse(options.DataMerge, rest, "data merge")
+    from vesselrl.data.repair import merge_data
+
+    done = merge_data(**vars(args))
+    new = f"{done.corrected} with a new mask, {done.added} added, {len(done.new_patients)} new patients"
+    print(f"{done.report.counts['images']} images in {args.output}: {new}.")
+    split = f" --split_file {Path(args.output, 'data_split.json')}" if done.split else ""
+    if not split:
+        print(
+            "A training will split them anew: give --split_file RUN/data_split.json to keep patients apart."
+        )
+    print(f"Next: vesselrl train --data_root {args.output}{split}")
     return 0
 
 

@@ -96,6 +96,11 @@ def pseudonyms(
     return {name: Pseudonym(p, f"{p}_{sequence}", frame) for name, (p, sequence, frame) in parts.items()}
 
 
+def original_names(mapping: Path) -> dict[str, str]:
+    """File name by key in a mapping file, of all patterns; empty without the file."""
+    return {k: name for reading in _read_readings(mapping).values() for k, name in reading["files"].items()}
+
+
 def _assign_keys(files: Mapping[str, Identity], known: PseudonymMap) -> PseudonymMap:
     """The known keys, and new ones for the files that have none; a key never comes to mean another file.
 

@@ -1,16 +1,20 @@
-"""Writes a repaired copy of a data root: what can be mended is, what cannot is left out and listed.
+"""Writes copies of a data root: repaired, without what cannot be mended, or with new and corrected labels.
 
-It has upright 8-bit images, masks of two values, outlines where it had some, and the same file names.
+A copy has masks of two values, outlines where the original has some, and the same file names; a repaired one
+has upright 8-bit images.
 """
 
 import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,10 +22,12 @@ from PIL import Image
 from vesselrl.data.check import DataReport, check_entry, check_listing
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
+from vesselrl.data.pairing import below, fold, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
-from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
-from vesselrl.data.records import CODES, DataFolder, Entry, Findings
-from vesselrl.data.samples import load_mask
+from vesselrl.data.pseudonyms import LABELS, MAPPING_FILE, Pseudonym, original_names, pseudonyms
+from vesselrl.data.records import CODES, DataFolder, Entry, Findings, Listing
+from vesselrl.data.samples import build_sample, different_images, find_samples, load_mask
+from vesselrl.data.splits import SPLIT_FILE, Split, extend_split, read_split, write_split
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import atomic_write
 
@@ -63,11 +69,7 @@ def repair_data(
     report is that of the copy, after a finding for each record that was repaired or left out.
     """
     root, out = Path(root), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError("The folder of --fix exists and is not empty. Give a new one for the repaired copy.")
-    inside, outside = out.resolve(), root.resolve()
-    if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise DataError("The folder of --fix overlaps the data root. Give one beside it for the copy.")
+    _check_new("--fix", out, root)
     listing = list_entries(root, Findings(), **places)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in listing.entries:
@@ -101,6 +103,16 @@ def repair_data(
     return replace(report, findings=(*done, *report.findings))
 
 
+def _check_new(option: str, out: Path, *roots: Path) -> None:
+    """Refuses a folder for a copy that holds something, or overlaps what is copied."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"The folder of {option} exists and is not empty. Give a new one for the copy.")
+    inside = out.resolve()
+    for outside in (root.resolve() for root in roots):
+        if inside.is_relative_to(outside) or outside.is_relative_to(inside):
+            raise DataError(f"The folder of {option} overlaps a data root. Give one beside it for the copy.")
+
+
 def _write_group(
     copy: Path, aliases: dict[str, Pseudonym], folder: DataFolder, entries: list[Entry]
 ) -> WrittenEntry:
@@ -124,24 +136,31 @@ def _write_group(
     if mended:
         what = "; ".join(CODES[code] for code in sorted(mended))
         written.findings.add("repaired", written.record, first.file, severity="info", what=what)
-    rewrite = bool(mended & _REWRITTEN_IMAGES)
-    image_file = copy / "images" / f"{first.name}{'.png' if rewrite else first.image_path.suffix}"
-    written.files = (image_file, copy / "masks" / f"{first.name}_mask.png")
+    written.files = _write_pair(copy, first, mask, written.record, bool(mended & _REWRITTEN_IMAGES))
+    written.content = _content(first, written.files[0].relative_to(copy / "images").as_posix(), mask)
+    return written
+
+
+def _write_pair(
+    copy: Path, entry: Entry, mask: np.ndarray, record: str, rewrite: bool = False
+) -> tuple[Path, Path]:
+    """Writes image and mask file of an entry; the image as it is, or as it is read."""
+    image_file = copy / "images" / f"{entry.name}{'.png' if rewrite else entry.image_path.suffix}"
+    mask_file = copy / "masks" / f"{entry.name}_mask.png"
     try:
-        for file in written.files:
+        for file in (image_file, mask_file):
             file.parent.mkdir(parents=True, exist_ok=True)
         if rewrite:
-            pixels = read_rgb(first.image_path, written.record)
+            pixels = read_rgb(entry.image_path, record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
         else:
-            shutil.copyfile(first.image_path, image_file)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(written.files[1])
+            shutil.copyfile(entry.image_path, image_file)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
     except OSError as error:  # its text holds the path
-        fault = f"{written.record} cannot be copied ({error.strerror}). Make room, or give another folder."
+        fault = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None
-    written.content = _content(first, image_file.relative_to(copy / "images").as_posix(), mask)
-    return written
+    return image_file, mask_file
 
 
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:
@@ -184,3 +203,132 @@ def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
     more = {key: value for key, value in entry.content.items() if is_record and key not in _OWN_FIELDS}
     return {"image": image, "mask": polygons, "text": [text] * len(polygons), **more}
+
+
+class MergedData(NamedTuple):
+    """What `merge_data` has written."""
+
+    report: DataReport
+    corrected: int  # images of the old data whose mask is a new one
+    added: int
+    new_patients: tuple[str, ...]
+    split: Split | None  # the old one with the new patients, where there was one
+
+
+def merge_data(
+    old: Path | str,
+    new: Path | str,
+    output: Path | str,
+    split_file: Path | str | None = None,
+    patient_pattern: str | None = None,
+    patient_aliases: Path | str | None = None,
+    **places: str | None,
+) -> MergedData:
+    """Writes the old data with new labels: masks of `new` go before old ones of the same image.
+
+    `new` is a data root of any layout, or a folder of `<image>_mask.png`. Its names may be pseudonyms that a
+    mapping file in it or beside it explains, as in the folders of `predict`. Known patients keep pseudonyms
+    and, with `split_file` or data_split.json in `old`, their subset; new ones join the subset that is
+    furthest below its share. The other arguments are those of `find_samples` for `old`.
+    """
+    old, new, out, strict = Path(old), Path(new), Path(output), Findings(strict=True)
+    _check_new("--output", out, old, new)
+    with _of("the old data"):
+        listing = list_entries(old, strict, **places)
+    with _of("the new labels"):
+        names = original_names(new.parent / MAPPING_FILE) or original_names(new / MAPPING_FILE)
+        labels = _pair_by_name(_list_labels(new), names, listing)
+    kept = {entry.name: entry for entry in listing.entries}
+    with atomic_write(out) as copy:
+        copy.mkdir()
+        mapping = copy / MAPPING_FILE
+        if listing.folder.mapping_file.exists():
+            shutil.copy2(listing.folder.mapping_file, mapping)
+        reading = patient_pattern, patient_aliases, mapping, "all"
+        before = pseudonyms(kept, *reading)  # first, so that they are those of the old data alone
+        aliases = pseudonyms({**kept, **labels}, *reading)
+        with _of("the old data"):
+            split = _old_split(Path(split_file or old / SPLIT_FILE), split_file is None, listing, before)
+        contents = []
+        for name in aliases:
+            entry = labels.get(name) or kept[name]
+            with _of("the new labels" if name in labels else "the old data"):
+                sample = build_sample(entry, aliases[name], strict)
+                mask = load_mask(sample)
+            image, _ = _write_pair(copy, entry, mask, sample.record)
+            place = image.relative_to(copy / "images").as_posix()
+            contents.append(_content(kept.get(name, entry), place, mask))
+        if not listing.pairs:
+            (copy / ANNOTATIONS).write_text(json.dumps(contents), encoding="utf-8")
+        found = Findings()
+        report = check_listing(list_entries(copy, found), aliases, found)
+        if report.exit_code:
+            raise DataError(f"The merged data would have faults: {report.of('error')[0].message}")
+        if split is not None:
+            split = extend_split(split, find_samples(copy, patient_pattern, patient_aliases))
+            write_split(copy / SPLIT_FILE, split)
+    patients = {alias.patient for alias in aliases.values()} - {alias.patient for alias in before.values()}
+    corrected = len(kept.keys() & labels)
+    return MergedData(report, corrected, len(labels) - corrected, tuple(sorted(patients)), split)
+
+
+def _old_split(path: Path, may_lack: bool, listing: Listing, aliases: dict[str, Pseudonym]) -> Split | None:
+    """The split of the old data, which the file must be of; None where there may be none and is none."""
+    if may_lack and not path.exists():
+        return None
+    strict = Findings(strict=True)
+    entries = different_images(listing, aliases, strict)
+    return read_split(path, [build_sample(entry, aliases[entry.name], strict) for entry in entries])
+
+
+@contextmanager
+def _of(data: str) -> Iterator[None]:
+    """Says in errors which of the data they are about."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"In {data}: {error}", error.code) from None
+
+
+def _list_labels(root: Path) -> list[Entry]:
+    """The entries of new labels; those of a folder of masks alone have no image."""
+    files = list_images(root, deep=False)
+    stems = {file.stem for file in files}
+    masks = [f for f in files if f.stem.endswith("_mask") and f.stem.removesuffix("_mask") not in stems]
+    if not masks or list_files(root, (".json",), deep=False):
+        return list_entries(root, Findings(strict=True)).entries
+    shown = DataFolder(root).shown
+    return [Entry(f.stem.removesuffix("_mask"), shown(f), None, mask_path=f) for f in masks]
+
+
+def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listing) -> dict[str, Entry]:
+    """New labels by the name that their image has in the old data, with that image, or by their own.
+
+    `names`: those that stand behind pseudonyms.
+    """
+    folder, images = listing.folder.image_folder, {}
+    images |= {below(path, folder): path for path in listing.images if path.is_relative_to(folder)}
+    images |= {entry.name: entry.image_path for entry in listing.entries}
+    by_name: dict[str, set[str]] = defaultdict(set)
+    for name in images:
+        by_name[fold(name)].add(name)
+        by_name[fold(PurePosixPath(name).name)].add(name)
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        name = names.get(entry.name, entry.name)
+        fits = {name} if name in images else by_name.get(fold(name), {name})
+        if len(fits) > 1:
+            raise DataError(
+                f"{entry.place} fits {len(fits)} images of the old data. Name it with its folder."
+            )
+        (name,) = fits
+        if name not in images and LABELS["files"].fullmatch(name):
+            fault = (
+                f"{entry.place} has a pseudonym, and no {MAPPING_FILE} in the folder or beside it knows it"
+            )
+            raise DataError(f"{fault}. Put that of the predictions there.")
+        if name in found:
+            fault = f"{entry.place} and {found[name].place} are labels of the same image"
+            raise DataError(f"{fault}. Keep one of them.")
+        found[name] = replace(entry, name=name, image_path=images.get(name, entry.image_path))
+    return found

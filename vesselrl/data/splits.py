@@ -10,9 +10,9 @@ import json
 import logging
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, combinations, zip_longest
 from pathlib import Path, PurePath
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SUBSETS = ("train", "val", "test")
 UNITS = ("patient", "frame")
+SPLIT_FILE = "data_split.json"
 FORMAT = 2
 LEAKY = "LEAKY: split by frame, so that frames of one patient are on several sides"  # as in stored results
 NUM_SHUFFLES = 200
@@ -95,6 +96,25 @@ def split_by_patient(
     subsets = [tuple(s for name in groups if name in assigned[x] for s in groups[name]) for x in SUBSETS]
     means = tuple(sum(shares[s.key] for s in subset) / len(subset) for subset in subsets) if shares else None
     return Split(*subsets, seed, tuple(ratios), unit, fold and tuple(fold), means)
+
+
+def extend_split(split: Split, samples: Sequence[Sample]) -> Split:
+    """A split by patient with more samples: known patients stay where they are.
+
+    A new one joins the subset that is furthest below the share of all samples that it had.
+    """
+    if split.is_leaky:
+        raise DataError("The split is by frame: no patient has a subset. Give one by patient.")
+    sizes = {x: len(getattr(split, x)) for x in SUBSETS}
+    subset_of = {sample.patient: x for x in SUBSETS for sample in getattr(split, x)}
+    counts = Counter(subset_of.get(sample.patient) for sample in samples)
+    for patient, group in _group_in_order(samples, "patient").items():
+        if patient not in subset_of:
+            share = (len(group) + sum(counts[x] for x in SUBSETS)) / sum(sizes.values())
+            subset_of[patient] = max(SUBSETS, key=lambda x: sizes[x] * share - counts[x])
+            counts[subset_of[patient]] += len(group)
+    subsets = {x: tuple(s for s in samples if subset_of[s.patient] == x) for x in SUBSETS}
+    return replace(split, **subsets, foreground=None)
 
 
 def _join_copies(

@@ -165,6 +165,20 @@ class DataCheck(Reading):
 
 
 @dataclass(frozen=True)
+class DataMerge(Reading):
+    """Join new labels, such as corrected predictions, with a data set; new masks go before old ones."""
+
+    # Data folder, which is never changed.
+    old: tyro.conf.Positional[str]
+    # Data folder with the new labels, or a folder of <image>_mask.png.
+    new: tyro.conf.Positional[str]
+    # New data folder.
+    output: str
+    # data_split.json of a run on the old data, whose patients keep their subset; none: that in OLD, if any.
+    split_file: str | None = None
+
+
+@dataclass(frozen=True)
 class DataShow(Reading):
     """Write a contact sheet: images with the outline of their masks, as training sees them."""
 

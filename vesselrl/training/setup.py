@@ -26,7 +26,7 @@ from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset, contac
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask
-from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
+from vesselrl.data.splits import SPLIT_FILE, Split, read_split, split_by_patient, take, write_split
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
 from vesselrl.evaluation.evaluate import caveats_of, load_pixels
@@ -47,7 +47,6 @@ from vesselrl.training.supervised import SupervisedUpdate
 
 logger = logging.getLogger(__name__)
 
-SPLIT_FILE = "data_split.json"
 SHEET_FILE = "contact_sheet.png"
 SHEET_IMAGES = 12
 PICTURES_BYTES = 5_000_000  # of pictures, reports and metrics
