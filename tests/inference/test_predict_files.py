@@ -1,6 +1,7 @@
 """Image files in, PNG files out: names, what is done already, shards, memory."""
 
 import csv
+import json
 import stat
 import time
 import tracemalloc
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tests.golden.broken_input import cut
 from vesselrl.cli import main
+from vesselrl.data.samples import find_samples
 from vesselrl.errors import DataError, RunError
 from vesselrl.inference import files as module
 from vesselrl.inference.files import predict_files
@@ -242,6 +244,43 @@ def test_shards_at_once_give_what_one_run_gives(tmp_path: Path, capsys) -> None:
     assert main(["predict", "--image", str(folder), "--output_dir", str(two), "--shard", "00/2"]) == 2
     assert "--shard is '00/2'" in capsys.readouterr().err
     assert list(predict_files(Threshold(), folder / "001.png", tmp_path / "few", shard="1/2")) == []
+
+
+def test_the_most_uncertain_come_first_and_label_files_are_left_alone(tmp_path: Path, caplog) -> None:
+    """One minus the expected Dice, 1 − 2 p / (p + 1), is largest for the darkest; shards give the same."""
+
+    class Unsure(Threshold):
+        def predict(self, image: np.ndarray) -> Prediction:
+            found = super().predict(image)
+            return found._replace(probabilities=np.float32(image[0, 0, 0] / 255) * found.probabilities)
+
+    folder, out, two = tmp_path / "in", tmp_path / "out", tmp_path / "two"
+    folder.mkdir()
+    for name, value in (("001", 204), ("002", 153), ("003", 255), ("004", 204), ("005", 0)):
+        Image.new("L", (8, 6), value).save(folder / f"{name}.png")
+    cut(folder / "004.png")
+    assert len(list(predict_files(Unsure(), folder, out, formats=("labelme", "coco")))) == 5
+    rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+    assert [row["result"] for row in rows] == ["002", "001", "003", "005", "004"]
+    assert [float(row["uncertainty"] or -1) for row in rows] == pytest.approx(
+        [1 / 4, 1 / 9, 0, 0, -1], abs=1e-6
+    )
+    images = json.loads((out / "coco" / "instances.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["002.png", "001.png", "003.png", "005.png"]
+    assert [len(samples) for samples in map(find_samples, (out / "labelme", out / "coco"))] == [4, 4]
+    for shard in ("1/2", "0/2"):
+        list(predict_files(Unsure(), folder, two, shard=shard, formats=("labelme", "coco")))
+    files = {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert all((two / path).read_bytes() == content for path, content in files.items())
+    (out / "labelme" / "001.json").write_text("corrected")
+    (out / "labelme" / "002.json").unlink()
+    again = {
+        row["result"]: row["status"] for row in predict_files(Unsure(), folder, out, formats=["labelme"])
+    }
+    assert again == {"004": "failed"} | dict.fromkeys(("001", "002", "003", "005"), "kept")
+    assert "3 LabelMe files are there already and stay" in caplog.text
+    assert (out / "labelme" / "001.json").read_text() == "corrected"
+    assert (out / "labelme" / "002.json").read_bytes() == (two / "labelme" / "002.json").read_bytes()
 
 
 def test_unusable_folders_are_refused_before_anything_is_written(tmp_path: Path) -> None:

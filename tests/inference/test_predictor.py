@@ -1,16 +1,19 @@
 """Images in, masks out: thresholds, batches, several [SEG], adapters."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vesselrl.errors import NotFiniteError
 from vesselrl.inference import predictor as module
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.processing import Sa2VAInputs
 from vesselrl.models.sa2va import upsample
+from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import PostProcessing, drop_small_components
 
 
@@ -83,6 +86,37 @@ def test_a_batch_gives_what_single_images_give(predictor: Predictor, images: lis
         found = rf"Image 1 is {bad.dtype} \({bad.shape[0]}, .*uint8 RGB \(H, W, 3\)"
         with pytest.raises(ValueError, match=found):
             predictor.predict_batch([images[0], bad])
+
+
+def test_files_pillow_images_and_arrays_of_any_kind_are_one_image(
+    predictor: Predictor, tmp_path: Path
+) -> None:
+    """A prediction shows itself as its overlay, and says how uncertain it is."""
+    grey = np.random.default_rng(3).integers(0, 256, (64, 64), dtype=np.uint8)
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    expected = predictor.predict(rgb)
+    others = [
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        grey,
+        np.dstack([rgb, grey]),
+        grey * np.uint16(256),
+    ]
+    others += [Image.fromarray(grey), Image.fromarray(rgb).quantize(256), Image.fromarray(grey).convert("LA")]
+    for found in predictor.predict_batch(others):
+        assert np.array_equal(found.image, rgb)
+        assert largest_gap(found, expected) < 1e-4
+    shown = np.asarray(Image.open(io.BytesIO(expected._repr_png_())))
+    assert np.array_equal(shown, overlay(rgb, expected.mask))
+    for probabilities, uncertainty in (
+        ([[0.9, 0.1], [0.6, 0.2]], 1 - 3 / 3.8),
+        ([[1, 0], [0, 0]], 0),
+        ([[0, 0], [0, 0]], 0),
+        ([[0.1, 0], [0, 0]], 1),  # nothing found, but not for sure
+    ):
+        values = np.array(probabilities, np.float32)
+        assert Prediction(values > 0.5, values, values).uncertainty == pytest.approx(uncertainty)
 
 
 @torch.inference_mode()
