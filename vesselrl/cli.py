@@ -242,13 +242,11 @@ def merge_data_sets(rest: list[str]) -> int:
     from vesselrl.data.repair import merge_data
 
     done = merge_data(**vars(args))
-    new = f"{done.corrected} with a new mask, {done.added} added, {len(done.new_patients)} new patients"
-    print(f"{done.report.counts['images']} images in {args.output}: {new}.")
-    split = f" --split_file {Path(args.output, 'data_split.json')}" if done.split else ""
+    text = "{images} images: {corrected} with a new mask, {added} added, {new_patients} new patients."
+    print(text.format(**done))
+    split = f" --split_file {done['split_file']}" if done["split_file"] else ""
     if not split:
-        print(
-            "A training will split them anew: give --split_file RUN/data_split.json to keep patients apart."
-        )
+        print("A training splits them anew; --split_file RUN/data_split.json keeps patients in their subset.")
     print(f"Next: vesselrl train --data_root {args.output}{split}")
     return 0
 

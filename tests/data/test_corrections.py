@@ -95,7 +95,7 @@ def test_predicted_corrected_merged_and_trained_on(
     places = [str(old), str(out / "labelme"), "--output", str(merged)]
     assert main(["data", "merge", *places, "--split_file", str(tmp_path / "data_split.json")]) == 0
     said = capsys.readouterr().out
-    assert f"20 images in {merged}: 1 with a new mask, 3 added, 1 new patients." in said
+    assert "20 images: 1 with a new mask, 3 added, 1 new patients." in said
     assert f"--data_root {merged} --split_file {merged}/data_split.json" in said
     after = by_name(find_samples(merged))
     assert {name: after[name].key for name in before} == {name: one.key for name, one in before.items()}
@@ -126,7 +126,7 @@ def test_masks_alone_are_labels_of_the_old_images(old: Path, tmp_path: Path) -> 
     stem, mask = sorted(old.glob("images/*"))[0].stem, np.eye(64, dtype=bool)
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
     done = merge_data(old, corrected(tmp_path / "new", stem.lower(), mask), tmp_path / "merged")
-    assert (done.corrected, done.added, done.new_patients, done.split) == (1, 0, (), None)
+    assert done == {"images": 17, "corrected": 1, "added": 0, "new_patients": 0, "split_file": None}
     assert (load_mask(by_name(find_samples(tmp_path / "merged"))[f"{stem}.png"]) == mask).all()
     assert before == {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
 
@@ -141,7 +141,7 @@ def test_numbers_of_impersonal_files_stay_and_records_keep_their_fields(tmp_path
         (tmp_path / folder / "annotations.json").write_text(json.dumps(records))
     before = by_name(find_samples(tmp_path / "old"))
     done = merge_data(tmp_path / "old", tmp_path / "new", tmp_path / "merged")
-    assert (done.corrected, done.added, len(done.new_patients)) == (0, 3, 3)
+    assert (done["corrected"], done["added"], done["new_patients"]) == (0, 3, 3)
     after = by_name(find_samples(tmp_path / "merged"))
     assert {name: after[name].key for name in before} == {name: one.key for name, one in before.items()}
     records = json.loads((tmp_path / "merged" / "annotations.json").read_text())
@@ -159,7 +159,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "no image": (
         lambda new, name: corrected(new, "P001_S9_F0001", np.eye(64, dtype=bool)),
-        r"has a pseudonym, and no patients\.mapping\.json in the folder or beside it knows it",
+        r"is called by a pseudonym\. Put the patients\.mapping\.json of the predictions beside",
     ),
     "damaged": (
         lambda new, name: (new.mkdir(), (new / f"{name}_mask.png").write_bytes(b"\x89PNG")),

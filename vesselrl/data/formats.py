@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from vesselrl.data import pairing, polygons, records
@@ -348,15 +349,11 @@ def coco(masks: Iterable[tuple[str, np.ndarray]]) -> dict:
         height, width = mask.shape
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         if mask.any():
-            (top, bottom), (left, right) = (
-                np.flatnonzero(mask.any(axis=k))[[0, -1]].tolist() for k in (1, 0)
-            )
             runs = {"size": [height, width], "counts": RunLengths.encode(mask).runs.tolist()}
-            box = {"bbox": [left, top, right - left + 1, bottom - top + 1], "area": int(mask.sum())}
+            box = {"bbox": [*cv2.boundingRect(mask.view(np.uint8))], "area": int(mask.sum())}
             owner = {"id": number, "image_id": number, "category_id": 1, "iscrowd": 0}
             annotations.append({**owner, "segmentation": runs, **box})
-    categories = [{"id": 1, "name": "vessel"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "vessel"}]}
 
 
 def read_folder_pairs(folder: DataFolder, _: Findings) -> Listing | None:

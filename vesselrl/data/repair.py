@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,8 +26,8 @@ from vesselrl.data.pairing import below, fold, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
 from vesselrl.data.pseudonyms import LABELS, MAPPING_FILE, Pseudonym, original_names, pseudonyms
 from vesselrl.data.records import CODES, DataFolder, Entry, Findings, Listing
-from vesselrl.data.samples import build_sample, different_images, find_samples, load_mask
-from vesselrl.data.splits import SPLIT_FILE, Split, extend_split, read_split, write_split
+from vesselrl.data.samples import build_sample, different_images, find_samples, load_image, load_mask
+from vesselrl.data.splits import SPLIT_FILE, extend_split, read_split, write_split
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import atomic_write
 
@@ -110,7 +110,9 @@ def _check_new(option: str, out: Path, *roots: Path) -> None:
     inside = out.resolve()
     for outside in (root.resolve() for root in roots):
         if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-            raise DataError(f"The folder of {option} overlaps a data root. Give one beside it for the copy.")
+            raise DataError(
+                f"The folder of {option} overlaps the data root. Give one beside it for the copy."
+            )
 
 
 def _write_group(
@@ -137,7 +139,7 @@ def _write_group(
         what = "; ".join(CODES[code] for code in sorted(mended))
         written.findings.add("repaired", written.record, first.file, severity="info", what=what)
     written.files = _write_pair(copy, first, mask, written.record, bool(mended & _REWRITTEN_IMAGES))
-    written.content = _content(first, written.files[0].relative_to(copy / "images").as_posix(), mask)
+    written.content = _content(first, written.files[0], mask)
     return written
 
 
@@ -194,7 +196,7 @@ def _read_shares(entry: Entry, size: Size, record: str, findings: Findings) -> l
     return list(scale_polygons(entry.read_label((1, 1), record, findings), (1, 1), size))
 
 
-def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
+def _content(entry: Entry, image: Path, mask: np.ndarray) -> dict:
     """The record of `annotations.json`: flat polygons with a text each, and its other fields."""
     polygons = [polygon.ravel().tolist() for polygon in mask_to_polygons(mask)]
     texts = entry.content.get("text")
@@ -202,17 +204,8 @@ def _content(entry: Entry, image: str, mask: np.ndarray) -> dict:
     text = next((item for item in texts if isinstance(item, str) and item.strip()), TEXT)
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
     more = {key: value for key, value in entry.content.items() if is_record and key not in _OWN_FIELDS}
-    return {"image": image, "mask": polygons, "text": [text] * len(polygons), **more}
-
-
-class MergedData(NamedTuple):
-    """What `merge_data` has written."""
-
-    report: DataReport
-    corrected: int  # images of the old data whose mask is a new one
-    added: int
-    new_patients: tuple[str, ...]
-    split: Split | None  # the old one with the new patients, where there was one
+    name = f"{entry.name}{image.suffix}"
+    return {"image": name, "mask": polygons, "text": [text] * len(polygons), **more}
 
 
 def merge_data(
@@ -223,13 +216,15 @@ def merge_data(
     patient_pattern: str | None = None,
     patient_aliases: Path | str | None = None,
     **places: str | None,
-) -> MergedData:
+) -> dict[str, Any]:
     """Writes the old data with new labels: masks of `new` go before old ones of the same image.
 
     `new` is a data root of any layout, or a folder of `<image>_mask.png`. Its names may be pseudonyms that a
     mapping file in it or beside it explains, as in the folders of `predict`. Known patients keep pseudonyms
     and, with `split_file` or data_split.json in `old`, their subset; new ones join the subset that is
     furthest below its share. The other arguments are those of `find_samples` for `old`.
+
+    Gives the numbers of `images`, `corrected` and `added` labels and `new_patients`, and the `split_file`.
     """
     old, new, out, strict = Path(old), Path(new), Path(output), Findings(strict=True)
     _check_new("--output", out, old, new)
@@ -238,47 +233,41 @@ def merge_data(
     with _of("the new labels"):
         names = original_names(new.parent / MAPPING_FILE) or original_names(new / MAPPING_FILE)
         labels = _pair_by_name(_list_labels(new), names, listing)
-    kept = {entry.name: entry for entry in listing.entries}
     with atomic_write(out) as copy:
         copy.mkdir()
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
         reading = patient_pattern, patient_aliases, mapping, "all"
-        before = pseudonyms(kept, *reading)  # first, so that they are those of the old data alone
-        aliases = pseudonyms({**kept, **labels}, *reading)
+        # First of the old data alone, so that they are the same.
+        before = pseudonyms([entry.name for entry in listing.entries], *reading)
+        aliases = pseudonyms({**before, **labels}, *reading)
+        split, split_file = None, split_file or (old / SPLIT_FILE if (old / SPLIT_FILE).exists() else None)
         with _of("the old data"):
-            split = _old_split(Path(split_file or old / SPLIT_FILE), split_file is None, listing, before)
+            kept = {entry.name: entry for entry in different_images(listing, before, strict)}
+            if split_file is not None:
+                samples = [build_sample(entry, before[name], strict) for name, entry in kept.items()]
+                split = read_split(split_file, samples)
         contents = []
-        for name in aliases:
+        for name, alias in aliases.items():
             entry = labels.get(name) or kept[name]
             with _of("the new labels" if name in labels else "the old data"):
-                sample = build_sample(entry, aliases[name], strict)
-                mask = load_mask(sample)
+                sample = build_sample(entry, alias, strict)
+                _, mask = load_image(sample), load_mask(sample)
             image, _ = _write_pair(copy, entry, mask, sample.record)
-            place = image.relative_to(copy / "images").as_posix()
-            contents.append(_content(kept.get(name, entry), place, mask))
+            contents.append(_content(kept.get(name, entry), image, mask))
         if not listing.pairs:
             (copy / ANNOTATIONS).write_text(json.dumps(contents), encoding="utf-8")
-        found = Findings()
-        report = check_listing(list_entries(copy, found), aliases, found)
-        if report.exit_code:
-            raise DataError(f"The merged data would have faults: {report.of('error')[0].message}")
+        samples = find_samples(copy, patient_pattern, patient_aliases)
         if split is not None:
-            split = extend_split(split, find_samples(copy, patient_pattern, patient_aliases))
-            write_split(copy / SPLIT_FILE, split)
-    patients = {alias.patient for alias in aliases.values()} - {alias.patient for alias in before.values()}
-    corrected = len(kept.keys() & labels)
-    return MergedData(report, corrected, len(labels) - corrected, tuple(sorted(patients)), split)
-
-
-def _old_split(path: Path, may_lack: bool, listing: Listing, aliases: dict[str, Pseudonym]) -> Split | None:
-    """The split of the old data, which the file must be of; None where there may be none and is none."""
-    if may_lack and not path.exists():
-        return None
-    strict = Findings(strict=True)
-    entries = different_images(listing, aliases, strict)
-    return read_split(path, [build_sample(entry, aliases[entry.name], strict) for entry in entries])
+            write_split(copy / SPLIT_FILE, extend_split(split, samples))
+    new_patients = {sample.patient for sample in samples} - {alias.patient for alias in before.values()}
+    counts = {
+        "images": len(samples),
+        "corrected": len(kept.keys() & labels),
+        "added": len(labels.keys() - kept),
+    }
+    return {**counts, "new_patients": len(new_patients), "split_file": split and out / SPLIT_FILE}
 
 
 @contextmanager
@@ -315,20 +304,16 @@ def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listi
         by_name[fold(PurePosixPath(name).name)].add(name)
     found: dict[str, Entry] = {}
     for entry in entries:
-        name = names.get(entry.name, entry.name)
+        name, fault = names.get(entry.name, entry.name), ""
         fits = {name} if name in images else by_name.get(fold(name), {name})
+        name = min(fits)
         if len(fits) > 1:
-            raise DataError(
-                f"{entry.place} fits {len(fits)} images of the old data. Name it with its folder."
-            )
-        (name,) = fits
-        if name not in images and LABELS["files"].fullmatch(name):
-            fault = (
-                f"{entry.place} has a pseudonym, and no {MAPPING_FILE} in the folder or beside it knows it"
-            )
-            raise DataError(f"{fault}. Put that of the predictions there.")
-        if name in found:
-            fault = f"{entry.place} and {found[name].place} are labels of the same image"
-            raise DataError(f"{fault}. Keep one of them.")
+            fault = f"fits {len(fits)} images of the old data. Name it with its folder"
+        elif name not in images and LABELS["files"].fullmatch(name):
+            fault = f"is called by a pseudonym. Put the {MAPPING_FILE} of the predictions beside the folder"
+        elif name in found:
+            fault = f"and {found[name].place} are labels of the same image. Keep one of them"
+        if fault:
+            raise DataError(f"{entry.place} {fault}.")
         found[name] = replace(entry, name=name, image_path=images.get(name, entry.image_path))
     return found
