@@ -24,7 +24,7 @@ from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look
 from vesselrl.data.pairing import LABEL_ENDINGS, SUBSETS, folder_key
 from vesselrl.data.patients import lone_frames
 from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
-from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
+from vesselrl.data.pseudonyms import Pseudonym
 from vesselrl.data.records import CODES, DataFolder, Entry, Finding, Findings, Listing, Severity
 from vesselrl.experiment.progress import logged
 from vesselrl.scoring.overlap import dice
@@ -97,10 +97,9 @@ def check_data(
     findings, layout = Findings(), ""
     with findings.catching():
         listing = list_entries(Path(root), findings, **places)
-        layout, mapping = listing.layout, listing.folder.mapping_file
-        names = [entry.name for entry in listing.entries]
+        layout = listing.layout
         with findings.catching(code="patients"):
-            aliases = pseudonyms(names, patient_pattern, patient_aliases, mapping, keep="nothing")
+            aliases = listing.pseudonyms(patient_pattern, patient_aliases, keep="nothing")
             _check_patients(aliases, patient_pattern, findings)
             return check_listing(listing, aliases, findings, near_duplicates)
     return DataReport(layout, tuple(findings))

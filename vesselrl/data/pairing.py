@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
+from vesselrl.data.dicom import frames
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.errors import DataError
@@ -174,8 +175,8 @@ def list_files(folder: Path, suffixes: Sequence[str], deep: bool = True) -> list
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
-    """The image files of a folder in the order of their names; none where there is no folder."""
-    return list_files(folder, IMAGE_SUFFIXES, deep)
+    """The images of a folder in the order of their names, frames of DICOM files as `frames` calls them."""
+    return [frame for file in list_files(folder, IMAGE_SUFFIXES, deep) for frame in frames(file)]
 
 
 def below(path: Path, folder: Path) -> str:

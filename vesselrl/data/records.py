@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from vesselrl.data import pairing
+from vesselrl.data.dicom import identity_of, is_dicom, locate
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.pairing import LABEL_ENDINGS, below, fold, folder_key, list_files, list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
-from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
+from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
 from vesselrl.errors import DataError
 from vesselrl.experiment import run_folder
 
@@ -154,6 +155,10 @@ class DataFolder:
         return [path for path in found if not path.is_relative_to(labels)]
 
     @cached_property
+    def _holds_dicom(self) -> bool:
+        return any(map(is_dicom, self.images))
+
+    @cached_property
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
         """Names and files of all images by the folded last part of their paths."""
         is_there, found = self.image_folder.is_dir(), defaultdict(list)
@@ -193,18 +198,24 @@ class DataFolder:
         return str(path.with_suffix("")), None
 
     def shown(self, path: Path) -> str:
-        """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's."""
-        parts = path.relative_to(self.path).parts
+        """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's.
+
+        DICOM files may be called after the ID in their header, and labels after them: no name is shown then.
+        """
+        file, frame = locate(path)
+        parts = file.relative_to(self.path).parts
         folder = parts[0] if len(parts) > 1 else ""
         is_known = folder_key(folder) in pairing.KNOWN_FOLDERS
-        if len(parts) < 3 and (is_known or not folder) and is_impersonal(path.stem):
+        is_plain = is_impersonal(file.stem) and not self._holds_dicom
+        if len(parts) < 3 and (is_known or not folder) and is_plain:
             return self.prefix + "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
             place, kinds = self.path / folder, (IMAGE_SUFFIXES, (".json",))
             files = [enumerate(list_files(place, kind, deep=bool(folder)), 1) for kind in kinds]
             self._numbers[folder] = {file: k for kind in files for k, file in kind}
         place = f"{folder}/" if is_known else "another folder" if folder else "data root"
-        return f"{self.prefix}{place} file {self._numbers[folder].get(path, 0)} in name order"
+        number = f"file {self._numbers[folder].get(file, 0)} in name order"
+        return f"{self.prefix}{place} {number}{f', frame {frame}' if frame else ''}"
 
     def shown_folder(self, folder: Path) -> str:
         """`masks/`, or words for a folder whose name may be a person's."""
@@ -231,6 +242,8 @@ class DataFolder:
         for entry in entries:
             stem = PurePosixPath(entry.name).name
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
+            if stem.startswith("frame_"):  # of a video in a folder, or of a DICOM file
+                own_names += [entry.name.replace("/frame_", between) for between in ("_frame_", "_")]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
         if only_pairs and entries and not found and self.mask_suffix is None:
@@ -255,6 +268,13 @@ class Listing:
     def pairs(self) -> bool:
         """Whether images and labels are paired by their names alone."""
         return all(entry.read_label is None and not entry.content for entry in self.entries)
+
+    def pseudonyms(self, *whose: str | Path | None, keep: str = "people") -> dict[str, Pseudonym]:
+        """The pseudonyms of the images; `whose`: pattern, alias file, and mapping file if it is another."""
+        headers = {entry.name: identity_of(entry.image_path, entry.name) for entry in self.entries}
+        known = {name: identity for name, identity in headers.items() if identity is not None}
+        pattern, aliases, mapping = (*whose, self.folder.mapping_file)[:3]
+        return pseudonyms(headers, pattern, aliases, mapping, keep, known)
 
     @property
     def extra_images(self) -> list[Path]:

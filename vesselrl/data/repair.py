@@ -19,7 +19,7 @@ from vesselrl.data.check import DataReport, check_entry, check_listing
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
-from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
+from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
 from vesselrl.data.records import CODES, DataFolder, Entry, Findings
 from vesselrl.data.samples import load_mask
 from vesselrl.errors import DataError
@@ -77,7 +77,7 @@ def repair_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        aliases = pseudonyms(groups, patient_pattern, patient_aliases, mapping, keep="all")
+        aliases = listing.pseudonyms(patient_pattern, patient_aliases, mapping, keep="all")
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))

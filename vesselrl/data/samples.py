@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from vesselrl.data.dicom import frames, is_dicom, locate
 from vesselrl.data.formats import list_entries
 from vesselrl.data.images import read_mask, read_oddities, read_rgb, read_size
 from vesselrl.data.polygons import Outline, Size, rasterise, resize_mask, scale_polygons
-from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
+from vesselrl.data.pseudonyms import Pseudonym
 from vesselrl.data.records import CODES, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
@@ -49,8 +50,7 @@ def find_samples(
     """
     findings = Findings(strict=True)
     listing = list_entries(Path(data_root), findings, **places)
-    names = [entry.name for entry in listing.entries]
-    aliases = pseudonyms(names, patient_pattern, patient_aliases, listing.folder.mapping_file)
+    aliases = listing.pseudonyms(patient_pattern, patient_aliases)
     entries = different_images(listing, aliases, findings)
     samples = [build_sample(entry, aliases[entry.name], findings) for entry in entries]
     for code in ("few_points", "scaled_label"):
@@ -123,6 +123,7 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
             raise DataError(f"{record}: {fault}", "missing_image")
         size = read_size(entry.image_path, f"{record}: image")
         if entry.mask_path is not None:
+            _check_frames(entry, record)
             mask_size = read_size(entry.mask_path, f"{record}: mask", "unreadable_mask")
             _check_size("mask", mask_size, size, entry, record, findings)
         elif entry.read_label is None:
@@ -154,6 +155,16 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
             raise DataError(f"{record}: the coordinates {fault}; `data check --fix` does.", "shares")
         return scale_polygons(outlines, drawn_on, size)
     return ()
+
+
+def _check_frames(entry: Entry, record: str) -> None:
+    """Refuses a DICOM mask of more or fewer frames than its image has."""
+    files = {locate(path)[0] for path in (entry.image_path, entry.mask_path)}
+    if len(files) == 2 and all(map(is_dicom, files)):
+        image, mask = (len(frames(locate(path)[0])) for path in (entry.image_path, entry.mask_path))
+        if image != mask:
+            fault = f"the mask has {mask} frames, its image {image}. Give one for each, or PNG files."
+            raise DataError(f"{record}: {fault}", "label_size")
 
 
 def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:
