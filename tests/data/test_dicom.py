@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
@@ -15,12 +16,12 @@ from vesselrl.data.check import check_data
 from vesselrl.data.images import read_mask, read_oddities, read_rgb, read_size
 from vesselrl.data.pairing import list_images
 from vesselrl.data.pseudonyms import MAPPING_FILE
+from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import PRIVATE_FILE
 from vesselrl.inference.predictor import find_inputs
 
-pydicom = pytest.importorskip("pydicom")
 SECRETS = ("quirinius", "xanthopoulos", "4827163")
 
 
@@ -46,13 +47,13 @@ def write_dicom(path: Path, pixels: np.ndarray, bits: int | None = None, **tags:
     return path
 
 
-def item(**tags: object) -> "pydicom.Sequence":
+def item(**tags: object) -> pydicom.Sequence:
     part = pydicom.Dataset()
     part.update(tags)
     return pydicom.Sequence([part])
 
 
-def lut(values: list[int], first: int = 0, bits: int = 16) -> "pydicom.Sequence":
+def lut(values: list[int], first: int = 0, bits: int = 16) -> pydicom.Sequence:
     sequence = item(LUTDescriptor=[len(values), first, bits])
     sequence[0].add_new("LUTData", "US", values)
     return sequence
@@ -130,25 +131,30 @@ def test_each_frame_is_a_picture_with_the_window_of_its_own(tmp_path: Path) -> N
 
 
 def test_masks_of_frames_by_their_names_or_in_a_file_of_frames(tmp_path: Path) -> None:
+    root = tmp_path / "data"
     masks = [np.roll(np.eye(12, 16, dtype=bool), k, axis=1) for k in range(6)]
     runs = np.arange(6, dtype=np.uint8)[:, None, None] + np.zeros((12, 16), np.uint8)
-    write_dicom(tmp_path / "images/a.dcm", runs[:4], PatientID="A")
-    write_dicom(tmp_path / "images/b.dcm", runs[4:], PatientID="B")
-    write_mask(tmp_path / "masks/a/frame_0001.png", masks[0])
-    write_mask(tmp_path / "masks/a_frame_0002.png", masks[1])
-    write_mask(tmp_path / "masks/a_0004_mask.png", masks[3])
-    write_dicom(tmp_path / "masks/b.dcm", np.stack(masks[4:]).astype(np.uint8))
-    samples = find_samples(tmp_path)
+    write_dicom(root / "images/a.dcm", runs[:4], PatientID="A")
+    write_dicom(root / "images/b.dcm", runs[4:], PatientID="B")
+    write_mask(root / "masks/a/frame_0001.png", masks[0])
+    write_mask(root / "masks/a_frame_0002.png", masks[1])
+    write_mask(root / "masks/a_0004_mask.png", masks[3])
+    write_dicom(root / "masks/b.dcm", np.stack(masks[4:]).astype(np.uint8))
+    samples = find_samples(root)
     values = sorted(int(load_image(sample)[0, 0, 0]) for sample in samples)
     assert values == [0, 1, 3, 4, 5]  # frame 3 of a has no mask
     for sample in samples:
         np.testing.assert_array_equal(load_mask(sample), masks[load_image(sample)[0, 0, 0]])
-    report = check_data(tmp_path)
+    report = check_data(root)
     assert (report.exit_code, report.counts["images"], report.counts["patients"]) == (0, 5, 2)
     (left_out,) = (finding.message for finding in report.findings if finding.code == "missing_label")
     assert left_out.startswith("images/ file 1 in name order, frame 3: ")
-    write_dicom(tmp_path / "masks/b.dcm", np.stack(masks[3:]).astype(np.uint8))
-    assert failure(tmp_path).endswith("the mask has 3 frames, its image 2. Give one for each, or PNG files.")
+    repaired = repair_data(root, tmp_path / "copy")
+    assert [finding.code for finding in repaired.of("warning")] == ["missing_label"]
+    again = [sample.key for sample in find_samples(tmp_path / "copy")]
+    assert again == [sample.key for sample in samples]
+    write_dicom(root / "masks/b.dcm", np.stack(masks[3:]).astype(np.uint8))
+    assert failure(root).endswith("the mask has 3 frames, its image 2. Give one for each, or PNG files.")
 
 
 def test_the_patient_is_that_of_the_header(tmp_path: Path) -> None:

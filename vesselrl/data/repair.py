@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.check import DataReport, check_entry, check_listing
+from vesselrl.data.dicom import is_dicom, locate
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
@@ -121,22 +122,26 @@ def _write_group(
     except DataError as error:
         written.findings.add("left_out", written.record, first.file, why=error)
         return written
+    if is_dicom(first.image_path):  # copied as it is: its header says whose it is
+        mended -= _REWRITTEN_IMAGES
     if mended:
         what = "; ".join(CODES[code] for code in sorted(mended))
         written.findings.add("repaired", written.record, first.file, severity="info", what=what)
     rewrite = bool(mended & _REWRITTEN_IMAGES)
     image_file = copy / "images" / f"{first.name}{'.png' if rewrite else first.image_path.suffix}"
-    written.files = (image_file, copy / "masks" / f"{first.name}_mask.png")
+    mask_file, (source, frame) = copy / "masks" / f"{first.name}_mask.png", locate(first.image_path)
+    target = locate(image_file)[0] if frame else image_file
+    written.files = (mask_file,) if frame else (mask_file, image_file)
     try:
-        for file in written.files:
+        for file in (mask_file, target):
             file.parent.mkdir(parents=True, exist_ok=True)
         if rewrite:
             pixels = read_rgb(first.image_path, written.record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
-        else:
-            shutil.copyfile(first.image_path, image_file)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(written.files[1])
+        elif not target.exists():
+            shutil.copyfile(source, target)
+        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
     except OSError as error:  # its text holds the path
         fault = f"{written.record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None
