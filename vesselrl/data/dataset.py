@@ -14,13 +14,14 @@ from vesselrl.data.augment import augment as augment_image
 from vesselrl.data.check import foreground_shares
 from vesselrl.data.curriculum import open_samples
 from vesselrl.data.pseudonyms import LABELS
-from vesselrl.data.samples import Sample, find_samples, load_image, load_mask
+from vesselrl.data.samples import Sample, find_samples, load_fov, load_image, load_mask
 from vesselrl.data.splits import split_by_patient, take
 from vesselrl.data.tiles import WHOLE, Tiling
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.scoring.topology import Topology, topology
 
 Item = tuple[np.ndarray, np.ndarray, Sample]
+OUTSIDE = -100.0  # logit outside of a field of view: no gradient, and never vessel
 CACHE_BYTES = 2 * 1024**3  # limit of the memory for the pixels of a data set
 
 OUTLINE = (240, 228, 66)  # yellow: seen on grey and on red, and no colour of `overlay`
@@ -62,10 +63,20 @@ class VesselDataset:
     def augmented(self, index: int, epoch: int) -> Item:
         """One item, or a crop of it, as this epoch shows it; the same whenever it is asked for."""
         image, mask, sample = self[index]
+        return *self._changed(image, mask, index, epoch), sample
+
+    def fov(self, index: int, epoch: int) -> np.ndarray | None:
+        """The field of view, bool (H, W), of an item of `augmented`; None: all of it counts."""
+        fov = load_fov(self.samples[index])
+        return None if fov is None else self._changed(self[index][0], fov, index, epoch)[1]
+
+    def _changed(
+        self, image: np.ndarray, mask: np.ndarray, index: int, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self.tiling.cuts(*mask.shape):
             crop = self.tiling.crop(*mask.shape, self.seed, epoch, index)
             image, mask = image[crop].copy(), mask[crop].copy()
-        return *augment_image(image, mask, self.augmentation, self.seed, epoch, index), sample
+        return augment_image(image, mask, self.augmentation, self.seed, epoch, index)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,14 @@ class TrainBatch:
     size: int  # images of the step, in all processes
     first: int = 0  # number, in the step, of the first image here; the others follow `stride` apart
     stride: int = 1
+    fovs: Sequence[np.ndarray | None] = ()  # bool (H, W); None: all of that image counts
+
+    def inside(self, logits: list) -> list:
+        """Tensors of logits (H, W) of the images, without vessels outside of the fields of view."""
+        pairs = zip(logits, self.fovs or [None] * len(logits), strict=True)
+        outside = (None if fov is None else one.new_tensor(~fov).bool() for one, fov in pairs)
+        pairs = zip(logits, outside, strict=True)
+        return [one if out is None else one.masked_fill(out, OUTSIDE) for one, out in pairs]
 
     @property
     def weight(self) -> float:
@@ -138,7 +157,9 @@ class BatchSource:
                 images, truths, samples = map(list, zip(*items, strict=True))
                 keys = [sample.key for sample in samples]
                 topologies = [*map(self._topology, keys, truths)]
-                yield TrainBatch(keys, images, truths, topologies, len(whole), self.first, self.stride)
+                fovs = [self.dataset.fov(k, one_pass) for k in mine]
+                shared = len(whole), self.first, self.stride, fovs
+                yield TrainBatch(keys, images, truths, topologies, *shared)
 
     def _open(self, epoch: int) -> Sequence[int]:
         """The images that an epoch shows."""

@@ -75,6 +75,7 @@ class Findings(list[Finding]):
         return [item for item in self if kind in (item.severity, item.code)]
 
 
+FOV_ENDINGS = ("_fov", *LABEL_ENDINGS)
 _LIST_PLACE = re.compile(r" (?:record|image) \d+$")
 _NO_FILE_NAME = re.compile("[\0\ud800-\udfff]")  # zero, and one half of a surrogate pair
 
@@ -94,6 +95,7 @@ class Entry:
     label_size: tuple | None = field(default=None, repr=False)  # width and height as written beside it
     content: Mapping = field(default_factory=dict, repr=False)  # the record itself, with its other fields
     mask_path: Path | None = field(default=None, repr=False)  # a label file, which goes before outlines
+    fov_path: Path | None = field(default=None, repr=False)  # outside of which nothing counts; None: all does
 
     @property
     def file(self) -> str:
@@ -126,6 +128,7 @@ class DataFolder:
             self.endings = (mask_suffix.removesuffix(ending) if ending in IMAGE_SUFFIXES else mask_suffix,)
         images = self._given("image_dir", image_dir) or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
         self.pair_folder = self._given("mask_dir", mask_dir) or pairing.find_labels(path, images)
+        self.fov_folder = pairing.find_fov(path, self.pair_folder)
         self.image_folder = images or pairing.find_images(path, self.pair_folder)
         # Beside JSON a folder counts only if it can hold nothing but labels.
         is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
@@ -238,7 +241,9 @@ class DataFolder:
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = pairing.Names({below(path, folder): path for path in png_last})
-        endings, found = labels.endings_in_use(self.endings), {}
+        views = list_images(self.fov_folder) if self.fov_folder else []
+        fovs = pairing.Names({below(path, self.fov_folder): path for path in views})
+        endings, found, seen = labels.endings_in_use(self.endings), {}, {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
@@ -246,10 +251,16 @@ class DataFolder:
                 own_names += [entry.name.replace("/frame_", between) for between in ("_frame_", "_")]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
+            # One may be that of all frames of a video.
+            seen[entry.name] = pairing.find_label(own_names, fovs, FOV_ENDINGS) or fovs.get(
+                str(PurePosixPath(entry.name).parent)
+            )
         if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
-        complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
+        complete = [
+            replace(entry, mask_path=found.get(entry.name), fov_path=seen[entry.name]) for entry in entries
+        ]
         complete = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
         return Listing(self, layout, complete, self.images, masks)
 

@@ -17,6 +17,7 @@ from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+LEAST_SEEN = 0.25  # share of the image; a smaller field of view is likely to be a mask of vessels
 MOST_SCALED = 16  # a label of so many times the image's width, or its fraction, shows no vessel of a few px
 
 
@@ -34,6 +35,7 @@ class Sample:
     patient: str
     sequence: str
     frame: str
+    fov_path: Path | None = field(default=None, repr=False)
 
 
 def find_samples(
@@ -89,11 +91,27 @@ def read_image(path: Path, record: str) -> np.ndarray:
 
 
 def load_mask(sample: Sample) -> np.ndarray:
-    """The mask as bool (H, W) of the size of the image; an empty mask is valid."""
-    shape = read_size(sample.image_path, sample.record)[::-1]
+    """The mask in the field of view, bool (H, W) of the size of the image; an empty mask is valid."""
+    shape, fov = read_size(sample.image_path, sample.record)[::-1], load_fov(sample)
     if sample.mask_path is None:
-        return rasterise(sample.outlines, shape)
-    return resize_mask(read_mask(sample.mask_path, sample.record, broken="unreadable_mask"), shape)
+        mask = rasterise(sample.outlines, shape)
+    else:
+        mask = resize_mask(read_mask(sample.mask_path, sample.record, broken="unreadable_mask"), shape)
+    return mask if fov is None else mask & fov
+
+
+def load_fov(sample: Sample) -> np.ndarray | None:
+    """The field of view as bool (H, W), outside of which nothing counts; None: all of the image counts."""
+    if sample.fov_path is None:
+        return None
+    record = f"{sample.record}: field of view"
+    fov = read_mask(sample.fov_path, record, broken="unreadable_mask")
+    if fov.mean() < LEAST_SEEN:
+        fault = (
+            f"it shows {fov.mean():.0%} of the image. Is it a mask of vessels? Name their folder: --mask_dir."
+        )
+        raise DataError(f"{record}: {fault}", "small_fov")
+    return resize_mask(fov, read_size(sample.image_path, sample.record)[::-1])
 
 
 def different_images(
@@ -122,6 +140,9 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
             fault = "its image is missing in images/. Add the file, or remove the record."
             raise DataError(f"{record}: {fault}", "missing_image")
         size = read_size(entry.image_path, f"{record}: image")
+        if entry.fov_path is not None:
+            fov_size = read_size(entry.fov_path, f"{record}: field of view", "unreadable_mask")
+            _check_size("field of view", fov_size, size, entry, record, findings)
         if entry.mask_path is not None:
             _check_frames(entry, record)
             mask_size = read_size(entry.mask_path, f"{record}: mask", "unreadable_mask")
@@ -134,7 +155,7 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
     if len(findings.of("error")) > num_errors:
         return None
     where = (entry.image_path, entry.mask_path, outlines, record)
-    return Sample(*where, alias.key, alias.patient, alias.sequence, alias.frame)
+    return Sample(*where, alias.key, alias.patient, alias.sequence, alias.frame, entry.fov_path)
 
 
 def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> tuple[Outline, ...]:

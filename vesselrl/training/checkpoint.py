@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -259,6 +260,8 @@ def data_fingerprint(*subsets: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _mask_hash(sample: Sample) -> str:
+    if sample.fov_path is not None:
+        return _mask_hash(replace(sample, fov_path=None)) + file_hash(locate(sample.fov_path)[0])[:16]
     if sample.mask_path is not None:
         return file_hash(locate(sample.mask_path)[0])[:16]
     digest = hashlib.sha256()
