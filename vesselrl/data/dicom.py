@@ -8,6 +8,7 @@ Messages hold nothing of the header, and none of pydicom's.
 import logging
 import re
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vesselrl.data.patients import Identity, plain_name
 from vesselrl.errors import DataError
 
 SUFFIXES = (".dcm", ".dicom")
+MAX_FRAMES = 100_000  # more is a damaged header
 INSTALL = 'Install the extra "dicom": pip install "vesselrl[dicom]".'
 # What says how stored values are shown.
 _WINDOWS = ("ModalityLUTSequence", "VOILUTSequence", "WindowWidth")
@@ -38,9 +40,10 @@ def locate(path: Path) -> tuple[Path, int]:
 def frames(file: Path) -> list[Path]:
     """The paths of the frames of a DICOM file; its own where it has one frame, or where it is damaged."""
     header = _read_header(file) if is_dicom(file) else None
-    count = int(header.get("NumberOfFrames") or 1) if header else 1
-    folder, numbers = file.with_suffix(""), range(1, count + 1)
-    return [folder / f"frame_{number:04d}{file.suffix}" for number in numbers] if count > 1 else [file]
+    count = header.get("NumberOfFrames") if header else None
+    if not isinstance(count, int) or not 1 < count < MAX_FRAMES:
+        return [file]
+    return [file.with_suffix("") / f"frame_{k:04d}{file.suffix}" for k in range(1, count + 1)]
 
 
 def flat_name(path: Path) -> str:
@@ -146,9 +149,7 @@ def _why_undecoded(header: Any) -> str:
     try:
         syntax = header.file_meta.TransferSyntaxUID
         if get_decoder(syntax).is_available:
-            return (
-                "the pixels of the DICOM file are missing, cut off or damaged. Export it again, or remove it."
-            )
+            return "its pixels are missing, cut off or damaged. Export the DICOM file again, or remove it."
     except (AttributeError, NotImplementedError):
         return "the DICOM file does not say a known compression of its pixels. Export it again, uncompressed."
     return f"nothing here decodes the compression of the DICOM file ({syntax.name}). {INSTALL}"
@@ -156,16 +157,22 @@ def _why_undecoded(header: Any) -> str:
 
 def _read_header(file: Path) -> Any:
     """What a file holds but for its pixels, as a pydicom Dataset; None where it is no DICOM file."""
-    try:
-        import pydicom
-    except ImportError:
-        raise DataError(f"DICOM files cannot be read: pydicom is missing. {INSTALL}") from None
-    # Its notes on odd values quote them.
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
-    warnings.filterwarnings("ignore", module=r"pydicom\.")
+    pydicom = _pydicom()
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True)
         return header if [*header.iterall()] else None  # which converts all values, while errors are caught
     except Exception:  # of any kind, as above
         return None
+
+
+@cache
+def _pydicom() -> Any:
+    """The package, silenced: its notes on odd values quote them."""
+    try:
+        import pydicom
+    except ImportError:
+        raise DataError(f"DICOM files cannot be read: pydicom is missing. {INSTALL}") from None
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"pydicom\.")
+    return pydicom
