@@ -1,6 +1,7 @@
 """DICOM files: grey values against pydicom, frames and patients, faults; from check to report."""
 
 import contextlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from tests.data.test_formats import failure, write_mask
+from tests.data.test_formats import failure, write_image, write_mask
 from tests.training.runs import no_charts
 from vesselrl.cli import main
 from vesselrl.data import dicom
@@ -209,6 +210,21 @@ def test_a_file_that_cannot_be_used_is_named_without_its_person(tmp_path: Path, 
     assert message in fault.message
     assert re.match(r"images/ file 2 in name order \(P\d{3}_S1_F0001\): image: ", fault.message)
     assert (fault.code, fault.file) == ("unreadable_image", "images/ file 2 in name order")
+
+
+def test_no_file_is_called_by_its_name_which_may_be_the_id(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "images/12345.dcm", SMALL, PatientID="12345")
+    write_image(tmp_path / "masks/12345.png", SMALL)
+    report = check_data(tmp_path)
+    assert [(fault.code, fault.file) for fault in report.of("error")] == [
+        ("non_binary_mask", "masks/ file 1 in name order")
+    ]
+    assert "12345" not in report.to_json()
+    write_mask(tmp_path / "masks/12345.png")
+    (sample,) = find_samples(tmp_path)
+    assert "12345" not in f"{sample}"
+    (known,) = json.loads((tmp_path / MAPPING_FILE).read_text())["readings"].values()
+    assert known["salt"]  # without one, hashes of all possible IDs would tell
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,9 +108,10 @@ class TrainBatch:
     def inside(self, logits: list) -> list:
         """Tensors of logits (H, W) of the images, without vessels outside of the fields of view."""
         pairs = zip(logits, self.fovs or [None] * len(logits), strict=True)
-        outside = (None if fov is None else one.new_tensor(~fov).bool() for one, fov in pairs)
-        pairs = zip(logits, outside, strict=True)
-        return [one if out is None else one.masked_fill(out, OUTSIDE) for one, out in pairs]
+        return [
+            one if fov is None else one.masked_fill(one.new_tensor(~fov).bool(), OUTSIDE)
+            for one, fov in pairs
+        ]
 
     @property
     def weight(self) -> float:

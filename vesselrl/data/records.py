@@ -75,7 +75,6 @@ class Findings(list[Finding]):
         return [item for item in self if kind in (item.severity, item.code)]
 
 
-FOV_ENDINGS = ("_fov", *LABEL_ENDINGS)
 _LIST_PLACE = re.compile(r" (?:record|image) \d+$")
 _NO_FILE_NAME = re.compile("[\0\ud800-\udfff]")  # zero, and one half of a surrogate pair
 
@@ -251,18 +250,14 @@ class DataFolder:
                 own_names += [entry.name.replace("/frame_", between) for between in ("_frame_", "_")]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
-            # One may be that of all frames of a video.
-            seen[entry.name] = pairing.find_label(own_names, fovs, FOV_ENDINGS) or fovs.get(
-                str(PurePosixPath(entry.name).parent)
-            )
+            own_names.append(str(PurePosixPath(entry.name).parent))  # one may be that of a whole video
+            seen[entry.name] = pairing.find_label(own_names, fovs, ("_fov", *LABEL_ENDINGS))
         if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
-        complete = [
-            replace(entry, mask_path=found.get(entry.name), fov_path=seen[entry.name]) for entry in entries
-        ]
-        complete = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
-        return Listing(self, layout, complete, self.images, masks)
+        complete = (replace(e, mask_path=found.get(e.name), fov_path=seen[e.name]) for e in entries)
+        kept = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
+        return Listing(self, layout, kept, self.images, masks)
 
 
 @dataclass
@@ -280,12 +275,13 @@ class Listing:
         """Whether images and labels are paired by their names alone."""
         return all(entry.read_label is None and not entry.content for entry in self.entries)
 
-    def pseudonyms(self, *whose: str | Path | None, keep: str = "people") -> dict[str, Pseudonym]:
-        """The pseudonyms of the images; `whose`: pattern, alias file, and mapping file if it is another."""
+    def pseudonyms(
+        self, *whose: str | Path | None, mapping: Path | None = None, keep: str = "people"
+    ) -> dict[str, Pseudonym]:
+        """The pseudonyms of the images; `whose`: pattern and alias file."""
         headers = {entry.name: identity_of(entry.image_path, entry.name) for entry in self.entries}
         known = {name: identity for name, identity in headers.items() if identity is not None}
-        pattern, aliases, mapping = (*whose, self.folder.mapping_file)[:3]
-        return pseudonyms(headers, pattern, aliases, mapping, keep, known)
+        return pseudonyms(headers, *whose, mapping or self.folder.mapping_file, keep, known)
 
     @property
     def extra_images(self) -> list[Path]:

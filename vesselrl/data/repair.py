@@ -78,7 +78,7 @@ def repair_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        aliases = listing.pseudonyms(patient_pattern, patient_aliases, mapping, keep="all")
+        aliases = listing.pseudonyms(patient_pattern, patient_aliases, mapping=mapping, keep="all")
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))

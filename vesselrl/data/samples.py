@@ -102,10 +102,10 @@ def load_mask(sample: Sample) -> np.ndarray:
 
 def load_fov(sample: Sample) -> np.ndarray | None:
     """The field of view as bool (H, W), outside of which nothing counts; None: all of the image counts."""
-    if sample.fov_path is None:
+    if (path := getattr(sample, "fov_path", None)) is None:  # a caller's own samples may have none
         return None
     record = f"{sample.record}: field of view"
-    fov = read_mask(sample.fov_path, record, broken="unreadable_mask")
+    fov = read_mask(path, record, broken="unreadable_mask")
     if fov.mean() < LEAST_SEEN:
         fault = (
             f"it shows {fov.mean():.0%} of the image. Is it a mask of vessels? Name their folder: --mask_dir."

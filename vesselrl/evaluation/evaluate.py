@@ -88,14 +88,10 @@ def predict_each(
         images, truths = zip(*(_load_checked(sample, load) for sample in batch), strict=True)
         predictions = _or_failed(predict_batch, batch, [*images])
         for sample, prediction, truth in zip(batch, predictions, truths, strict=True):
-            yield _inside(prediction, _fov(sample)), truth
+            yield _inside(prediction, load_fov(sample)), truth
             done += 1
             if progress is not None:
                 progress(done, len(samples))
-
-
-def _fov(sample: Any) -> np.ndarray | None:
-    return load_fov(sample) if getattr(sample, "fov_path", None) else None
 
 
 def _inside(prediction: Any, fov: np.ndarray | None) -> Any:
@@ -147,7 +143,7 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
         row = {"key": sample.key, "patient": sample.patient, "sequence": sample.sequence}
         truth_hash = hashlib.sha256(f"{truth.shape}".encode() + np.packbits(truth).tobytes()).hexdigest()
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
-        fov = _fov(sample)
+        fov = load_fov(sample)
         pred = pred if fov is None else pred & fov
         row |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
         row |= {} if fov is None else overlap_scores(counts(pred[fov][None], truth[fov][None]))
@@ -201,7 +197,7 @@ def evaluate_variants(
             failed.append(sample.key)
         else:
             mask, probabilities = _fitting_mask(prediction.mask, truth, sample.key), prediction.probabilities
-            inside = ... if (fov := _fov(sample)) is None else fov
+            inside = ... if (fov := load_fov(sample)) is None else fov
             counted = counted + count_pixels(probabilities[inside], truth[inside])
             masks[""] = post.postprocess_for(probabilities)(mask)
             masks |= {name: other.mask(probabilities) for name, other in variants.items()}
