@@ -2,7 +2,7 @@
 # Makes .venv beside this script and installs the pinned dependencies. With nothing changed, a second run is instant.
 #
 #   bash install_dependencies.sh              what training, evaluation and inference need
-#   bash install_dependencies.sh dev wandb    and these extras of pyproject.toml
+#   bash install_dependencies.sh dev dicom    and these extras of pyproject.toml
 #   --quiet                                   say nothing when everything is there
 #
 # Package mirror: pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
@@ -20,8 +20,8 @@ groups=(run)
 for argument in "$@"; do
   case "$argument" in
     --quiet) quiet=yes ;;
-    dev | docs | wandb) groups+=("$argument") ;;
-    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [docs] [wandb]" 2 ;;
+    dev | dicom | docs | wandb) groups+=("$argument") ;;
+    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [dicom] [docs] [wandb]" 2 ;;
   esac
 done
 

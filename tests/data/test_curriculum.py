@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vesselrl.data.curriculum import Measures, measure, open_samples, rate_difficulty
+from vesselrl.data.dataset import Measures, measure, open_samples, rate_difficulty
 
 Y, X = np.mgrid[:512, :512].astype(float)
 

@@ -24,7 +24,7 @@ from vesselrl.data.near_duplicates import Look, Pair, find_near_duplicates, look
 from vesselrl.data.pairing import LABEL_ENDINGS, SUBSETS, folder_key
 from vesselrl.data.patients import lone_frames
 from vesselrl.data.polygons import RunLengths, is_doubtful, rasterise
-from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
+from vesselrl.data.pseudonyms import Pseudonym
 from vesselrl.data.records import CODES, DataFolder, Entry, Finding, Findings, Listing, Severity
 from vesselrl.experiment.progress import logged
 from vesselrl.scoring.overlap import dice
@@ -97,10 +97,9 @@ def check_data(
     findings, layout = Findings(), ""
     with findings.catching():
         listing = list_entries(Path(root), findings, **places)
-        layout, mapping = listing.layout, listing.folder.mapping_file
-        names = [entry.name for entry in listing.entries]
+        layout = listing.layout
         with findings.catching(code="patients"):
-            aliases = pseudonyms(names, patient_pattern, patient_aliases, mapping, keep="nothing")
+            aliases = listing.pseudonyms(patient_pattern, patient_aliases, keep="nothing")
             _check_patients(aliases, patient_pattern, findings)
             return check_listing(listing, aliases, findings, near_duplicates)
     return DataReport(layout, tuple(findings))
@@ -272,6 +271,9 @@ def _check_whole(
         kinds.append(("missing_image" if are_pairs and not has_image else "extra_mask", path))
     for code, shown in ((code, listing.folder.shown(path)) for code, path in kinds):
         findings.add(code, shown, shown)
+    if any(result.sample.fov_path for result in usable):
+        for result in (result for result in usable if result.sample.fov_path is None):
+            findings.add("no_fov", result.sample.record, result.file)
     first: dict[str, str] = {}
     for result in usable:
         if (other := first.setdefault(result.digest, result.sample.record)) != result.sample.record:

@@ -15,11 +15,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from vesselrl.data import dicom
 from vesselrl.errors import DataError
 
 # A small file can hold a picture that fills the memory: more is refused before a pixel is decoded.
 MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
+IMAGE_SUFFIXES += dicom.SUFFIXES
 # What Pillow raises for files that are broken in one way or another.
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError)
 _BROKEN += (struct.error, zlib.error)
@@ -228,7 +230,7 @@ def _is_deep(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 without one, and where Pillow applies it itself (TIFF)."""
     # Asking a PNG without EXIF in its header would decode all of it.
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    if image.format in ("TIFF", "DICOM") or (image.format == "PNG" and "exif" not in image.info):
         return 1
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     return orientation if orientation in _TURNS else 1
@@ -238,6 +240,11 @@ def _orientation(image: Image.Image) -> int:
 def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Image.Image]:
     """An image file, open; Pillow's errors become a DataError without the path."""
     try:
+        if isinstance(source, Path) and dicom.is_dicom(source):
+            frame = dicom.Frame(source, record, broken)
+            check_pixels(frame.size, record)
+            yield frame
+            return
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
             check_pixels(image.size, record)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
+from vesselrl.data.dicom import frames
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.pseudonyms import MAPPING_FILE
 from vesselrl.errors import DataError
@@ -27,9 +28,11 @@ LABEL_FOLDERS = ["masks", "1stmanual", "manual1", "labels", "groundtruth", "gt"]
 PAIR_FOLDERS = [*LABEL_FOLDERS, *"label labelsah labelstr segmented segmentation segmentations".split()]
 PAIR_FOLDERS += "segmentationclass manual vessel vessels manualsegmentations vesselsegmentations".split()
 PAIR_FOLDERS += ["annotation", "annotations", "mask"]
+# Of fields of view; `mask` is one beside a folder of labels.
+FOV_FOLDERS = ["fov", "fovs", "fovmask", "fovmasks", "fieldofview"]
 # Parts of a data set that lie in folders of their own, in the order in which they are read.
 SUBSETS = ("training", "train", "valid", "validation", "val", "test", "testing")
-KNOWN_FOLDERS = {"json", *IMAGE_FOLDERS, *PAIR_FOLDERS, *SUBSETS}
+KNOWN_FOLDERS = {"json", *IMAGE_FOLDERS, *PAIR_FOLDERS, *FOV_FOLDERS, *SUBSETS}
 _LABEL_WORDS = ("mask", "manual1", "manual", "gt", "label", "labels", "seg", "segmentation", "groundtruth")
 # What comes after the name of the image in the name of its label, best first.
 LABEL_ENDINGS = ("_mask", "", "_1stHO", ".ah")
@@ -116,6 +119,12 @@ def find_labels(folder: Path, images: Path | None) -> Path | None:
     return None if is_drive else found
 
 
+def find_fov(folder: Path, labels: Path | None) -> Path | None:
+    """The folder of fields of view beside the folder `labels`."""
+    found = find_folder(folder, [*FOV_FOLDERS, "mask"])
+    return None if found and folder_key(found.name) == "mask" and labels in (None, found) else found
+
+
 def refuse_rivals(folder: Path, labels: Path) -> None:
     """Refuses two folders of labels whose names say the same, such as masks/ and 1st_manual/."""
     places = [path for path in subfolders(folder) if folder_key(path.name) in LABEL_FOLDERS]
@@ -128,7 +137,8 @@ def find_images(folder: Path, labels: Path | None) -> Path:
     """A folder of images of no usual name: the data root, or the only other one beside the labels."""
     if list_images(folder, deep=False):
         return folder
-    others = [path for path in subfolders(folder) if labels and path != labels and holds_images(path)]
+    apart = (labels, find_fov(folder, labels))
+    others = [path for path in subfolders(folder) if labels and path not in apart and holds_images(path)]
     is_sure = len(others) == 1 and not _LABEL_LIKE.search(folder_key(others[0].name))
     return others[0] if is_sure else folder / "images"
 
@@ -174,8 +184,8 @@ def list_files(folder: Path, suffixes: Sequence[str], deep: bool = True) -> list
 
 
 def list_images(folder: Path, deep: bool = True) -> list[Path]:
-    """The image files of a folder in the order of their names; none where there is no folder."""
-    return list_files(folder, IMAGE_SUFFIXES, deep)
+    """The images of a folder in the order of their names, frames of DICOM files as `frames` calls them."""
+    return [frame for file in list_files(folder, IMAGE_SUFFIXES, deep) for frame in frames(file)]
 
 
 def below(path: Path, folder: Path) -> str:

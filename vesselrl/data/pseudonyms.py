@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from string import ascii_lowercase
+from types import MappingProxyType
 from typing import Literal
 
 from vesselrl.data.images import IMAGE_SUFFIXES
@@ -71,18 +72,20 @@ def pseudonyms(
     aliases: Path | str | None = None,
     mapping: Path | str | None = None,
     keep: Literal["nothing", "people", "all"] = "people",
+    headers: Mapping[str, Identity] = MappingProxyType({}),
 ) -> dict[str, Pseudonym]:
     """A pseudonym for each file name, a path below images/ without ending; all keys differ.
 
     Impersonal names (train_001) and the built-in synthetic data have nothing to hide: no salt, and a mapping
     file only where one without a salt is there already, in a repaired copy of a data set. `mapping` is that
     file; `keep` says what is written to it: keys of people, those of impersonal names as well, or nothing.
+    `headers`: whom files themselves name, which holds unless there is a pattern.
 
     >>> sorted(alias.key for alias in pseudonyms(["Image_01L", "Image_01R"]).values())
     ['P001_S1_F0001', 'P001_S2_F0001']
     """
     names = sorted(set(names))
-    files, impersonal = identify(names, patient_pattern, aliases)
+    files, impersonal = identify(names, patient_pattern, aliases, headers)
     known = None if mapping is None else _read_map(Path(mapping), patient_pattern, impersonal)
     start = known or PseudonymMap()
     if not impersonal and not start.salt:
@@ -228,10 +231,13 @@ def _write_map(path: Path, patient_pattern: str | None, found: PseudonymMap) -> 
 
 
 def identify(
-    names: Sequence[str], patient_pattern: str | None = None, aliases: Path | str | None = None
+    names: Sequence[str],
+    patient_pattern: str | None = None,
+    aliases: Path | str | None = None,
+    headers: Mapping[str, Identity] = MappingProxyType({}),
 ) -> tuple[dict[str, Identity], bool]:
     """Identity by file name, and whether no name or alias can be that of a person; see `pseudonyms`."""
-    found = parse_names(names, patient_pattern)
+    found = parse_names(names, patient_pattern) | ({} if patient_pattern else headers)
     ids_of: dict[str, set[str]] = defaultdict(set)
     for identity in found.values():
         if identity.other_name:
@@ -249,7 +255,7 @@ def identify(
     if num_joined := len({*persons.values()}) - len({*joined.values()}):
         logger.info("Copies of one source picture joined %d patients to others.", num_joined)
     texts = [*names, *(patient for *_, patient in rows)]
-    impersonal = all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
+    impersonal = not headers and all(is_impersonal(text) or _MADE_UP.fullmatch(text) for text in texts)
     return {name: replace(found[name], person=joined[name]) for name in names}, impersonal
 
 

@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from vesselrl.data import pairing
+from vesselrl.data.dicom import identity_of, is_dicom, locate
 from vesselrl.data.images import IMAGE_SUFFIXES
 from vesselrl.data.pairing import LABEL_ENDINGS, below, fold, folder_key, list_files, list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import Outline, Size
-from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym
+from vesselrl.data.pseudonyms import MAPPING_FILE, Pseudonym, pseudonyms
 from vesselrl.errors import DataError
 from vesselrl.experiment import run_folder
 
@@ -93,6 +94,7 @@ class Entry:
     label_size: tuple | None = field(default=None, repr=False)  # width and height as written beside it
     content: Mapping = field(default_factory=dict, repr=False)  # the record itself, with its other fields
     mask_path: Path | None = field(default=None, repr=False)  # a label file, which goes before outlines
+    fov_path: Path | None = field(default=None, repr=False)  # outside of which nothing counts; None: all does
 
     @property
     def file(self) -> str:
@@ -125,6 +127,7 @@ class DataFolder:
             self.endings = (mask_suffix.removesuffix(ending) if ending in IMAGE_SUFFIXES else mask_suffix,)
         images = self._given("image_dir", image_dir) or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
         self.pair_folder = self._given("mask_dir", mask_dir) or pairing.find_labels(path, images)
+        self.fov_folder = pairing.find_fov(path, self.pair_folder)
         self.image_folder = images or pairing.find_images(path, self.pair_folder)
         # Beside JSON a folder counts only if it can hold nothing but labels.
         is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
@@ -152,6 +155,10 @@ class DataFolder:
         if labels in (None, self.image_folder) or not labels.is_relative_to(self.image_folder):
             return found
         return [path for path in found if not path.is_relative_to(labels)]
+
+    @cached_property
+    def _holds_dicom(self) -> bool:
+        return any(map(is_dicom, self.images))
 
     @cached_property
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
@@ -193,18 +200,24 @@ class DataFolder:
         return str(path.with_suffix("")), None
 
     def shown(self, path: Path) -> str:
-        """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's."""
-        parts = path.relative_to(self.path).parts
+        """`images/train_001.png`, or `images/ file 3 in name order` where the name may be a person's.
+
+        DICOM files may be called after the ID in their header, and labels after them: no name is shown then.
+        """
+        file, frame = locate(path)
+        parts = file.relative_to(self.path).parts
         folder = parts[0] if len(parts) > 1 else ""
         is_known = folder_key(folder) in pairing.KNOWN_FOLDERS
-        if len(parts) < 3 and (is_known or not folder) and is_impersonal(path.stem):
+        is_plain = is_impersonal(file.stem) and not self._holds_dicom
+        if len(parts) < 3 and (is_known or not folder) and is_plain:
             return self.prefix + "/".join(parts)
         if folder not in self._numbers:  # counted from 1, images and JSON files each
             place, kinds = self.path / folder, (IMAGE_SUFFIXES, (".json",))
             files = [enumerate(list_files(place, kind, deep=bool(folder)), 1) for kind in kinds]
             self._numbers[folder] = {file: k for kind in files for k, file in kind}
         place = f"{folder}/" if is_known else "another folder" if folder else "data root"
-        return f"{self.prefix}{place} file {self._numbers[folder].get(path, 0)} in name order"
+        number = f"file {self._numbers[folder].get(file, 0)} in name order"
+        return f"{self.prefix}{place} {number}{f', frame {frame}' if frame else ''}"
 
     def shown_folder(self, folder: Path) -> str:
         """`masks/`, or words for a folder whose name may be a person's."""
@@ -227,18 +240,24 @@ class DataFolder:
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = pairing.Names({below(path, folder): path for path in png_last})
-        endings, found = labels.endings_in_use(self.endings), {}
+        views = list_images(self.fov_folder) if self.fov_folder else []
+        fovs = pairing.Names({below(path, self.fov_folder): path for path in views})
+        endings, found, seen = labels.endings_in_use(self.endings), {}, {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
             own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
+            if stem.startswith("frame_"):  # of a video in a folder, or of a DICOM file
+                own_names += [entry.name.replace("/frame_", between) for between in ("_frame_", "_")]
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
+            own_names.append(str(PurePosixPath(entry.name).parent))  # one may be that of a whole video
+            seen[entry.name] = pairing.find_label(own_names, fovs, ("_fov", *LABEL_ENDINGS))
         if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
-        complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
-        complete = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
-        return Listing(self, layout, complete, self.images, masks)
+        complete = (replace(e, mask_path=found.get(e.name), fov_path=seen[e.name]) for e in entries)
+        kept = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
+        return Listing(self, layout, kept, self.images, masks)
 
 
 @dataclass
@@ -255,6 +274,14 @@ class Listing:
     def pairs(self) -> bool:
         """Whether images and labels are paired by their names alone."""
         return all(entry.read_label is None and not entry.content for entry in self.entries)
+
+    def pseudonyms(
+        self, *whose: str | Path | None, mapping: Path | None = None, keep: str = "people"
+    ) -> dict[str, Pseudonym]:
+        """The pseudonyms of the images; `whose`: pattern and alias file."""
+        headers = {entry.name: identity_of(entry.image_path, entry.name) for entry in self.entries}
+        known = {name: identity for name, identity in headers.items() if identity is not None}
+        return pseudonyms(headers, *whose, mapping or self.folder.mapping_file, keep, known)
 
     @property
     def extra_images(self) -> list[Path]:

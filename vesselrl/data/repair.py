@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data.check import DataReport, check_entry, check_listing
+from vesselrl.data.dicom import is_dicom, locate
 from vesselrl.data.formats import ANNOTATIONS, list_entries
 from vesselrl.data.images import read_mask, read_rgb, read_size
 from vesselrl.data.pairing import below, fold, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
-from vesselrl.data.pseudonyms import LABELS, MAPPING_FILE, Pseudonym, original_names, pseudonyms
+from vesselrl.data.pseudonyms import LABELS, MAPPING_FILE, Pseudonym, original_names
 from vesselrl.data.records import CODES, DataFolder, Entry, Findings, Listing
 from vesselrl.data.samples import build_sample, different_images, find_samples, load_image, load_mask
 from vesselrl.data.splits import SPLIT_FILE, extend_split, read_split, write_split
@@ -79,7 +80,7 @@ def repair_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        aliases = pseudonyms(groups, patient_pattern, patient_aliases, mapping, keep="all")
+        aliases = listing.pseudonyms(patient_pattern, patient_aliases, mapping=mapping, keep="all")
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             written = list(pool.map(write, groups.values()))
@@ -88,7 +89,7 @@ def repair_data(
             if (other := first.setdefault(item.digest, item)) is not item:
                 item.content = None
                 for file in item.files:
-                    file.unlink()
+                    file.unlink(missing_ok=True)  # a frame is none of its own
                 item.findings.add("left_out", item.record, why=f"it has the pixels of {other.record}.")
         if not (contents := [item.content for item in written if item.content is not None]):
             raise DataError("Nothing can be repaired: no image is left with a label that is sure.")
@@ -135,6 +136,8 @@ def _write_group(
     except DataError as error:
         written.findings.add("left_out", written.record, first.file, why=error)
         return written
+    if is_dicom(first.image_path):  # copied as it is: its header says whose it is
+        mended -= _REWRITTEN_IMAGES
     if mended:
         what = "; ".join(CODES[code] for code in sorted(mended))
         written.findings.add("repaired", written.record, first.file, severity="info", what=what)
@@ -146,19 +149,26 @@ def _write_group(
 def _write_pair(
     copy: Path, entry: Entry, mask: np.ndarray, record: str, rewrite: bool = False
 ) -> tuple[Path, Path]:
-    """Writes image and mask file of an entry; the image as it is, or as it is read."""
+    """Writes image and mask file of an entry; the image as it is, or as it is read, with its field of view.
+
+    A DICOM file of several frames is written with the first of them.
+    """
     image_file = copy / "images" / f"{entry.name}{'.png' if rewrite else entry.image_path.suffix}"
-    mask_file = copy / "masks" / f"{entry.name}_mask.png"
+    mask_file, target = copy / "masks" / f"{entry.name}_mask.png", locate(image_file)[0]
     try:
-        for file in (image_file, mask_file):
+        for file in (target, mask_file):
             file.parent.mkdir(parents=True, exist_ok=True)
         if rewrite:
             pixels = read_rgb(entry.image_path, record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
-        else:
-            shutil.copyfile(entry.image_path, image_file)
+        elif not target.exists():
+            shutil.copyfile(locate(entry.image_path)[0], target)
         Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+        if entry.fov_path is not None:
+            fov_file = copy / "fov" / f"{entry.name}{entry.fov_path.suffix}"
+            fov_file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(entry.fov_path, fov_file)
     except OSError as error:  # its text holds the path
         fault = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None
@@ -238,10 +248,12 @@ def merge_data(
         mapping = copy / MAPPING_FILE
         if listing.folder.mapping_file.exists():
             shutil.copy2(listing.folder.mapping_file, mapping)
-        reading = patient_pattern, patient_aliases, mapping, "all"
+        whose = patient_pattern, patient_aliases
         # First of the old data alone, so that they are the same.
-        before = pseudonyms([entry.name for entry in listing.entries], *reading)
-        aliases = pseudonyms({**before, **labels}, *reading)
+        before = listing.pseudonyms(*whose, mapping=mapping, keep="all")
+        entries = {entry.name: entry for entry in listing.entries} | labels
+        joined = replace(listing, entries=[*entries.values()])
+        aliases = joined.pseudonyms(*whose, mapping=mapping, keep="all")
         split, split_file = None, split_file or (old / SPLIT_FILE if (old / SPLIT_FILE).exists() else None)
         with _of("the old data"):
             kept = {entry.name: entry for entry in different_images(listing, before, strict)}
@@ -298,13 +310,16 @@ def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listi
     folder, images = listing.folder.image_folder, {}
     images |= {below(path, folder): path for path in listing.images if path.is_relative_to(folder)}
     images |= {entry.name: entry.image_path for entry in listing.entries}
+    views = {entry.name: entry.fov_path for entry in listing.entries}
     by_name: dict[str, set[str]] = defaultdict(set)
     for name in images:
         by_name[fold(name)].add(name)
         by_name[fold(PurePosixPath(name).name)].add(name)
+        by_name[fold(name.replace("/frame_", "_frame_"))].add(name)  # as results of DICOM frames are called
     found: dict[str, Entry] = {}
     for entry in entries:
         name, fault = names.get(entry.name, entry.name), ""
+        name = str(PurePosixPath(name).with_suffix("")) if is_dicom(PurePosixPath(name)) else name
         fits = {name} if name in images else by_name.get(fold(name), {name})
         name = min(fits)
         if len(fits) > 1:
@@ -315,5 +330,6 @@ def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listi
             fault = f"and {found[name].place} are labels of the same image. Keep one of them"
         if fault:
             raise DataError(f"{entry.place} {fault}.")
-        found[name] = replace(entry, name=name, image_path=images.get(name, entry.image_path))
+        image = images.get(name, entry.image_path)
+        found[name] = replace(entry, name=name, image_path=image, fov_path=views.get(name))
     return found

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from vesselrl.data.dicom import frames, is_dicom, locate
 from vesselrl.data.formats import list_entries
 from vesselrl.data.images import read_mask, read_oddities, read_rgb, read_size
 from vesselrl.data.polygons import Outline, Size, rasterise, resize_mask, scale_polygons
-from vesselrl.data.pseudonyms import Pseudonym, pseudonyms
+from vesselrl.data.pseudonyms import Pseudonym
 from vesselrl.data.records import CODES, Entry, Findings, Listing
 from vesselrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+LEAST_SEEN = 0.25  # share of the image; a smaller field of view is likely to be a mask of vessels
 MOST_SCALED = 16  # a label of so many times the image's width, or its fraction, shows no vessel of a few px
 
 
@@ -33,6 +35,7 @@ class Sample:
     patient: str
     sequence: str
     frame: str
+    fov_path: Path | None = field(default=None, repr=False)
 
 
 def find_samples(
@@ -49,8 +52,7 @@ def find_samples(
     """
     findings = Findings(strict=True)
     listing = list_entries(Path(data_root), findings, **places)
-    names = [entry.name for entry in listing.entries]
-    aliases = pseudonyms(names, patient_pattern, patient_aliases, listing.folder.mapping_file)
+    aliases = listing.pseudonyms(patient_pattern, patient_aliases)
     entries = different_images(listing, aliases, findings)
     samples = [build_sample(entry, aliases[entry.name], findings) for entry in entries]
     for code in ("few_points", "scaled_label"):
@@ -89,11 +91,27 @@ def read_image(path: Path, record: str) -> np.ndarray:
 
 
 def load_mask(sample: Sample) -> np.ndarray:
-    """The mask as bool (H, W) of the size of the image; an empty mask is valid."""
-    shape = read_size(sample.image_path, sample.record)[::-1]
+    """The mask in the field of view, bool (H, W) of the size of the image; an empty mask is valid."""
+    shape, fov = read_size(sample.image_path, sample.record)[::-1], load_fov(sample)
     if sample.mask_path is None:
-        return rasterise(sample.outlines, shape)
-    return resize_mask(read_mask(sample.mask_path, sample.record, broken="unreadable_mask"), shape)
+        mask = rasterise(sample.outlines, shape)
+    else:
+        mask = resize_mask(read_mask(sample.mask_path, sample.record, broken="unreadable_mask"), shape)
+    return mask if fov is None else mask & fov
+
+
+def load_fov(sample: Sample) -> np.ndarray | None:
+    """The field of view as bool (H, W), outside of which nothing counts; None: all of the image counts."""
+    if (path := getattr(sample, "fov_path", None)) is None:  # a caller's own samples may have none
+        return None
+    record = f"{sample.record}: field of view"
+    fov = read_mask(path, record, broken="unreadable_mask")
+    if fov.mean() < LEAST_SEEN:
+        fault = (
+            f"it shows {fov.mean():.0%} of the image. Is it a mask of vessels? Name their folder: --mask_dir."
+        )
+        raise DataError(f"{record}: {fault}", "small_fov")
+    return resize_mask(fov, read_size(sample.image_path, sample.record)[::-1])
 
 
 def different_images(
@@ -122,7 +140,11 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
             fault = "its image is missing in images/. Add the file, or remove the record."
             raise DataError(f"{record}: {fault}", "missing_image")
         size = read_size(entry.image_path, f"{record}: image")
+        if entry.fov_path is not None:
+            fov_size = read_size(entry.fov_path, f"{record}: field of view", "unreadable_mask")
+            _check_size("field of view", fov_size, size, entry, record, findings)
         if entry.mask_path is not None:
+            _check_frames(entry, record)
             mask_size = read_size(entry.mask_path, f"{record}: mask", "unreadable_mask")
             _check_size("mask", mask_size, size, entry, record, findings)
         elif entry.read_label is None:
@@ -133,7 +155,7 @@ def build_sample(entry: Entry, alias: Pseudonym, findings: Findings) -> Sample |
     if len(findings.of("error")) > num_errors:
         return None
     where = (entry.image_path, entry.mask_path, outlines, record)
-    return Sample(*where, alias.key, alias.patient, alias.sequence, alias.frame)
+    return Sample(*where, alias.key, alias.patient, alias.sequence, alias.frame, entry.fov_path)
 
 
 def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> tuple[Outline, ...]:
@@ -154,6 +176,16 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
             raise DataError(f"{record}: the coordinates {fault}; `data check --fix` does.", "shares")
         return scale_polygons(outlines, drawn_on, size)
     return ()
+
+
+def _check_frames(entry: Entry, record: str) -> None:
+    """Refuses a DICOM mask of more or fewer frames than its image has."""
+    files = {locate(path)[0] for path in (entry.image_path, entry.mask_path)}
+    if len(files) == 2 and all(map(is_dicom, files)):
+        image, mask = (len(frames(locate(path)[0])) for path in (entry.image_path, entry.mask_path))
+        if image != mask:
+            fault = f"the mask has {mask} frames, its image {image}. Give one for each, or PNG files."
+            raise DataError(f"{record}: {fault}", "label_size")
 
 
 def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from vesselrl.data.images import read_size
-from vesselrl.data.samples import Sample, load_image, load_mask
+from vesselrl.data.samples import Sample, load_fov, load_image, load_mask
 from vesselrl.data.splits import Split, relative_paths
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.results import Caveat, Evaluation, read_caveats, summarise
 from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
 from vesselrl.experiment.progress import Progress
-from vesselrl.scoring.overlap import METRIC_SPEC, as_mask
+from vesselrl.scoring.overlap import METRIC_SPEC, as_mask, counts, overlap_scores
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import Reward, score_or_skip
 from vesselrl.scoring.scores import evaluation_scores
@@ -86,11 +86,20 @@ def predict_each(
     for first in range(0, len(samples), step):
         batch = samples[first : first + step]
         images, truths = zip(*(_load_checked(sample, load) for sample in batch), strict=True)
-        for prediction, truth in zip(_or_failed(predict_batch, batch, [*images]), truths, strict=True):
-            yield prediction, truth
+        predictions = _or_failed(predict_batch, batch, [*images])
+        for sample, prediction, truth in zip(batch, predictions, truths, strict=True):
+            yield _inside(prediction, load_fov(sample)), truth
             done += 1
             if progress is not None:
                 progress(done, len(samples))
+
+
+def _inside(prediction: Any, fov: np.ndarray | None) -> Any:
+    """A prediction without what lies outside of the field of view."""
+    if prediction is None or fov is None:
+        return prediction
+    parts = {name: getattr(prediction, name, None) for name in ("mask", "probabilities")}
+    return SimpleNamespace(**{name: part * fov for name, part in parts.items() if part is not None})
 
 
 def _load_checked(sample: Sample, load: Load) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +143,10 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
         row = {"key": sample.key, "patient": sample.patient, "sequence": sample.sequence}
         truth_hash = hashlib.sha256(f"{truth.shape}".encode() + np.packbits(truth).tobytes()).hexdigest()
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
+        fov = load_fov(sample)
+        pred = pred if fov is None else pred & fov
         row |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
+        row |= {} if fov is None else overlap_scores(counts(pred[fov][None], truth[fov][None]))
         if reward is not None:
             value, terms = score_or_skip(reward, pred, truth)
             row["reward"] = float(value)
@@ -185,7 +197,8 @@ def evaluate_variants(
             failed.append(sample.key)
         else:
             mask, probabilities = _fitting_mask(prediction.mask, truth, sample.key), prediction.probabilities
-            counted = counted + count_pixels(probabilities, truth)
+            inside = ... if (fov := load_fov(sample)) is None else fov
+            counted = counted + count_pixels(probabilities[inside], truth[inside])
             masks[""] = post.postprocess_for(probabilities)(mask)
             masks |= {name: other.mask(probabilities) for name, other in variants.items()}
         for name, mask in masks.items():

@@ -1,7 +1,6 @@
 """Files of images in, files of masks out."""
 
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vesselrl.data.dicom import flat_name, frames, locate
 from vesselrl.data.formats import coco, labelme
 from vesselrl.data.images import IMAGE_SUFFIXES, read_size
 from vesselrl.data.pairing import list_images
@@ -28,7 +28,14 @@ from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.progress import Progress
-from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash, write_text
+from vesselrl.experiment.run_folder import (
+    atomic_write,
+    check_room,
+    check_writable,
+    file_hash,
+    json_hash,
+    write_text,
+)
 from vesselrl.inference.predictor import KINDS, STAMP, Prediction, Predictor, picture_path
 from vesselrl.scoring.measurements import IN_MM, MEASUREMENTS, check_pixel_mm, measurement_row
 
@@ -75,11 +82,11 @@ def predict_files(
     output_dir.mkdir(parents=True, exist_ok=True)
     if "labelme" in formats and (there := len([*(output_dir / "labelme").glob("*.json")])):
         logger.warning("%d LabelMe files are there already and stay: they may have been corrected.", there)
-    people = [file.stem for file in files if not is_impersonal(file.stem)]
+    people = [name for name in map(flat_name, files) if not is_impersonal(name)]
     keys = pseudonyms(people, mapping=output_dir / MAPPING_FILE, keep="all") if people else {}
     made_by, jobs = predictor.fingerprint(), []
     for number, file in enumerate(files, start=1):
-        key = keys[file.stem].key if file.stem in keys else None
+        key = keys[flat_name(file)].key if flat_name(file) in keys else None
         name = f"{_place(number, files)} ({key})" if key else file.name
         jobs.append((file, name, output_dir / (key or file.stem)))
     head = {"made_by": made_by, "images": json_hash([name for _, name, _ in jobs]), "shards": step}
@@ -133,9 +140,7 @@ class _Job:
         """Reads the image, unless its results are there."""
         self.row = {"image": self.name, "result": self.result.name}
         try:
-            with self.file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            self.origin = {"image": digest, "made_by": made_by}
+            self.origin = {"image": file_hash(locate(self.file)[0]), "made_by": made_by}
             if self.origin.items() <= (there := read_stamp(self.result)).items():
                 found = ("foreground", "uncertainty", "measurements")
                 self.row |= {"status": "kept"} | {name: there[name] for name in found}
@@ -175,9 +180,9 @@ def find_inputs(path: Path, output_dir: Path) -> list[Path]:
     """The images to predict, in name order; a DataError, without the path, where that cannot be done."""
     if not os.path.exists(path):  # unlike Path's it is false where a folder above cannot be entered
         raise DataError("The path of --image does not exist; give an image file or a folder of images.")
-    if not (files := list_images(path, deep=False) if path.is_dir() else [path]):
+    if not (files := list_images(path, deep=False) if path.is_dir() else frames(path)):
         raise DataError(f"The folder --image holds no image; known endings are {', '.join(IMAGE_SUFFIXES)}.")
-    stems = [file.stem for file in files]
+    stems = [*map(flat_name, files)]
     if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
         first = stems.index(twice[0])
         shown = files[first].name if is_impersonal(twice[0]) else _place(first + 1, files)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from torch import Tensor
 
-from vesselrl.data.samples import Sample, load_image, load_mask
+from vesselrl.data.samples import Sample, load_fov, load_image, load_mask
 from vesselrl.errors import LearningError
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
 from vesselrl.experiment.progress import Progress
@@ -161,11 +161,11 @@ def best_frangi(
     """The sigmas and the threshold with the best mean over patients of Dice on these samples."""
     counted: dict[tuple, list] = {sigmas: [] for sigmas in SIGMAS}
     for number, sample in enumerate(samples, start=1):
-        image, truth = load_image(sample), load_mask(sample)
+        image, truth, fov = load_image(sample), load_mask(sample), load_fov(sample)
         # The filter takes the largest response over its sigmas, so each is computed once for all sets.
         single = {s: vesselness(image, (s,)) for s in sorted({s for sigmas in SIGMAS for s in sigmas})}
         for sigmas, counts in counted.items():
-            response = np.maximum.reduce([single[s] for s in sigmas])
+            response = np.maximum.reduce([single[s] for s in sigmas]) * (1 if fov is None else fov)
             counts.append(counts_by_threshold(Frangi(sigmas).cut(response).probabilities, truth))
         if progress is not None:
             progress(number, len(samples))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vesselrl.data.dicom import locate
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
 from vesselrl.errors import PeerOutOfMemoryError, RefusedError
@@ -250,7 +252,7 @@ def data_fingerprint(*subsets: Sequence[Sample]) -> dict[str, Any]:
     keys = [[sample.key for sample in subset] for subset in subsets]
     with ThreadPoolExecutor() as pool:
         hashes = {
-            "images": pool.map(lambda sample: file_hash(sample.image_path)[:16], samples.values()),
+            "images": pool.map(lambda sample: file_hash(locate(sample.image_path)[0])[:16], samples.values()),
             "masks": pool.map(_mask_hash, samples.values()),
         }
         found = {name: dict(zip(samples, each, strict=True)) for name, each in hashes.items()}
@@ -258,8 +260,10 @@ def data_fingerprint(*subsets: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _mask_hash(sample: Sample) -> str:
+    if sample.fov_path is not None:
+        return _mask_hash(replace(sample, fov_path=None)) + file_hash(locate(sample.fov_path)[0])[:16]
     if sample.mask_path is not None:
-        return file_hash(sample.mask_path)[:16]
+        return file_hash(locate(sample.mask_path)[0])[:16]
     digest = hashlib.sha256()
     for outline in sample.outlines:
         values = outline.runs if isinstance(outline, RunLengths) else outline

@@ -81,9 +81,10 @@ class PPOUpdate:
         # Of masks that are not, all would be empty; fetched from a GPU together.
         if processes.any_of(not bool(torch.stack([one.isfinite().all() for one in logits]).all())):
             raise not_finite("The logits are not finite", 0.0)
+        logits = batch.inside(logits)
         sampled = self.sample(batch, logits)
         # While threads score the masks.
-        reference = policy.reference_logits(inputs, batch.keys, choice)
+        reference = batch.inside(policy.reference_logits(inputs, batch.keys, choice))
         images, metrics, reward_varies = self.collect(batch, logits, *sampled)
         # The largest in size, with its sign.
         reward = max((metrics[f"train/{n}"] for n in ("reward", "greedy_reward", "reward_std")), key=abs)
@@ -183,7 +184,8 @@ class PPOUpdate:
         self, batch: TrainBatch, inputs: Any, choice: Tensor, rollout: tuple, logits: list | None = None
     ) -> tuple[Tensor, dict[str, float]]:
         """This process's part of the loss by the present weights, and the values of LOSS_METRICS of all."""
-        logits = logits or self.policy.logits(self.policy.decode(inputs, batch.keys), choice, inputs)
+        decode = self.policy.decode
+        logits = logits or batch.inside(self.policy.logits(decode(inputs, batch.keys), choice, inputs))
         loss, rows = self._loss(logits, *rollout)
         return loss * batch.weight, loss_metrics(processes.gather(rows if batch.weight else []))
 

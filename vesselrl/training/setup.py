@@ -21,8 +21,7 @@ from PIL import Image
 
 from vesselrl.data.augment import get_augmentation
 from vesselrl.data.check import PATIENT_CODES, DataReport, check_data
-from vesselrl.data.curriculum import difficulty_table
-from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset, contact_sheet
+from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset, contact_sheet, difficulty_table
 from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.records import CODES
 from vesselrl.data.samples import Sample, find_samples, load_mask

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -145,15 +146,15 @@ class SupervisedUpdate:
     def step(self, batch: TrainBatch) -> dict[str, float]:
         """One update on a batch, and its metrics; LearningError where the model does not move at first."""
         started = time.perf_counter()
-        images, truths = batch.images, batch.truths
         if self.flips:
             drawn = [[k for k in (0, 1) if self.flips.random() < 0.5] for _ in range(batch.size)]
             axes = drawn[batch.first :: batch.stride] or drawn[:1]
-            images, truths = ([*map(flip, pixels, axes)] for pixels in (images, truths))
-        logits = self.model.batch_logits(images, batch.keys)
+            parts = {name: getattr(batch, name) for name in ("images", "truths", "fovs")}
+            batch = replace(batch, **{name: [*map(flip, part, axes)] for name, part in parts.items()})
+        logits = batch.inside(self.model.batch_logits(batch.images, batch.keys))
         losses = [
             self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
-            for one, truth in zip(logits, truths, strict=True)
+            for one, truth in zip(logits, batch.truths, strict=True)
         ]
         loss = torch.cat(losses).mean() * batch.weight
         shared = self.model, self.optimizer, loss, self.max_grad_norm
@@ -175,6 +176,6 @@ class SupervisedUpdate:
             self.flips.bit_generator.state = state["flips"]
 
 
-def flip(pixels: np.ndarray, axes: list[int]) -> np.ndarray:
-    """A copy of an image or mask, flipped along some axes."""
-    return np.flip(pixels, axes).copy()
+def flip(pixels: np.ndarray | None, axes: list[int]) -> np.ndarray | None:
+    """A copy of an image or mask, if there is one, flipped along some axes."""
+    return None if pixels is None else np.flip(pixels, axes).copy()
