@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 from vesselrl.cli import VERBS, main
 from vesselrl.evaluation.held_out import HeldOutResult
 from vesselrl.experiment.config import PRESETS, TrainConfig
+from vesselrl.experiment.progress import LogFile
 from vesselrl.experiment.run_folder import run_settings
 
 # Runs the command line as `python -m vesselrl` does, then says whether something heavy was imported.
@@ -52,6 +54,24 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy(repository: Path, words:
     assert not re.search("---- [A-Z]", done.stdout)  # headings in config.py are no part of an option's text
 
 
+def test_shells_complete_verbs_options_and_values(tmp_path: Path, capsys) -> None:
+    """Bash runs its script; the scripts of zsh and fish hold the same program and words."""
+    for shell in ("zsh", "fish", "bash"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert all(f"'{name}': {{'description'" in script for name in (*VERBS, "check", "show", "draw"))
+    (tmp_path / "script").write_text(script)
+    typed = {"tr": "train", "train --stage ": "sft rl sft+rl", "train --pre": "--preset", "data c": "check",
+             "data check --j": "--json", "completion ": None}  # fmt: skip
+    for words, expected in typed.items():
+        fill = f"COMP_WORDS=(vesselrl {words} ''); COMP_CWORD={len(words.split(' '))}; _tyro_vesselrl"
+        fill = fill if words.endswith(" ") else fill.replace(" '')", ")")
+        command = ["bash", "-c", f"source '{tmp_path}/script'; {fill}; echo ${{COMPREPLY[*]}}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert expected is None or done.stdout.split() == expected.split(), words
+    assert main(["completion", "tcsh"]) == 2
+
+
 WRONG_USAGE = {
     "": ["usage: vesselrl VERB"],
     "tarin": ["usage: vesselrl VERB", "Unknown verb 'tarin'. Did you mean 'train'?"],
@@ -77,12 +97,9 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
         assert trained[-1][1] == ["vesselrl", "train", *words]
     changed = PRESETS["quick"].with_(seed=7)
     assert [config for config, _ in trained] == [TrainConfig(), changed, changed]
-    capsys.readouterr()
     for words in (["--preset"], ["--preset", "fast"], ["--preset="], ["--preset", "--seed"]):
         assert main(["train", *words]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: --preset is '")
-        assert line.endswith(f"choose one of {', '.join(PRESETS)}.")
+        assert "argument '--preset'" in capsys.readouterr().err
     assert len(trained) == 3
 
 
@@ -137,6 +154,35 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
     shutil.rmtree("output")
     assert main(["merge", "--output_model", "merged"]) == 2
     assert "there is no finished run" in capsys.readouterr().err
+
+
+def test_a_training_writes_its_log_and_how_it_ended_to_a_file(monkeypatch, tmp_path: Path) -> None:
+    """But no file where it was refused before it said anything."""
+    folder = tmp_path / "output" / "run"
+    (folder / "best_lora").mkdir(parents=True)
+    rows = [dict.fromkeys(("before", "after", "difference", "low", "high"), 0.5)]
+    rows[0] |= {"metric": "dice", "reason": "", "verdict": "better"}
+    done = SimpleNamespace(folder=folder, validation=rows, test=[], caveats=("LEAKY: by frame.",))
+
+    def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
+        if config.optim.seed == 1:
+            raise ValueError("refused")
+        logging.getLogger("vesselrl").warning("step 1")
+        if config.optim.seed == 2:
+            raise OSError("the [disk] is full")
+        return done
+
+    monkeypatch.setattr("vesselrl.training.train.train", train)
+    for seed, code in ((1, 2), (2, 1), (3, 0)):
+        output = tmp_path / f"output {seed}"
+        words = ["--preset", "quick", "--seed", str(seed), "--output_dir", str(output)]
+        assert main(["train", *words]) == code
+        logs = [file.read_text() for file in output.glob("train_quick_*.log")]
+        ends = {2: "ended by OSError: the [disk] is full\n", 3: f"--lora_weights {folder} --image IMAGES\n"}
+        assert len(logs) == (seed != 1)
+        assert all("step 1" in log and log.endswith(ends[seed]) for log in logs)
+    assert all(word in logs[0] for word in ("LEAKY: by frame.", "dice", "+0.5000", "Report: ", "Log: "))
+    assert not [one for one in logging.getLogger().handlers if isinstance(one, LogFile)]
 
 
 def test_compare_takes_a_folder(tmp_path: Path, capsys) -> None:

@@ -101,7 +101,7 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: {*imported.findall("\n".join(lines.findall(read(page))))} - {*vesselrl.__all__})
     check(lambda page: set(VERB.findall(code_of(page))) - set(cli.VERBS))
     check(lambda page: set(re.findall(r"\bbenchmarks\.([a-z_]+)", code_of(page))) - set(BENCHMARKS))
-    kinds = [kind for kinds in reference.VERBS.values() for kind in kinds]
+    kinds = [kind for kinds in reference.OPTIONS.values() for kind in kinds]
     known = {name.lstrip("-") for kind in kinds for o in reference.options_of(kind) for name in o.names}
     for name in BENCHMARKS:
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def test_every_shell_variable_and_verb_is_named() -> None:
     assert set(VERB.findall(code_of(ROOT / "README.md"))) == set(cli.VERBS)
 
 
-@pytest.mark.parametrize("verb", reference.VERBS)
+@pytest.mark.parametrize("verb", reference.OPTIONS)
 def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main([*verb.split(), "--help"]) == 0
     shown = {n for n in OPTION.findall(capsys.readouterr().out) if n != "help" and not n.startswith("no_")}
@@ -140,7 +140,7 @@ def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.C
 
 
 def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_row_per_run() -> None:
-    assert {verb.split()[0] for verb in reference.VERBS} == set(cli.VERBS)
+    assert {verb.split()[0] for verb in reference.OPTIONS} == set(cli.VERBS)
     codes = {name for name in first_column(read(DOCS / "diagnostics.md")) if "/" not in name}
     assert codes == {rule.code for rule in RULES} - {"correction"}
     names = set(re.findall(r"^## (\w+)$", reference.api(), re.MULTILINE))

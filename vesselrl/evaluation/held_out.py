@@ -30,11 +30,10 @@ from vesselrl.experiment.run_folder import (
     check_writable,
     find_run,
     reading,
-    run_settings,
     write_json,
     write_text,
 )
-from vesselrl.inference.predictor import Predictor, adapter_folder
+from vesselrl.inference.predictor import Predictor, adapter_folder, adapter_settings
 from vesselrl.models.lora import check_adapter
 from vesselrl.models.miniature import random_checkpoint
 from vesselrl.models.processing import DEFAULT_PROMPT
@@ -70,9 +69,8 @@ def evaluate_held_out(
     if options.tune_post and not options.tune:
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if lora_weights:
-        check_adapter(adapter_folder(Path(lora_weights)))
-    run = find_run(lora_weights)
-    settings = run_settings(run)
+        check_adapter(adapter_folder(lora_weights))
+    run, settings = find_run(lora_weights), adapter_settings(lora_weights)
     folder, name = result_place(options, lora_weights, run)
     check_writable(folder)
     plan = hide_paths({"side" if key == "split" else key: value for key, value in vars(options).items()})

@@ -6,12 +6,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vesselrl.experiment.config import ModelSettings, Places, Reading
+from vesselrl.experiment.config import ModelSettings, Places, Reading, TrainConfig
 
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
 
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the settings of a training begin."""
+
+    # A set of defaults that the other options change.
+    preset: Literal["quick", "full", "debug"] | None = None
+    # Run folder, or the config.json in one, whose settings take the place of the defaults.
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,42 @@ class Doctor(Places):
     lora_scope: tuple[str, ...] = ModelSettings.lora_scope
     # Print the checks as JSON, with parameters and GB of each component of the model.
     json: bool = False
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload the best adapter of a run and its model card to the Hugging Face hub; data stay here."""
+
+    # ORG/NAME on the hub; it is made where there is none.
+    repository: tyro.conf.Positional[str]
+    # Adapter or run folder; left out: the run in output/ that finished last.
+    lora_weights: str | None = None
+    # Make a new repository that everyone can see; else only you and ORG can.
+    public: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print the script by which a shell completes verbs, options and their values with the tab key."""
+
+    # The shell.
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+
+
+# The options of every verb, for the reference in docs/ and the completion of shells.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "train": (TrainConfig, Resume, Start),
+    "evaluate": (Evaluate,),
+    "predict": (Predict,),
+    "merge": (Merge,),
+    "push": (Push,),
+    "compare": (Compare,),
+    "data check": (DataCheck,),
+    "data show": (DataShow,),
+    "data draw": (DataDraw,),
+    "doctor": (Doctor,),
+    "completion": (Completion,),
+}
 
 
 def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -60,6 +62,21 @@ def logged(items: Iterable[T], label: str, total: int | None = None) -> Iterator
     for done, item in enumerate(items, start=1):
         yield item
         tell(done, total)
+
+
+class LogFile(logging.FileHandler):
+    """A log file that is made, with its folder, for its first line; where it cannot be, there is none."""
+
+    def _open(self) -> TextIOWrapper | None:
+        with suppress(OSError):  # the training itself says what is wrong with the folder
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            return super()._open()
+        return None
+
+    def add(self, *lines: object) -> None:
+        """Adds lines or tables as a terminal shows them, if there is a file."""
+        if self.stream:
+            Console(file=self.stream, width=100, highlight=False).print(*lines, sep="\n", soft_wrap=True)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ except ImportError:  # Windows
 
 PREFIX = "sa2va_lora_ppo_"
 CONFIG_FILE = "config.json"
+SHARED_FILE = "vesselrl.json"  # beside an adapter on a hub: the settings that it predicts by
 LOCK_FILE = "run.lock"
 SUMS_FILE = "SHA256SUMS"  # of an adapter folder, as the command sha256sum reads it
 _ADVICE = {
@@ -160,12 +161,12 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
     return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
 
 
-def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, Any]:
+def run_settings(run: Path | None, may_be_changed: bool = False, name: str = CONFIG_FILE) -> dict[str, Any]:
     """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError.
 
     Without the private file, as in a run that was passed on, paths to data stay hidden.
     """
-    if run is None or not (path := run / CONFIG_FILE).exists():
+    if run is None or not (path := run / name).exists():
         return {}
     try:
         values = read_json(path)
