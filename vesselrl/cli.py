@@ -9,10 +9,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, make_dataclass
-from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, Union
@@ -94,22 +93,17 @@ def explanation(error: Exception) -> str:
     return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
 
 
-@contextmanager
-def log_file(folder: str | Path, name: str) -> Iterator[LogFile]:
-    """The log of a training as a file too, FOLDER/train_NAME_TIME.log, which also says how it ended."""
-    path = Path(folder) / f"train_{name}_{datetime.now():%Y%m%d_%H%M%S}.log"
-    file, root = LogFile(path, encoding="utf-8", delay=True), logging.getLogger()
-    file.setFormatter(logging.Formatter(*LOG_FORMAT))
-    if not OF_PROCESS:
-        root.addHandler(file)
-    try:
-        yield file
-    except BaseException as error:
-        file.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
-        raise
-    finally:
-        root.removeHandler(file)
-        file.close()
+def run_logged(folder: str | Path, name: str, run: Callable[[], "TrainResult | None"]) -> int:
+    """Trains, with a log file that says how it ended, and shows what came of it."""
+    line = logging.Formatter(*LOG_FORMAT)
+    with nullcontext() if OF_PROCESS else LogFile(folder, name, line) as log:
+        try:
+            print_result(run(), log)
+        except BaseException as error:
+            if log:
+                log.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
+            raise
+    return 0
 
 
 def usage(form: str, verbs: dict[str, Verb]) -> str:
@@ -131,17 +125,15 @@ def run_train(rest: list[str]) -> int:
         args = parse(options.Resume, rest, "train")
         from vesselrl.training.train import resume
 
-        with log_file(Path(args.resume_from).parent, "resumed") as log:
-            print_result(resume(Path(args.resume_from), argv, bars, args.allow_change), log)
-        return 0
+        folder = Path(args.resume_from)
+        return run_logged(folder.parent, "resumed", lambda: resume(folder, argv, bars, args.allow_change))
     start, others = take_start(rest)
     settings = config_of(Path(start.config)) if start.config else PRESETS.get(start.preset)
     config = parse(TrainConfig, others, "train", settings)
     from vesselrl.training.train import train
 
-    with log_file(config.run.output_dir, start.preset or config.optim.stage) as log:
-        print_result(train(config, argv, bars), log)
-    return 0
+    name = start.preset or config.optim.stage
+    return run_logged(config.run.output_dir, name, lambda: train(config, argv, bars))
 
 
 def run_evaluate(rest: list[str]) -> int:
@@ -163,7 +155,8 @@ def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
     from vesselrl.data.tiles import tile_px_of
-    from vesselrl.inference.predictor import Predictor, adapter_settings, list_name, predict_files
+    from vesselrl.inference.predictor import Predictor, list_name, predict_files
+    from vesselrl.models.lora import adapter_settings
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
@@ -195,11 +188,13 @@ def run_merge(rest: list[str]) -> int:
     """Write a merged copy of the model and verify it."""
     args = parse(options.Merge, rest, "merge")
     from vesselrl.inference.merge import merge
+    from vesselrl.models.lora import adapter_settings
+    from vesselrl.models.miniature import base_checkpoint
 
-    adapter = args.lora_weights or newest_run()
-    if adapter is None:
-        raise ValueError("merge needs --lora_weights, as there is no finished run in output/.")
-    done = merge(args.base_model, adapter, args.output_model, args.dtype)
+    adapter = args.lora_weights or newest_run(needed_by="merge")
+    settings = adapter_settings(adapter)
+    with base_checkpoint(args.base_model or settings.get("model_path"), settings.get("seed")) as base:
+        done = merge(base, adapter, args.output_model, args.dtype)
     same = f"predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
     console.print(f"{done['output']}: {same}")
     if done["detail_head"]:
@@ -214,9 +209,7 @@ def run_push(rest: list[str]) -> int:
     args = parse(options.Push, rest, "push")
     from vesselrl.inference.merge import push
 
-    adapter = args.lora_weights or newest_run()
-    if adapter is None:
-        raise ValueError("push needs --lora_weights, as there is no finished run in output/.")
+    adapter = args.lora_weights or newest_run(needed_by="push")
     console.print(f"Uploaded: {push(adapter, args.repository, args.public)}", soft_wrap=True)
     return 0
 
@@ -363,10 +356,12 @@ def config_of(place: Path) -> TrainConfig:
     return TrainConfig.from_dict(settings)
 
 
-def newest_run(base_model: str | None = None) -> str | None:
+def newest_run(base_model: str | None = None, needed_by: str = "") -> str | None:
     """The run in output/ that finished last, which is said; None: there is none, or a base was named."""
     finished = [] if base_model else RUNS.glob("*/training_info.json")
     runs = [file for file in finished if (file.parent / "best_lora").is_dir()]
+    if not runs and needed_by:
+        raise ValueError(f"{needed_by} needs --lora_weights, as there is no finished run in {RUNS}/.")
     if not runs:
         return None
     newest = str(max(runs, key=lambda file: file.stat().st_mtime).parent)
@@ -390,7 +385,7 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     console.print(f"Report: {result.report_path}")
 
 
-def print_result(result: "TrainResult | None", log: LogFile) -> None:
+def print_result(result: "TrainResult | None", log: LogFile | None) -> None:
     """Before and after on validation and test patients, and where to go on, in the log too."""
     from vesselrl.evaluation.words import differences_table
 
@@ -400,9 +395,10 @@ def print_result(result: "TrainResult | None", log: LogFile) -> None:
     tables = (("validation", result.validation), ("test", result.test))
     lines += [differences_table(title, rows) for title, rows in tables if rows]
     best = next(result.folder.glob("best_*"))
-    lines += [f"Log: {log.baseFilename}"] if log.stream else []
+    lines += [f"Log: {log.baseFilename}"] if log and log.stream else []
     lines += [f"Report: {result.folder / 'report.html'}", f"Best weights: {best}"]
     if best.name == "best_lora":
         lines.append(f"Next: vesselrl predict --lora_weights {result.folder} --image IMAGES")
     console.print(*lines, sep="\n", soft_wrap=True)
-    log.add(*lines)
+    if log:
+        log.add(*lines)

@@ -1,4 +1,4 @@
-"""Names of metrics, numbers and tables as a reader sees them; the words themselves are in templates/words.toml."""
+"""Names of metrics, numbers and tables as a reader sees them; the words are in templates/words.toml."""
 
 import math
 import tomllib

@@ -40,8 +40,8 @@ class Evaluate(Reading):
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folders, each is scored, and none for the base model; left out: the run in output/ that
-    # finished last, or the base model where there is no run or --base_model is given.
+    # Adapter or run folders or ORG/NAME of a hub, each is scored, and none for the base model; left out: the
+    # run in output/ that finished last, or the base model where there is no run or --base_model is given.
     lora_weights: tuple[str, ...] = ()
     # Data folder; none: the run's own data.
     data_root: str | None = None
@@ -85,10 +85,10 @@ class Predict:
 
     # Image file or folder of images.
     image: str
-    # Checkpoint folder; none: the embedded miniature.
+    # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
-    # the base model where there is no run or --base_model is given.
+    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
     lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
@@ -119,7 +119,7 @@ class Merge:
     output_model: str
     # Adapter or run folder; left out: the run in output/ that finished last.
     lora_weights: str | None = None
-    # Checkpoint folder; none: the embedded miniature.
+    # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
     # Of the written weights; keep: each tensor's own.
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"

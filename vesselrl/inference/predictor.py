@@ -30,17 +30,10 @@ from vesselrl.data.samples import read_image
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.progress import Progress
-from vesselrl.experiment.run_folder import (
-    SHARED_FILE,
-    atomic_write,
-    check_room,
-    check_writable,
-    find_run,
-    json_hash,
-    run_settings,
-)
-from vesselrl.models.checkpoint import DETAIL_HEAD, load_sa2va, local_folder
-from vesselrl.models.lora import load_adapter
+from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash
+from vesselrl.models.checkpoint import load_sa2va
+from vesselrl.models.lora import adapter_folder, adapter_settings, load_adapter
+from vesselrl.models.miniature import base_checkpoint
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.measurements import (
@@ -53,7 +46,6 @@ from vesselrl.scoring.measurements import (
 from vesselrl.scoring.overlay import overlay
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", DETAIL_HEAD, SHARED_FILE]
 LIST_FILE = "predictions.csv"
 COLUMNS = ("image", "result", "status", "foreground", *MEASUREMENTS, *IN_MM, "reason")
 ALL = "0/1"  # the shard that has every image
@@ -95,12 +87,15 @@ class Predictor:
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
-        Without `base_model` it is the embedded miniature; `lora_weights` is an adapter or a run folder, which
-        means its best_lora. Without `device` a GPU is taken when there is one. With `use_bf16` vision tower
-        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt, post and tile_px.
+        Without `base_model` it is that of the adapter's run, or the embedded miniature; `lora_weights` is an
+        adapter, also of a hub, or a run folder, which means its best_lora. Without `device` a GPU is taken
+        when there is one. With `use_bf16` vision tower and language model are in bfloat16, SAM2 stays in
+        float32. `kwargs` are prompt, post and tile_px.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
+        dtype, settings = torch.bfloat16 if use_bf16 else torch.float32, adapter_settings(lora_weights)
+        with base_checkpoint(base_model or settings.get("model_path"), settings.get("seed")) as folder:
+            model, processor = load_sa2va(folder, device, dtype)
         if lora_weights is not None:
             model = load_adapter(model, adapter_folder(lora_weights)).merge_and_unload()
         return cls(model.eval(), processor, **kwargs)
@@ -162,24 +157,6 @@ def check_finite(logits: np.ndarray) -> None:
         count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
         advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
         raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter.
-
-    What is no folder but reads as ORG/NAME is downloaded.
-    """
-    path = local_folder(path, ADAPTER_FILES, "--lora_weights")
-    inside = path / "best_lora"
-    return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
-
-
-def adapter_settings(lora_weights: str | Path | None) -> dict:
-    """The settings of an adapter's run, or those that `push` put beside it; none for a base model."""
-    if lora_weights is None:
-        return {}
-    run = find_run(lora_weights)
-    return run_settings(run) if run else run_settings(adapter_folder(lora_weights), name=SHARED_FILE)
 
 
 def predict_files(
