@@ -25,10 +25,14 @@ from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteE
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths, hide_paths_of_command
 
-try:
+if os.name == "nt":
+    import msvcrt
+
+    _TAKEN = PermissionError  # by another process
+else:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+
+    _TAKEN = BlockingIOError
 
 PREFIX = "sa2va_lora_ppo_"
 CONFIG_FILE = "config.json"
@@ -85,9 +89,11 @@ class RunFolder:
         with file:
             with suppress(OSError):  # a file system without locks
                 try:
-                    if fcntl is not None:
+                    if os.name == "nt":
+                        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                    else:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                except _TAKEN:
                     raise in_use from None
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise in_use  # its owner has just ended and removed it
@@ -96,7 +102,7 @@ class RunFolder:
                     _discard(partial)
                 yield
             finally:
-                with suppress(OSError):  # the folder may be gone, or read-only
+                with suppress(OSError):  # the folder may be gone, or read-only; Windows keeps an open file
                     path.unlink()
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -321,10 +327,7 @@ def writing(*paths: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has.
-
-    `mode`: rights of others, less those that the umask takes.
-    """
+    """Writes a UTF-8 file with the line ends and rights given (less the umask's), complete or not at all."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags, mode)
