@@ -54,21 +54,24 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy(repository: Path, words:
     assert not re.search("---- [A-Z]", done.stdout)  # headings in config.py are no part of an option's text
 
 
+COMPLETED = {
+    "tr": "train", "train --stage ": "sft rl sft+rl", "train --pres": "--preset", "data c": "check",
+    "data check --j": "--json", "compare --r": "--rank_by",
+}  # fmt: skip
+
+
 def test_shells_complete_verbs_options_and_values(tmp_path: Path, capsys) -> None:
-    """Bash runs its script; the scripts of zsh and fish hold the same program and words."""
+    """Bash runs its script; those of zsh and fish hold the same words."""
     for shell in ("zsh", "fish", "bash"):
         assert main(["completion", shell]) == 0
         script = capsys.readouterr().out
         assert all(f"'{name}': {{'description'" in script for name in (*VERBS, "check", "show", "draw"))
-    (tmp_path / "script").write_text(script)
-    typed = {"tr": "train", "train --stage ": "sft rl sft+rl", "train --pre": "--preset", "data c": "check",
-             "data check --j": "--json", "completion ": None}  # fmt: skip
-    for words, expected in typed.items():
-        fill = f"COMP_WORDS=(vesselrl {words} ''); COMP_CWORD={len(words.split(' '))}; _tyro_vesselrl"
-        fill = fill if words.endswith(" ") else fill.replace(" '')", ")")
-        command = ["bash", "-c", f"source '{tmp_path}/script'; {fill}; echo ${{COMPREPLY[*]}}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert expected is None or done.stdout.split() == expected.split(), words
+    for words, expected in COMPLETED.items():
+        typed = ["vesselrl", *words.split(" ")]
+        fill = f"COMP_WORDS=({' '.join(word or repr('') for word in typed)}); COMP_CWORD={len(typed) - 1}"
+        program = f"{script}\n{fill}; _tyro_vesselrl; echo ${{COMPREPLY[*]}}"
+        done = subprocess.run(["bash"], input=program, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected.split(), words
     assert main(["completion", "tcsh"]) == 2
 
 
@@ -101,16 +104,6 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
         assert main(["train", *words]) == 2
         assert "argument '--preset'" in capsys.readouterr().err
     assert len(trained) == 3
-
-
-def test_the_last_lines_name_report_adapter_and_next_command(trained: list, tmp_path: Path, capsys) -> None:
-    main(["train"])
-    folder = tmp_path / "output" / "the_run"
-    assert capsys.readouterr().out.splitlines() == [
-        f"Report: {folder / 'report.html'}",
-        f"Best weights: {folder / 'best_lora'}",
-        f"Next: vesselrl predict --lora_weights {folder} --image IMAGES",
-    ]
 
 
 def test_the_settings_of_another_run_are_a_start(trained: list, finished_run: Path, capsys) -> None:
@@ -156,13 +149,14 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
     assert "there is no finished run" in capsys.readouterr().err
 
 
-def test_a_training_writes_its_log_and_how_it_ended_to_a_file(monkeypatch, tmp_path: Path) -> None:
-    """But no file where it was refused before it said anything."""
-    folder = tmp_path / "output" / "run"
-    (folder / "best_lora").mkdir(parents=True)
-    rows = [dict.fromkeys(("before", "after", "difference", "low", "high"), 0.5)]
-    rows[0] |= {"metric": "dice", "reason": "", "verdict": "better"}
-    done = SimpleNamespace(folder=folder, validation=rows, test=[], caveats=("LEAKY: by frame.",))
+def test_the_last_lines_say_how_to_go_on_and_a_log_file_has_all_or_why_it_ended(
+    monkeypatch, tmp_path: Path, capsys
+) -> None:
+    """But there is no file where a training was refused before it said anything."""
+    (tmp_path / "the_run" / "best_lora").mkdir(parents=True)
+    numbers = dict.fromkeys(("before", "after", "difference", "low", "high"), 0.5)
+    row = numbers | {"metric": "dice", "reason": "", "verdict": "better"}
+    result = {"folder": tmp_path / "the_run", "validation": [row], "test": [], "caveats": ("LEAKY: a",)}
 
     def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
         if config.optim.seed == 1:
@@ -170,27 +164,26 @@ def test_a_training_writes_its_log_and_how_it_ended_to_a_file(monkeypatch, tmp_p
         logging.getLogger("vesselrl").warning("step 1")
         if config.optim.seed == 2:
             raise OSError("the [disk] is full")
-        return done
+        return SimpleNamespace(**result)
 
     monkeypatch.setattr("vesselrl.training.train.train", train)
+    logs = {}
     for seed, code in ((1, 2), (2, 1), (3, 0)):
-        output = tmp_path / f"output {seed}"
-        words = ["--preset", "quick", "--seed", str(seed), "--output_dir", str(output)]
-        assert main(["train", *words]) == code
-        logs = [file.read_text() for file in output.glob("train_quick_*.log")]
-        ends = {2: "ended by OSError: the [disk] is full\n", 3: f"--lora_weights {folder} --image IMAGES\n"}
-        assert len(logs) == (seed != 1)
-        assert all("step 1" in log and log.endswith(ends[seed]) for log in logs)
-    assert all(word in logs[0] for word in ("LEAKY: by frame.", "dice", "+0.5000", "Report: ", "Log: "))
+        place = tmp_path / str(seed)
+        assert main(["train", "--preset", "quick", "--seed", str(seed), "--output_dir", str(place)]) == code
+        logs[seed] = [(str(file), file.read_text()) for file in place.glob("train_quick_*.log")]
+    assert logs[1] == []
+    assert re.fullmatch(r"..:..:.. step 1\nended by OSError: the \[disk\] is full\n", logs[2][0][1])
+    ((name, text),) = logs[3]
+    assert "+0.5000" in text
+    last = [
+        f"Log: {name}",
+        f"Report: {tmp_path / 'the_run' / 'report.html'}",
+        f"Best weights: {tmp_path / 'the_run' / 'best_lora'}",
+        f"Next: vesselrl predict --lora_weights {tmp_path / 'the_run'} --image IMAGES",
+    ]
+    assert text.splitlines()[-4:] == capsys.readouterr().out.splitlines()[-4:] == last
     assert not [one for one in logging.getLogger().handlers if isinstance(one, LogFile)]
-
-
-def test_compare_takes_a_folder(tmp_path: Path, capsys) -> None:
-    assert main(["compare", str(tmp_path / "nowhere")]) == main(
-        ["compare", "--output_dir", str(tmp_path / "nowhere")]
-    )
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == second
 
 
 def test_hyphens_and_underscores_are_the_same(trained: list) -> None:

@@ -107,7 +107,8 @@ def test_every_import_command_and_option_exists() -> None:
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
         known |= {a.arg for f in tree.body if getattr(f, "name", "") == name for a in f.args.args}
     pages = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")]
-    known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal".split()}  # torchrun and Slurm
+    # Of torchrun, Slurm, Docker and pip.
+    known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal rm build no wheel".split()}
     accelerate = "use_fsdp fsdp_version fsdp_offload_params fsdp_reshard_after_forward"
     known |= {*accelerate.split(), "num_machines", "num_processes"}
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)

@@ -97,13 +97,12 @@ def explanation(error: Exception) -> str:
 
 def run_logged(folder: str | Path, name: str, run: Callable[[], "TrainResult | None"]) -> int:
     """Trains, with a log file that says how it ended, and shows what came of it."""
-    line = logging.Formatter(*LOG_FORMAT)
-    with nullcontext() if OF_PROCESS else LogFile(folder, name, line) as log:
+    log = LogFile(folder, name, logging.Formatter(*LOG_FORMAT))
+    with nullcontext() if OF_PROCESS else log:
         try:
             print_result(run(), log)
         except BaseException as error:
-            if log:
-                log.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
+            log.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
             raise
     return 0
 
@@ -129,7 +128,8 @@ def run_train(rest: list[str]) -> int:
 
         folder = Path(args.resume_from)
         return run_logged(folder.parent, "resumed", lambda: resume(folder, argv, bars, args.allow_change))
-    start, others = take_start(rest)
+    how = {"use_underscores": True, "add_help": False, "return_unknown_args": True}
+    start, others = tyro.cli(options.Start, args=rest, prog="vesselrl train", **how)
     settings = config_of(Path(start.config)) if start.config else PRESETS.get(start.preset)
     config = parse(TrainConfig, others, "train", settings)
     from vesselrl.training.train import train
@@ -344,12 +344,6 @@ def print_base_beside(args: options.Evaluate, weights: str | None, result: "Held
         console.print(differences_table(f"base model and adapter, {args.split}", rows))
 
 
-def take_start(arguments: list[str]) -> tuple[options.Start, list[str]]:
-    """The options --preset and --config, and the other arguments."""
-    how = {"use_underscores": True, "add_help": False, "return_unknown_args": True}
-    return tyro.cli(options.Start, args=arguments, prog="vesselrl train", **how)
-
-
 def config_of(place: Path) -> TrainConfig:
     """The settings of a run, by its folder or its config.json."""
     folder = place.parent if place.name == CONFIG_FILE else place
@@ -387,7 +381,7 @@ def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> N
     console.print(f"Report: {result.report_path}")
 
 
-def print_result(result: "TrainResult | None", log: LogFile | None) -> None:
+def print_result(result: "TrainResult | None", log: LogFile) -> None:
     """Before and after on validation and test patients, and where to go on, in the log too."""
     from vesselrl.evaluation.words import differences_table
 
@@ -397,10 +391,9 @@ def print_result(result: "TrainResult | None", log: LogFile | None) -> None:
     tables = (("validation", result.validation), ("test", result.test))
     lines += [differences_table(title, rows) for title, rows in tables if rows]
     best = next(result.folder.glob("best_*"))
-    lines += [f"Log: {log.baseFilename}"] if log and log.stream else []
+    lines += [f"Log: {log.baseFilename}"] if log.stream else []
     lines += [f"Report: {result.folder / 'report.html'}", f"Best weights: {best}"]
     if best.name == "best_lora":
         lines.append(f"Next: vesselrl predict --lora_weights {result.folder} --image IMAGES")
     console.print(*lines, sep="\n", soft_wrap=True)
-    if log:
-        log.add(*lines)
+    log.add(*lines)
