@@ -17,7 +17,4 @@ for name in MODEL_PATH DATA_ROOT OUTPUT_DIR GPU LORA_RANK LORA_ALPHA LORA_DROPOU
 done
 
 bash "$here/install_dependencies.sh" --quiet
-mkdir -p "${OUTPUT_DIR:-output}"
-log="${OUTPUT_DIR:-output}/train_${mode}_$(date +%Y%m%d_%H%M%S).log"
-echo "Log: $log"
-PYTHONUNBUFFERED=1 "$here/.venv/bin/python" "$here/train_lora_ppo.py" "${options[@]}" "$@" 2>&1 | tee -i "$log"
+exec "$here/.venv/bin/python" "$here/train_lora_ppo.py" "${options[@]}" "$@"

@@ -64,11 +64,11 @@ class Scorer:
         """The best on validation of what the method may tune, and its reward there."""
         if source not in self.grids:
             self.grids[source] = tuning.score_postprocessing(self.images(source, "val"), REWARD)
-        fixed = (
-            () if METHODS[method].post == "tuned" else (FIXED_POST.min_component_px, FIXED_POST.close_gaps)
-        )
-        post = tuning.best_postprocessing(self.grids[source], *fixed)
-        return post, self.grids[source][post]
+        is_tuned = METHODS[method].post == "tuned"
+        grid = self.grids[source].items()
+        fit = {post: r for post, r in grid if is_tuned or replace(post, threshold=0.5) == FIXED_POST}
+        post = tuning.best_postprocessing(fit)
+        return post, fit[post]
 
     def at_recall_of(self, control: str, rl: str, result: MethodResult) -> tuple[Evaluation, float]:
         """Test scores of C1 or C3 at the validation recall of an RL method, and the gap left between the two.
@@ -78,7 +78,8 @@ class Scorer:
         source, recall = METHODS[control].sources[0], patient_mean(result.val, "recall")
         images = self.images(source, "val")
         counted = [tuning.counts_by_threshold(image.filled, image.truth, result.post) for image in images]
-        point = tuning.threshold_curve(counted, [image.patient for image in images]).at_recall(recall)
+        curve = tuning.threshold_curve(counted, [image.patient for image in images])
+        point = min(curve.points, key=lambda one: (abs(one.recall - recall), -one.precision))
         post = replace(result.post, threshold=point.threshold)
         return self.scores(control, f"test_at_recall_of_{rl}", "test", source, post), recall - point.recall
 

@@ -16,26 +16,12 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 import vesselrl
-from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, TrainConfig
+from vesselrl.experiment.options import OPTIONS
 
 DOCS = Path(__file__).parent
 TABLE = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
-VERBS: dict[str, tuple[type, ...]] = {
-    "train": (TrainConfig, options.Resume),
-    "evaluate": (options.Evaluate,),
-    "predict": (options.Predict,),
-    "merge": (options.Merge,),
-    "compare": (options.Compare,),
-    "data check": (options.DataCheck,),
-    "data show": (options.DataShow,),
-    "data merge": (options.DataMerge,),
-    "data draw": (options.DataDraw,),
-    "doctor": (options.Doctor,),
-}
 VALUES = {str: "text", int: "whole number", float: "number", bool: "switch"}
-PRESET = "A set of defaults that the other options change."
-CONFIG = "Run folder, or the config.json in one, whose settings take the place of the defaults."
 
 
 class Option(NamedTuple):
@@ -105,7 +91,7 @@ def default_of(one: Field) -> str:
 def option_tables() -> str:
     """A section for every verb, for `train` one for every group of settings."""
     parts = []
-    for verb, kinds in VERBS.items():
+    for verb, kinds in OPTIONS.items():
         parts.append(f"## vesselrl {verb}\n\n{inspect.getdoc(kinds[0]).splitlines()[0]}\n")
         for kind in kinds:
             groups = [typing.get_args(one.type) for one in fields(kind)]
@@ -114,9 +100,7 @@ def option_tables() -> str:
                     parts.append(f"### {group.__name__}\n\n{inspect.getdoc(group).splitlines()[0]}\n")
                 parts.append(option_table(options_of(group)))
         if verb == "train":
-            preset = Option(("--preset",), ", ".join(f"`{name}`" for name in PRESETS), "none", PRESET)
-            config = Option(("--config",), "text", "none", CONFIG)
-            parts.append("### Presets\n\n" + option_table([preset, config]) + "\n" + preset_table())
+            parts.append("### Presets\n\n" + preset_table())
     return "\n".join(parts)
 
 

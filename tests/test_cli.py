@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 from vesselrl.cli import VERBS, main
 from vesselrl.evaluation.held_out import HeldOutResult
 from vesselrl.experiment.config import PRESETS, TrainConfig
+from vesselrl.experiment.progress import LogFile
 from vesselrl.experiment.run_folder import run_settings
 
 # Runs the command line as `python -m vesselrl` does, then says whether something heavy was imported.
@@ -52,6 +54,27 @@ def test_help_lists_the_verbs_and_imports_nothing_heavy(repository: Path, words:
     assert not re.search("---- [A-Z]", done.stdout)  # headings in config.py are no part of an option's text
 
 
+COMPLETED = {
+    "tr": "train", "train --stage ": "sft rl sft+rl", "train --pres": "--preset", "data c": "check",
+    "data check --j": "--json", "compare --r": "--rank_by",
+}  # fmt: skip
+
+
+def test_shells_complete_verbs_options_and_values(tmp_path: Path, capsys) -> None:
+    """Bash runs its script; those of zsh and fish hold the same words."""
+    for shell in ("zsh", "fish", "bash"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert all(f"'{name}': {{'description'" in script for name in (*VERBS, "check", "show", "draw"))
+    for words, expected in COMPLETED.items():
+        typed = ["vesselrl", *words.split(" ")]
+        fill = f"COMP_WORDS=({' '.join(word or repr('') for word in typed)}); COMP_CWORD={len(typed) - 1}"
+        program = f"{script}\n{fill}; _tyro_vesselrl; echo ${{COMPREPLY[*]}}"
+        done = subprocess.run(["bash"], input=program, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == expected.split(), words
+    assert main(["completion", "tcsh"]) == 2
+
+
 WRONG_USAGE = {
     "": ["usage: vesselrl VERB"],
     "tarin": ["usage: vesselrl VERB", "Unknown verb 'tarin'. Did you mean 'train'?"],
@@ -77,23 +100,10 @@ def test_a_preset_is_a_start_that_options_change(trained: list, capsys) -> None:
         assert trained[-1][1] == ["vesselrl", "train", *words]
     changed = PRESETS["quick"].with_(seed=7)
     assert [config for config, _ in trained] == [TrainConfig(), changed, changed]
-    capsys.readouterr()
     for words in (["--preset"], ["--preset", "fast"], ["--preset="], ["--preset", "--seed"]):
         assert main(["train", *words]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: --preset is '")
-        assert line.endswith(f"choose one of {', '.join(PRESETS)}.")
+        assert "argument '--preset'" in capsys.readouterr().err
     assert len(trained) == 3
-
-
-def test_the_last_lines_name_report_adapter_and_next_command(trained: list, tmp_path: Path, capsys) -> None:
-    main(["train"])
-    folder = tmp_path / "output" / "the_run"
-    assert capsys.readouterr().out.splitlines() == [
-        f"Report: {folder / 'report.html'}",
-        f"Best weights: {folder / 'best_lora'}",
-        f"Next: vesselrl predict --lora_weights {folder} --image IMAGES",
-    ]
 
 
 def test_the_settings_of_another_run_are_a_start(trained: list, finished_run: Path, capsys) -> None:
@@ -139,12 +149,41 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
     assert "there is no finished run" in capsys.readouterr().err
 
 
-def test_compare_takes_a_folder(tmp_path: Path, capsys) -> None:
-    assert main(["compare", str(tmp_path / "nowhere")]) == main(
-        ["compare", "--output_dir", str(tmp_path / "nowhere")]
-    )
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == second
+def test_the_last_lines_say_how_to_go_on_and_a_log_file_has_all_or_why_it_ended(
+    monkeypatch, tmp_path: Path, capsys
+) -> None:
+    """But there is no file where a training was refused before it said anything."""
+    (tmp_path / "the_run" / "best_lora").mkdir(parents=True)
+    numbers = dict.fromkeys(("before", "after", "difference", "low", "high"), 0.5)
+    row = numbers | {"metric": "dice", "reason": "", "verdict": "better"}
+    result = {"folder": tmp_path / "the_run", "validation": [row], "test": [], "caveats": ("LEAKY: a",)}
+
+    def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
+        if config.optim.seed == 1:
+            raise ValueError("refused")
+        logging.getLogger("vesselrl").warning("step 1")
+        if config.optim.seed == 2:
+            raise OSError("the [disk] is full")
+        return SimpleNamespace(**result)
+
+    monkeypatch.setattr("vesselrl.training.train.train", train)
+    logs = {}
+    for seed, code in ((1, 2), (2, 1), (3, 0)):
+        place = tmp_path / str(seed)
+        assert main(["train", "--preset", "quick", "--seed", str(seed), "--output_dir", str(place)]) == code
+        logs[seed] = [(str(file), file.read_text()) for file in place.glob("train_quick_*.log")]
+    assert logs[1] == []
+    assert re.fullmatch(r"..:..:.. step 1\nended by OSError: the \[disk\] is full\n", logs[2][0][1])
+    ((name, text),) = logs[3]
+    assert "+0.5000" in text
+    last = [
+        f"Log: {name}",
+        f"Report: {tmp_path / 'the_run' / 'report.html'}",
+        f"Best weights: {tmp_path / 'the_run' / 'best_lora'}",
+        f"Next: vesselrl predict --lora_weights {tmp_path / 'the_run'} --image IMAGES",
+    ]
+    assert text.splitlines()[-4:] == capsys.readouterr().out.splitlines()[-4:] == last
+    assert not [one for one in logging.getLogger().handlers if isinstance(one, LogFile)]
 
 
 def test_hyphens_and_underscores_are_the_same(trained: list) -> None:

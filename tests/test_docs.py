@@ -101,13 +101,14 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: {*imported.findall("\n".join(lines.findall(read(page))))} - {*vesselrl.__all__})
     check(lambda page: set(VERB.findall(code_of(page))) - set(cli.VERBS))
     check(lambda page: set(re.findall(r"\bbenchmarks\.([a-z_]+)", code_of(page))) - set(BENCHMARKS))
-    kinds = [kind for kinds in reference.VERBS.values() for kind in kinds]
+    kinds = [kind for kinds in reference.OPTIONS.values() for kind in kinds]
     known = {name.lstrip("-") for kind in kinds for o in reference.options_of(kind) for name in o.names}
     for name in BENCHMARKS:
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
         known |= {a.arg for f in tree.body if getattr(f, "name", "") == name for a in f.args.args}
     pages = [page for page in PAGES if page.name not in ("CONTRIBUTING.md", "CHANGELOG.md")]
-    known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal".split()}  # torchrun and Slurm
+    # Of torchrun, Slurm, Docker and pip.
+    known |= {*"standalone nproc nnodes rdzv nodes ntasks gpus cpus signal rm build no wheel".split()}
     accelerate = "use_fsdp fsdp_version fsdp_offload_params fsdp_reshard_after_forward"
     known |= {*accelerate.split(), "num_machines", "num_processes"}
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)
@@ -130,7 +131,7 @@ def test_every_shell_variable_and_verb_is_named() -> None:
     assert set(VERB.findall(code_of(ROOT / "README.md"))) == set(cli.VERBS)
 
 
-@pytest.mark.parametrize("verb", reference.VERBS)
+@pytest.mark.parametrize("verb", reference.OPTIONS)
 def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.CaptureFixture) -> None:
     assert cli.main([*verb.split(), "--help"]) == 0
     shown = {n for n in OPTION.findall(capsys.readouterr().out) if n != "help" and not n.startswith("no_")}
@@ -140,7 +141,7 @@ def test_the_reference_has_every_option_and_no_other(verb: str, capsys: pytest.C
 
 
 def test_the_reference_has_every_verb_rule_and_public_name_and_the_ledger_one_row_per_run() -> None:
-    assert {verb.split()[0] for verb in reference.VERBS} == set(cli.VERBS)
+    assert {verb.split()[0] for verb in reference.OPTIONS} == set(cli.VERBS)
     codes = {name for name in first_column(read(DOCS / "diagnostics.md")) if "/" not in name}
     assert codes == {rule.code for rule in RULES} - {"correction"}
     names = set(re.findall(r"^## (\w+)$", reference.api(), re.MULTILINE))

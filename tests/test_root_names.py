@@ -71,12 +71,10 @@ def test_options_and_shell_variables_arrive_whole_from_any_directory(clone: Path
     typed = ["--prompt", "Please segment  the 'vessel'.", "--data_root", "a b/*"]
     values = {name: f"value of {name}" for name in VARIABLES}
     expected = [word for name, value in values.items() for word in (f"--{name.lower()}", value)]
-    for folder, given, options in (("output", {}, []), ("value of OUTPUT_DIR", values, expected)):
+    for given, options in (({}, []), (values, expected)):
         done = run(["bash", clone / "run_lora_ppo.sh", "full", *typed], tmp_path, **given)
-        lines = done.stdout.splitlines()[1:]
-        assert lines == [str(clone / "train_lora_ppo.py"), "--preset", "full", *options, *typed]
-        (log,) = (tmp_path / folder).glob("train_full_*.log")
-        assert log.read_text().splitlines() == lines
+        passed = [str(clone / "train_lora_ppo.py"), "--preset", "full", *options, *typed]
+        assert done.stdout.splitlines() == passed
 
 
 # Notes what pip is asked for and pretends that it worked.

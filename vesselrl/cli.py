@@ -10,19 +10,20 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, make_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from vesselrl.errors import RunError
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
-from vesselrl.experiment.progress import bar
+from vesselrl.experiment.progress import LogFile, bar
 from vesselrl.experiment.run_folder import CONFIG_FILE, find_run, run_settings
 from vesselrl.training import processes
 
@@ -42,7 +43,7 @@ OUT_OF_MEMORY = (
 )
 # Of several processes the main one says what goes on, and the others, by number, what goes wrong.
 OF_PROCESS = "" if processes.is_main() else f"process {processes.rank()}: "
-logger = logging.getLogger("vesselrl")
+LOG_FORMAT = f"%(asctime)s {OF_PROCESS}%(message)s", "%H:%M:%S"
 console = Console(highlight=False)
 
 
@@ -60,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = "".join(f" Did you mean {name!r}?" for name in get_close_matches(verb, VERBS, 1))
         print(f"Unknown verb {verb!r}.{near}\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a pipe of Windows has no Greek letters
+        stream.reconfigure(errors="replace")
     level = logging.WARNING if OF_PROCESS else logging.INFO
-    logging.basicConfig(level=level, format=f"%(asctime)s {OF_PROCESS}%(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=level, format=LOG_FORMAT[0], datefmt=LOG_FORMAT[1])
     for noisy in ("httpx", "matplotlib", "PIL", "numba"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
@@ -74,16 +77,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: Exception) -> int:
     """Says in one line what a user can mend, and returns the exit code; raises what is a fault of ours."""
-    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
     # One line for the user; the traceback for whoever asks for it.
-    if os.environ.get("VESSELRL_TRACEBACK") or not (out_of_memory or isinstance(error, EXPECTED)):
+    if os.environ.get("VESSELRL_TRACEBACK") or not (text := explanation(error)):
         raise error
+    print(f"{OF_PROCESS}error: {text}", file=sys.stderr)
+    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+
+
+def explanation(error: Exception) -> str:
+    """One line about what a user can mend; empty for a fault of ours."""
+    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    if not (out_of_memory or isinstance(error, EXPECTED)):
+        return ""
     text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
     if isinstance(error, OSError) and error.filename:  # it may be that of a patient
         text = f"A file cannot be used ({error.strerror}); VESSELRL_TRACEBACK=1 shows which."
-    text = " ".join([text, *getattr(error, "__notes__", ())])
-    print(f"{OF_PROCESS}error: {' '.join(text.split())}", file=sys.stderr)
-    return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+
+
+def run_logged(folder: str | Path, name: str, run: Callable[[], "TrainResult | None"]) -> int:
+    """Trains, with a log file that says how it ended, and shows what came of it."""
+    log = LogFile(folder, name, logging.Formatter(*LOG_FORMAT))
+    with nullcontext() if OF_PROCESS else log:
+        try:
+            print_result(run(), log)
+        except BaseException as error:
+            log.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
+            raise
+    return 0
 
 
 def usage(form: str, verbs: dict[str, Verb]) -> str:
@@ -105,14 +126,16 @@ def run_train(rest: list[str]) -> int:
         args = parse(options.Resume, rest, "train")
         from vesselrl.training.train import resume
 
-        print_result(resume(Path(args.resume_from), argv, bars, args.allow_change))
-        return 0
-    start, others = take_start(rest)
-    config = parse(TrainConfig, others, "train", start)
+        folder = Path(args.resume_from)
+        return run_logged(folder.parent, "resumed", lambda: resume(folder, argv, bars, args.allow_change))
+    how = {"use_underscores": True, "add_help": False, "return_unknown_args": True}
+    start, others = tyro.cli(options.Start, args=rest, prog="vesselrl train", **how)
+    settings = config_of(Path(start.config)) if start.config else PRESETS.get(start.preset)
+    config = parse(TrainConfig, others, "train", settings)
     from vesselrl.training.train import train
 
-    print_result(train(config, argv, bars))
-    return 0
+    name = start.preset or config.optim.stage
+    return run_logged(config.run.output_dir, name, lambda: train(config, argv, bars))
 
 
 def run_evaluate(rest: list[str]) -> int:
@@ -136,12 +159,13 @@ def run_predict(rest: list[str]) -> int:
     from vesselrl.data.tiles import tile_px_of
     from vesselrl.inference.files import list_name, predict_files
     from vesselrl.inference.predictor import Predictor
+    from vesselrl.models.lora import adapter_settings
     from vesselrl.models.processing import DEFAULT_PROMPT
     from vesselrl.scoring.postprocessing import post_processing
 
     listed, adapter = list_name(args.shard), args.lora_weights or newest_run(args.base_model)
     adapter = None if adapter == BASE_ALONE else adapter
-    settings, weights = run_settings(find_run(adapter)), (args.base_model, adapter)
+    settings, weights = adapter_settings(adapter), (args.base_model, adapter)
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
     made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
@@ -170,11 +194,13 @@ def run_merge(rest: list[str]) -> int:
     """Write a merged copy of the model and verify it."""
     args = parse(options.Merge, rest, "merge")
     from vesselrl.inference.merge import merge
+    from vesselrl.models.lora import adapter_settings
+    from vesselrl.models.miniature import base_checkpoint
 
-    adapter = args.lora_weights or newest_run()
-    if adapter is None:
-        raise ValueError("merge needs --lora_weights, as there is no finished run in output/.")
-    done = merge(args.base_model, adapter, args.output_model, args.dtype)
+    adapter = args.lora_weights or newest_run(needed_by="merge")
+    settings = adapter_settings(adapter)
+    with base_checkpoint(args.base_model or settings.get("model_path"), settings.get("seed")) as base:
+        done = merge(base, adapter, args.output_model, args.dtype)
     same = f"predicts what base and adapter predict (Dice {done['verified_dice']:.4f})"
     console.print(f"{done['output']}: {same}")
     if done["detail_head"]:
@@ -184,20 +210,30 @@ def run_merge(rest: list[str]) -> int:
     return 0
 
 
+def run_push(rest: list[str]) -> int:
+    """Upload the best adapter and its model card to the Hugging Face hub."""
+    args = parse(options.Push, rest, "push")
+    from vesselrl.inference.merge import push
+
+    adapter = args.lora_weights or newest_run(needed_by="push")
+    console.print(f"Uploaded: {push(adapter, args.repository, args.public)}", soft_wrap=True)
+    return 0
+
+
 def run_compare(rest: list[str]) -> int:
     """All runs in one table, and which one to deploy."""
     if rest and not rest[0].startswith("-"):
         rest = ["--output_dir", *rest]
     args = parse(options.Compare, rest, "compare")
-    from vesselrl.evaluation.compare import compare_runs, load_runs
+    from vesselrl.evaluation.compare import compare_sets, load_runs
     from vesselrl.evaluation.report import markdown, write_comparison_report
 
     root = Path(args.output_dir)
     runs, skipped = load_runs(root)
-    comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
-    print(markdown(comparison))
-    paths = write_comparison_report(root / "comparison", comparison)
-    print(f"Written: {', '.join(map(str, paths))}")
+    for number, comparison in enumerate(compare_sets(runs, args.baseline, args.rank_by, skipped), start=1):
+        place = root / "comparison" / f"test_set_{number}" if number > 1 else root / "comparison"
+        print(markdown(comparison))
+        print(f"Written: {', '.join(map(str, write_comparison_report(place, comparison)))}")
     return 0
 
 
@@ -271,6 +307,24 @@ def run_doctor(rest: list[str]) -> int:
     return int(any(check.status == "problem" for check in checks))
 
 
+def run_completion(rest: list[str]) -> int:
+    """Print the completion script of a shell: bash, zsh or fish."""
+    shell = parse(options.Completion, rest, "completion").shell
+
+    def choice(verbs: dict[str, tuple]) -> object:
+        parsers, flat = [], tyro.conf.arg(name="")
+        for verb in dict.fromkeys(name.partition(" ")[0] for name in verbs):
+            parts = {name[len(verb) + 1 :]: verbs[name] for name in verbs if name.split()[0] == verb}
+            kinds = parts.get("") or (choice(parts),)  # of data: the options of check, show and draw
+            fields = [(f"_{number}", Annotated[kind, flat]) for number, kind in enumerate(kinds)]
+            name = tyro.conf.subcommand(verb, prefix_name=False)
+            parsers.append(Annotated[make_dataclass(verb, fields), name])
+        return Union[tuple(parsers)]  # noqa: UP007 (of as many as there are)
+
+    script = ["--tyro-print-completion", shell]
+    return tyro.cli(choice(options.OPTIONS), args=script, prog="vesselrl", use_underscores=True)
+
+
 VERBS: dict[str, Verb] = {
     "doctor": run_doctor,
     "data": run_data,
@@ -279,6 +333,8 @@ VERBS: dict[str, Verb] = {
     "predict": run_predict,
     "merge": run_merge,
     "compare": run_compare,
+    "push": run_push,
+    "completion": run_completion,
 }
 
 
@@ -294,6 +350,7 @@ def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = No
 def print_base_beside(args: options.Evaluate, weights: str | None, result: "HeldOutResult") -> None:
     """The same scores of the base model, where the adapter's run has them of the same images and masks."""
     from vesselrl.evaluation.results import before_after_table, read_evaluation, set_mismatch
+    from vesselrl.evaluation.words import differences_table
 
     run = find_run(weights)
     file = run and run / f"{args.split}_before.json"
@@ -302,33 +359,8 @@ def print_base_beside(args: options.Evaluate, weights: str | None, result: "Held
         return
     base, adapted = read_evaluation(file), result.evaluation
     if not set_mismatch(base, adapted, "base", "adapter"):
-        print_before_after(f"base model and adapter, {args.split}", before_after_table(base, adapted))
-
-
-def print_before_after(title: str, rows: list[dict]) -> None:
-    """A table of paired differences; nothing without rows."""
-    if not rows:
-        return
-    columns = ("metric", "before", "after", "difference", "95 % interval", "")
-    table = Table(*columns, title=f"{title}: patient means")
-    for row in rows:
-        interval = row["reason"] or f"{row['low']:+.4f} to {row['high']:+.4f}"
-        values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
-        table.add_row(row["metric"], *values, interval, row["verdict"])
-    console.print(table)
-
-
-def take_start(arguments: list[str]) -> tuple[TrainConfig | None, list[str]]:
-    """The settings of --preset or --config, and the other arguments; an unknown one is a ValueError."""
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in ("--preset", "--config"):
-            value, used = (value, 1) if equals else (next(iter(arguments[index + 1 :]), ""), 2)
-            others = arguments[:index] + arguments[index + used :]
-            if name == "--preset" and value not in PRESETS:
-                raise ValueError(f"--preset is {value!r}; choose one of {', '.join(PRESETS)}.")
-            return PRESETS[value] if name == "--preset" else config_of(Path(value)), others
-    return None, arguments
+        rows = before_after_table(base, adapted)
+        console.print(differences_table(f"base model and adapter, {args.split}", rows))
 
 
 def config_of(place: Path) -> TrainConfig:
@@ -339,10 +371,12 @@ def config_of(place: Path) -> TrainConfig:
     return TrainConfig.from_dict(settings)
 
 
-def newest_run(base_model: str | None = None) -> str | None:
+def newest_run(base_model: str | None = None, needed_by: str = "") -> str | None:
     """The run in output/ that finished last, which is said; None: there is none, or a base was named."""
     finished = [] if base_model else RUNS.glob("*/training_info.json")
     runs = [file for file in finished if (file.parent / "best_lora").is_dir()]
+    if not runs and needed_by:
+        raise ValueError(f"{needed_by} needs --lora_weights, as there is no finished run in {RUNS}/.")
     if not runs:
         return None
     newest = str(max(runs, key=lambda file: file.stat().st_mtime).parent)
@@ -352,36 +386,33 @@ def newest_run(base_model: str | None = None) -> str | None:
 
 def print_evaluation(title: str, threshold: float, result: "HeldOutResult") -> None:
     """Patient means with intervals as asked for, as tuned, and of a second observer."""
-    from vesselrl.evaluation.words import TUNED_FILES, masks_in_words
+    from vesselrl.evaluation.words import TUNED_FILES, masks_in_words, scores_table
 
     names = {"": f"threshold {threshold:g}", "human": "human agreement"}
     for ending, chosen in (result.tuning.choices if result.tuning else {}).items():
         names[ending] = f"{masks_in_words(asdict(chosen))}, {TUNED_FILES[ending]} on validation"
-    columns = {names[ending]: one for ending, one in result.scored.items()}
-    table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")
-    for metric in result.evaluation.metrics:
-        scores = [evaluation.summary["metrics"].get(metric) for evaluation, _ in columns.values()]
-        texts = (f"{s['patient_mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" if s else "" for s in scores)
-        table.add_row(metric, *texts)
-    console.print(table)
+    console.print(scores_table(title, {names[ending]: one for ending, (one, _) in result.scored.items()}))
     for caveat in result.evaluation.caveats.values():
         console.print(f"[bold]{caveat}[/bold]")
-    counts, paths = result.evaluation.summary, ", ".join(str(path) for _, path in columns.values())
+    counts, paths = result.evaluation.summary, ", ".join(str(path) for _, path in result.scored.values())
     found = "{n_images} images of {n_patients} patients, {n_failed} failed".format(**counts)
     console.print(f"{found}; {paths}")
     console.print(f"Report: {result.report_path}")
 
 
-def print_result(result: "TrainResult | None") -> None:
-    """Before and after on validation and test patients."""
+def print_result(result: "TrainResult | None", log: LogFile) -> None:
+    """Before and after on validation and test patients, and where to go on, in the log too."""
+    from vesselrl.evaluation.words import differences_table
+
     if result is None:
         return
-    for caveat in result.caveats:
-        console.print(f"[bold]{caveat}[/bold]")
-    for title, rows in (("validation", result.validation), ("test", result.test)):
-        print_before_after(title, rows)
+    lines = [f"[bold]{caveat}[/bold]" for caveat in result.caveats]
+    tables = (("validation", result.validation), ("test", result.test))
+    lines += [differences_table(title, rows) for title, rows in tables if rows]
     best = next(result.folder.glob("best_*"))
-    lines = [f"Report: {result.folder / 'report.html'}", f"Best weights: {best}"]
+    lines += [f"Log: {log.baseFilename}"] if log.stream else []
+    lines += [f"Report: {result.folder / 'report.html'}", f"Best weights: {best}"]
     if best.name == "best_lora":
         lines.append(f"Next: vesselrl predict --lora_weights {result.folder} --image IMAGES")
     console.print(*lines, sep="\n", soft_wrap=True)
+    log.add(*lines)

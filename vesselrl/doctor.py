@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SPECIAL_TOKENS = (("[SEG]",), ("<IMG_CONTEXT>", "<|image_pad|>"))  # one of each
 GB = 1e9
 SAMPLE = 2**16  # values of a tensor that are looked at
-INSTALL = "Run: bash install_dependencies.sh"
+SCRIPT = "install_dependencies.sh"  # of a clone; a wheel has none
+INSTALL = f"Run: {f'bash {SCRIPT}' if (ROOT / SCRIPT).is_file() else 'pip install vesselrl'}"
 COPY = "Copy the missing or broken files from the source again."
 Shapes = dict[str, tuple[int, ...]]
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
 RELAUNCHED = "VESSELRL_RELAUNCHED"  # set in the second process, so that there is never a third
-NEEDS_NO_TORCH = ("compare", "doctor")
+NEEDS_NO_TORCH = ("compare", "completion", "doctor")
 LIGHT_PACKAGES = ("matplotlib", "numpy", "rich", "tyro")
 MODEL_PACKAGES = ("cv2", "numba", "peft", "PIL", "safetensors", "scipy", "skimage", "torch", "transformers")
 
@@ -30,11 +31,17 @@ def main(argv: list[str] | None = None) -> int:
 
             return run(arguments)
 
-    python = ROOT / ".venv" / "bin" / "python"
+    on_windows = os.name == "nt"
+    python = ROOT / ".venv" / ("Scripts/python.exe" if on_windows else "bin/python")
     if python.is_file() and RELAUNCHED not in os.environ:
         typed = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
-        os.execve(str(python), [str(python), *typed[1:]], {**os.environ, RELAUNCHED: "1"})
-    print(f"{obstacle} Run: bash {ROOT / 'install_dependencies.sh'}", file=sys.stderr)
+        command, environment = [str(python), *typed[1:]], {**os.environ, RELAUNCHED: "1"}
+        if on_windows:  # whose exec returns to the shell at once
+            return subprocess.call(command, env=environment)
+        os.execve(command[0], command, environment)
+    script = ROOT / "install_dependencies.sh"
+    has_script = script.is_file() and not on_windows
+    print(f"{obstacle} Run: {f'bash {script}' if has_script else 'pip install vesselrl'}", file=sys.stderr)
     return 1
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vesselrl.cli import main
 from vesselrl.errors import CompareError
-from vesselrl.evaluation.compare import Run, compare_runs, load_runs
+from vesselrl.evaluation.compare import Run, compare_runs, compare_sets, load_runs
 from vesselrl.evaluation.results import Caveat, write_evaluation
 
 BASE = [0.70, 0.72, 0.60, 0.80, 0.66]
@@ -110,6 +110,24 @@ def test_mixed_sets_are_refused_by_name(made, tmp_path):
             compare_runs([Run("a", made(GOOD), odd)])
     write_run(tmp_path / "odd", odd)
     assert main(["compare", "--output_dir", str(tmp_path)]) == 2
+
+
+def test_every_test_set_has_its_own_table_and_no_run_is_ranked_across(made, tmp_path, capsys):
+    """Even where the images of both have the same pseudonyms; the set of most runs comes first."""
+    write_run(tmp_path / "a_heart", made([0.99] * 5, truth="heart"), made([0.9] * 5, truth="heart"))
+    write_run(tmp_path / "b", made(BASE), made(BASE))
+    write_run(tmp_path / "c", made(GOOD), made(BASE))
+    first, second = compare_sets(load_runs(tmp_path)[0], baseline="b")
+    assert (order(first), order(second)) == (["c", "b"], ["a_heart"])
+    assert (first.baseline, second.baseline) == ("b", "the base before training")
+    assert first.notes[0].endswith("in a table of their own: a_heart.")
+    assert second.notes[0].endswith("in a table of their own: b, c.")
+    assert main(["compare", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("# Comparison of experiments") == 2
+    files = [tmp_path / "comparison" / name for name in ("comparison.csv", "test_set_2/comparison.csv")]
+    assert ["a_heart" in file.read_text() for file in files] == [False, True]
+    with pytest.raises(CompareError, match=r"no run 'd' .*, only a_heart, b, c\."):
+        compare_sets(load_runs(tmp_path)[0], baseline="d")
 
 
 def test_different_bases_are_said(made):

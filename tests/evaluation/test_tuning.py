@@ -57,19 +57,13 @@ def test_the_curve_is_that_of_one_mask_per_threshold(post):
     assert (curve.n_images, curve.n_patients, curve.n_failed) == (3, 2, 1)
 
 
-def test_the_best_threshold_and_that_of_a_wanted_recall():
+def test_the_best_threshold():
     truth = np.zeros((8, 8), bool)
     truth[:4] = True
     faint = np.where(truth, 0.32, 0.1).astype(np.float32)  # perfect from 0.10 to 0.31
     faint[7] = 0.3  # ... and now for 0.30 and 0.31 only
     assert curve_of((faint, truth)).best[:2] == (0.31, 1.0)
     assert curve_of((truth.astype(np.float32), truth)).best.threshold == 0.5  # of equal ones the nearest
-    points = [(0.2, 0.95, 0.5), (0.4, 0.85, 0.6), (0.5, 0.8, 0.7), (0.6, 0.8, 0.8), (0.8, float("nan"), 1.0)]
-    curve = ThresholdCurve(tuple(CurvePoint(t, 0.7, recall, p) for t, recall, p in points), 3, 3, 0)
-    # The last: as near as 0.5, and more precise.
-    assert [curve.at_recall(recall).threshold for recall in (0.91, 0.88, 0.1)] == [0.2, 0.4, 0.6]
-    with pytest.raises(ValueError, match="no threshold can be chosen by recall"):
-        ThresholdCurve(curve.points[-1:], 1, 1, 0).at_recall(0.8)
 
 
 def test_a_stored_curve_is_read_back_and_a_damaged_one_named(tmp_path):
@@ -137,9 +131,9 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     rewards = [(0.3, 0, 1), (0.3, 10, 2), (0.3, 20, 5), (0.5, 0, 3), (0.5, 10, 4), (0.5, 20, 5), (0.7, 10, 5)]
     grid = {PostProcessing(t, size): float(reward) for t, size, reward in rewards}
     assert best_postprocessing(grid) == PostProcessing(0.5, 20)  # of three, the threshold nearest to 0.5
-    assert best_postprocessing(grid, 0) == PostProcessing(0.5, 0)
     closed = grid | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
-    assert best_postprocessing(closed, 20) == PostProcessing(0.5, 20)  # equal: gaps left open
+    equal = {post: reward for post, reward in closed.items() if post.min_component_px == 20}
+    assert best_postprocessing(equal) == PostProcessing(0.5, 20)  # gaps left open
     curve = ThresholdCurve((CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
     choices = {"tuned": PostProcessing(0.4, 7), "tuned_post": PostProcessing(0.5, 10, 0.2)}
     assert Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices

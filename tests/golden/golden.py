@@ -105,6 +105,7 @@ MEANT = {
         ("*/config/args/report_to", "help/*/options/--report_to*"), "new option: trackers beside TensorBoard"
     ),
     "help/*/options/--pixel_mm*": "new option: measurements in mm",
+    "bad_input/others/train --preset*": "the parser of options itself says which presets there are",
     "help/merge/options/--lora_weights*": "merge takes the newest run where none is named",
     "evaluating/*/files": "evaluate writes the measurements of the vessels",
     "train_curriculum/difficulty.json/*": "branches are measured to the middle of where they meet",

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,34 @@ def load_runs(root: Path) -> tuple[list[Run], dict[str, str]]:
     return runs, skipped
 
 
+def compare_sets(
+    runs: Sequence[Run], baseline: str | None = None, rank_by: str | None = None, skipped: dict | None = None
+) -> list[Comparison]:
+    """A comparison for every test set, that of most runs first: runs on other images are never ranked.
+
+    Runs are of one set if half of the smaller one's true masks are in both; where they are not all, as in
+    other splits of the same images, `compare_runs` refuses them.
+    """
+    if baseline not in (None, *(run.name for run in runs)):
+        names = ", ".join(run.name for run in runs)
+        raise CompareError(f"There is no run {baseline!r} to compare with, only {names}.")
+    groups: list[tuple[set, list[Run]]] = []
+    for run in runs:
+        masks = {(row["key"], row["truth_hash"]) for row in run.after.rows}
+        same = (g for m, g in groups if 2 * len(m & masks) >= min(len(m), len(masks)))
+        if (group := next(same, None)) is None:
+            groups.append((masks, group := []))
+        group.append(run)
+    found = []
+    for group in sorted((group for _, group in groups), key=len, reverse=True):
+        names = [run.name for run in group]
+        one = compare_runs(group, baseline if baseline in names else None, rank_by, skipped)
+        others = ", ".join(run.name for run in runs if run.name not in names)
+        note = f"Scored on other images or masks, and in a table of their own: {others}."
+        found.append(replace(one, notes=(note, *one.notes)) if others else one)
+    return found
+
+
 def compare_runs(
     runs: Sequence[Run], baseline: str | None = None, rank_by: str | None = None, skipped: dict | None = None
 ) -> Comparison:
@@ -92,8 +120,6 @@ def compare_runs(
     _check_comparable(runs)
     rank_by = _rank_metric(runs, rank_by)
     by_name = {run.name: run for run in runs}
-    if baseline is not None and baseline not in by_name:
-        raise CompareError(f"There is no run {baseline!r} to compare with, only {', '.join(by_name)}.")
     shared = [name for name in results.HEADLINE if all(name in run.after.metrics for run in runs)]
     same = [name for name in shared if name != "reward" or _one_reward(runs)]
     metrics = tuple(same if rank_by in same else (rank_by, *same))

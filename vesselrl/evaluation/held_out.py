@@ -6,7 +6,6 @@ For best_lora: test_best_lora.json, .csv and a report; `_tuned` and `_tuned_post
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
@@ -30,13 +29,11 @@ from vesselrl.experiment.run_folder import (
     check_writable,
     find_run,
     reading,
-    run_settings,
     write_json,
     write_text,
 )
-from vesselrl.inference.predictor import Predictor, adapter_folder
-from vesselrl.models.lora import check_adapter
-from vesselrl.models.miniature import random_checkpoint
+from vesselrl.inference.predictor import Predictor
+from vesselrl.models.lora import adapter_folder, adapter_settings, check_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT
 from vesselrl.scoring.measurements import check_pixel_mm, measurement_row, vessel_measurements
 from vesselrl.scoring.postprocessing import PostProcessing, post_processing
@@ -70,9 +67,8 @@ def evaluate_held_out(
     if options.tune_post and not options.tune:
         raise ValueError("--tune_post is tuning; leave out --no-tune.")
     if lora_weights:
-        check_adapter(adapter_folder(Path(lora_weights)))
-    run = find_run(lora_weights)
-    settings = run_settings(run)
+        check_adapter(adapter_folder(lora_weights))
+    run, settings = find_run(lora_weights), adapter_settings(lora_weights)
     folder, name = result_place(options, lora_weights, run)
     check_writable(folder)
     plan = hide_paths({"side" if key == "split" else key: value for key, value in vars(options).items()})
@@ -145,11 +141,7 @@ def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights:
     given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
     given["prompt"] = options.prompt or settings.get("prompt") or DEFAULT_PROMPT
     given["tile_px"] = tile_px_of(settings, options.tile_px)
-    base = options.base_model or settings.get("model_path")
-    # The base model of a debug run is random and made again from the run's seed.
-    random = base == RANDOM_MODEL and settings
-    with random_checkpoint(settings["seed"]) if random else nullcontext(base) as folder:
-        predict = Predictor.from_pretrained(folder, lora_weights, **given).predict
+    predict = Predictor.from_pretrained(options.base_model, lora_weights, **given).predict
     return evaluate.with_flips(predict, options.threshold) if options.flips else predict
 
 

@@ -89,13 +89,6 @@ class ThresholdCurve:
         """The point with the highest Dice; of equal ones the nearest to 0.5."""
         return max(self.points, key=lambda point: (point.dice, -abs(point.threshold - 0.5)))
 
-    def at_recall(self, recall: float) -> CurvePoint:
-        """The point whose recall is nearest to `recall`; of equally near ones that of highest precision."""
-        defined = [point for point in self.points if not math.isnan(point.recall)]
-        if not defined:
-            raise ValueError("No image has a true vessel: no threshold can be chosen by recall.")
-        return min(defined, key=lambda point: (abs(point.recall - recall), -point.precision))
-
     def to_json(self) -> dict[str, Any]:
         """The curve of validation images, one list per score, and the choice."""
         chosen = {"chosen": self.best.threshold, "chosen_by": "mean over patients of Dice"}
@@ -153,18 +146,11 @@ class PredictedImage(NamedTuple):
         return np.zeros(self.truth.shape) if self.probabilities is None else self.probabilities
 
 
-def best_postprocessing(
-    rewards: Mapping[PostProcessing, float],
-    min_component_px: int | None = None,
-    close_gaps: float | None = None,
-) -> PostProcessing:
-    """The candidate of highest reward, of those with the size and level given, if any.
-
-    Of equal ones the threshold nearest to 0.5, then the smallest size, then the smallest level is taken.
-    """
-    fit = [post for post in rewards if min_component_px in (None, post.min_component_px)]
-    fit = [post for post in fit if close_gaps in (None, post.close_gaps)]
-    return max(fit, key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps))
+def best_postprocessing(rewards: Mapping[PostProcessing, float]) -> PostProcessing:
+    """The candidate of highest reward; of equal ones that of the threshold nearest to 0.5 that does least."""
+    return max(
+        rewards, key=lambda p: (rewards[p], -abs(p.threshold - 0.5), -p.min_component_px, -p.close_gaps)
+    )
 
 
 def score_postprocessing(

@@ -1,12 +1,14 @@
-"""Names of metrics and forms of numbers for readers. The words themselves are in templates/words.toml."""
+"""Names of metrics, numbers and tables as a reader sees them; the words are in templates/words.toml."""
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION
+from rich.table import Table
+
+from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION, Evaluation
 
 LABELS = tomllib.loads(files("vesselrl.evaluation").joinpath("templates/words.toml").read_text("utf-8"))
 WORDS = {column: tuple(name_and_meaning) for column, name_and_meaning in LABELS["metrics"].items()}
@@ -81,3 +83,24 @@ def setting_text(value: Any) -> str:
         return text
     last = path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     return f"{option}{equals}.../{last}"
+
+
+def scores_table(title: str, columns: Mapping[str, Evaluation]) -> Table:
+    """Patient means with intervals, a column for each evaluation, for the terminal."""
+    table = Table("metric", *columns, title=f"{title}: patient means (95 % interval)")
+    for metric in next(iter(columns.values())).metrics:
+        scores = [one.summary["metrics"].get(metric) for one in columns.values()]
+        texts = (f"{s['patient_mean']:.4f} ({s['low']:.4f} to {s['high']:.4f})" if s else "" for s in scores)
+        table.add_row(metric, *texts)
+    return table
+
+
+def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The lines of `before_after_table` for the terminal."""
+    columns = ("metric", "before", "after", "difference", "95 % interval", "")
+    table = Table(*columns, title=f"{title}: patient means")
+    for row in rows:
+        interval = row["reason"] or f"{row['low']:+.4f} to {row['high']:+.4f}"
+        values = (f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['difference']:+.4f}")
+        table.add_row(row["metric"], *values, interval, row["verdict"])
+    return table

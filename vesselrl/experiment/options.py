@@ -6,12 +6,22 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vesselrl.experiment.config import ModelSettings, Places, Reading
+from vesselrl.experiment.config import ModelSettings, Places, Reading, TrainConfig
 
 # Options that hold a path to data, which may name a patient: outputs show DATA_ROOT in its place.
 DATA_PATHS = "data_root patient_aliases base_trained_on split_file second_masks image_dir mask_dir".split()
 
 BaseModel = Annotated[str | None, tyro.conf.arg(aliases=["--model_path"])]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the settings of a training begin."""
+
+    # A set of defaults that the other options change.
+    preset: Literal["quick", "full", "debug"] | None = None
+    # Run folder, or the config.json in one, whose settings take the place of the defaults.
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,35 @@ class Resume:
     allow_change: tuple[Literal["settings", "reward", "model", "split", "images", "masks"], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Masks:
+    """The base model, and how masks are made of its probabilities."""
+
+    # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
+    base_model: BaseModel = None
+    # Probability above which a pixel is vessel.
+    threshold: float = 0.5
+    # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
+    min_component_px: int | None = None
+    # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
+    close_gaps: float | None = None
+    # The question put to the model; none: that of the adapter's run, or the usual one.
+    prompt: str | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
+
+
 @dataclass(frozen=True)
-class Evaluate(Reading):
+class Evaluate(Reading, Masks):
     """Score models on held-out patients; JSON and CSV per model."""
 
-    # Checkpoint folder; none: the run's own, or the embedded miniature.
-    base_model: BaseModel = None
-    # Adapter or run folders, each is scored, and none for the base model; left out: the run in output/ that
-    # finished last, or the base model where there is no run or --base_model is given.
+    # Adapter or run folders or ORG/NAME of a hub, each is scored, and none for the base model; left out: the
+    # run in output/ that finished last, or the base model where there is no run or --base_model is given.
     lora_weights: tuple[str, ...] = ()
     # Data folder; none: the run's own data.
     data_root: str | None = None
@@ -41,67 +72,35 @@ class Evaluate(Reading):
     split_file: str | None = None
     # Folder for the results; none: `evaluation` in the run folder.
     output_dir: str | None = None
-    # Probability above which a pixel is vessel.
-    threshold: float = 0.5
-    # Smallest component in px that masks keep; none: the run's own, or 0 = all.
-    min_component_px: int | None = None
-    # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
-    close_gaps: float | None = None
-    # The question; none: the run's own.
-    prompt: str | None = None
     # Images that the base model was trained on: none, all or a text file; its scores there are marked.
     base_trained_on: str | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
     # On the test side, also score at the threshold that is best on the validation patients.
     tune: bool = True
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
-    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
-    # the model's square for images more than twice as large.
-    tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(Masks):
     """Segment an image or a folder: mask, probability map and overlay as PNG."""
 
     # Image file or folder of images.
     image: str
-    # Checkpoint folder; none: the embedded miniature.
-    base_model: BaseModel = None
-    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
-    # the base model where there is no run or --base_model is given.
+    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
     lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
-    # Probability above which a pixel is vessel.
-    threshold: float = 0.5
-    # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
-    min_component_px: int | None = None
-    # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
-    close_gaps: float | None = None
-    # The question put to the model; none: that of the adapter's run, or the usual one.
-    prompt: str | None = None
-    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
-    # the model's square for images more than twice as large.
-    tile_px: int | None = None
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
     # Masks as LabelMe or COCO files too, each in a folder with the images, to be corrected; PNG files and
     # predictions.csv are always written.
     format: tuple[Literal["png", "labelme", "coco", "csv"], ...] = ("png", "csv")
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Merge:
     output_model: str
     # Adapter or run folder; left out: the run in output/ that finished last.
     lora_weights: str | None = None
-    # Checkpoint folder; none: the embedded miniature.
+    # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
     # Of the written weights; keep: each tensor's own.
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
@@ -212,6 +211,42 @@ class Doctor(Places):
     lora_scope: tuple[str, ...] = ModelSettings.lora_scope
     # Print the checks as JSON, with parameters and GB of each component of the model.
     json: bool = False
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload the best adapter of a run and its model card to the Hugging Face hub; data stay here."""
+
+    # ORG/NAME on the hub; it is made where there is none.
+    repository: tyro.conf.Positional[str]
+    # Adapter or run folder; left out: the run in output/ that finished last.
+    lora_weights: str | None = None
+    # Make a new repository that everyone can see; else only you and ORG can.
+    public: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print the script by which a shell completes verbs, options and their values with the tab key."""
+
+    # The shell.
+    shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]
+
+
+# The options of every verb, for the reference in docs/ and the completion of shells.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "train": (TrainConfig, Resume, Start),
+    "evaluate": (Evaluate,),
+    "predict": (Predict,),
+    "merge": (Merge,),
+    "push": (Push,),
+    "compare": (Compare,),
+    "data check": (DataCheck,),
+    "data show": (DataShow,),
+    "data draw": (DataDraw,),
+    "doctor": (Doctor,),
+    "completion": (Completion,),
+}
 
 
 def hide_paths(settings: Mapping[str, Any]) -> dict[str, Any]:

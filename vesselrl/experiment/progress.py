@@ -3,7 +3,10 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from io import TextIOWrapper
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -60,6 +63,37 @@ def logged(items: Iterable[T], label: str, total: int | None = None) -> Iterator
     for done, item in enumerate(items, start=1):
         yield item
         tell(done, total)
+
+
+class LogFile(logging.FileHandler):
+    """The log of a training as FOLDER/train_NAME_TIME.log, which a `with` block fills.
+
+    It is made, with its folder, for its first line; where it cannot be, there is none.
+    """
+
+    def __init__(self, folder: str | Path, name: str, line: logging.Formatter) -> None:
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        super().__init__(Path(folder) / f"train_{name}_{stamp}.log", encoding="utf-8", delay=True)
+        self.setFormatter(line)
+
+    def _open(self) -> TextIOWrapper | None:
+        with suppress(OSError):  # the training itself says what is wrong with the folder
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            return super()._open()
+        return None
+
+    def __enter__(self) -> "LogFile":
+        logging.getLogger().addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
+        self.close()
+
+    def add(self, *lines: object) -> None:
+        """Adds lines or tables as a terminal shows them, if there is a file."""
+        if self.stream:
+            Console(file=self.stream, width=100, highlight=False).print(*lines, sep="\n", soft_wrap=True)
 
 
 @contextmanager

@@ -25,13 +25,18 @@ from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteE
 from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths, hide_paths_of_command
 
-try:
+if os.name == "nt":
+    import msvcrt
+
+    _TAKEN = PermissionError  # by another process
+else:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+
+    _TAKEN = BlockingIOError
 
 PREFIX = "sa2va_lora_ppo_"
 CONFIG_FILE = "config.json"
+SHARED_FILE = "vesselrl.json"  # beside an adapter on a hub: the settings that it predicts by
 LOCK_FILE = "run.lock"
 SUMS_FILE = "SHA256SUMS"  # of an adapter folder, as the command sha256sum reads it
 _ADVICE = {
@@ -84,9 +89,11 @@ class RunFolder:
         with file:
             with suppress(OSError):  # a file system without locks
                 try:
-                    if fcntl is not None:
+                    if os.name == "nt":
+                        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                    else:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                except _TAKEN:
                     raise in_use from None
             if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 raise in_use  # its owner has just ended and removed it
@@ -95,7 +102,7 @@ class RunFolder:
                     _discard(partial)
                 yield
             finally:
-                with suppress(OSError):  # the folder may be gone, or read-only
+                with suppress(OSError):  # the folder may be gone, or read-only; Windows keeps an open file
                     path.unlink()
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -160,12 +167,12 @@ def find_run(lora_weights: str | Path | None) -> Path | None:
     return next((f for f in (folder, folder.parent) if (f / "data_split.json").exists()), None)
 
 
-def run_settings(run: Path | None, may_be_changed: bool = False) -> dict[str, Any]:
+def run_settings(run: Path | None, may_be_changed: bool = False, name: str = CONFIG_FILE) -> dict[str, Any]:
     """The flat settings that a run was trained with, empty without a run; damaged ones are a RefusedError.
 
     Without the private file, as in a run that was passed on, paths to data stay hidden.
     """
-    if run is None or not (path := run / CONFIG_FILE).exists():
+    if run is None or not (path := run / name).exists():
         return {}
     try:
         values = read_json(path)
@@ -320,10 +327,7 @@ def writing(*paths: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Writes a UTF-8 text file that appears only when complete, with the line ends that the text has.
-
-    `mode`: rights of others, less those that the umask takes.
-    """
+    """Writes a UTF-8 file with the line ends and rights given (less the umask's), complete or not at all."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags, mode)

@@ -78,4 +78,4 @@ def _stop_again() -> None:
     """Where the signal came in a place that no error leaves, such as `__del__`, it comes once more."""
     global _first
     number, _first = _first, None
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)

@@ -1,5 +1,6 @@
-"""Writes a merged copy of a checkpoint and proves that it predicts what base and adapter predict together."""
+"""Hands an adapter on: as a merged checkpoint, proven to predict what both predict together, or to a hub."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,15 +8,23 @@ import numpy as np
 import torch
 
 from vesselrl.errors import CheckpointError, RunError
-from vesselrl.experiment.run_folder import atomic_write
-from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
+from vesselrl.experiment.run_folder import SHARED_FILE, atomic_write, json_hash
+from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.checkpoint import checkpoint_folder, copy_with_weights, load_sa2va
-from vesselrl.models.lora import load_adapter
+from vesselrl.models.lora import (
+    ADAPTER_FILES,
+    adapter_folder,
+    adapter_settings,
+    check_adapter,
+    load_adapter,
+)
 from vesselrl.scoring.overlap import dice
 
 MIN_DICE = 0.999
 # Of the probabilities: weights that stay float32 differ in the order of a sum, rounded ones move the borders.
 MAX_GAP = {torch.float32: 3e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+CARD = "README.md"
+PREDICTS_BY = ("prompt", "tile_px", "min_component_px", "close_gaps")  # settings of a run
 MAX_PICTURES = 8  # to find two in which the model finds vessel
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,7 +45,7 @@ def merge(
     if target.exists():
         raise CheckpointError(f"{target} exists already; choose another --output_model or remove it.")
     model, processor = load_sa2va(source)
-    adapted = load_adapter(model, adapter_folder(Path(lora_weights)))
+    adapted = load_adapter(model, adapter_folder(lora_weights))
     changed = {f"{name}.weight" for name in adapted.base_model.targeted_module_names}
     images, expected = _with_vessel(Predictor(adapted.get_base_model(), processor))
     with atomic_write(target) as partial:
@@ -53,6 +62,35 @@ def merge(
             raise RunError(f"{fault} ({found}, at most {allowed:g}) and was removed. {advice}.")
     measured = {"verified_dice": worst, "max_probability_gap": gap}
     return {"output": str(target), **measured, "detail_head": merged.model.detail is not None}
+
+
+def push(lora_weights: str | Path, repository: str, public: bool = False) -> str:
+    """Uploads an adapter, its model card and the settings that it predicts by; returns the address.
+
+    These files alone leave the machine: none of them holds a path to data or the name of a patient.
+    """
+    folder, settings = adapter_folder(lora_weights), adapter_settings(lora_weights)
+    check_adapter(folder)
+    if not (folder / CARD).is_file():
+        advice = "`vesselrl evaluate --lora_weights RUN` writes it, for the best adapter of a run"
+        raise CheckpointError(f"{folder} has no model card, {CARD}. {advice}.")
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HTTPError
+
+    shared = {name: settings[name] for name in PREDICTS_BY if name in settings}
+    files = {name: folder / name for name in (*ADAPTER_FILES, CARD) if (folder / name).is_file()}
+    files[SHARED_FILE] = json.dumps({"args": shared, "args_sha256": json_hash(shared)}, indent=1).encode()
+    try:
+        api = HfApi(library_name="vesselrl")
+        name = api.create_repo(repository, private=not public, exist_ok=True).repo_id
+        operations = [CommitOperationAdd(*file) for file in files.items()]
+        return str(api.create_commit(name, operations, commit_message="An adapter of vesselrl").repo_url)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        advice = "Look at the network and the name, and log in with `hf auth login`"
+        raise RunError(
+            f"Hugging Face did not take {folder.name} as {repository} ({reason}). {advice}."
+        ) from None
 
 
 def _with_vessel(predictor: Predictor) -> tuple[list[np.ndarray], list[Prediction]]:

@@ -20,7 +20,8 @@ from vesselrl.data.tiles import Tiling
 from vesselrl.errors import NotFiniteError
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.models.checkpoint import load_sa2va
-from vesselrl.models.lora import load_adapter
+from vesselrl.models.lora import adapter_folder, adapter_settings, load_adapter
+from vesselrl.models.miniature import base_checkpoint
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.measurements import measurement_row, vessel_measurements
@@ -106,14 +107,17 @@ class Predictor:
     ) -> "Predictor":
         """Loads a base model and, if given, an adapter.
 
-        Without `base_model` it is the embedded miniature; `lora_weights` is an adapter or a run folder, which
-        means its best_lora. Without `device` a GPU is taken when there is one. With `use_bf16` vision tower
-        and language model are in bfloat16, SAM2 stays in float32. `kwargs` are prompt, post and tile_px.
+        Without `base_model` it is that of the adapter's run, or the embedded miniature; `lora_weights` is an
+        adapter, also of a hub, or a run folder, which means its best_lora. Without `device` a GPU is taken
+        when there is one. With `use_bf16` vision tower and language model are in bfloat16, SAM2 stays in
+        float32. `kwargs` are prompt, post and tile_px.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load_sa2va(base_model, device, torch.bfloat16 if use_bf16 else torch.float32)
+        dtype, settings = torch.bfloat16 if use_bf16 else torch.float32, adapter_settings(lora_weights)
+        with base_checkpoint(base_model or settings.get("model_path"), settings.get("seed")) as folder:
+            model, processor = load_sa2va(folder, device, dtype)
         if lora_weights is not None:
-            model = load_adapter(model, adapter_folder(Path(lora_weights))).merge_and_unload()
+            model = load_adapter(model, adapter_folder(lora_weights)).merge_and_unload()
         return cls(model.eval(), processor, **kwargs)
 
     def predict(self, image: ImageLike) -> Prediction:
@@ -177,12 +181,6 @@ def check_finite(logits: np.ndarray) -> None:
         count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
         advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
         raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter."""
-    inside = path / "best_lora"
-    return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
 
 
 def picture_path(result: str | Path, kind: str) -> Path:

@@ -85,13 +85,16 @@ def load_sa2va(
 
 
 def checkpoint_folder(path: str | Path | None) -> Path:
-    """The folder of a model: None is the embedded miniature, ORG/NAME or ORG/NAME@REVISION is downloaded.
+    """The folder of a model: None is the embedded miniature; see `local_folder`."""
+    return EMBEDDED if path is None else local_folder(path, _FETCHED, "--model_path")
 
-    Only safetensors, JSON and the vocabulary are fetched, into Hugging Face's cache; never code or pickles.
+
+def local_folder(path: str | Path, files: list[str], option: str) -> Path:
+    """A folder of this machine; what is none but reads as ORG/NAME or ORG/NAME@REVISION is downloaded.
+
+    Only the files named are fetched, into Hugging Face's cache; never code or pickles.
     """
-    if path is None:
-        return EMBEDDED
-    match = None if Path(path).exists() else _REPOSITORY.fullmatch(str(path))
+    match = None if Path(path).exists() else _REPOSITORY.fullmatch(Path(path).as_posix())
     if not match:
         return Path(path)
     name, revision = match.groups()
@@ -100,13 +103,13 @@ def checkpoint_folder(path: str | Path | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_FETCHED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         fault = f"{path} is no folder here, and Hugging Face gives no such model ({reason})"
-        todo = f"`hf download {name}` on a machine with a network; then give --model_path the folder"
+        todo = f"`hf download {name}` on a machine with a network; then give {option} the folder"
         raise CheckpointError(f"{fault}. Check the name, or run {todo}.") from None
-    logger.info("model %s, revision %s", name, folder.name)
+    logger.info("%s, revision %s", name, folder.name)
     return folder
 
 

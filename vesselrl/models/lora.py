@@ -18,12 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError, LearningError
-from vesselrl.experiment.run_folder import SUMS_FILE, damaged_files, write_sums, writing
+from vesselrl.experiment.run_folder import (
+    SHARED_FILE,
+    SUMS_FILE,
+    damaged_files,
+    find_run,
+    run_settings,
+    write_sums,
+    writing,
+)
 from vesselrl.models.checkpoint import (
     DETAIL_HEAD,
     LARGEST_WEIGHT,
     check_weight,
     load_detail_head,
+    local_folder,
     read_shard,
     save_detail_head,
 )
@@ -31,6 +40,8 @@ from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", DETAIL_HEAD, SHARED_FILE]
 
 # The parts of the model that a scope may name: prefix of their modules, and which of these are adapted.
 # `projector` is the one from [SEG] to SAM2; the vision tower and its own projector stay as they are. The IoU
@@ -222,6 +233,24 @@ def _number(file: Path, name: str, value: object) -> float:
         kind = f"a {'whole ' * is_whole}number from {lowest:g} to {highest:g}"
         raise CheckpointError(f"{file} has {name} = {value!r:.40}; {kind} is needed.")
     return value
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter.
+
+    What is no folder but reads as ORG/NAME is downloaded.
+    """
+    path = local_folder(path, ADAPTER_FILES, "--lora_weights")
+    inside = path / "best_lora"
+    return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
+
+
+def adapter_settings(lora_weights: str | Path | None) -> dict:
+    """The settings of an adapter's run, or those that `push` put beside it; none for a base model."""
+    if lora_weights is None:
+        return {}
+    run = find_run(lora_weights)
+    return run_settings(run) if run else run_settings(adapter_folder(lora_weights), name=SHARED_FILE)
 
 
 def check_adapter(folder: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from vesselrl.experiment.config import RANDOM_MODEL
 from vesselrl.experiment.run_folder import write_json, write_text
-from vesselrl.models.checkpoint import save_sa2va
+from vesselrl.models.checkpoint import checkpoint_folder, save_sa2va
 from vesselrl.models.config import Sa2VAConfig, Sam2Dimensions
 from vesselrl.models.sa2va import Sa2VA
 
@@ -69,9 +70,12 @@ def write_miniature(folder: Path, model: Sa2VA) -> None:
 
 
 @contextmanager
-def random_checkpoint(seed: int) -> Iterator[Path]:
-    """A folder with the random debug miniature of this seed, for the length of a `with` block."""
-    with tempfile.TemporaryDirectory() as folder:
+def base_checkpoint(base: str | Path | None, seed: int | None) -> Iterator[Path]:
+    """The folder of a base model; for `random` one with the debug miniature, while a `with` block lasts."""
+    if base != RANDOM_MODEL or seed is None:
+        yield checkpoint_folder(base)
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows removes no mapped file
         write_miniature(Path(folder), random_sa2va(seed))
         yield Path(folder)
 

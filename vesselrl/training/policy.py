@@ -23,11 +23,11 @@ from vesselrl.data.samples import Sample, load_image
 from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.progress import logged
 from vesselrl.experiment.run_folder import json_hash
-from vesselrl.inference.predictor import Prediction, Predictor, adapter_folder
+from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models import lora
-from vesselrl.models.checkpoint import checkpoint_folder, describe_config, load_detail_head, load_sa2va
+from vesselrl.models.checkpoint import describe_config, load_detail_head, load_sa2va
 from vesselrl.models.memory import activation_bytes, shard_layers, to_nf4, total_memory
-from vesselrl.models.miniature import random_checkpoint
+from vesselrl.models.miniature import base_checkpoint
 from vesselrl.models.processing import Sa2VAInputs, Sa2VAProcessor
 from vesselrl.models.sa2va import HEAD, LANGUAGE, MASKS, DecodedMasks, DetailHead, ImageFeatures, Sa2VA
 from vesselrl.training import processes
@@ -311,10 +311,8 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     """The model with new adapters, or with those of `init_lora`; `train` are the images that it will see."""
     s, seed = config.model, config.optim.seed
     dtype = torch.bfloat16 if s.use_bf16 else torch.float32
-    is_random = s.model_path == RANDOM_MODEL
-    place = None if is_random else checkpoint_folder(s.model_path)
-    source = partial(random_checkpoint, seed) if is_random else partial(nullcontext, place)
-    adapter = None if s.init_lora is None else adapter_folder(Path(s.init_lora))
+    source = partial(base_checkpoint, s.model_path, seed)
+    adapter = None if s.init_lora is None else lora.adapter_folder(s.init_lora)
     trains_language = "language_model" in s.lora_scope if adapter is None else lora.adapts_language(adapter)
     is_sharded = trains_language and processes.use_fsdp()
     torch.manual_seed(seed)  # LoRA's first matrices are random
@@ -358,7 +356,7 @@ def load_policy(config: TrainConfig, device: str, train: Sequence[Sample] = ()) 
     if policy.language_is_frozen:
         cache = Path(config.run.output_dir) / "cache" / "states" if config.run.cache_gb else None
         with source() as folder:
-            files = Path(folder), None if is_random else cache
+            files = Path(folder), None if s.model_path == RANDOM_MODEL else cache
             policy.language_hash = processes.from_main(partial(language_hash, *files, policy.language))
         # All that decides a state to the last bit, but the image.
         versions = [dtype, torch.device(device).type, torch.__version__, transformers.__version__]
