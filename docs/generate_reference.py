@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[type, ...]] = {
     "train": (TrainConfig, options.Resume),
     "evaluate": (options.Evaluate,),
     "predict": (options.Predict,),
+    "demo": (options.Demo,),
     "merge": (options.Merge,),
     "compare": (options.Compare,),
     "data check": (options.DataCheck,),

@@ -69,19 +69,15 @@ class Evaluate(Reading):
     second_masks: str | None = None
 
 
-@dataclass(frozen=True)
-class Predict:
-    """Segment an image or a folder: mask, probability map and overlay as PNG."""
+@dataclass(frozen=True, kw_only=True)
+class Using:
+    """A model, and how its probabilities become masks."""
 
-    # Image file or folder of images.
-    image: str
     # Checkpoint folder; none: the embedded miniature.
     base_model: BaseModel = None
     # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
     # the base model where there is no run or --base_model is given.
     lora_weights: str | None = None
-    # Folder for the results.
-    output_dir: str = "output/predictions"
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
@@ -93,12 +89,32 @@ class Predict:
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Using):
+    """Segment an image or a folder: mask, probability map and overlay as PNG."""
+
+    # Image file or folder of images.
+    image: str
+    # Folder for the results.
+    output_dir: str = "output/predictions"
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
     pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Using):
+    """Try a model on a page in the browser, of this machine alone; threshold and post-processing are live."""
+
+    # Language of the page.
+    lang: Literal["en", "zh"] = "en"
+    # Of the page's address; none: the first free one from 7860.
+    port: int | None = None
 
 
 @dataclass(frozen=True)

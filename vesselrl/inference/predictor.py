@@ -62,6 +62,14 @@ class Prediction(NamedTuple):
     probabilities: np.ndarray  # float32 in [0, 1]
     logits: np.ndarray  # float32; probability = 1 / (1 + exp(−logit))
 
+    @classmethod
+    def of_logits(cls, logits: np.ndarray, post: PostProcessing) -> "Prediction":
+        """The result of a model's output, float32 (H, W)."""
+        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
+        cut = np.float32(np.log(post.threshold / (1 - post.threshold)))
+        probabilities = expit(logits)
+        return cls(post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
+
 
 @dataclass(eq=False)
 class Predictor:
@@ -106,8 +114,10 @@ class Predictor:
         cut = [self.tiling.cuts(*image.shape[:2]) for image in images]
         whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
         logits = iter(self._logits(whole) if whole else ())
-        pairs = zip(images, cut, strict=True)
-        return [self._prediction(self._tiled(image) if is_cut else next(logits)) for image, is_cut in pairs]
+        found = [
+            self._tiled(image) if cuts else next(logits) for image, cuts in zip(images, cut, strict=True)
+        ]
+        return [Prediction.of_logits(one, self.post) for one in found]
 
     @property
     def tiling(self) -> Tiling:
@@ -127,12 +137,6 @@ class Predictor:
         blended = self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0]))
         limits = np.finfo(np.float32)
         return logit(blended.clip(limits.tiny, 1 - limits.epsneg))
-
-    def _prediction(self, logits: np.ndarray) -> Prediction:
-        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
-        probabilities = expit(logits)
-        return Prediction(self.post.postprocess_for(probabilities)(logits > cut), probabilities, logits)
 
     def fingerprint(self) -> str:
         """Hash of all that a mask depends on beside its image: model, tokenizer, prompt and settings."""
