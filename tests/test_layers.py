@@ -14,9 +14,9 @@ PACKAGE = ROOT / "vesselrl"
 # cli -> training -> evaluation -> inference -> data | models | synthetic -> scoring; experiment: nothing.
 BELOW = "inference data models synthetic scoring experiment errors"
 MAY_IMPORT = {
-    "cli": f"training doctor evaluation {BELOW}",
+    "cli": f"training doctor demo evaluation {BELOW}",
     "training": f"evaluation {BELOW}",
-    "evaluation": BELOW,
+    **{"demo": f"evaluation {BELOW}", "evaluation": BELOW},
     "inference": "data models scoring experiment errors",
     "synthetic": "data scoring experiment errors",
     "data": "scoring experiment errors",

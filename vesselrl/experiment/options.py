@@ -53,8 +53,6 @@ class Masks:
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,44 @@ class Evaluate(Reading, Masks):
     flips: bool = False
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
 
 
-@dataclass(frozen=True)
-class Predict(Masks):
+@dataclass(frozen=True, kw_only=True)
+class Using(Masks):
+    """One model, which makes masks."""
+
+    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
+    lora_weights: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Using):
     """Segment an image or a folder: mask, probability map and overlay as PNG."""
 
     # Image file or folder of images.
     image: str
-    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
-    # finished last, or the base model where there is no run or --base_model is given.
-    lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
     # Masks as LabelMe or COCO files too, each in a folder with the images, to be corrected; PNG files and
     # predictions.csv are always written.
     format: tuple[Literal["png", "labelme", "coco", "csv"], ...] = ("png", "csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Using):
+    """Try a model on a page in the browser, of this machine alone; threshold and post-processing are live."""
+
+    # Language of the page.
+    lang: Literal["en", "zh"] = "en"
+    # Of the page's address; none: the first free one from 7860.
+    port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -238,11 +256,13 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "train": (TrainConfig, Resume, Start),
     "evaluate": (Evaluate,),
     "predict": (Predict,),
+    "demo": (Demo,),
     "merge": (Merge,),
     "push": (Push,),
     "compare": (Compare,),
     "data check": (DataCheck,),
     "data show": (DataShow,),
+    "data merge": (DataMerge,),
     "data draw": (DataDraw,),
     "doctor": (Doctor,),
     "completion": (Completion,),

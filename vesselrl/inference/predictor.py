@@ -83,6 +83,16 @@ class Prediction(NamedTuple):
                 Image.fromarray(values).save(partial, format="PNG", pnginfo=stamp)
         return found
 
+    @classmethod
+    def of_logits(
+        cls, logits: np.ndarray, post: PostProcessing, image: np.ndarray | None = None
+    ) -> "Prediction":
+        """The result of a model's output, float32 (H, W), on an image."""
+        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
+        cut = np.float32(np.log(post.threshold / (1 - post.threshold)))
+        probabilities = expit(logits)
+        return cls(post.postprocess_for(probabilities)(logits > cut), probabilities, logits, image)
+
 
 @dataclass(eq=False)
 class Predictor:
@@ -132,9 +142,8 @@ class Predictor:
         whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
         logits = iter(self._logits(whole) if whole else ())
         pairs = zip(images, cut, strict=True)
-        return [
-            self._prediction(self._tiled(image) if is_cut else next(logits), image) for image, is_cut in pairs
-        ]
+        found = [self._tiled(image) if is_cut else next(logits) for image, is_cut in pairs]
+        return [Prediction.of_logits(one, self.post, image) for one, image in zip(found, images, strict=True)]
 
     @property
     def tiling(self) -> Tiling:
@@ -154,13 +163,6 @@ class Predictor:
         blended = self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0]))
         limits = np.finfo(np.float32)
         return logit(blended.clip(limits.tiny, 1 - limits.epsneg))
-
-    def _prediction(self, logits: np.ndarray, image: np.ndarray) -> Prediction:
-        # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
-        cut = np.float32(np.log(self.post.threshold / (1 - self.post.threshold)))
-        probabilities = expit(logits)
-        mask = self.post.postprocess_for(probabilities)(logits > cut)
-        return Prediction(mask, probabilities, logits, image)
 
     def fingerprint(self) -> str:
         """Hash of all that a mask depends on beside its image: model, tokenizer, prompt and settings."""

@@ -35,17 +35,18 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
 
 
 class TopologyErrors(NamedTuple):
-    """Where a prediction breaks the vessel tree and where it adds components to it, each as (row, column)."""
+    """Where a prediction breaks the vessel tree and adds components or loops to it, each as (row, column)."""
 
     breaks: tuple[tuple[int, int], ...]
     false_pieces: tuple[tuple[int, int], ...]
+    false_loops: tuple[tuple[int, int], ...]
 
 
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
-    """Find the breaks and the false components of a prediction; both masks are bool or 0/1 (H, W).
+    """Find breaks, false components and false loops of a prediction; both masks are bool or 0/1 (H, W).
 
     A break is a missed stretch of the true centreline with found vessel on both sides that are not joined
-    within REACH. A false component touches no true pixel.
+    within REACH. A false component touches no true pixel, and the hole of a false loop no true hole.
     """
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton
@@ -59,13 +60,27 @@ def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
         if len(np.unique(labels[contacts])) > 1:  # it meets several components of the prediction
             row, column = _middle(stretch, window)
             breaks.append((row - REACH, column - REACH))
-    false_pieces = [_middle(*found) for found in _components(pred) if not (found[0] & truth[found[1]]).any()]
-    return TopologyErrors(tuple(sorted(breaks)), tuple(sorted(false_pieces)))
+    added = ((pred, truth, 8), (_holes(pred), _holes(truth), 4))
+    false = (
+        [_middle(*found) for found in _components(one, ways=ways) if not (found[0] & other[found[1]]).any()]
+        for one, other, ways in added
+    )
+    return TopologyErrors(*(tuple(sorted(places)) for places in (breaks, *false)))
 
 
-def _components(mask: np.ndarray, margin: int = 0) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
-    """Yield each 8-connected component of a mask as a mask of a window around it."""
-    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+def _holes(mask: np.ndarray) -> np.ndarray:
+    """Background that the foreground of a mask encloses, bool (H, W)."""
+    outside = cv2.connectedComponents(np.pad(~mask, 1, constant_values=True).view(np.uint8), connectivity=4)[
+        1
+    ]
+    return ~mask & (outside != outside[0, 0])[1:-1, 1:-1]
+
+
+def _components(
+    mask: np.ndarray, margin: int = 0, ways: int = 8
+) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
+    """Yield each component of a mask, 8- or 4-connected, as a mask of a window around it."""
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=ways)
     for number in range(1, count):
         left, top, width, height = boxes[number, :4].tolist()
         window = np.s_[top - margin : top + height + margin, left - margin : left + width + margin]
