@@ -243,7 +243,11 @@ def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, A
 
 def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     """Sentences a reader must know before believing the table."""
-    notes = [f"{run.name}: {sentence}" for run in runs for sentence in run.after.caveats.values()]
+    named: dict[str, list[str]] = {}
+    for run in runs:
+        for sentence in run.after.caveats.values():
+            named.setdefault(sentence, []).append(run.name)
+    notes = [f"{', '.join(names)}: {sentence}" for sentence, names in named.items()]
     if len(runs) > 1:
         notes.append(
             f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "

@@ -22,6 +22,7 @@ from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.results import Caveat, Evaluation, read_caveats, summarise
 from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
+from vesselrl.experiment.config import RANDOM_MODEL
 from vesselrl.experiment.progress import Progress
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask
 from vesselrl.scoring.postprocessing import PostProcessing
@@ -251,3 +252,9 @@ def caveats_of(
         overlap = Caveat.PRETRAINING_OVERLAP
         caveats[overlap] = overlap.text(seen=num_seen, total=len(samples))
     return caveats
+
+
+def caveats_of_built_in(data_root: str | None, model_path: str | None) -> dict[Caveat, str]:
+    """Collects the caveats of results on built-in images (no root), and of a model that is not a real one."""
+    found = {Caveat.SYNTHETIC: data_root is None, Caveat.MINIATURE: model_path in (None, RANDOM_MODEL)}
+    return {caveat: caveat.text() for caveat, holds in found.items() if holds}

@@ -29,7 +29,7 @@ from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient, take, write_split
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
-from vesselrl.evaluation.evaluate import caveats_of, load_pixels
+from vesselrl.evaluation.evaluate import caveats_of, caveats_of_built_in, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
 from vesselrl.experiment.options import hide_paths
@@ -97,7 +97,8 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
             logger.warning("%s: %d images requested, %d available", name, requested, available)
         counts[name] = {"requested": requested, "available": available, "used": len(used)}
     counts |= {"split_unit": split.unit, "test_seen_by_base": sum(sample.key in seen for sample in test)}
-    own = {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
+    own = caveats_of_built_in(data.data_root, control or config.model.model_path)
+    own |= {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
     caveats = (caveats_of(split, subset, seen) | own for subset in (val, test))
     return RunData(train, val, test, counts, *caveats)
 

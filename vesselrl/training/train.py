@@ -28,7 +28,7 @@ from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward
 from vesselrl.training import checkpoint, processes, setup
-from vesselrl.training.baselines import best_frangi
+from vesselrl.training.baselines import best_frangi, measure_fit
 from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
 from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor
@@ -184,6 +184,9 @@ def set_up(
 def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
     latest = before = evaluate_subset(t, "val", "validation")
+    if t.latest is None:
+        fit = partial(measure_fit, t.config, t.data, latest.rows)
+        t.health.history.fit = processes.from_main(fit)
     if t.before is None and t.model.base is not t.model.start:
         before = evaluate_subset(t, "val", "base model", t.model.base)
     with finish_first():
@@ -385,6 +388,7 @@ def write_results(t: Training, tested: Mapping[str, Evaluation], calls: list[dic
         "grad_norm_max": t.monitor.grad_norm_max,
         "reward_time_share": t.monitor.reward_time_share,
         **{name: sum(one[name] for one in calls) for name in calls[0]},
+        "fit": t.health.history.fit,
         "findings": [issue.to_json() for issue in t.monitor.issues],
         "metric_spec": METRIC_SPEC,
         "provenance": t.provenance,
