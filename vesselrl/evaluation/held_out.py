@@ -76,7 +76,7 @@ def evaluate_held_out(
     folder, name = result_place(options, lora_weights, run)
     check_writable(folder)
     plan = hide_paths({"side" if key == "split" else key: value for key, value in vars(options).items()})
-    plan["lora_weights"] = lora_weights
+    plan |= {"lora_weights": lora_weights, "lang": options.lang or settings.get("lang", "en")}
     if run is None:
         _refuse_to_replace(folder / f"{name}.json", plan)
     samples, validation, caveats = choose_samples(options, lora_weights, run, settings)

@@ -65,6 +65,8 @@ class Evaluate(Reading):
     flips: bool = False
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
     pixel_mm: float | None = None
+    # Language of the report; none: the run's own, or English.
+    lang: Literal["en", "zh"] | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
 

@@ -209,8 +209,12 @@ def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]
         model, pairs = Frangi(*best_frangi(train, load=load)), [*map(load, val)]
         scores = [dice(model.predict(image).mask, truth) for image, truth in pairs]
         fit[f"frangi_{polarity}"] = float(np.mean(scores))
-        fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
-    logger.info("fit, before training: %s", ", ".join(f"{name} {value:.3g}" for name, value in fit.items()))
+    fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
+    logger.info(
+        "fit before training, on {images} validation images: Dice {dice:.3f}, that of a Frangi filter "
+        "{frangi_dark:.3f} (dark vessels) and {frangi_bright:.3f} (bright ones); predicted foreground "
+        "{foreground:.1%}, true {true_foreground:.1%}".format(**fit)
+    )
     return fit | {"teaching": teaching(config, len(data.train), fit)}
 
 

@@ -45,7 +45,7 @@ STATE_FILE = "resume.safetensors"
 PREVIOUS_FILE = "resume.previous.safetensors"
 STATE_VERSION = "4"
 # Settings that change where and how fast a training runs, but no result.
-FREE_SETTINGS = {"output_dir", "log_freq", "num_workers", "gpu", "report_to", "use_wandb", "cache_gb"}
+FREE_SETTINGS = {"output_dir", "lang", "log_freq", "num_workers", "gpu", "report_to", "use_wandb", "cache_gb"}
 # What comes of reading a safetensors file that is damaged, or holds other values than were written.
 DAMAGED = (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError)
 _TENSOR = "tensor:"  # in the JSON, in the place of a tensor, before its name
