@@ -186,13 +186,13 @@ def run_compare(rest: list[str]) -> int:
         rest = ["--output_dir", *rest]
     args = parse(options.Compare, rest, "compare")
     from vesselrl.evaluation.compare import compare_runs, load_runs
-    from vesselrl.evaluation.report import markdown, write_comparison_report
+    from vesselrl.evaluation.report import write_comparison_report
 
     root = Path(args.output_dir)
     runs, skipped = load_runs(root)
     comparison = compare_runs(runs, args.baseline, args.rank_by, skipped=skipped)
-    print(markdown(comparison))
     paths = write_comparison_report(root / "comparison", comparison)
+    print(paths[1].read_text(encoding="utf-8"))
     print(f"Written: {', '.join(map(str, paths))}")
     return 0
 

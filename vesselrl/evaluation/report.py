@@ -17,7 +17,6 @@ from vesselrl.evaluation.figures import CASES_FOLDER, CASES_FORMAT, RANKS, neare
 from vesselrl.evaluation.results import Evaluation, group_means, read_evaluation, set_mismatch
 from vesselrl.evaluation.tuning import read_threshold_curve
 from vesselrl.evaluation.words import Cell, masks_in_words, metric_name, number, setting_text, with_interval
-from vesselrl.experiment.config import RANDOM_MODEL
 from vesselrl.experiment.run_folder import read_object, reading, write_text
 
 if TYPE_CHECKING:
@@ -30,10 +29,7 @@ MAX_PICTURE_BYTES = 3_000_000
 
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
-    """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out.
-
-    The best adapter gets a model card, README.md, of the same values.
-    """
+    """Writes RUN/report.html and .md from the files of a finished run, and its best adapter's model card."""
     folder = Path(run_folder)
     with reading(folder, "Put its files back."):
         page = run_page(folder)
@@ -54,11 +50,6 @@ def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Pat
     stem = Path(folder) / "comparison"
     write_text(csv_path := stem.with_suffix(".csv"), results.csv_text(comparison.lines))
     return *_write("comparison.j2", stem, comparison_page(comparison)), csv_path
-
-
-def markdown(comparison: "Comparison") -> str:
-    """The comparison as a Markdown report."""
-    return render("comparison.j2", "md", comparison_page(comparison))
 
 
 def _write(template: str, stem: Path, page: Mapping[str, Any], lang: str = "en") -> tuple[Path, Path]:
@@ -147,9 +138,8 @@ def _about(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     args, fit = info.get("args") or {}, info.get("fit") or {}
     if "model_path" not in args:
         return []
-    built_in = {None: "the built-in miniature", RANDOM_MODEL: "random weights"}
-    model = args.get("control") or built_in.get(args["model_path"]) or setting_text(args["model_path"])
-    images = "the built-in synthetic angiograms" if args.get("data_root") is None else "your own"
+    model = args.get("control") or setting_text(args["model_path"] or "the built-in miniature")
+    images = "your own" if args.get("data_root") else "the built-in synthetic angiograms"
     rows = [("base model", model), ("images", images)]
     for name, label in words.LABELS["fit"].items() if fit else ():
         form = "{:.1%}" if "foreground" in name else "{}" if name == "images" else "{:.3f}"

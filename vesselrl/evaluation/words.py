@@ -1,7 +1,4 @@
-"""Names of metrics and forms of numbers for readers, and what reports say in another language.
-
-The names are in templates/words.toml; all that reports say has its Chinese in templates/words.zh.toml.
-"""
+"""Names of metrics and forms of numbers for readers, in a language; the words are in templates/words*.toml."""
 
 import math
 import re

@@ -48,11 +48,19 @@ INVERT = "The vessels are bright, those of angiograms are dark: invert the image
 _FLOOR = 1e-6  # of the vesselness, so that every logit is finite
 
 
-class UNet:
-    """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
+class _Control:
+    """What both are as a model in training, see `checkpoint.Model`."""
 
     kind = "control"
     images_per_pass = 1
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Segments several images, one after the other."""
+        return [*map(self.predict, images)]
+
+
+class UNet(_Control):
+    """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
 
     def __init__(self, device: str = "cpu", is_pretrained: bool = False) -> None:
         self.is_pretrained, self.device = is_pretrained, device
@@ -76,10 +84,6 @@ class UNet:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return _prediction(self.logits(image).float().cpu().numpy())
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images, one after the other."""
-        return [*map(self.predict, images)]
 
     def check_gradients(self) -> None:
         """Refuses a first gradient that misses a weight."""
@@ -113,14 +117,11 @@ class UNet:
         return tensors_hash(self.start)
 
 
-class Frangi:
+class Frangi(_Control):
     """The Frangi filter for dark vessels with Gaussians of some sigmas, in px, cut at a vesselness.
 
     probability = v / (v + threshold) of the vesselness v, so that 0.5 is at the threshold.
     """
-
-    kind = "control"
-    images_per_pass = 1
 
     def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
         self.trainable: dict = {}
@@ -131,10 +132,6 @@ class Frangi:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return self.cut(vesselness(image, self.sigmas))
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images, one after the other."""
-        return [*map(self.predict, images)]
 
     def cut(self, response: np.ndarray) -> Prediction:
         """Prediction of a vesselness that is known already."""
@@ -210,11 +207,7 @@ def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]
         scores = [dice(model.predict(image).mask, truth) for image, truth in pairs]
         fit[f"frangi_{polarity}"] = float(np.mean(scores))
     fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
-    logger.info(
-        "fit before training, on {images} validation images: Dice {dice:.3f}, that of a Frangi filter "
-        "{frangi_dark:.3f} (dark vessels) and {frangi_bright:.3f} (bright ones); predicted foreground "
-        "{foreground:.1%}, true {true_foreground:.1%}".format(**fit)
-    )
+    logger.info("fit before training: %s", ", ".join(f"{name} {value:.3g}" for name, value in fit.items()))
     return fit | {"teaching": teaching(config, len(data.train), fit)}
 
 

@@ -247,8 +247,8 @@ RULES = (
 class Health:
     """Applies the rules to every step and validation of a run: it reports, corrects, and stops.
 
-    An issue is noted once; again only after a window of steps (or one validation) without it. Weights are a
-    candidate at first, and count as good once another window of steps has passed without a symptom.
+    An issue is noted once, and again after a window of steps (or one validation) without it. Weights count as
+    good once a window of steps has passed without a symptom; until then they are a candidate.
     """
 
     model: Model
@@ -352,9 +352,8 @@ def take_step(
 ) -> tuple[float, float]:
     """Updates the weights by the gradient of a loss, clipped to a norm; returns the loss and that norm.
 
-    The losses of several processes are summed, and so are their gradients. A loss or a gradient that is not
-    finite is refused, and a first gradient that misses a weight. `reward` is the size of the rewards behind
-    the loss.
+    Losses and gradients of several processes are summed. Refused are a loss or gradient that is not finite
+    and a first gradient that misses a weight. `reward` is the size of the rewards behind the loss.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
