@@ -114,12 +114,16 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)
 
 
-def test_both_readmes_have_the_same_commands_figures_and_links() -> None:
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/tutorial/{n}.md" for n in ("first-run", "your-data"))]
+)
+def test_both_languages_have_the_same_commands_figures_and_links(name: str) -> None:
     """The text is free; what a reader types, compares or opens is not."""
+    pages = name, name.replace(".md", ".zh-CN.md" if name == "README.md" else ".zh.md")
     english, chinese = (
-        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
+        re.sub(r"\.zh(-CN)?\.md", ".md", (ROOT / page).read_text(encoding="utf-8")) for page in pages
     )
-    for pattern in (r"```.*?```", r"\d+(?:\.\d+)?", r"\]\(((?!README)[^)]+)\)"):
+    for pattern in (r"```.*?```", r"\d+(?:\.\d+)?", r"\]\(([^)]+)\)"):
         one, other = (re.findall(pattern, text, re.DOTALL) for text in (english, chinese))
         assert (one == other) if "`" in pattern else (set(one) == set(other)), pattern
 

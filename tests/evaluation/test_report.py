@@ -1,22 +1,31 @@
 """Reports of a run, an evaluation and a comparison: stored pages, and what no page may do."""
 
+import contextlib
 import json
 import re
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Environment, nodes
 
+from vesselrl.evaluation import words
 from vesselrl.evaluation.compare import Run, compare_runs
 from vesselrl.evaluation.figures import Case, write_cases
 from vesselrl.evaluation.report import (
+    evaluation_page,
+    render,
+    run_page,
     write_comparison_report,
     write_evaluation_report,
     write_run_report,
 )
 from vesselrl.evaluation.results import Caveat, read_evaluation, write_evaluation
+from vesselrl.evaluation.words import translate
 from vesselrl.experiment.run_folder import damaged_files
+from vesselrl.training.health import RULES
 
 GOLDEN = Path(__file__).parent / "golden"
 BEFORE = [0.70, 0.72, 0.60, 0.80, 0.66]
@@ -113,6 +122,48 @@ def test_the_page_is_whole_and_needs_nothing_else(make, made, run):
         assert stored == page
 
 
+@pytest.mark.parametrize("make", [run_pages, evaluation_pages])
+def test_the_chinese_report_has_the_figures_of_the_english_one_and_no_english_sentence(make, made, run):
+    make(made, run)
+    is_run = make is run_pages
+    page = run_page(run) if is_run else evaluation_page(run / "test_base.json")
+    template = "run.j2" if is_run else "evaluation.j2"
+    english, chinese = (render(template, "md", page, lang) for lang in ("en", "zh"))
+    one, other = (Counter(re.findall(r"\d+(?:\.\d+)?", text)) for text in (english, chinese))
+    assert one == other
+    text = re.sub(r"vesselrl train|--stage sft|The reward is", "", chinese)  # the last is of no rule
+    assert re.findall(r"[A-Za-z]{2,},? [a-z]{2,}", text) == []
+    assert "患者" in chinese
+
+
+def constants(template: str) -> set[str]:
+    """The sentences and titles in a template."""
+    environment, found = Environment(), []
+    tree = environment.parse((words.TEMPLATES / template).read_text())
+    parts = [*tree.find_all(nodes.Concat)]
+    inside = {id(part) for whole in parts for part in whole.nodes}
+    for node in [*parts, *tree.find_all(nodes.Const)]:
+        with contextlib.suppress(nodes.Impossible):
+            found += [node.as_const()] * (id(node) not in inside)
+    return {text for text in found if isinstance(text, str) and re.match("[A-Z%]", text)}
+
+
+def test_all_that_a_report_can_say_has_its_chinese():
+    said = {text for table in words.LABELS.values() for value in table.values() for text in np.ravel(value)}
+    said |= {kind.value for kind in Caveat} - {Caveat.OTHER.value, Caveat.CONTROL.value}
+    values = defaultdict(lambda: 0.5, images=3)
+    for rule in RULES:
+        now = 0.5 if rule.metrics else values
+        said |= {rule.sentence.format(0.5, now=now, first=now, fit=values), rule.code.replace("_", " ")}
+        said |= {rule.advice, rule.rl_advice} - {"", "{fit[teaching]}"}
+    for template in ("run.j2", "evaluation.j2", "parts.j2"):
+        said |= constants(template)
+    said = {text.format(seen=1, total=2, masks="threshold 0.5") for text in said}
+    names = r"--\w+|\w+(?:[/_.]\w+)+|%\(\w+\)s|\b(?:Dice|clDice|Frangi|Sa2VA|Betti)\b"
+    left = {text: re.sub(names, "", translate(text, "zh")) for text in said}
+    assert {text for text, rest in left.items() if re.search("[a-z]{3}", rest)} == set()
+
+
 def cells(text, section):
     """Rows of the first table below a heading of a Markdown report, header first."""
     table = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
@@ -161,7 +212,7 @@ def test_missing_files_leave_their_part_out(run):
         path.unlink()
     (run / "training_info.json").write_text(json.dumps(INPUTS["info"] | {"findings": []}))
     sections = re.findall("^## (.*)", write_run_report(run)[1].read_text(), flags=re.MULTILINE)
-    assert sections == ["How to read this", "Settings and origin"]
+    assert sections == ["Model and images", "How to read this", "Settings and origin"]
 
 
 def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):

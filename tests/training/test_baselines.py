@@ -1,13 +1,16 @@
 """The baselines: a U-Net that learns, a filter set on training masks alone, losses by hand."""
 
 import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from monai.losses import SoftclDiceLoss
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -15,9 +18,10 @@ from tests.training.runs import train_debug
 from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.data.splits import read_split
-from vesselrl.experiment.config import PRESETS
+from vesselrl.experiment.config import PRESETS, TrainConfig
+from vesselrl.launch import main
 from vesselrl.scoring.overlap import dice
-from vesselrl.training import supervised
+from vesselrl.training import baselines, supervised
 from vesselrl.training import train as training
 from vesselrl.training.baselines import Frangi, UNet, best_frangi, load_control
 from vesselrl.training.supervised import SFT_LOSSES, SupervisedUpdate, mask_cldice_loss, mask_loss
@@ -156,6 +160,71 @@ def test_what_is_no_control_run_is_none(finished_run: Path, tmp_path: Path) -> N
     (tmp_path / "control.json").write_text('{"format": "vesselrl control 0"}')
     with pytest.raises(ValueError, match="is not of the format"):
         load_control(tmp_path)
+
+
+def write_fundus(root: Path, count: int, are_bright: bool = False, size: int = 96) -> Path:
+    """Photographs as of STARE: bright, red, uneven, with dark vessels 1 to 3 px wide; or their negatives."""
+    rng, t = np.random.default_rng(0), np.linspace(0, 1, 30)[:, None]
+    for number in range(count):
+        mask = np.zeros((size, size), np.uint8)
+        for width in (1, 2, 3, 2, 1):
+            (x, y), (right, down) = rng.uniform(0, size, 2), rng.uniform(-size, size, 2)
+            bend = 0.2 * np.sin(2 * np.pi * t) * rng.uniform(-1, 1)
+            points = np.hstack([x + t * right - bend * down, y + t * down + bend * right])
+            cv2.polylines(mask, [np.round(points).astype(np.int32)], False, 255, width)
+        glow = 110 * cv2.GaussianBlur(rng.standard_normal((size, size, 1)), (0, 0), 8)[..., None]
+        dark = cv2.GaussianBlur(mask / 255, (0, 0), 0.7)[..., None] * (45, 75, 45)
+        image = glow - dark + (215, 175, 105) + rng.normal(0, 7, (size, size, 1))
+        image = np.clip(255 - image if are_bright else image, 0, 255).astype(np.uint8)
+        for folder, pixels in (("images", image), ("masks", mask)):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("are_bright", [False, True])
+def test_the_fit_of_a_model_is_measured_beside_a_filter_for_either_polarity(tmp_path, are_bright) -> None:
+    samples = find_samples(write_fundus(tmp_path, 12, are_bright))
+    data = Mock(train=samples[:4], val=samples[4:])
+    masks = [load_mask(sample) for sample in samples[4:]]
+    rows = [{"key": s.key, "dice": 0.1 * k, "foreground": 0.5} for k, s in enumerate(samples[4:])]
+    fit = baselines.measure_fit(TrainConfig(), data, rows)
+    assert (fit["images"], fit["dice"]) == (8, pytest.approx(0.35))
+    assert fit["true_foreground"] == pytest.approx(np.mean(masks))
+    scores = [fit["frangi_dark"], fit["frangi_bright"]]
+    assert scores[are_bright] > 0.7
+    assert scores[not are_bright] < 0.3
+    assert fit["teaching"].startswith(baselines.INVERT) == are_bright
+    for settings in ({"model_path": "random"}, {"control": "unet"}):
+        assert baselines.measure_fit(TrainConfig().with_(**settings), data, rows) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_advice_for_unknown_images_followed_as_printed_doubles_their_dice(
+    tmp_path, monkeypatch, caplog
+) -> None:
+    """Twelve easy images, of which four are shown six times: a real set needs more."""
+    monkeypatch.setattr(baselines, "TEACHING_PASSES", 24)
+    root, output = write_fundus(tmp_path / "data", 12), tmp_path / "output"
+    first = f"train --data_root {root} --output_dir {output} --max_train_samples 4 --num_epochs 1"
+    assert main([*first.split(), "--num_regions", "4", "--num_workers", "1"]) == 0
+    (run,) = output.glob("sa2va_*")
+    (issue,) = json.loads((run / "diagnosis.json").read_text())["findings"]
+    said = f"{issue['sign']} {issue['advice']}"
+    assert "the model does not know such images" in said
+    assert said in caplog.text
+    report = (run / "report.md").read_text()
+    assert said in report
+    assert report.index("MINIATURE: ") < report.index("Dice on")
+    options = re.search("Teach it: (.*)\\.", said)[1].split()
+    assert main(["train", "--config", str(run), *options]) == 0
+    taught = max(output.glob("sa2va_*"))
+    info = json.loads((taught / "training_info.json").read_text())
+    assert info["args"]["stage"] == "sft+rl"
+    for before, after in ((info["initial_metrics"], info["best_metrics"]), info["test_metrics"].values()):
+        assert before["dice"] < 0.3
+        assert after["dice"] > 2 * before["dice"]
 
 
 def soft_cldice_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

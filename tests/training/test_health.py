@@ -16,6 +16,7 @@ from tests.training.runs import metrics_of, train_debug
 from vesselrl.errors import LearningError, NotFiniteError
 from vesselrl.experiment.config import EMBEDDED_LEARNING_RATE, TrainConfig
 from vesselrl.training import supervised
+from vesselrl.training.baselines import INVERT, teaching
 from vesselrl.training.health import MAX_CORRECTIONS, WINDOW, Health, Issue, take_step
 from vesselrl.training.setup import warm_cosine
 from vesselrl.training.train import TrainResult
@@ -223,20 +224,47 @@ def step_along(weight: torch.nn.Parameter, gradient: list[float], reward: float 
         hook.remove()
 
 
+FIT = {"images": 3, "dice": 0.2, "foreground": 0.64, "true_foreground": 0.08, "frangi_dark": 0.4}
+TAUGHT = {"stage": "sft", "detail_head": "pretrained", "augment": "light"}
+
+
 @pytest.mark.parametrize(
-    ("dice", "stage", "kind"),
-    [(0.59, "rl", "lora"), (0.6, "rl", "lora"), (0.1, "sft", "lora"), (0.1, "rl", "control")],
+    ("dice", "bright", "settings", "advice"),
+    [
+        (0.59, 0.1, {}, "it: --stage sft+rl --detail_head pretrained --augment flips --num_epochs 12."),
+        (0.1, 0.7, TAUGHT, f"{INVERT} Teach it: --num_epochs 12."),
+        (0.1, 0.5, TAUGHT | {"num_epochs": 12}, "This training teaches it: look at the later validations."),
+        (0.6, 0.1, {}, None),
+    ],
 )
-def test_ppo_from_a_model_that_does_not_know_the_images_is_advised_once(dice, stage, kind) -> None:
-    toy, issues = Toy(), []
-    toy.kind = kind
-    health = Health(toy, toy.optimizer, TrainConfig().with_(stage=stage), issues.append)
+def test_a_model_that_does_not_know_the_images_is_told_once_and_what_to_do(
+    dice, bright, settings, advice
+) -> None:
+    """Of 30 images, shown twice an epoch, 12 epochs make 700 passes."""
+    toy, fit = Toy(), FIT | {"frangi_bright": bright}
+    fit["teaching"] = teaching(TrainConfig().with_(**settings), 30, fit)
+    toy.health.history.fit = fit
     for later in (0.0, 0.01):
-        health.after_validation(0, START | {"dice": dice + later, "reward": 3.0 + later})
-    assert [issue.code for issue in issues] == ["images_unknown"] * (dice == 0.59)
-    for issue in issues:
-        assert "Dice is 0.590" in issue.symptom
-        assert "--stage sft --detail_head pretrained" in issue.advice
+        toy.health.after_validation(0, START | {"dice": dice + later, "reward": 3.0 + later})
+    assert [issue.code for issue in toy.issues] == ["images_unknown"] * (advice is not None)
+    for issue in toy.issues:
+        assert f"Dice is {dice:.3f}: the model does not know" in issue.symptom
+        assert (
+            "3 validation images 8.0% are vessel, by the model 64.0%; its Dice there is 0.2" in issue.symptom
+        )
+        assert f"filter 0.400 for dark vessels and {bright:.3f} for bright" in issue.symptom
+        assert issue.advice.endswith(advice)
+
+
+def test_a_supervised_run_gets_no_advice_about_the_reward() -> None:
+    """Its reward may rise while Dice falls: nothing was paid for it."""
+    for is_rl in (True, False):
+        toy = Toy()
+        toy.run([{"train/reward": 3.0} if is_rl else {"train/loss": 0.3}])
+        toy.validate({"reward": 3.6, "dice": 0.75, "recall": 0.7}, {"reward": 2.9})
+        said = {issue.code: issue.advice for issue in toy.issues}
+        assert said.keys() == ({"gaming", "trading"} if is_rl else set()) | {"below_start"}
+        assert ("--kl_coef" in said["below_start"]) == is_rl
 
 
 def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None:

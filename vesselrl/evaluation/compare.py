@@ -269,7 +269,9 @@ def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, A
 
 def _notes(runs: Sequence[Run], baseline: str | None) -> tuple[str, ...]:
     """Sentences a reader must know before believing the table."""
-    notes = [f"{run.name}: {sentence}" for run in runs for sentence in run.after.caveats.values()]
+    said = {run.name: run.after.caveats.values() for run in runs}
+    sentences = dict.fromkeys(sentence for one in said.values() for sentence in one)
+    notes = [f"{', '.join(name for name in said if one in said[name])}: {one}" for one in sentences]
     if len(runs) > 1:
         notes.append(
             f"The best of {len(runs)} runs was picked on these test images, so its score is somewhat "

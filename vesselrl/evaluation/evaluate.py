@@ -22,6 +22,7 @@ from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.evaluation.results import Caveat, Evaluation, read_caveats, summarise
 from vesselrl.evaluation.statistics import check_unique
 from vesselrl.evaluation.tuning import calibration, count_pixels
+from vesselrl.experiment.config import RANDOM_MODEL
 from vesselrl.experiment.progress import Progress
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask, counts, overlap_scores
 from vesselrl.scoring.postprocessing import PostProcessing
@@ -59,10 +60,9 @@ def evaluate(
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
-    `samples` have `key`, `patient`, `sequence`, each key once. A reward gives the column `reward`, a user's
-    own function `custom_score`. `load` makes image and true mask of a sample; `progress` takes (done, total);
-    `gather` adds the rows of other samples, which other processes have scored. With a `batch_size` `predict`
-    takes a list of so many images, and returns as many predictions.
+    A reward gives the column `reward`, a user's own function `custom_score`. `load` makes image and true mask
+    of a sample; `progress` takes (done, total); `gather` adds the rows that other processes have scored. With
+    a `batch_size` `predict` takes a list of so many images, and returns as many predictions.
     """
     predicted = predict_each(predict, samples, load, progress, batch_size)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
@@ -168,12 +168,11 @@ def describe_reward(reward: Any) -> dict[str, Any] | None:
     """Class and settings of a reward, by which results can tell if their rewards agree; functions by name."""
     if reward is None:
         return None
-    names = [field.name for field in fields(reward)] if is_dataclass(reward) else []
-    described = {"class": getattr(reward, "__name__", type(reward).__name__)}
-    for name in sorted(names):
-        value = getattr(reward, name)
-        plain = value is None or isinstance(value, (bool, int, float, str))
-        described[name] = value if plain else getattr(value, "__name__", type(value).__name__)
+    names = sorted(field.name for field in fields(reward)) if is_dataclass(reward) else ()
+    described = {"class": reward} | {name: getattr(reward, name) for name in names}
+    for name, value in described.items():
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            described[name] = getattr(value, "__name__", type(value).__name__)
     return described
 
 
@@ -185,10 +184,7 @@ def evaluate_variants(
     reward: Reward | None = None,
     caveats: Mapping[Caveat, str] | None = None,
 ) -> dict[str, Evaluation]:
-    """Scores the masks that several variants of post-processing make of what `predict_each` yields.
-
-    `post` ("" in the result) is applied to the predictor's masks, `variants` to its `.probabilities`.
-    """
+    """Scores what `predict_each` yields: its masks with `post` (""), those of `variants` by probability."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *variants)}
     counted, failed = 0, []
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
@@ -228,10 +224,7 @@ def with_flips(predict: Predict, threshold: float = 0.5) -> Predict:
 
 
 def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sample]:
-    """Finds a second observer's mask, `<image>_mask.png` or `<image>.png`, of every image.
-
-    Masks may lie in folders as the images do; where images share a name, they must.
-    """
+    """Finds a second observer's mask, `<image>_mask.png` or `<image>.png`, alone or in the image's folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(
@@ -264,3 +257,9 @@ def caveats_of(
         overlap = Caveat.PRETRAINING_OVERLAP
         caveats[overlap] = overlap.text(seen=num_seen, total=len(samples))
     return caveats
+
+
+def caveats_of_built_in(data_root: str | None, model_path: str | None) -> dict[Caveat, str]:
+    """Collects the caveats of results on built-in images (no root), and of a model that is not a real one."""
+    found = {Caveat.SYNTHETIC: data_root is None, Caveat.MINIATURE: model_path in (None, RANDOM_MODEL)}
+    return {caveat: caveat.text() for caveat, holds in found.items() if holds}

@@ -91,7 +91,8 @@ def _finish(axes: "Axes", title: str = "", xlabel: str = "", ylabel: str = "") -
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=5, **style)
 
 
-def _save(figure: "Figure", out_png: Path) -> None:
+def save_png(figure: "Figure", out_png: Path) -> None:
+    """Writes a figure."""
     with atomic_write(out_png) as partial:
         figure.savefig(partial, format="png", dpi=130)
 
@@ -175,10 +176,7 @@ def nearest(values: Sequence[float], wanted: float) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
-    """Reads a metrics.jsonl: key -> (steps, values), steps ascending, values finite; the last of a step.
-
-    Damaged lines are skipped with a warning: they must not keep a trained run from its report.
-    """
+    """Reads a metrics.jsonl: key -> (steps, values), ascending and finite; logs lines that are damaged."""
     series: dict[str, dict[int, float]] = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
@@ -195,11 +193,6 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
     return {
         key: tuple(map(np.array, zip(*sorted(points.items()), strict=True))) for key, points in series.items()
     }
-
-
-def plot_curves(metrics_jsonl_path: Path, out_png: Path) -> None:
-    """Draws the curves of a run as PNG; see `curves_figure`."""
-    _save(curves_figure(metrics_jsonl_path), out_png)
 
 
 def curves_figure(metrics_jsonl_path: Path) -> "Figure":
@@ -284,7 +277,7 @@ def plot_panels(cases: Sequence[Case], out_png: Path) -> None:
             axes.set(xticks=[], yticks=[], xlim=line[0].get_xlim(), ylim=line[0].get_ylim())
             axes.spines[:].set_visible(False)
     _colour_key(figure)
-    _save(figure, out_png)
+    save_png(figure, out_png)
 
 
 def _colour_key(figure: "Figure") -> None:
@@ -305,8 +298,7 @@ def _colour_key(figure: "Figure") -> None:
 def choose_cases(rows: Sequence[Mapping[str, Any]], count: int = 2) -> dict[str, str]:
     """Keys of the best, median and worst images by Dice -> their rank, best first; no image twice.
 
-    Each rank gets `count` images, or a third of the rows where they are too few (a single image is the
-    median), of different patients where there are enough.
+    Each rank gets `count` images, fewer of few rows, of different patients where there are enough.
     """
     falling = sorted(rows, key=lambda row: (-row["dice"], row["key"]))
     if len(falling) == 1:

@@ -72,10 +72,12 @@ def evaluate_held_out(
     folder, name = result_place(options, lora_weights, run)
     check_writable(folder)
     plan = hide_paths({"side" if key == "split" else key: value for key, value in vars(options).items()})
-    plan["lora_weights"] = lora_weights
+    plan |= {"lora_weights": lora_weights, "lang": options.lang or settings.get("lang", "en")}
     if run is None:
         _refuse_to_replace(folder / f"{name}.json", plan)
     samples, validation, caveats = choose_samples(options, lora_weights, run, settings)
+    places = options.data_root or settings.get("data_root"), options.base_model or settings.get("model_path")
+    caveats |= evaluate.caveats_of_built_in(*places)
     post = post_processing(settings, options.threshold, options.min_component_px, options.close_gaps)
     reward = make_reward(settings)
     observed = evaluate.second_observer(samples, options.second_masks) if options.second_masks else None

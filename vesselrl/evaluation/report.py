@@ -29,22 +29,20 @@ MAX_PICTURE_BYTES = 3_000_000
 
 
 def write_run_report(run_folder: Path) -> tuple[Path, Path]:
-    """Writes RUN/report.html and .md from the files of a finished run; a part without a file is left out.
-
-    The best adapter gets a model card, README.md, of the same values.
-    """
+    """Writes RUN/report.html and .md from the files of a finished run, and its best adapter's model card."""
     folder = Path(run_folder)
     with reading(folder, "Put its files back."):
         page = run_page(folder)
         if (folder / "best_lora").is_dir() and "args" in page["info"]:
             write_text(folder / "best_lora" / "README.md", render("card.j2", "md", page))
-        return _write("run.j2", folder / "report", page)
+        return _write("run.j2", folder / "report", page, page["info"].get("args", {}).get("lang", "en"))
 
 
 def write_evaluation_report(path: Path) -> tuple[Path, Path]:
     """Writes NAME.html and NAME.md beside NAME.json, from it and the files of the same evaluation."""
-    with reading(Path(path), "Evaluate again."):
-        return _write("evaluation.j2", Path(path).with_suffix(""), evaluation_page(Path(path)))
+    with reading(path := Path(path), "Evaluate again."):
+        page = evaluation_page(path)
+        return _write("evaluation.j2", path.with_suffix(""), page, page["extra"]["plan"].get("lang", "en"))
 
 
 def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Path, Path, Path]:
@@ -54,27 +52,24 @@ def write_comparison_report(folder: Path, comparison: "Comparison") -> tuple[Pat
     return *_write("comparison.j2", stem, comparison_page(comparison)), csv_path
 
 
-def markdown(comparison: "Comparison") -> str:
-    """The comparison as a Markdown report."""
-    return render("comparison.j2", "md", comparison_page(comparison))
-
-
-def _write(template: str, stem: Path, page: Mapping[str, Any]) -> tuple[Path, Path]:
+def _write(template: str, stem: Path, page: Mapping[str, Any], lang: str = "en") -> tuple[Path, Path]:
     paths = Path(f"{stem}.html"), Path(f"{stem}.md")
     for path, form in zip(paths, ("html", "md"), strict=True):
-        write_text(path, render(template, form, page))
+        write_text(path, render(template, form, page, lang))
     return paths
 
 
-def render(template: str, form: str, page: Mapping[str, Any]) -> str:
-    """A template filled in: as "html", with all text escaped, or as "md"."""
+def render(template: str, form: str, page: Mapping[str, Any], lang: str = "en") -> str:
+    """A template filled in, in a language: as "html", with all text escaped, or as "md"."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     rules = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     loader = PackageLoader("vesselrl.evaluation")
     environment = Environment(loader=loader, autoescape=form == "html", **rules)
-    environment.globals["form"] = form
+    say = partial(words.translate, lang=lang)
+    environment.globals |= {"form": form, "lang": lang, "_": say}
     environment.filters |= {
+        "translate": say,
         "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
         "definitions": lambda values: [(k.replace("_", " "), str(v)) for k, v in values.items()],
         "glossary": lambda metrics: [words.WORDS[metric] for metric in metrics if metric in words.WORDS],
@@ -123,6 +118,8 @@ def run_page(folder: Path) -> dict[str, Any]:
         "folder": folder.resolve(),
         "info": info,
         "origin": _origin(info),
+        "about": _about(info),
+        "unknown": next((i for i in issues if i["code"] == "images_unknown"), None),
         "issues": [(str(i["step"]), i["code"].replace("_", " "), i["sign"], i["advice"]) for i in issues],
         "test": test and _change(*test),
         "patients": test and _patients(*test),
@@ -134,6 +131,20 @@ def run_page(folder: Path) -> dict[str, Any]:
         "metrics": shown.metrics if shown else tuple(words.WORDS),
         "definitions": shown.metric_spec if shown else info.get("metric_spec") or {},
     }
+
+
+def _about(info: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The base model and the images of a run, and how well it knew them before, as rows."""
+    args, fit = info.get("args") or {}, info.get("fit") or {}
+    if "model_path" not in args:
+        return []
+    model = args.get("control") or setting_text(args["model_path"] or "the built-in miniature")
+    images = "your own" if args.get("data_root") else "the built-in synthetic angiograms"
+    rows = [("base model", model), ("images", images)]
+    for name, label in words.LABELS["fit"].items() if fit else ():
+        form = "{:.1%}" if "foreground" in name else "{}" if name == "images" else "{:.3f}"
+        rows.append((label, form.format(fit[name])))
+    return rows
 
 
 def _origin(info: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -182,7 +193,7 @@ def _change(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         scores = _score(before, metric), _score(after, metric), line["cell"]
         rows.append((name, words.good_direction(metric), *scores, verdict))
         proven[line["verdict"]].append(name)
-        undefined += [f"{name} {line['n_undefined']}"] if line["n_undefined"] else []
+        undefined += [f"{name}: {line['n_undefined']}"] if line["n_undefined"] else []
     shares = results.UNIT_METRICS - results.NO_DIRECTION
     drawn = {metric_name(metric): line for metric, line in lines.items() if metric in shares}
     return {
@@ -268,7 +279,7 @@ def _side_by_side(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
             is_shown = metric in one.metrics and same_reward
             cells.append(_score(one, metric) if is_shown else "-")
             missing = one.summary["metrics"][metric]["n_undefined"] if is_shown else 0
-            undefined += [f"{metric_name(metric)} ({label}) {missing}"] if missing else []
+            undefined += [f"{metric_name(metric)}, {label}: {missing}"] if missing else []
         rows.append((metric_name(metric), words.good_direction(metric), *cells))
     reasons = {score["reason"] for one in columns for score in one.summary["metrics"].values()} - {""}
     return {"labels": list(evaluations), "rows": rows, "undefined": undefined, "reasons": sorted(reasons)}

@@ -50,6 +50,11 @@ class Caveat(Enum):
         "IN-SAMPLE BASELINE: the base model was trained on patients of {seen} of {total} images; its scores "
         "there are flattered, and gains over it are understated."
     )
+    SYNTHETIC = "SYNTHETIC DATA: the built-in angiograms; these scores say nothing about real images."
+    MINIATURE = (
+        "MINIATURE: the base model is the built-in one, a thousand times smaller than a Sa2VA; it shows how "
+        "the tool works, not what a Sa2VA can do."
+    )
     CONTROL = "CONTROL: a {model}; its gain over {start} is no gain over a base model."
     OTHER = "OTHER: {reason}"
 

@@ -1,6 +1,7 @@
-"""Names of metrics, numbers and tables as a reader sees them; the words are in templates/words.toml."""
+"""Names of metrics, numbers and tables for readers, in a language; the words are in templates/words*.toml."""
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -10,7 +11,10 @@ from rich.table import Table
 
 from vesselrl.evaluation.results import LOWER_IS_BETTER, NO_DIRECTION, Evaluation
 
-LABELS = tomllib.loads(files("vesselrl.evaluation").joinpath("templates/words.toml").read_text("utf-8"))
+TEMPLATES = files("vesselrl.evaluation").joinpath("templates")
+LABELS = tomllib.loads(TEMPLATES.joinpath("words.toml").read_text("utf-8"))
+LANGUAGES = {"en": {}, "zh": tomllib.loads(TEMPLATES.joinpath("words.zh.toml").read_text("utf-8"))}
+NUMBER = re.compile(r"(?<![\w.-])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?")
 WORDS = {column: tuple(name_and_meaning) for column, name_and_meaning in LABELS["metrics"].items()}
 TUNED_FILES = LABELS["tuned"]
 
@@ -24,6 +28,28 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.value, self.interval and f"({self.interval})", self.verdict)))
+
+
+def translate(text: str | Cell, lang: str) -> Any:
+    """A text in a language: the whole of it, or with # for its numbers, or part by part; else as it is.
+
+    >>> translate("5 patients", "zh"), translate("P001", "zh")
+    ('5 名患者', 'P001')
+    """
+    if isinstance(text, Cell):
+        return Cell(*(translate(part, lang) for part in text))
+    table, numbers = LANGUAGES[lang], NUMBER.findall(text)
+    if (found := table.get(text)) or not table:
+        return found or text
+    if found := table.get(NUMBER.sub("#", text)):
+        return found.replace("#", "{}").format(*numbers)
+    for sign, parts in (
+        (" ", text.replace(". ", ".\n").split("\n")),
+        *((s, text.split(s)) for s in (": ", ", ")),
+    ):
+        if (said := [translate(part, lang) for part in parts if len(parts) > 1]) not in ([], parts):
+            return type(text)(table[sign]).join(said)
+    return text
 
 
 def metric_name(metric: str) -> str:

@@ -228,6 +228,8 @@ class RunSettings:
 
     # Folder that gets the run folder.
     output_dir: str = "output"
+    # Language of the report: English or Chinese.
+    lang: Literal["en", "zh"] = "en"
     # Steps between lines of the log.
     log_freq: int = 10
     # Steps between validations; there is one at every epoch's end too.

@@ -79,6 +79,8 @@ class Evaluate(Reading, Masks):
     tune_post: bool = False
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
+    # Language of the report; none: the run's own, or English.
+    lang: Literal["en", "zh"] | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.

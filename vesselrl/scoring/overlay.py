@@ -17,16 +17,17 @@ REACH = 3  # how far beside a missed stretch the prediction may join its two sid
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
-    """Lay a mask over a copy of its image, uint8 (H, W, 3) RGB; without a truth the mask is blue."""
+    """Lay a mask over a copy of its image, uint8 (H, W, 3) RGB, blue; with a truth over a dark grey copy."""
     mask = as_mask(mask)
     if image.shape != (*mask.shape, 3) or image.dtype != np.uint8:
         needed = f"a uint8 image of shape {(*mask.shape, 3)}, got {image.dtype} {image.shape}"
         raise ValueError(f"the mask needs {needed}. Use the mask at the size of the original image.")
-    layers = [(mask, INVENTED)]
+    layers, result = [(mask, INVENTED)], image.copy()
     if truth is not None:
         mask, truth = as_mask_pair(mask, truth)
         layers = [(mask & truth, HIT), (truth & ~mask, MISSED), (mask & ~truth, INVENTED)]
-    result = image.copy()
+        # Or bright vessels would look like found ones, and a red fundus like missed ones.
+        result = np.dstack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) // 2] * 3)
     for region, colour in layers:
         for channel, value in enumerate(colour):  # by a table: floats of a large image would fill the memory
             pixels, blend = result[:, :, channel], np.round(0.15 * np.arange(256) + 0.85 * value)

@@ -3,24 +3,35 @@
 Both see the green channel alone: the whole of a grey image, and the strongest vessels of another.
 """
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 from torch import Tensor
 
-from vesselrl.data.samples import Sample, load_fov, load_image, load_mask
+from vesselrl.data.samples import Sample, load_fov
+from vesselrl.data.splits import take
 from vesselrl.errors import LearningError
+from vesselrl.evaluation.evaluate import Load, load_pixels
 from vesselrl.evaluation.tuning import counts_by_threshold, threshold_curve
+from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
 from vesselrl.experiment.progress import Progress
 from vesselrl.experiment.run_folder import atomic_write, damaged_files, read_json, write_json, write_sums
 from vesselrl.inference.predictor import Prediction, check_finite
 from vesselrl.models.checkpoint import check_weight, load_detail_head
 from vesselrl.models.sa2va import FEATURES, GreyUNet
+from vesselrl.scoring.overlap import dice
 from vesselrl.training.checkpoint import DAMAGED, tensors_hash
+
+logger = logging.getLogger(__name__)
 
 BEST = "best_control"
 FILE = "control.json"
@@ -30,14 +41,26 @@ FORMAT = "vesselrl control 1"
 # The choices of a filter, first its start: standard deviations of Gaussians in px, about a third of a vessel.
 SIGMAS = ((2, 3), (2,), (3,), (2, 3, 4))
 DEFAULT_VESSELNESS = 0.05
+FIT_IMAGES, FIT_PX = 8, 512  # that a model is compared with the filter on, and their longest side
+TEACHING_PASSES = 700  # over images, that teach it: R078
+BRIGHT = 1.5  # vessels are where the filter for bright ones has so many times the Dice of the other
+INVERT = "The vessels are bright, those of angiograms are dark: invert the images (255 - value of a pixel)."
 _FLOOR = 1e-6  # of the vesselness, so that every logit is finite
 
 
-class UNet:
-    """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
+class _Control:
+    """What both are as a model in training, see `checkpoint.Model`."""
 
     kind = "control"
     images_per_pass = 1
+
+    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
+        """Segments several images, one after the other."""
+        return [*map(self.predict, images)]
+
+
+class UNet(_Control):
+    """A U-Net of 0.3 million weights on the image alone: random ones, or the detail head's first."""
 
     def __init__(self, device: str = "cpu", is_pretrained: bool = False) -> None:
         self.is_pretrained, self.device = is_pretrained, device
@@ -61,10 +84,6 @@ class UNet:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return _prediction(self.logits(image).float().cpu().numpy())
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images, one after the other."""
-        return [*map(self.predict, images)]
 
     def check_gradients(self) -> None:
         """Refuses a first gradient that misses a weight."""
@@ -98,14 +117,11 @@ class UNet:
         return tensors_hash(self.start)
 
 
-class Frangi:
+class Frangi(_Control):
     """The Frangi filter for dark vessels with Gaussians of some sigmas, in px, cut at a vesselness.
 
     probability = v / (v + threshold) of the vesselness v, so that 0.5 is at the threshold.
     """
-
-    kind = "control"
-    images_per_pass = 1
 
     def __init__(self, sigmas: Sequence[float] = SIGMAS[0], threshold: float = DEFAULT_VESSELNESS) -> None:
         self.trainable: dict = {}
@@ -116,10 +132,6 @@ class Frangi:
     def predict(self, image: np.ndarray) -> Prediction:
         """Segments one image, uint8 RGB (H, W, 3), at threshold 0.5."""
         return self.cut(vesselness(image, self.sigmas))
-
-    def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:
-        """Segments several images, one after the other."""
-        return [*map(self.predict, images)]
 
     def cut(self, response: np.ndarray) -> Prediction:
         """Prediction of a vesselness that is known already."""
@@ -156,12 +168,12 @@ def vesselness(image: np.ndarray, sigmas: Sequence[float]) -> np.ndarray:
 
 
 def best_frangi(
-    samples: Sequence[Sample], progress: Progress | None = None
+    samples: Sequence[Sample], progress: Progress | None = None, load: Load = load_pixels
 ) -> tuple[tuple[float, ...], float]:
     """The sigmas and the threshold with the best mean over patients of Dice on these samples."""
     counted: dict[tuple, list] = {sigmas: [] for sigmas in SIGMAS}
     for number, sample in enumerate(samples, start=1):
-        image, truth, fov = load_image(sample), load_mask(sample), load_fov(sample)
+        (image, truth), fov = load(sample), load_fov(sample)
         # The filter takes the largest response over its sigmas, so each is computed once for all sets.
         single = {s: vesselness(image, (s,)) for s in sorted({s for sigmas in SIGMAS for s in sigmas})}
         for sigmas, counts in counted.items():
@@ -175,6 +187,51 @@ def best_frangi(
     probability = curves[best].best.threshold
     # The curve's thresholds are on v / (v + default); the same cut as a vesselness.
     return best, DEFAULT_VESSELNESS * probability / (1 - probability)
+
+
+def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Dice and foreground of a model on a few images (in `rows`), beside the truth's and those of a filter.
+
+    The filter, one for dark and one for bright vessels, was chosen on as many training images. `teaching` is
+    for a model that does not know such images. Nothing for a control, and for random weights.
+    """
+    if config.optim.control or config.model.model_path == RANDOM_MODEL:
+        return {}
+    train, val = (take(samples, FIT_IMAGES) for samples in (data.train, data.val))
+    own = [row for row in rows if row["key"] in {sample.key for sample in val}]
+    fit: dict[str, Any] = {"images": len(own)}
+    fit |= {name: float(np.mean([row[name] for row in own])) for name in ("dice", "foreground")}
+    for polarity in ("dark", "bright"):
+        load = partial(_load_small, is_negative=polarity == "bright")
+        model, pairs = Frangi(*best_frangi(train, load=load)), [*map(load, val)]
+        scores = [dice(model.predict(image).mask, truth) for image, truth in pairs]
+        fit[f"frangi_{polarity}"] = float(np.mean(scores))
+    fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
+    logger.info("fit before training: %s", ", ".join(f"{name} {value:.3g}" for name, value in fit.items()))
+    return fit | {"teaching": teaching(config, len(data.train), fit)}
+
+
+def _load_small(sample: Sample, is_negative: bool) -> tuple[np.ndarray, np.ndarray]:
+    """An image, or its negative, and its truth, at most FIT_PX wide and high."""
+    image, truth = load_pixels(sample)
+    factor = min(1, FIT_PX / max(truth.shape))
+    size = tuple(max(1, round(factor * side)) for side in truth.shape[::-1])
+    image = cv2.resize(255 - image if is_negative else image, size, interpolation=cv2.INTER_AREA)
+    return image, cv2.resize(truth.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+
+
+def teaching(config: TrainConfig, num_images: int, fit: Mapping[str, float]) -> str:
+    """What teaches a model images that it does not know, beyond what a run on `num_images` does already."""
+    num_epochs = math.ceil(TEACHING_PASSES / (num_images * config.ppo.num_passes))
+    options = {
+        "--stage sft+rl": config.optim.stage == "rl",
+        "--detail_head pretrained": config.model.detail_head == "none",
+        "--augment flips": config.data.augment == "none",
+        f"--num_epochs {num_epochs}": config.optim.num_epochs < num_epochs,
+    }
+    missing = " ".join(option for option, is_missing in options.items() if is_missing)
+    teach = f"Teach it: {missing}." if missing else "This training teaches it: look at the later validations."
+    return f"{INVERT} {teach}" if fit["frangi_bright"] > BRIGHT * fit["frangi_dark"] else teach
 
 
 def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | None:

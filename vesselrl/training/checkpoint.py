@@ -26,7 +26,6 @@ from vesselrl.data.dicom import locate
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
 from vesselrl.errors import PeerOutOfMemoryError, RefusedError
-from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import (
     CONFIG_FILE,
@@ -38,7 +37,6 @@ from vesselrl.experiment.run_folder import (
     write_text,
 )
 from vesselrl.inference.predictor import Prediction
-from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import processes
 
 logger = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ STATE_FILE = "resume.safetensors"
 PREVIOUS_FILE = "resume.previous.safetensors"
 STATE_VERSION = "4"
 # Settings that change where and how fast a training runs, but no result.
-FREE_SETTINGS = {"output_dir", "log_freq", "num_workers", "gpu", "report_to", "use_wandb", "cache_gb"}
+FREE_SETTINGS = {"output_dir", "lang", "log_freq", "num_workers", "gpu", "report_to", "use_wandb", "cache_gb"}
 # What comes of reading a safetensors file that is damaged, or holds other values than were written.
 DAMAGED = (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError)
 _TENSOR = "tensor:"  # in the JSON, in the place of a tensor, before its name
@@ -84,10 +82,7 @@ def with_values(model: Model, values: Any) -> Iterator[None]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes nested dicts, lists, plain values and tensors to resume.safetensors, or raises WriteError.
-
-    The state before is kept as resume.previous.safetensors. Of several processes the main one writes.
-    """
+    """Writes nested dicts, lists, plain values and tensors to resume.safetensors; keeps the state before."""
     if not processes.is_main():
         return
     tensors: dict[str, Tensor] = {}
@@ -106,10 +101,7 @@ def interrupted_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Reads the newest state that `write_state` wrote and that is whole, tensors on the CPU.
-
-    RefusedError where there is none. A damaged one is left for `forget_damaged`.
-    """
+    """Reads the newest whole state, tensors on the CPU, or raises RefusedError; see `forget_damaged`."""
     faults = {}
     for name in (STATE_FILE, PREVIOUS_FILE):
         try:
@@ -152,12 +144,6 @@ def forget_damaged(folder: Path) -> None:
         (folder / STATE_FILE).unlink(missing_ok=True)
 
 
-def remove_states(folder: Path) -> None:
-    """Removes all states of a run that has finished, the newest last."""
-    for name in (PREVIOUS_FILE, STATE_FILE):
-        (folder / name).unlink(missing_ok=True)
-
-
 def random_state() -> dict[str, Tensor]:
     """States of torch's global random generators, which LoRA dropout draws from."""
     state = {"cpu": torch.get_rng_state()}
@@ -192,8 +178,7 @@ def restore_moments(optimizer: Optimizer, model: Model, kept: Mapping[str, Mappi
 def attempts(model: Model, optimizer: Optimizer, update: Any) -> Iterator[AbstractContextManager]:
     """Contexts to take a step in: a second, third ... where a GPU's memory did not suffice, each with less.
 
-    Each begins where the first began, so that the step ends as if memory had sufficed at once. Of several
-    processes all take it again where one has to.
+    Each begins where the first began, in all processes: the step ends as if memory had sufficed at once.
     """
     while model.savings and processes.blank_pass is None:  # layers in shares would wait for each other
         state, values, failures = update.state_dict(), model.values(), []
@@ -239,11 +224,6 @@ def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
         apply = pool.map if sum(value.nbytes for value in tensors.values()) > 2**28 else map
         hashes = dict(zip(tensors, apply(tensor_hash, tensors.values()), strict=True))
     return hashlib.sha256(f"{sorted(hashes.items())} {text}".encode()).hexdigest()
-
-
-def settings_fingerprint(config: TrainConfig, reward: Reward) -> dict[str, Any]:
-    """The settings, without paths to data, and the hash of what the reward does."""
-    return {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
 
 
 def data_fingerprint(*subsets: Sequence[Sample]) -> dict[str, Any]:
@@ -312,10 +292,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
 def write_first_files(
     run: RunFolder, place: RunFolder, state: Mapping[str, Any] | None, start: Mapping[str, Any], config: dict
 ) -> None:
-    """Writes config.json, and the state that a new run would begin anew from, in the same folder.
-
-    Of an older run `place` holds the split and the difficulties, which are put back.
-    """
+    """Writes config.json, and a first state; what an older run lacks is put back from `place`."""
     if state is None:
         write_state(run.path, start)
         logger.info("if interrupted it goes on with: vesselrl train --resume_from %s", run.path)

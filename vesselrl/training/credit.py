@@ -2,12 +2,9 @@
 
 This difference reward (Wolpert & Tumer 2002) is taken in the mask that is used: greedy (probability above
 0.5), then post-processed. Taken in sampled masks, which miss a target for recall that the used one meets, it
-makes a policy bloat.
-
-Overlap terms depend on pixel counts, so four evaluations give the exact effect of every pixel. For topology,
-length and a user's own reward, connected regions are flipped one at a time, and the mask is post-processed
-and scored anew. What a region earns beyond its pixels' overlap is shared evenly among them, so that its
-credit adds up to what flipping it is worth.
+makes a policy bloat. Four evaluations give the exact effect of every pixel on overlap. For topology, length
+and a user's own reward connected regions are flipped one at a time and scored anew; what a region earns
+beyond its pixels' overlap is shared evenly among them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,11 +58,9 @@ class Credit:
 class ConstrainedReward:
     """A reward with constraints in place of weights, by Lagrange multipliers.
 
-        maximise   the reward's Dice and structure terms (topology, length, the user's own)
-        subject to mean recall, precision and Dice on validation patients >= their lower bounds
-
-    Every validation is one step of dual ascent: a multiplier rises by the violation, or falls, down to 0, by
-    what the mean lies above its bound. Training images would not do: the model has seen them.
+    Maximises the reward's Dice and structure terms subject to mean recall, precision and Dice on validation
+    patients >= their lower bounds. Every validation is one step of dual ascent: a multiplier rises by the
+    violation, or falls, down to 0, by what the mean lies above its bound.
     """
 
     reward: Reward  # its other overlap terms give way to the constraints
@@ -106,11 +101,10 @@ def assign_credit(
     rng: np.random.Generator,
     map_masks: Callable[..., Iterable] = map,
 ) -> Credit:
-    """Scores the sampled masks of one image, after post-processing, and credits its pixels.
+    """Scores the post-processed sampled masks of one image; credits its pixels by `num_regions` flips.
 
-    Up to `num_regions` regions, which `rng` chooses, are flipped in the greedy mask. Where the user's
-    function fails, no mask of this image has its term: all are compared by the same, and no value is made up.
-    `map_masks` is `map`, or that of a pool whose threads share the masks.
+    Where the user's function fails, no mask of this image has its term: all are compared by the same. `rng`
+    chooses the regions; `map_masks` is `map`, or that of a pool whose threads share the masks.
     """
     try:
         return _credit_by(reward, image, post, num_regions, deepcopy(rng), map_masks)
@@ -193,9 +187,9 @@ def choose_regions(
 ) -> list[np.ndarray]:
     """Up to `count` boolean masks (H, W) to flip, each connected, and wholly on or off in the greedy mask.
 
-    Up to half are bridges, where the mask at a lower threshold crosses a gap or goes beyond an end; of the
-    rest half are components of the greedy mask with at most half of its pixels, half sample-greedy
-    differences: a bump, a hole, a twig. What one kind does not use, the next may.
+    Up to half are bridges of a lower threshold, over a gap or beyond an end; half of the rest are components
+    of at most half of the greedy mask, the others sample-greedy differences. What one kind leaves, the next
+    takes.
     """
     if count == 0:
         return []

@@ -1,6 +1,5 @@
 """Outputs of the frozen parts of a model, kept in memory and in files that all runs of a folder share."""
 
-import hashlib
 import json
 import logging
 import re
@@ -26,21 +25,15 @@ logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 # Official names of what no [SEG] state depends on: what makes the mask, and the head of each family.
-_UNREAD = (
-    "grounding_encoder.",
-    "text_hidden_fcs.",
-    "language_model.lm_head.",
-    "language_model.output.",
-    "lm_head.",
-)
+_UNREAD = ("grounding_encoder.", "text_hidden_fcs.", "language_model.lm_head.", "language_model.output.",
+           "lm_head.")  # fmt: skip
 
 
 class FeatureStore:
-    """Outputs of a frozen part by image, on the CPU: in memory first, then in files.
+    """Outputs of a frozen part by image, on the CPU: in memory first, then in files that runs share.
 
-    A file is named after the model (such as `weights_hash`) and the pixels, so runs share the folder. Read
-    back they are the computed ones to the last bit, in the same memory layout, which decides how later layers
-    round. `disk_bytes` limits the folder, files of other models included; without one there is memory only.
+    A file is named after the model and the pixels. Read back they are the computed ones to the last bit, in
+    the same memory layout, which decides how later layers round. `disk_bytes` limits the folder of all models.
     """
 
     def __init__(
@@ -114,11 +107,8 @@ class FeatureStore:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self._disk_left:
             if self._disk_left > 0:
-                logger.warning(
-                    "%s has reached its limit: the features of further images stay in memory only. "
-                    "Raise --cache_gb, or delete the folder.",
-                    self.folder.parent,
-                )
+                advice = "further features stay in memory only. Raise --cache_gb, or delete the folder."
+                logger.warning("%s has reached its limit: %s", self.folder.parent, advice)
             self._disk_left = 0
             return
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -133,20 +123,13 @@ class FeatureStore:
             self._disk_left = 0
 
 
-def weights_hash(module: nn.Module) -> str:
-    """First 16 hex digits of the sha256 over a module's names and values, its device and torch's version."""
-    lines = [f"{name} {tensor_hash(value)}" for name, value in sorted(module.state_dict().items())]
-    lines.append(f"{next(module.parameters()).device.type} {torch.__version__}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
 def language_hash(
     model_folder: Path, notes: Path | None = None, check: Callable[[], object] = lambda: None
 ) -> str:
     """The sha256 over the tensors of vision tower and language model, as they stand in the files.
 
-    With a folder for `notes` files that have not changed since are not read again; `check` raises what is
-    wrong with a model, before its first note is written.
+    By `notes`, unchanged files are not read again; `check` raises what is wrong before a first note is
+    written.
     """
     stats = [(file.name, file.stat()) for file in shard_files(model_folder)]
     name = json_hash({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats})
@@ -175,4 +158,7 @@ def feature_store(run: RunSettings, encoder: nn.Module | None, kind: str = "") -
         return FeatureStore()
     folder = Path(run.output_dir) / "cache" / "features"
     logger.info("image features are kept in memory and, up to %g GB, in %s", run.cache_gb, folder)
-    return FeatureStore(folder, weights_hash(encoder) + kind, disk_bytes=round(run.cache_gb * GIB))
+    # The device and torch's version decide about rounding.
+    about = f"{next(encoder.parameters()).device.type} {torch.__version__}"
+    name = tensors_hash(encoder.state_dict(), about)[:16] + kind
+    return FeatureStore(folder, name, disk_bytes=round(run.cache_gb * GIB))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vesselrl.errors import LearningError, NotFiniteError
-from vesselrl.experiment.config import RANDOM_MODEL, TrainConfig
+from vesselrl.experiment.config import TrainConfig
 from vesselrl.training import processes
 from vesselrl.training.checkpoint import Model
 
@@ -55,10 +55,12 @@ class History:
     latest: dict[str, list[float]] = field(default_factory=dict)
     since_roll_back: dict[str, int] = field(default_factory=dict)  # number of values
     validations: list[dict[str, float]] = field(default_factory=list)
-    is_rl_alone: bool = False  # PPO from a model that somebody has trained
+    fit: dict[str, Any] = field(default_factory=dict)  # as from `measure_fit`, with what `teaching` says
+    is_rl: bool = True  # the latest step was one of PPO; so is what comes where none was taken
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Adds the `train/` metrics of a step, but no reward while multipliers move, and no loss of PPO."""
+        self.is_rl = "train/reward" in metrics if metrics else self.is_rl
         multipliers_move = any(name.startswith("train/price/") for name in metrics)
         for key, value in metrics.items():
             name = key.removeprefix("train/")
@@ -101,9 +103,10 @@ class Rule(NamedTuple):
     report: float | None
     roll_back: float | None
     # Takes the severity's absolute value, and `now` and `first`: the medians of the first of its metrics, the
-    # latest and the first validation.
+    # latest and the first validation, and `fit`.
     sentence: str
     advice: str = ""
+    rl_advice: str = ""  # what PPO has more
 
 
 def _area(h: History, sign: int) -> float:
@@ -144,14 +147,15 @@ def _flat(h: History) -> float:
 
 
 def _unknown(h: History) -> float:
-    """How far the first Dice of a run of PPO alone is below that of images that a model knows."""
-    is_first = h.is_rl_alone and len(h.validations) == 1
+    """How far the Dice before training is below that of images that a model knows."""
+    is_first = h.fit and len(h.validations) == 1
     return KNOWN_DICE - h.validations[0]["dice"] if is_first else -math.inf
 
 
 def _traded(h: History, name: str) -> float:
-    """How far a validation score has fallen, if the reward has risen."""
-    return h.validations[0][name] - h.validations[-1][name] if _reward_rise(h, 0, -1) > 1 else -math.inf
+    """How far a validation score has fallen, if the reward that PPO raises has risen."""
+    is_traded = h.is_rl and _reward_rise(h, 0, -1) > 1
+    return h.validations[0][name] - h.validations[-1][name] if is_traded else -math.inf
 
 
 _JUMPS = "Lower --learning_rate or --num_passes."
@@ -193,7 +197,8 @@ RULES = (
          "Raise --learning_rate, or add mask_decoder and image_encoder to --lora_scope."),
     Rule("gradient_vanishes", "grad_norm", lambda h: -h.median("grad_norm") or -math.inf, -1e-4, None,
          "The gradient has a norm of only {0:.2g}.",
-         "Add mask_decoder and image_encoder to --lora_scope; check that the reward differs between masks."),
+         "Add mask_decoder and image_encoder to --lora_scope.",
+         "Check that the reward differs between masks."),
     Rule("gradient_explodes", "score_size excess_grad_norm",  # before the next: the first is reported
          lambda h: h.median("excess_grad_norm") if h.median("score_size") > HUGE_REWARD else -math.inf,
          100, None, "The gradient's norm is {0:.0f} times --max_grad_norm: rewards have a size of {now:.3g}.",
@@ -216,12 +221,14 @@ RULES = (
     Rule("correction", "loss", _loss_rise, None, math.log(2.5),
          "The loss has risen to {now:.3g}, {first:.3g} at the start."),
     Rule("images_unknown", "", _unknown, 0, None,
-         "Before training the Dice is {first[dice]:.3f}: the model does not know such images.",
-         "Teach it first: --stage sft --detail_head pretrained --augment flips, with about 700 image passes "
-         "(--num_epochs 12 for 30 images)."),
+         "Before training the Dice is {first[dice]:.3f}: the model does not know such images. Of the pixels "
+         "of {fit[images]} validation images {fit[true_foreground]:.1%} are vessel, by the model "
+         "{fit[foreground]:.1%}; its Dice there is {fit[dice]:.3f}, that of a Frangi filter "
+         "{fit[frangi_dark]:.3f} for dark vessels and {fit[frangi_bright]:.3f} for bright ones.",
+         "{fit[teaching]}"),
     Rule("below_start", "", lambda h: -_reward_rise(h, 0, -1), 1, None,
          "The validation reward is {now[reward]:.3f}, below the {first[reward]:.3f} that the run began with.",
-         "If it stays there, lower --learning_rate or raise --kl_coef."),
+         "If it stays there, lower --learning_rate.", "Raising --kl_coef helps, too."),
     Rule("flat", "", _flat, 0, None,
          f"The latest {FLAT_VALIDATIONS} validations, to a reward of {{now[reward]:.3f}}, brought no gain.",
          "Stop here, or lower --learning_rate; if it never rose, raise it, or use more images."),
@@ -240,8 +247,8 @@ RULES = (
 class Health:
     """Applies the rules to every step and validation of a run: it reports, corrects, and stops.
 
-    An issue is noted once; again only after a window of steps (or one validation) without it. Weights are a
-    candidate at first, and count as good once another window of steps has passed without a symptom.
+    An issue is noted once, and again after a window of steps (or one validation) without it. Weights count as
+    good once a window of steps has passed without a symptom; until then they are a candidate.
     """
 
     model: Model
@@ -254,9 +261,7 @@ class Health:
 
     def __post_init__(self) -> None:
         self.good = self.candidate = (0, self.model.values())
-        is_random = self.config.model.model_path == RANDOM_MODEL
-        is_rl = self.config.optim.stage == "rl" and self.model.kind == "lora"
-        self.history = History(is_rl_alone=is_rl and not is_random)
+        self.history = History()
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of a step, none where its loss or gradient was not finite."""
@@ -282,12 +287,15 @@ class Health:
         h, issues, worst = self.history, {}, (0.0, "")
         for rule in rules:
             severity, names = rule.severity(h), rule.metrics.split()
+            if severity == -math.inf:
+                continue
             now, first = h.validations[-1:], h.validations[:1]
             if names:
                 now, first = [h.median(names[0])], [h.start(names[0])]
-            sentence = rule.sentence.format(abs(severity), now=now[0], first=first[0])
+            sentence = rule.sentence.format(abs(severity), now=now[0], first=first[0], fit=h.fit)
             if rule.report is not None and severity > rule.report:
-                issues.setdefault(rule.code, Issue(step, rule.code, sentence, rule.advice))
+                advice = f"{rule.advice} {rule.rl_advice * h.is_rl}".strip().format(fit=h.fit)
+                issues.setdefault(rule.code, Issue(step, rule.code, sentence, advice))
             is_fresh = all(h.since_roll_back[name] >= WINDOW for name in names)
             if rule.roll_back is not None and is_fresh:
                 worst = max(worst, (severity / rule.roll_back, sentence))
@@ -344,9 +352,8 @@ def take_step(
 ) -> tuple[float, float]:
     """Updates the weights by the gradient of a loss, clipped to a norm; returns the loss and that norm.
 
-    The losses of several processes are summed, and so are their gradients. A loss or a gradient that is not
-    finite is refused, and a first gradient that misses a weight. `reward` is the size of the rewards behind
-    the loss.
+    Losses and gradients of several processes are summed. Refused are a loss or gradient that is not finite
+    and a first gradient that misses a weight. `reward` is the size of the rewards behind the loss.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -68,14 +68,8 @@ class Monitor:
         self._folder = run.path / "tensorboard"
         with writing(self._folder):
             self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
-        self._trackers = (
-            []
-            if not processes.is_main()
-            else [
-                start_tracker(name, run.path.name, hide_paths(config.to_dict()))
-                for name in config.run.trackers
-            ]
-        )
+        names, settings = config.run.trackers, hide_paths(config.to_dict())
+        self._trackers = [start_tracker(n, run.path.name, settings) for n in names if processes.is_main()]
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         self._progress = progress.Progress(

@@ -45,10 +45,9 @@ PROBE, NEGATIVE = "probe", "negative of the probe"  # keys of an image and its n
 class MaskPolicy:
     """A Sa2VA with trainable adapters: images in, mask logits at native size out.
 
-    Outputs of frozen parts are kept for each image: the [SEG] state where the language model is frozen, the
-    features where the image encoder is. On a CPU frozen parts see one image at a time, so that a kept value
-    is the computed one to the last bit. Without `keys_repeat`, as with augmentation, nothing is kept beyond
-    a batch. `load_language` gives the frozen language model that `model` is without, when it is needed.
+    Outputs of frozen parts are kept for each image, computed one by one on a CPU: the same to the last bit.
+    Without `keys_repeat`, as with augmentation, nothing is kept beyond a batch. `load_language` gives the
+    frozen language model that `model` is without, when it is needed.
     """
 
     kind = "lora"
@@ -228,10 +227,7 @@ class MaskPolicy:
         return self._language
 
     def keep_states(self, items: Iterable[tuple[str, np.ndarray]]) -> int:
-        """Keeps the [SEG] states of images (key, uint8) for the run: stored ones, or else computed.
-
-        Gives the number of computed ones.
-        """
+        """Keeps the [SEG] states of images (key, uint8) for the run; gives how many were not stored."""
         names, waiting, computed = {}, {}, 0
         for key, image in items:
             names[key] = content = image_key(image)
@@ -255,13 +251,10 @@ class MaskPolicy:
         self._kept |= dict(processes.gather([*self._kept.items()]))
 
     def _compute_states(self, images: dict[str, np.ndarray]) -> None:
-        states = self._in_one_pass(self._states_of, [*images.values()])
+        states = self._in_one_pass(lambda x: self._seg_states(self._inputs(x)).split(1), [*images.values()])
         for content, state in zip(images, states, strict=True):
             self._kept[content] = state.clone()
             self.states.write(content, {"state": self._kept[content]})
-
-    def _states_of(self, images: list[np.ndarray]) -> Sequence[Tensor]:
-        return self._seg_states(self._inputs(images)).split(1)
 
     def drop_language(self) -> None:
         """Gives the memory of a frozen language model back, until an image comes whose state is not kept."""

@@ -183,18 +183,20 @@ class PPOUpdate:
     def _measure(
         self, batch: TrainBatch, inputs: Any, choice: Tensor, rollout: tuple, logits: list | None = None
     ) -> tuple[Tensor, dict[str, float]]:
-        """This process's part of the loss by the present weights, and the values of LOSS_METRICS of all."""
+        """This process's part of the loss by the present weights, and the means of LOSS_METRICS of all."""
         decode = self.policy.decode
         logits = logits or batch.inside(self.policy.logits(decode(inputs, batch.keys), choice, inputs))
         loss, rows = self._loss(logits, *rollout)
-        return loss * batch.weight, loss_metrics(processes.gather(rows if batch.weight else []))
+        table = torch.stack(processes.gather(rows if batch.weight else []))
+        metrics = dict(zip(LOSS_METRICS, table.mean(0).tolist(), strict=True))
+        metrics["ratio_gap"] = float(table[:, LOSS_METRICS.index("ratio_gap")].max())  # the largest
+        return loss * batch.weight, metrics
 
     @torch.no_grad()
     def _shorten(self, start: dict, update: dict, measure: Callable[[], tuple]) -> dict[str, float]:
         """Shortens the step from `start` until the KL is at most `target_kl`; the metrics there.
 
-        The backtracking line search of TRPO (Schulman et al. 2015). The optimizer's moments stay: they are
-        means of gradients, whatever the length of the step.
+        The backtracking line search of TRPO (Schulman et al. 2015); the optimizer's moments stay.
         """
         end, part, limit = self.policy.values(), 1.0, self.settings.target_kl
         for left in reversed(range(BACKTRACKS)):
@@ -248,13 +250,6 @@ class PPOUpdate:
         self.num_rollouts = state["num_rollouts"]
         if self.constrained and state["multipliers"]:  # none where another objective had been set
             self.constrained.multipliers = dict(state["multipliers"])
-
-
-def loss_metrics(rows: list[Tensor]) -> dict[str, float]:
-    """Means over images, and of all images the largest gap of a ratio."""
-    table = torch.stack(rows)
-    largest = {"ratio_gap": float(table[:, LOSS_METRICS.index("ratio_gap")].max())}
-    return dict(zip(LOSS_METRICS, table.mean(0).tolist(), strict=True)) | largest
 
 
 def rollout_metrics(credits: list[Credit]) -> dict[str, float]:

@@ -62,13 +62,9 @@ def clipped_policy_loss(
     policy does on average: (1 - p) (R(on) - R(off)) for on, -p (R(on) - R(off)) for off. With p as
     `action_weight` this is the all-action policy gradient (Asadi et al. 2017; Ciosek & Whiteson 2018).
 
-    Args:
-        logprobs: (2, H, W) under the current policy, with gradient.
-        old_logprobs: (2, H, W) stored when the masks were sampled.
-        difference: (H, W), R(on) - R(off).
-        action_weight: (K, H, W), weight of on, in [0, 1]: sampled masks, or p; off has the rest.
-        variance: (H, W) Bernoulli variance under the old policy; its sum normalises the divergence.
-        clip: half-width of the clip range.
+    The log-probabilities, now and when the masks were sampled, are (2, H, W), `difference` = R(on) - R(off)
+    and `variance`, of the old policy, which normalises the divergence, (H, W), `action_weight`, of on, (K, H,
+    W).
     """
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
@@ -111,9 +107,9 @@ def sample_masks(
 ) -> Tensor:
     """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
-    (H, W) logits give (K, H, W) bool masks, up to rounding the same on every device: the generator is on the
-    CPU, and only its noise is smoothed on the device of the logits.
-    `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent pixels.
+    (H, W) logits give (K, H, W) bool masks, up to rounding the same on every device, as the generator is on
+    the CPU. `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent
+    pixels.
     """
     field = gaussian_field(num_samples, logits.shape, correlation_px, generator, logits.device)
     # P(field < quantile of p) = p for a standard normal field.

@@ -1,7 +1,7 @@
 """Several processes of one training, as torchrun or `accelerate launch` start them.
 
-Each takes its share of every batch and of the images of a validation. Gradients are summed and metrics
-gathered, so that all processes take the same decisions. The main one alone writes to the run folder.
+Each takes its share of every batch and validation; gradients are summed and metrics gathered, so that all
+take the same decisions. The main one alone writes to the run folder.
 """
 
 import os

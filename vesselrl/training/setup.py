@@ -5,7 +5,7 @@ import math
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import SPLIT_FILE, Split, read_split, split_by_patient, take, write_split
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RewardError
-from vesselrl.evaluation.evaluate import caveats_of, load_pixels
+from vesselrl.evaluation.evaluate import caveats_of, caveats_of_built_in, load_pixels
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import RANDOM_MODEL, READING, TrainConfig
 from vesselrl.experiment.options import hide_paths
@@ -95,7 +95,8 @@ def prepare_data(config: TrainConfig, run: RunFolder) -> RunData:
             logger.warning("%s: %d images requested, %d available", name, requested, available)
         counts[name] = {"requested": requested, "available": available, "used": len(used)}
     counts |= {"split_unit": split.unit, "test_seen_by_base": sum(sample.key in seen for sample in test)}
-    own = {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
+    own = caveats_of_built_in(data.data_root, control or config.model.model_path)
+    own |= {Caveat.CONTROL: Caveat.CONTROL.text(**CONTROLS[control])} if control else {}
     caveats = (caveats_of(split, subset, seen) | own for subset in (val, test))
     return RunData(train, val, test, counts, *caveats)
 
@@ -200,10 +201,7 @@ def read_ahead(batches: Iterable[TrainBatch], store: FeatureStore | None) -> Ite
 
 @contextmanager
 def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolder]:
-    """The run's folder, a new one or that to go on in, kept from other trainings.
-
-    What processes write that are not the main one is thrown away.
-    """
+    """The run's folder, a new one or that to go on in, locked; processes but the main one get a scratch."""
     if not processes.is_main():
         with TemporaryDirectory() as scratch, processes.peers("by peer"):
             if resume_from is not None:
@@ -317,13 +315,21 @@ def select_device(gpu: int) -> str:
 
 
 def learning_rate(config: TrainConfig, batches: BatchSource) -> Callable[[int], float]:
-    """The learning rate of a training by step, counted from 0, before the health rules lower it."""
+    """The learning rate by step, from 0: a warm cosine per stage, before the health rules lower it."""
     stage_of = partial(config.stage_of_epoch, num_epochs=batches.num_epochs)
     stages = [
         (sum(map(batches.num_batches, epochs)), config.rate_of_stage(stage))
         for stage, epochs in groupby(range(1, batches.num_epochs + 1), stage_of)
     ]
-    return partial(staged_warm_cosine, stages=stages, warmup_share=config.optim.warmup_share)
+
+    def rate(step: int) -> float:
+        for num_steps, peak in stages:
+            if step < num_steps:
+                return peak * warm_cosine(step, num_steps, config.optim.warmup_share)
+            step -= num_steps
+        return 0.0
+
+    return rate
 
 
 def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
@@ -337,17 +343,3 @@ def warm_cosine(step: int, num_steps: int, warmup_share: float) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def staged_warm_cosine(step: int, stages: Sequence[tuple[int, float]], warmup_share: float) -> float:
-    """Learning rate of a training in stages of (number of steps, peak rate), a warm cosine for each.
-
-    >>> [round(staged_warm_cosine(step, [(10, 1.0), (10, 0.1)], 0.2), 2) for step in (1, 6, 10, 11, 16)]
-    [1.0, 0.5, 0.05, 0.1, 0.05]
-    """
-    for num_steps, _ in stages[:-1]:
-        if step < num_steps:
-            break
-        step, stages = step - num_steps, stages[1:]
-    num_steps, peak = stages[0]
-    return peak * warm_cosine(step, num_steps, warmup_share)

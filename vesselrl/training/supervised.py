@@ -58,10 +58,9 @@ def mask_skeleton_recall_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def mask_scnp_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """`mask_loss` of the worst logit of the same class around each pixel; shapes as for `mask_loss`.
+    """`mask_loss` of the worst logit of a pixel's class in the 3 x 3 around it; shapes as for `mask_loss`.
 
-    That is the lowest of the vessel pixels in the 3 x 3 around a vessel pixel, the highest of the background
-    pixels around another. Valverde et al., Same-Class Neighbor Penalization (SCNP), CVPR 2026.
+    Valverde et al., Same-Class Neighbor Penalization (SCNP), CVPR 2026.
     """
     vessel, keys, end = truth > 0, pixel_keys(logits), 2**63 - 1
     lowest = extreme(torch.minimum, torch.where(vessel, keys, end), "square")
@@ -77,8 +76,8 @@ def share_inside(part: Tensor, whole: Tensor) -> Tensor:
 def soft_skeleton(image: Tensor) -> Tensor:
     """What openings take from an image (B, H, W) in [0, 1] and from its erosions, joined as a + (1 - a) * b.
 
-    With the values of MONAI's `soft_skel`, in a fraction of its time: erosion and dilation choose pixels, so
-    integers that name pixels in the order of their values go through them, and the gradient need not.
+    As MONAI's `soft_skel`, in a fraction of its time: integers that name pixels in the order of their values
+    go through erosion and dilation, which choose pixels; the gradient need not.
     """
     keys = pixel_keys(image) if image.requires_grad else image
     skeleton, one = torch.zeros_like(image), torch.ones_like(image)
@@ -124,10 +123,7 @@ SFT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class SupervisedUpdate:
-    """Supervised steps of the adapters or of the U-Net, with self-checks at the first.
-
-    With `flips` each image is flipped at random with its truth.
-    """
+    """Supervised steps of adapters or, with `flips` of image and truth, of a U-Net, with self-checks."""
 
     def __init__(
         self,

@@ -17,19 +17,20 @@ from vesselrl.data.samples import Sample
 from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
 from vesselrl.evaluation.evaluate import evaluate
-from vesselrl.evaluation.figures import Case, choose_cases, plot_curves, write_cases
+from vesselrl.evaluation.figures import Case, choose_cases, curves_figure, save_png, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.experiment.config import TrainConfig
+from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import RunFolder, provenance
 from vesselrl.experiment.stop import finish_first
 from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
-from vesselrl.scoring.rewards import Reward
+from vesselrl.scoring.rewards import Reward, source_hash
 from vesselrl.training import checkpoint, processes, setup
-from vesselrl.training.baselines import best_frangi
-from vesselrl.training.checkpoint import STATE_FILE, Model, with_values
+from vesselrl.training.baselines import best_frangi, measure_fit
+from vesselrl.training.checkpoint import PREVIOUS_FILE, STATE_FILE, Model, with_values
 from vesselrl.training.health import Health, check_learned
 from vesselrl.training.logging import Monitor
 from vesselrl.training.ppo import PPOUpdate
@@ -97,11 +98,8 @@ def train(
     `argv` is the command line, stored as provenance; without a console there are no progress bars.
     `allow_change`: parts of the fingerprint that may have changed since. The main process has the result.
 
-    Raises:
-        DataError, CheckpointError, RewardError, RunError: bad input, before anything is trained; a new run
-            folder is removed again, an older one left as it is.
-        LearningError: the run does not learn.
-        Stopped: a signal, after the step that it came in; the state to go on from is saved.
+    Bad input is an error before anything is trained, which leaves no new folder; LearningError: the run does
+    not learn; Stopped: a signal, after the step that it came in, with the state to go on from saved.
     """
     reward = setup.check_settings(config)
     with processes.connected(), setup.open_run(config, resume_from) as run:
@@ -134,10 +132,9 @@ def train(
 def resume(
     folder: Path, argv: list[str], console: Console | None = None, allow_change: Sequence[str] = ()
 ) -> TrainResult:
-    """Goes on with an interrupted training after its last validation, with its own settings.
+    """Goes on with an interrupted training after its last validation, with its own settings; see `train`.
 
     On a CPU it ends as it would have without the interruption; with several images per step, up to rounding.
-    RefusedError where the run has finished, is in use, or is not the same any more but for `allow_change`.
     """
     config = TrainConfig.from_dict(checkpoint.interrupted_settings(folder))
     return train(config, argv, console, folder, allow_change)
@@ -155,7 +152,7 @@ def set_up(
     allow_change: Sequence[str],
 ) -> Training:
     """Prepares data and model, checks that they are those of `state`, and writes the first files of a run."""
-    fingerprint = checkpoint.settings_fingerprint(config, reward)
+    fingerprint = {"settings": hide_paths(config.to_dict()), "reward": source_hash(reward)}
     changed = checkpoint.check_fingerprint(state, fingerprint, allow_change)  # before any data is drawn
     with setup.untouched(run, is_new=state is None) as place:
         data = processes.from_main(partial(setup.prepare_data, config, place))
@@ -184,6 +181,8 @@ def set_up(
 def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
     """Scores the validation images; keeps the best weights; rolls back where Dice has fallen far."""
     latest = before = evaluate_subset(t, "val", "validation")
+    if t.latest is None:
+        t.health.history.fit = processes.from_main(partial(measure_fit, t.config, t.data, latest.rows))
     if t.before is None and t.model.base is not t.model.start:
         before = evaluate_subset(t, "val", "base model", t.model.base)
     with finish_first():
@@ -357,7 +356,7 @@ def score_test(t: Training) -> dict[str, Evaluation]:
 
 def draw(t: Training) -> None:
     """Curves, and image | truth | before | after for the best, median and worst validation images."""
-    plot_curves(t.run.path / "metrics.jsonl", t.run.path / "curves.png")
+    save_png(curves_figure(t.run.metrics_file), t.run.path / "curves.png")
     cases, samples = [], {sample.key: sample for sample in t.data.val}
     for key, rank in choose_cases(t.best.rows).items():
         (image, truth), masks = t.load(samples[key]), []
@@ -385,13 +384,15 @@ def write_results(t: Training, tested: Mapping[str, Evaluation], calls: list[dic
         "grad_norm_max": t.monitor.grad_norm_max,
         "reward_time_share": t.monitor.reward_time_share,
         **{name: sum(one[name] for one in calls) for name in calls[0]},
+        "fit": t.health.history.fit,
         "findings": [issue.to_json() for issue in t.monitor.issues],
         "metric_spec": METRIC_SPEC,
         "provenance": t.provenance,
     }
     t.run.write_json("training_info.json", info)
     write_run_report(t.run.path)
-    checkpoint.remove_states(t.run.path)
+    for name in (PREVIOUS_FILE, STATE_FILE):
+        (t.run.path / name).unlink(missing_ok=True)
     names = tuple(t.before.headline)
     validation = results.before_after_table(t.before, t.best, names)
     test = results.before_after_table(tested["before"], tested["after"], names) if tested else []
