@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 import tyro
 from rich.console import Console
 
-from vesselrl.errors import RefusedError, RunError
+from vesselrl.errors import EXPECTED, RefusedError, explanation
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.progress import LogFile, bar

@@ -33,7 +33,7 @@ class FeatureStore:
     """Outputs of a frozen part by image, on the CPU: in memory first, then in files that runs share.
 
     A file is named after the model and the pixels. Read back they are the computed ones to the last bit, in
-    the same memory layout, which decides how later layers round. `disk_bytes` limits the folder of all models.
+    the same memory layout, which decides how later layers round. `disk_bytes` limits the whole folder.
     """
 
     def __init__(
