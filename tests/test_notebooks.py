@@ -1,6 +1,7 @@
 """The notebooks in docs run, and what they show is what they made."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,7 @@ def test_a_notebook_runs_and_makes_as_many_pictures(path: Path, tmp_path: Path, 
     import nbformat
     from nbclient import NotebookClient
 
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}", prepend=":")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}", prepend=os.pathsep)
     notebook = nbformat.read(path, as_version=4)
     before = pictures(notebook)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

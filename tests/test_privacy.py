@@ -104,7 +104,10 @@ def output(named_angiograms: Path, tiny_checkpoint: Path, tmp_path_factory: pyte
         assert call("data", "show", named_angiograms, "--output", folder / "sheet.png") == 0
         assert call("doctor", *root) in (0, 1)
         predict = ["predict", "--lora_weights", run, "--base_model", tiny_checkpoint]
-        assert call(*predict, "--image", bad, "--output_dir", folder / "predicted") == 3
+        labels = ["--format", "labelme", "coco"]
+        assert call(*predict, "--image", bad, "--output_dir", folder / "predicted", *labels) == 3
+        merge = ["data", "merge", named_angiograms, folder / "predicted" / "labelme", "--output"]
+        assert [call(*merge, bad.parent / "merged") for _ in range(2)] == [0, 2]  # data again; it is there
         assert call(*predict, "--image", bad / "Ylva heart 1.png", "--output_dir", folder / "none") == 1
         merge = ["merge", "--lora_weights", run, "--base_model", tiny_checkpoint]
         assert call(*merge, "--output_model", folder / "merged") in (0, 1)  # where no vessel is found

@@ -108,6 +108,7 @@ def test_predicted_corrected_merged_and_trained_on(
     for subset in SUBSETS:
         assert set(split.patients(subset)) <= set(new.patients(subset))
     assert sum(len(getattr(new, subset)) for subset in SUBSETS) == 20
+    assert after[files[-1].name].patient in new.patients("train")  # 13 of 17 images were there
     options = ["--data_root", str(merged), "--split_file", str(merged / "data_split.json")]
     runs = tmp_path / "runs"
     assert main(["train", "--preset", "debug", *model, *options, "--output_dir", str(runs)]) == 0

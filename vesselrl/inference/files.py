@@ -21,7 +21,7 @@ from PIL import Image
 
 from vesselrl.data.dicom import flat_name, frames, locate
 from vesselrl.data.formats import coco, labelme
-from vesselrl.data.images import IMAGE_SUFFIXES, read_size
+from vesselrl.data.images import IMAGE_SUFFIXES, read_mask, read_size
 from vesselrl.data.pairing import list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 LIST_FILE = "predictions.csv"
 COLUMNS = ("image", "result", "status", "uncertainty", "foreground", *MEASUREMENTS, *IN_MM, "reason")
-LABELS = {"labelme", "coco"}  # formats in which masks are corrected
+LABELS = {"labelme": "labelme", "coco": "coco/images"}  # formats to correct masks in, with their images
 ALL = "0/1"  # the shard that has every image
 AHEAD = 2  # images that wait to be predicted, and that wait to be written
 _BROKEN_PNG = (OSError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -146,7 +146,7 @@ class _Job:
                 self.row |= {"status": "kept"} | {name: there[name] for name in found}
             else:
                 self.row["status"] = "replaced" if there else "done"
-            if self.row["status"] != "kept" or LABELS & {*self.formats}:
+            if self.row["status"] != "kept" or LABELS.keys() & self.formats:
                 self.image = read_image(self.file, self.name)
         except OSError as error:
             self._fail(f"the file cannot be read ({error.strerror}).")
@@ -167,8 +167,12 @@ class _Job:
         """Writes the results; returns the row."""
         if self.prediction is not None:
             self.row |= self.prediction.save(self.result, self.origin)
-        if self.row["status"] != "failed" and LABELS & {*self.formats}:
-            mask = self.prediction.mask if self.prediction else _saved_mask(self.result)
+        if self.row["status"] != "failed" and LABELS.keys() & self.formats:
+            mask = (
+                self.prediction.mask
+                if self.prediction
+                else read_mask(picture_path(self.result, "mask"), self.name)
+            )
             _write_labels(self.image, mask, self.result, self.formats)
         return self.row
 
@@ -220,7 +224,7 @@ def _write_lists(folder: Path, shard: str, rows: list[dict], head: str, formats:
         writer.writerows(rows)
     if "coco" in formats:
         results = [row["result"] for row in rows if row["status"] != "failed"]
-        masks = ((f"{result}.png", _saved_mask(folder / result)) for result in results)
+        masks = ((f"{name}.png", read_mask(picture_path(folder / name, "mask"), name)) for name in results)
         write_text(folder / "coco" / "instances.json", json.dumps(coco(masks)))
 
 
@@ -229,18 +233,12 @@ def _write_labels(image: np.ndarray, mask: np.ndarray, result: Path, formats: Co
 
     One that is there stays: somebody may have corrected it.
     """
-    for kind, place in (("labelme", "labelme"), ("coco", "coco/images")):
-        if kind in formats:
-            with atomic_write(result.parent / place / f"{result.name}.png") as partial:
-                Image.fromarray(image).save(partial, format="PNG")
+    for kind in LABELS.keys() & formats:
+        with atomic_write(result.parent / LABELS[kind] / f"{result.name}.png") as partial:
+            Image.fromarray(image).save(partial, format="PNG")
     file = result.parent / "labelme" / f"{result.name}.json"
     if "labelme" in formats and not file.exists():
         write_text(file, json.dumps(labelme(f"{result.name}.png", mask)))
-
-
-def _saved_mask(result: Path) -> np.ndarray:
-    with Image.open(picture_path(result, "mask")) as picture:
-        return np.asarray(picture) > 0
 
 
 def read_stamp(result: Path) -> dict:
