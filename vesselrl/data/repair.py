@@ -143,8 +143,8 @@ def _write_group(
             shutil.copyfile(source, target)
         Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
         if first.fov_path is not None:
-            (copy / "fov" / first.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(first.fov_path, copy / "fov" / f"{first.name}{first.fov_path.suffix}")
+            (fov_file := copy / "fov" / f"{first.name}.png").parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(read_mask(first.fov_path, written.record).astype(np.uint8) * 255).save(fov_file)
     except OSError as error:  # its text holds the path
         fault = f"{written.record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None

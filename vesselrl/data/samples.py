@@ -108,7 +108,7 @@ def load_fov(sample: Sample) -> np.ndarray | None:
     fov = read_mask(path, record, broken="unreadable_mask")
     if fov.mean() < LEAST_SEEN:
         fault = (
-            f"it shows {fov.mean():.0%} of the image. Is it a mask of vessels? Name their folder: --mask_dir."
+            f"it shows {fov.mean():.0%} of the image, as a mask of vessels does. Put such masks into masks/."
         )
         raise DataError(f"{record}: {fault}", "small_fov")
     return resize_mask(fov, read_size(sample.image_path, sample.record)[::-1])
