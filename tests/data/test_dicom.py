@@ -94,9 +94,9 @@ def test_grey_values_are_those_that_pydicom_shows(tmp_path: Path, kind: str, inv
 
 
 def test_values_that_nothing_says_how_to_show(tmp_path: Path) -> None:
-    """As PNG: the fewest bits that hold all values; signed ones begin at their lowest."""
+    """As PNG: the fewest bits that hold all values, from the lowest on."""
     deep = write_dicom(tmp_path / "a.dcm", RAMP, 16)
-    signed = write_dicom(tmp_path / "b.dcm", RAMP.astype(np.int16) - 2048, 12)
+    signed = write_dicom(tmp_path / "b.dcm", RAMP.astype(np.int16) - 2048, 16)
     inverted = write_dicom(tmp_path / "c.dcm", RAMP, 12, PhotometricInterpretation="MONOCHROME1")
     flat = write_dicom(tmp_path / "d.dcm", (RAMP >> 4).astype(np.uint8), RescaleSlope=1, RescaleIntercept=0)
     for file in (deep, signed, flat):

@@ -54,14 +54,17 @@ def flat_name(path: Path) -> str:
 
 def identity_of(path: Path | None, name: str) -> Identity | None:
     """The patient of the header, by ID or else by name; None without both. `name`: of the picture."""
-    if path is None or not is_dicom(path) or (header := _read_header(locate(path)[0])) is None:
+    if path is None or not is_dicom(path):
         return None
-    folder, _, stem = name.rpartition("/")
-    series = folder or str(header.get("SeriesInstanceUID") or "")
+    file, frame = locate(path)
+    if (header := _read_header(file)) is None:
+        return None
+    series = name.rpartition("/")[0] or str(header.get("SeriesInstanceUID") or "")
     number = "".join(str(header.get("PatientID") or "").split()).casefold()
     person = plain_name(str(header.get("PatientName") or ""))
     people = [f"id:{number}"] * bool(number) + [f"name:{person}"] * bool(person)
-    return Identity(*people, sequence=series, frame=re.search("[0-9]*$", stem)[0]) if people else None
+    # No other digits of the name are a frame's: they may be the ID.
+    return Identity(*people, sequence=series, frame=str(frame or "")) if people else None
 
 
 class Frame:
@@ -92,18 +95,20 @@ class Frame:
         self.mode = "L" if is_told or header.BitsStored <= 8 else "I;16"
 
     def copy(self) -> Image.Image:
-        """The pixels in 8 bits, as a viewer first shows them; as they are stored if nothing says how."""
+        """The pixels in 8 bits, as a viewer first shows them; else the values above the frame's lowest."""
         from pydicom.pixels import pixel_array
 
         header, (record, broken) = self._header, self._place
+        is_inverted = header.PhotometricInterpretation == "MONOCHROME1"
         low = -(2 ** (header.BitsStored - 1)) if header.get("PixelRepresentation") else 0
-        stored = np.arange(low, low + 2**header.BitsStored)
         try:
-            levels = stored - low if self.mode == "I;16" else np.round(255 * _shares(stored, self._display))
-            if header.PhotometricInterpretation == "MONOCHROME1":
-                levels = (len(levels) - 1 if self.mode == "I;16" else 255) - levels
-            places = pixel_array(self._file, index=self._index).astype(np.int64) - low
-            return Image.fromarray(levels.astype(np.uint16 if self.mode == "I;16" else np.uint8)[places])
+            values = pixel_array(self._file, index=self._index).astype(np.int64)
+            if self.mode == "I;16":
+                values = -values if is_inverted else values
+                return Image.fromarray((values - values.min()).astype(np.uint16))
+            shares = _shares(np.arange(low, low + 2**header.BitsStored), self._display)
+            levels = np.round(255 * (1 - shares if is_inverted else shares)).astype(np.uint8)
+            return Image.fromarray(levels[values - low])
         except Exception:  # of any kind, and its text may hold values of the header
             raise DataError(f"{record}: {_why_undecoded(header)}", broken) from None
 

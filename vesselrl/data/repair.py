@@ -166,9 +166,8 @@ def _write_pair(
             shutil.copyfile(locate(entry.image_path)[0], target)
         Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
         if entry.fov_path is not None:
-            fov_file = copy / "fov" / f"{entry.name}{entry.fov_path.suffix}"
-            fov_file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(entry.fov_path, fov_file)
+            (fov_file := copy / "fov" / f"{entry.name}.png").parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(read_mask(entry.fov_path, record).astype(np.uint8) * 255).save(fov_file)
     except OSError as error:  # its text holds the path
         fault = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None

@@ -108,7 +108,7 @@ def load_fov(sample: Sample) -> np.ndarray | None:
     fov = read_mask(path, record, broken="unreadable_mask")
     if fov.mean() < LEAST_SEEN:
         fault = (
-            f"it shows {fov.mean():.0%} of the image. Is it a mask of vessels? Name their folder: --mask_dir."
+            f"it shows {fov.mean():.0%} of the image, as a mask of vessels does. Put such masks into masks/."
         )
         raise DataError(f"{record}: {fault}", "small_fov")
     return resize_mask(fov, read_size(sample.image_path, sample.record)[::-1])
@@ -180,12 +180,11 @@ def read_outlines(entry: Entry, size: Size, record: str, findings: Findings) -> 
 
 def _check_frames(entry: Entry, record: str) -> None:
     """Refuses a DICOM mask of more or fewer frames than its image has."""
-    files = {locate(path)[0] for path in (entry.image_path, entry.mask_path)}
-    if len(files) == 2 and all(map(is_dicom, files)):
-        image, mask = (len(frames(locate(path)[0])) for path in (entry.image_path, entry.mask_path))
-        if image != mask:
-            fault = f"the mask has {mask} frames, its image {image}. Give one for each, or PNG files."
-            raise DataError(f"{record}: {fault}", "label_size")
+    files = [locate(path)[0] for path in (entry.image_path, entry.mask_path)]
+    counts = [len(frames(file)) for file in files if is_dicom(file)]
+    if len({*counts}) > 1:
+        fault = "the mask has {1} frames, its image {0}. Give one for each, or PNG files.".format(*counts)
+        raise DataError(f"{record}: {fault}", "label_size")
 
 
 def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:
