@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
-from vesselrl.errors import RunError
+from vesselrl.errors import EXPECTED, explanation
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.progress import LogFile, bar
@@ -36,11 +35,6 @@ USAGE = "VERB [options]   (vesselrl VERB --help lists them)"
 Verb = Callable[[list[str]], int]
 BASE_ALONE = "none"  # in the place of an adapter
 RUNS = Path("output")  # where runs are looked for
-EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
-OUT_OF_MEMORY = (
-    "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
-    "--num_samples or a smaller --lora_scope."
-)
 # Of several processes the main one says what goes on, and the others, by number, what goes wrong.
 OF_PROCESS = "" if processes.is_main() else f"process {processes.rank()}: "
 LOG_FORMAT = f"%(asctime)s {OF_PROCESS}%(message)s", "%H:%M:%S"
@@ -84,26 +78,11 @@ def fail(error: Exception) -> int:
     return getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
 
 
-def explanation(error: Exception) -> str:
-    """One line about what a user can mend; empty for a fault of ours."""
-    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
-    if not (out_of_memory or isinstance(error, EXPECTED)):
-        return ""
-    text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
-    if isinstance(error, OSError) and error.filename:  # it may be that of a patient
-        text = f"A file cannot be used ({error.strerror}); VESSELRL_TRACEBACK=1 shows which."
-    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
-
-
 def run_logged(folder: str | Path, name: str, run: Callable[[], "TrainResult | None"]) -> int:
-    """Trains, with a log file that says how it ended, and shows what came of it."""
+    """Trains, with a log file, and shows what came of it."""
     log = LogFile(folder, name, logging.Formatter(*LOG_FORMAT))
     with nullcontext() if OF_PROCESS else log:
-        try:
-            print_result(run(), log)
-        except BaseException as error:
-            log.add(escape(f"ended by {type(error).__name__}: {explanation(error) or error}"))
-            raise
+        print_result(run(), log)
     return 0
 
 

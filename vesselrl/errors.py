@@ -66,3 +66,21 @@ class Stopped(BaseException):
     def __init__(self, number: int):
         super().__init__(number)
         self.exit_code = 128 + number
+
+
+EXPECTED = (ValueError, OSError, ModuleNotFoundError, RunError)
+OUT_OF_MEMORY = (
+    "The GPU's memory does not suffice. Give --use_bf16; in training also --batch_size 1, fewer "
+    "--num_samples or a smaller --lora_scope."
+)
+
+
+def explanation(error: BaseException) -> str:
+    """One line about what a user can mend; empty for a fault of ours."""
+    out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    if not (out_of_memory or isinstance(error, EXPECTED)):
+        return ""
+    text = f"{OUT_OF_MEMORY} {error}" if out_of_memory else str(error)
+    if isinstance(error, OSError) and error.filename:  # it may be that of a patient
+        text = f"A file cannot be used ({error.strerror}); VESSELRL_TRACEBACK=1 shows which."
+    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
+
+from vesselrl.errors import explanation
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +69,9 @@ def logged(items: Iterable[T], label: str, total: int | None = None) -> Iterator
 
 
 class LogFile(logging.FileHandler):
-    """The log of a training as FOLDER/train_NAME_TIME.log, which a `with` block fills.
+    """The log of a `with` block, and how it ended, as FOLDER/train_NAME_TIME.log.
 
-    It is made, with its folder, for its first line; where it cannot be, there is none.
+    The file is made, with its folder, for its first line; where it cannot be, there is none.
     """
 
     def __init__(self, folder: str | Path, name: str, line: logging.Formatter) -> None:
@@ -86,7 +89,9 @@ class LogFile(logging.FileHandler):
         logging.getLogger().addHandler(self)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if error:
+            self.add(escape(f"ended by {kind.__name__}: {explanation(error) or error}"))
         logging.getLogger().removeHandler(self)
         self.close()
 
