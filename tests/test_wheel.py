@@ -35,10 +35,10 @@ def test_a_wheel_trains_evaluates_and_predicts_and_says_what_is_missing(
     (wheel,) = tmp_path.glob("vesselrl-*.whl")
     shutil.rmtree(source)
     call(sys.executable, "-m", "venv", "--without-pip", place)
-    inside = "Scripts" if os.name == "nt" else "bin"
-    python = place / inside / "python"
+    folder, suffix = ("Scripts", ".exe") if os.name == "nt" else ("bin", "")
+    python, vesselrl = (place / folder / f"{name}{suffix}" for name in ("python", "vesselrl"))
     call(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
-    said = call(place / inside / "vesselrl", "train", "--preset", "debug", code=1)
+    said = call(vesselrl, "train", "--preset", "debug", code=1)
     assert "This Python lacks" in said
     assert "torch" in said
     assert said.endswith("Run: pip install vesselrl\n")
@@ -46,7 +46,6 @@ def test_a_wheel_trains_evaluates_and_predicts_and_says_what_is_missing(
     (packages,) = place.rglob("site-packages")
     (packages / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert str(place) in call(python, "-c", "import vesselrl; print(vesselrl.__file__)")
-    vesselrl = place / inside / "vesselrl"
     assert call(vesselrl, "--version").startswith("vesselrl ")
     lacking = next(name for name in ("swanlab", "trackio", "mlflow", "wandb") if find_spec(name) is None)
     said = call(vesselrl, "train", "--preset", "debug", "--report_to", lacking, code=2)

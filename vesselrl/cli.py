@@ -25,7 +25,7 @@ from vesselrl.errors import EXPECTED, RefusedError, explanation
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.progress import LogFile, bar
-from vesselrl.experiment.run_folder import CONFIG_FILE, find_run, run_settings
+from vesselrl.experiment.run_folder import CONFIG_FILE, run_settings
 from vesselrl.training import processes
 
 if TYPE_CHECKING:
@@ -123,14 +123,16 @@ def run_train(rest: list[str]) -> int:
 def run_evaluate(rest: list[str]) -> int:
     """Score models on held-out patients."""
     args = parse(options.Evaluate, rest, "evaluate")
-    from vesselrl.evaluation.held_out import evaluate_held_out
+    from vesselrl.evaluation.held_out import base_beside, evaluate_held_out
+    from vesselrl.evaluation.words import differences_table
 
     failed, asked = False, args.lora_weights or (newest_run(args.base_model),)
     for weights in (None if weights == BASE_ALONE else weights for weights in asked):
         with bar(console, "evaluating") as progress:
             result = evaluate_held_out(args, weights, progress)
         print_evaluation(f"{weights or 'base model'}, {args.split}", args.threshold, result)
-        print_base_beside(args, weights, result)
+        if rows := base_beside(args, weights, result.evaluation):
+            console.print(differences_table(f"base model and adapter, {args.split}", rows))
         failed |= result.evaluation.too_many_failed
     return int(failed)
 
@@ -350,22 +352,6 @@ def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = No
     return tyro.cli(
         kind, args=arguments, prog=f"vesselrl {verb}", description=about, use_underscores=True, **given
     )
-
-
-def print_base_beside(args: options.Evaluate, weights: str | None, result: "HeldOutResult") -> None:
-    """The same scores of the base model, where the adapter's run has them of the same images and masks."""
-    from vesselrl.evaluation.results import before_after_table, read_evaluation, set_mismatch
-    from vesselrl.evaluation.words import differences_table
-
-    run = find_run(weights)
-    file = run and run / f"{args.split}_before.json"
-    changed = args.flips or args.threshold != 0.5 or {args.min_component_px, args.close_gaps} != {None}
-    if changed or not file or not file.is_file():
-        return
-    base, adapted = read_evaluation(file), result.evaluation
-    if not set_mismatch(base, adapted, "base", "adapter"):
-        rows = before_after_table(base, adapted)
-        console.print(differences_table(f"base model and adapter, {args.split}", rows))
 
 
 def config_of(place: Path) -> TrainConfig:

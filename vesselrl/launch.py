@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_PYTHON = (3, 11)
 RELAUNCHED = "VESSELRL_RELAUNCHED"  # set in the second process, so that there is never a third
-NEEDS_NO_TORCH = ("compare", "completion", "doctor")
+NEEDS_NO_TORCH = ("completion", "doctor")
 LIGHT_PACKAGES = ("matplotlib", "numpy", "rich", "tyro")
 MODEL_PACKAGES = ("cv2", "numba", "peft", "PIL", "safetensors", "scipy", "skimage", "torch", "transformers")
 

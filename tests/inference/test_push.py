@@ -1,6 +1,5 @@
 """Handing an adapter to a hub and taking it from there, with a folder in the place of the hub."""
 
-import fnmatch
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,17 +29,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
         def create_commit(self, name: str, operations: list, commit_message: str) -> SimpleNamespace:
             for one in operations:
-                content = one.path_or_fileobj
-                content = content if isinstance(content, bytes) else Path(content).read_bytes()
-                (root / name / one.path_in_repo).write_bytes(content)
+                with one.as_file() as file:
+                    (root / name / one.path_in_repo).write_bytes(file.read())
             return SimpleNamespace(repo_url=f"https://huggingface.co/{name}")
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        for file in (root / name).iterdir():
-            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
-                (tmp_path / "cache").mkdir(exist_ok=True)
-                shutil.copy(file, tmp_path / "cache")
-        return str(tmp_path / "cache")
+        others = [f.name for f in (root / name).iterdir() if f.name not in allow_patterns]
+        place, leave = tmp_path / "cache", shutil.ignore_patterns(*others)
+        return str(shutil.copytree(root / name, place, ignore=leave, dirs_exist_ok=True))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -21,7 +21,15 @@ from vesselrl.errors import DataError, RefusedError
 from vesselrl.evaluation import evaluate
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
-from vesselrl.evaluation.results import Caveat, Evaluation, csv_text, read_evaluation, write_evaluation
+from vesselrl.evaluation.results import (
+    Caveat,
+    Evaluation,
+    before_after_table,
+    csv_text,
+    read_evaluation,
+    set_mismatch,
+    write_evaluation,
+)
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate, hide_paths
@@ -118,6 +126,17 @@ def evaluate_held_out(
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
     return HeldOutResult(results, report_path, tuning)
+
+
+def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation) -> list[dict]:
+    """Paired differences to the base model, where the adapter's run has its scores of the same masks."""
+    run = find_run(lora_weights)
+    file = run and run / f"{options.split}_before.json"
+    post = options.threshold, options.min_component_px, options.close_gaps
+    if options.flips or post != (0.5, None, None) or not file or not file.is_file():
+        return []
+    base = read_evaluation(file)
+    return [] if set_mismatch(base, adapted, "base", "adapter") else before_after_table(base, adapted)
 
 
 def with_measurements(

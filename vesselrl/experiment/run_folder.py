@@ -147,7 +147,8 @@ class RunFolder:
         except (Stopped, OSError, RewardError) as error:
             with suppress(OSError):  # it may be out of reach
                 if any(self.path.glob("resume.*safetensors")):
-                    error.add_note(f"Go on with: vesselrl train --resume_from {shlex.quote(str(self.path))}")
+                    folder = shlex.quote(self.path.as_posix())
+                    error.add_note(f"Go on with: vesselrl train --resume_from {folder}")
             raise
 
 
