@@ -20,8 +20,8 @@ groups=(run)
 for argument in "$@"; do
   case "$argument" in
     --quiet) quiet=yes ;;
-    dev | docs | wandb) groups+=("$argument") ;;
-    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [docs] [wandb]" 2 ;;
+    dev | docs | demo | wandb) groups+=("$argument") ;;
+    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [docs] [demo] [wandb]" 2 ;;
   esac
 done
 

@@ -55,13 +55,13 @@ def test_masks_are_those_of_predict_and_the_model_sees_a_picture_once(pictures, 
     case = read(str(pictures[1]), read(None, None))
     settings = PostProcessing(), PostProcessing(0.37, 12), OTHER
     for post, expected in zip(settings, masks_of_predict(pictures[0], tmp_path, *settings), strict=True):
-        (_, shown), _, _, paths = demo.show(case, post, "mask", WORDS["en"])
+        (_, shown, *paths), *_ = demo.show(case, post, "mask", WORDS["en"])
         np.testing.assert_array_equal(pixels(paths[0]), expected)
-        np.testing.assert_array_equal(shown[::10, ::10, 0], expected)  # enlarged to 1280 px
+        np.testing.assert_array_equal(pixels(shown)[::10, ::10, 0], expected)  # enlarged to 1280 px
     assert 0 < expected.mean() < 128
     assert len(seen) == 1
-    assert {path.name.partition("_")[0] for path in paths} == {"picture"}
-    assert not any(PERSON.split("(")[0].encode() in path.read_bytes() for path in paths)
+    assert {Path(path).name.partition("_")[0] for path in paths} == {"picture"}
+    assert not any(PERSON.split("(")[0].encode() in Path(path).read_bytes() for path in paths)
 
 
 def test_numbers_and_marks_of_a_mask_made_by_hand(tmp_path: Path) -> None:
@@ -72,19 +72,19 @@ def test_numbers_and_marks_of_a_mask_made_by_hand(tmp_path: Path) -> None:
     logits[10:15, 10:15] = logits[34:39, 50:55] = 5  # a false component
     logits[36, 52] = -5  # a loop
     case = demo.Case(Path("a.png"), tmp_path, np.full((64, 64, 3), 90, np.uint8), logits, truth)
-    (_, shown), key, numbers, _ = demo.show(case, PostProcessing(), "overlay", WORDS["en"])
+    (_, shown, *_), key, numbers = demo.show(case, PostProcessing(), "overlay", WORDS["en"])
     for name in ("Break", "False component", "Loop added or lost"):
         assert f"{name}: 1<" in key
     for name, (row, column) in (("break", (31, 31)), ("false_piece", (12, 12)), ("wrong_loop", (36, 52))):
-        around = shown[20 * row - 20 : 20 * row + 40, 20 * column - 20 : 20 * column + 40]
+        around = pixels(shown)[20 * row - 20 : 20 * row + 40, 20 * column - 20 : 20 * column + 40]
         assert (around == demo.MARKS[name]).all(axis=2).any()
     assert f"<td>{evaluation_scores(logits > 0, truth)['dice']:.3f}</td>" in numbers
-    (_, plain), key, numbers, _ = demo.show(
+    (_, plain, *_), key, numbers = demo.show(
         replace(case, truth=None), PostProcessing(), "overlay", WORDS["en"]
     )
     assert "Break" not in key
     assert "Dice" not in numbers
-    assert not (plain == demo.MARKS["break"]).all(axis=2).any()
+    assert not (pixels(plain) == demo.MARKS["break"]).all(axis=2).any()
 
 
 def test_a_mask_of_another_picture_is_refused_and_both_languages_say_the_same(

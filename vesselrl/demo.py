@@ -13,7 +13,6 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -104,28 +103,32 @@ def draw(
     return before, after
 
 
-def write_files(case: Case, prediction: Prediction) -> tuple[list[Path], dict[str, Any]]:
-    """Writes KINDS and LABELS to be downloaded; returns the files, and the mask in numbers."""
+def write_files(
+    case: Case, prediction: Prediction, pictures: tuple[np.ndarray, np.ndarray]
+) -> tuple[list[str], dict[str, Any]]:
+    """Writes what is shown and what can be downloaded, KINDS and LABELS; returns paths and measurements."""
     for old in sorted(case.folder.iterdir())[:-1]:  # the one before may still be on its way
         shutil.rmtree(old)
     result = case.folder / f"{time.time_ns():020}" / case.name
     result.parent.mkdir()
     found = write_prediction(case.image, prediction, result, {})
-    paths, name = [Path(f"{result}_{kind}.png") for kind in KINDS], case.name + case.source.suffix
+    names = ["before.png", "after.png", *(f"{case.name}_{kind}.png" for kind in KINDS)]
+    for name, pixels in zip(names, pictures, strict=False):
+        cv2.imwrite(str(result.with_name(name)), pixels[:, :, ::-1])
+    given = case.name + case.source.suffix, prediction.mask
     for kind in LABELS:
-        pair = name, prediction.mask
-        content = formats.labelme(*pair) if kind == "labelme" else formats.coco([pair])
-        paths.append(Path(f"{result}_{kind}.json"))
-        paths[-1].write_text(json.dumps(content), encoding="utf-8")
-    return paths, found
+        names.append(f"{case.name}_{kind}.json")
+        content = formats.labelme(*given) if kind == "labelme" else formats.coco([given])
+        result.with_name(names[-1]).write_text(json.dumps(content), encoding="utf-8")
+    return [str(result.with_name(name)) for name in names], found
 
 
-def show(case: Case, post: PostProcessing, view: str, words: Mapping) -> tuple[tuple, str, str, list[Path]]:
-    """All that is shown of a case: picture and result, their legend, the numbers, files to download."""
+def show(case: Case, post: PostProcessing, view: str, words: Mapping) -> tuple[list[str], str, str]:
+    """All that is shown of a case: files (picture, result, downloads), legend and numbers."""
     prediction = Prediction.of_logits(case.logits, post)
-    paths, found = write_files(case, prediction)
     errors = None if case.truth is None else topology_errors(prediction.mask, case.truth)
     marked = errors if view == "overlay" else None
+    paths, found = write_files(case, prediction, draw(case, prediction, view, marked))
     areas = {"found": HIT, "missed": MISSED, "invented": INVENTED} if marked else {"vessel": INVENTED}
     areas = {"overlay": areas, "mask": {"vessel": HIT}, "probability": {}}[view]
     marks = [(*mark, len(places)) for mark, places in zip(MARKS.items(), marked or (), strict=bool(marked))]
@@ -136,41 +139,39 @@ def show(case: Case, post: PostProcessing, view: str, words: Mapping) -> tuple[t
     scores = {metric: number(metric, scores[metric]) for metric in SCORES if scores}
     page = {"words": words, "view": view, "areas": areas, "marks": marks, "scores": scores, "measured": texts}
     key, numbers = (render("demo.j2", "html", {"part": part} | page) for part in ("key", "numbers"))
-    return draw(case, prediction, view, marked), key, numbers, paths
+    return paths, key, numbers
+
+
+def draw_example(folder: Path, patient: int) -> list[str]:
+    """Draws a synthetic picture and its true mask into two files."""
+    paths = [str(folder / f"synthetic_{patient:03}{ending}.png") for ending in ("", "_mask")]
+    for path, pixels in zip(paths, *draw_sequence(TARGET, patient, 1, num_frames=1), strict=True):
+        Image.fromarray(pixels).save(path)
+    return paths
 
 
 def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The page as gradio's Blocks, and what of it belongs to its launch; files are written below a folder."""
     import gradio as gr
 
-    numbers_of_examples, wait = count(1), render("demo.j2", "html", {"part": "wait", "words": words})
-    read = partial(read_case, predictor, folder, words)
+    wait, patients = render("demo.j2", "html", {"part": "wait", "words": words}), count(1)
 
     def take(picture: str | None, truth: str | None, case: Case | None) -> Case | None:
         try:
-            return read(picture, truth, case) if picture else None
+            return read_case(predictor, folder, words, picture, truth, case) if picture else None
         except (DataError, NotFiniteError) as error:
             return gr.Warning(str(error), title=words["error"])
 
     def update(case: Case | None, threshold: float, min_px: float, gaps: float, view: str) -> list[Any]:
         if case is None:
             return [None, "", wait, *[gr.DownloadButton(value=None, interactive=False)] * len(ways)]
-        *shown, paths = show(case, PostProcessing(threshold, int(min_px), gaps), view, words)
-        return [*shown, *(gr.DownloadButton(value=str(path), interactive=True) for path in paths)]
-
-    def example() -> list[str]:
-        patient = next(numbers_of_examples)
-        paths = [str(folder / f"synthetic_{patient:03}{ending}.png") for ending in ("", "_mask")]
-        for path, pixels in zip(paths, *draw_sequence(TARGET, patient, 1, num_frames=1), strict=True):
-            Image.fromarray(pixels).save(path)
-        return paths
+        paths, *texts = show(case, PostProcessing(threshold, int(min_px), gaps), view, words)
+        files = [gr.DownloadButton(value=path, interactive=True) for path in paths[2:]]
+        return [tuple(paths[:2]), *texts, *files]
 
     with gr.Blocks(title=f"vesselrl · {words['title']}", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(head)
-        case, post = (
-            gr.State(delete_callback=lambda case: case and shutil.rmtree(case.folder)),
-            predictor.post,
-        )
+        case, post = gr.State(), predictor.post
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=290):
                 picture = gr.File(label=words["picture"], height=130, elem_id="picture")
@@ -183,22 +184,19 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
             with gr.Column(scale=5, min_width=320):
                 names = [(words[view], view) for view in VIEWS]
                 view = gr.Radio(names, value=VIEWS[0], show_label=False, container=False, elem_id="view")
-                look = {"format": "png", "max_height": 720, "buttons": ["fullscreen"], "elem_id": "result"}
+                look = {"max_height": 720, "buttons": ["fullscreen"], "elem_id": "result"}
                 result, key = gr.ImageSlider(label=words["result"], interactive=False, **look), gr.HTML()
                 with gr.Row():
-                    kinds = [
-                        f"↓ {words[kind]} ({'JSON' if kind in LABELS else 'PNG'})"
-                        for kind in (*KINDS, *LABELS)
-                    ]
-                    ways = [
-                        gr.DownloadButton(kind, interactive=False, size="sm", min_width=140) for kind in kinds
-                    ]
+                    named = dict.fromkeys(KINDS, "PNG") | dict.fromkeys(LABELS, "JSON")
+                    named = [f"↓ {words[kind]} ({ending})" for kind, ending in named.items()]
+                    look = {"interactive": False, "size": "sm", "min_width": 140}
+                    ways = [gr.DownloadButton(name, **look) for name in named]
             with gr.Column(scale=2, min_width=240):
                 figures = gr.HTML(wait)
         controls, shown = [case, threshold, min_px, gaps, view], [result, key, figures, *ways]
         events = [
             picture.upload(lambda: None, None, truth).then,
-            button.click(example, None, [picture, truth]).then,
+            button.click(lambda: draw_example(folder, next(patients)), None, [picture, truth]).then,
         ]
         for event in (*events, picture.clear, truth.upload, truth.clear):
             event(take, [picture, truth, case], case).then(update, controls, shown, show_progress="hidden")

@@ -24,8 +24,32 @@ class Resume:
     allow_change: tuple[Literal["settings", "reward", "model", "split", "images", "masks"], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Using:
+    """A model, and how its probabilities become masks."""
+
+    # Checkpoint folder; none: the embedded miniature.
+    base_model: BaseModel = None
+    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
+    # the base model where there is no run or --base_model is given.
+    lora_weights: str | None = None
+    # Probability above which a pixel is vessel.
+    threshold: float = 0.5
+    # Smallest component in px that masks keep; none: the run's own, or 0 = all.
+    min_component_px: int | None = None
+    # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
+    close_gaps: float | None = None
+    # The question; none: the run's own, or the usual one.
+    prompt: str | None = None
+    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
+    # the model's square for images more than twice as large.
+    tile_px: int | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
+
+
 @dataclass(frozen=True)
-class Evaluate(Reading):
+class Evaluate(Using, Reading):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Checkpoint folder; none: the run's own, or the embedded miniature.
@@ -41,56 +65,19 @@ class Evaluate(Reading):
     split_file: str | None = None
     # Folder for the results; none: `evaluation` in the run folder.
     output_dir: str | None = None
-    # Probability above which a pixel is vessel.
-    threshold: float = 0.5
-    # Smallest component in px that masks keep; none: the run's own, or 0 = all.
-    min_component_px: int | None = None
-    # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
-    close_gaps: float | None = None
-    # The question; none: the run's own.
-    prompt: str | None = None
     # Images that the base model was trained on: none, all or a text file; its scores there are marked.
     base_trained_on: str | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
     # On the test side, also score at the threshold that is best on the validation patients.
     tune: bool = True
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
-    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
-    # the model's square for images more than twice as large.
-    tile_px: int | None = None
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
     pixel_mm: float | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Using:
-    """A model, and how its probabilities become masks."""
-
-    # Checkpoint folder; none: the embedded miniature.
-    base_model: BaseModel = None
-    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
-    # the base model where there is no run or --base_model is given.
-    lora_weights: str | None = None
-    # Probability above which a pixel is vessel.
-    threshold: float = 0.5
-    # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
-    min_component_px: int | None = None
-    # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
-    close_gaps: float | None = None
-    # The question put to the model; none: that of the adapter's run, or the usual one.
-    prompt: str | None = None
-    # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
-    # the model's square for images more than twice as large.
-    tile_px: int | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
