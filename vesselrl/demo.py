@@ -160,7 +160,7 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
         try:
             return read_case(predictor, folder, words, picture, truth, case) if picture else None
         except (DataError, NotFiniteError) as error:
-            return gr.Warning(str(error), title=words["error"])
+            return gr.Warning(str(error))
 
     def update(case: Case | None, threshold: float, min_px: float, gaps: float, view: str) -> list[Any]:
         if case is None:
