@@ -50,8 +50,8 @@ RUNS = {
 }
 # A reward that stops a training at one of its calls.
 COUNTING = """
-from vesselrl.scoring import custom
-custom.MIN_FAILURES = custom.MAX_FAILED_SHARE = -1  # the first failure is the end
+from vesselrl.scoring import rewards
+rewards.MIN_FAILURES = rewards.MAX_FAILED_SHARE = -1  # the first failure is the end
 calls, last = 0, 1e9
 def score(pred, gt):
     global calls

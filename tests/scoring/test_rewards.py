@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vesselrl.errors import RewardError
-from vesselrl.scoring import custom
+from vesselrl.scoring import rewards
 from vesselrl.scoring.rewards import (
     MultiObjectiveReward,
     RecallFocusedReward,
@@ -249,10 +249,10 @@ def test_a_custom_function_that_hangs_is_named_and_never_waited_for_again(monkey
         return 1.0
 
     forever = threading.Event()
-    monkeypatch.setattr(custom, "CALL_LIMIT_S", 0.05)
+    monkeypatch.setattr(rewards, "CALL_LIMIT_S", 0.05)
     reward = SimpleDiceReward(custom=endless)
     for _ in range(2):
         with pytest.raises(RewardError, match=r"endless has not returned within"):
             score_or_skip(reward, TREE, TREE)
-        monkeypatch.setattr(custom, "CALL_LIMIT_S", 1e6)
+        monkeypatch.setattr(rewards, "CALL_LIMIT_S", 1e6)
     forever.set()

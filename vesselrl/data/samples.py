@@ -190,10 +190,10 @@ def _check_frames(entry: Entry, record: str) -> None:
 def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, findings: Findings) -> None:
     """Refuses a label of other proportions or of far more or fewer px, and warns where it is scaled."""
     sizes = f"{label[0]}×{label[1]} px, its image {image[0]}×{image[1]} px"
-    if not _are_proportional(label, image):
+    if not are_proportional(label, image):
         advice = "It was cut or turned in between: bring it to the size of the image, or remove the record."
         turn = read_oddities(entry.image_path, f"{record}: image").get("rotated_image", 1)
-        if turn >= 5 and _are_proportional(label, image[::-1]):
+        if turn >= 5 and are_proportional(label, image[::-1]):
             likely = f"The likely cause is the EXIF orientation {turn} of the image, which is stored lying"
             advice = f"{likely} and shown turned. Give size and label of the image as it is shown."
         raise DataError(f"{record}: the {kind} has {sizes}. {advice}", "label_size")
@@ -204,6 +204,6 @@ def _check_size(kind: str, label: Size, image: Size, entry: Entry, record: str, 
         findings.add("scaled_label", record, sizes=sizes)
 
 
-def _are_proportional(one: Size, other: Size) -> bool:
+def are_proportional(one: Size, other: Size) -> bool:
     """Whether one size is the other one scaled, but for rounding to whole px."""
     return abs(one[0] * other[1] - one[1] * other[0]) <= max(*one, *other) / 2

@@ -35,11 +35,14 @@ class Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masks:
-    """The base model, and how masks are made of its probabilities."""
+class Using:
+    """A model, and how its probabilities become masks."""
 
     # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
+    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
+    lora_weights: str | None = None
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
@@ -48,15 +51,15 @@ class Masks:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
 
 
 @dataclass(frozen=True)
-class Evaluate(Reading, Masks):
+class Evaluate(Reading, Using):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Adapter or run folders or ORG/NAME of a hub, each is scored, and none for the base model; left out: the
@@ -85,15 +88,6 @@ class Evaluate(Reading, Masks):
     second_masks: str | None = None
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
     pixel_mm: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Using(Masks):
-    """One model, which makes masks."""
-
-    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
-    # finished last, or the base model where there is no run or --base_model is given.
-    lora_weights: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

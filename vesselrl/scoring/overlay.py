@@ -36,18 +36,19 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None
 
 
 class TopologyErrors(NamedTuple):
-    """Where a prediction breaks the vessel tree and adds components or loops to it, each as (row, column)."""
+    """Where a prediction breaks the tree, adds components, adds or loses loops, each as (row, column)."""
 
     breaks: tuple[tuple[int, int], ...]
     false_pieces: tuple[tuple[int, int], ...]
-    false_loops: tuple[tuple[int, int], ...]
+    wrong_loops: tuple[tuple[int, int], ...]
 
 
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
-    """Find breaks, false components and false loops of a prediction; both masks are bool or 0/1 (H, W).
+    """Find breaks, false components and wrong loops of a prediction; both masks are bool or 0/1 (H, W).
 
     A break is a missed stretch of the true centreline with found vessel on both sides that are not joined
-    within REACH. A false component touches no true pixel, and the hole of a false loop no true hole.
+    within REACH. A false component touches no true pixel. A wrong loop is predicted or true, and its hole
+    touches no hole of the other mask.
     """
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton
@@ -61,12 +62,17 @@ def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
         if len(np.unique(labels[contacts])) > 1:  # it meets several components of the prediction
             row, column = _middle(stretch, window)
             breaks.append((row - REACH, column - REACH))
-    added = ((pred, truth, 8), (_holes(pred), _holes(truth), 4))
-    false = (
-        [_middle(*found) for found in _components(one, ways=ways) if not (found[0] & other[found[1]]).any()]
-        for one, other, ways in added
-    )
-    return TopologyErrors(*(tuple(sorted(places)) for places in (breaks, *false)))
+    holes = _holes(pred), _holes(truth)
+    false_pieces = _apart(pred, truth)
+    wrong_loops = [*_apart(*holes, ways=4), *_apart(*holes[::-1], ways=4)]
+    return TopologyErrors(*(tuple(sorted(places)) for places in (breaks, false_pieces, wrong_loops)))
+
+
+def _apart(mask: np.ndarray, other: np.ndarray, ways: int = 8) -> list[tuple[int, int]]:
+    """The middles of the components of a mask that touch no pixel of the other one."""
+    return [
+        _middle(*found) for found in _components(mask, ways=ways) if not (found[0] & other[found[1]]).any()
+    ]
 
 
 def _holes(mask: np.ndarray) -> np.ndarray:
