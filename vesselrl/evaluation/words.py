@@ -1,4 +1,4 @@
-"""Names of metrics and forms of numbers for readers, in a language; the words are in templates/words*.toml."""
+"""Names of metrics and forms of numbers for readers, in a language, by the words of templates/words*.toml."""
 
 import math
 import re

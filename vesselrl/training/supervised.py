@@ -145,7 +145,7 @@ class SupervisedUpdate:
         if self.flips:
             drawn = [[k for k in (0, 1) if self.flips.random() < 0.5] for _ in range(batch.size)]
             axes = drawn[batch.first :: batch.stride] or drawn[:1]
-            images, truths = ([*map(flip, pixels, axes)] for pixels in (images, truths))
+            images, truths = ([*map(np.flip, pixels, axes)] for pixels in (images, truths))
         logits = self.model.batch_logits(images, batch.keys)
         losses = [
             self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
@@ -169,8 +169,3 @@ class SupervisedUpdate:
         self.checked = state["checked"]
         if self.flips:
             self.flips.bit_generator.state = state["flips"]
-
-
-def flip(pixels: np.ndarray, axes: list[int]) -> np.ndarray:
-    """A copy of an image or mask, flipped along some axes."""
-    return np.flip(pixels, axes).copy()
