@@ -185,7 +185,7 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
                 look = {"max_height": 720, "buttons": ["fullscreen"], "elem_id": "result"}
                 result, key = gr.ImageSlider(label=words["result"], interactive=False, **look), gr.HTML()
                 with gr.Row():
-                    named = dict.fromkeys(KINDS, "PNG") | dict.fromkeys(LABELS, "JSON")
+                    named = dict.fromkeys(KINDS, "PNG") | {"labelme": "JSON", "coco": "JSON"}
                     named = [f"↓ {words[kind]} ({ending})" for kind, ending in named.items()]
                     look = {"interactive": False, "size": "sm", "min_width": 140}
                     ways = [gr.DownloadButton(name, **look) for name in named]

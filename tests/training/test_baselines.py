@@ -116,7 +116,6 @@ def test_the_filter_is_the_best_of_its_grid(angiograms: Path) -> None:
     image = IMAGE.copy()
     image[..., [0, 2]] = 7  # dark vessels, in the green channel
     assert dice(Frangi((2,)).predict(image).mask, TRUTH) > 0.7
-    assert dice(Frangi((2,)).predict(255 - image).mask, TRUTH) < 0.3
 
 
 def test_training_images_alone_choose_the_filter(angiograms: Path, tmp_path: Path, monkeypatch) -> None:
@@ -162,19 +161,18 @@ def test_what_is_no_control_run_is_none(finished_run: Path, tmp_path: Path) -> N
         load_control(tmp_path)
 
 
-def write_fundus(root: Path, count: int, are_bright: bool = False, size: int = 96) -> Path:
-    """Photographs as of STARE: bright, red, uneven, with dark vessels 1 to 3 px wide; or their negatives."""
+def write_fundus(root: Path, are_bright: bool = False) -> Path:
+    """Twelve photographs as of STARE, bright and red, with dark vessels 1 to 3 px wide; or their negatives."""
     rng, t = np.random.default_rng(0), np.linspace(0, 1, 30)[:, None]
-    for number in range(count):
-        mask = np.zeros((size, size), np.uint8)
+    for number in range(12):
+        mask = np.zeros((96, 96), np.uint8)
         for width in (1, 2, 3, 2, 1):
-            (x, y), (right, down) = rng.uniform(0, size, 2), rng.uniform(-size, size, 2)
-            bend = 0.2 * np.sin(2 * np.pi * t) * rng.uniform(-1, 1)
-            points = np.hstack([x + t * right - bend * down, y + t * down + bend * right])
+            start, way = rng.uniform(0, 96, 2), rng.uniform(-96, 96, 2)
+            points = start + t * way + 0.2 * np.sin(2 * np.pi * t) * way[::-1]
             cv2.polylines(mask, [np.round(points).astype(np.int32)], False, 255, width)
-        glow = 110 * cv2.GaussianBlur(rng.standard_normal((size, size, 1)), (0, 0), 8)[..., None]
+        glow = 110 * cv2.GaussianBlur(rng.standard_normal((96, 96)), (0, 0), 8)[..., None]
         dark = cv2.GaussianBlur(mask / 255, (0, 0), 0.7)[..., None] * (45, 75, 45)
-        image = glow - dark + (215, 175, 105) + rng.normal(0, 7, (size, size, 1))
+        image = glow - dark + (215, 175, 105) + rng.normal(0, 7, (96, 96, 1))
         image = np.clip(255 - image if are_bright else image, 0, 255).astype(np.uint8)
         for folder, pixels in (("images", image), ("masks", mask)):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -184,16 +182,15 @@ def write_fundus(root: Path, count: int, are_bright: bool = False, size: int = 9
 
 @pytest.mark.parametrize("are_bright", [False, True])
 def test_the_fit_of_a_model_is_measured_beside_a_filter_for_either_polarity(tmp_path, are_bright) -> None:
-    samples = find_samples(write_fundus(tmp_path, 12, are_bright))
+    samples = find_samples(write_fundus(tmp_path, are_bright))
     data = Mock(train=samples[:4], val=samples[4:])
     masks = [load_mask(sample) for sample in samples[4:]]
     rows = [{"key": s.key, "dice": 0.1 * k, "foreground": 0.5} for k, s in enumerate(samples[4:])]
     fit = baselines.measure_fit(TrainConfig(), data, rows)
     assert (fit["images"], fit["dice"]) == (8, pytest.approx(0.35))
     assert fit["true_foreground"] == pytest.approx(np.mean(masks))
-    scores = [fit["frangi_dark"], fit["frangi_bright"]]
-    assert scores[are_bright] > 0.7
-    assert scores[not are_bright] < 0.3
+    low, high = sorted((fit["frangi_dark"], fit["frangi_bright"]))
+    assert (fit["frangi_bright"] == high, low < 0.3, high > 0.7) == (are_bright, True, True)
     assert fit["teaching"].startswith(baselines.INVERT) == are_bright
     for settings in ({"model_path": "random"}, {"control": "unet"}):
         assert baselines.measure_fit(TrainConfig().with_(**settings), data, rows) == {}
@@ -206,7 +203,7 @@ def test_the_advice_for_unknown_images_followed_as_printed_doubles_their_dice(
 ) -> None:
     """Twelve easy images, of which four are shown six times: a real set needs more."""
     monkeypatch.setattr(baselines, "TEACHING_PASSES", 24)
-    root, output = write_fundus(tmp_path / "data", 12), tmp_path / "output"
+    root, output = write_fundus(tmp_path / "data"), tmp_path / "output"
     first = f"train --data_root {root} --output_dir {output} --max_train_samples 4 --num_epochs 1"
     assert main([*first.split(), "--num_regions", "4", "--num_workers", "1"]) == 0
     (run,) = output.glob("sa2va_*")

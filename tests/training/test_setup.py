@@ -17,6 +17,7 @@ from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.samples import find_samples
 from vesselrl.data.tiles import Tiling
 from vesselrl.errors import DataError, RefusedError
+from vesselrl.evaluation.evaluate import caveats_of_built_in
 from vesselrl.evaluation.results import Caveat
 from vesselrl.experiment.config import PRESETS, TrainConfig
 from vesselrl.experiment.run_folder import RunFolder
@@ -25,7 +26,9 @@ from vesselrl.training.setup import RunData, check_disk, make_model, prepare_dat
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
-    config = TrainConfig().with_(output_dir=str(tmp_path), data_root=str(angiograms), **options)
+    config = TrainConfig().with_(
+        output_dir=str(tmp_path), data_root=str(angiograms), **{"model_path": "/model"} | options
+    )
     return prepare_data(config, RunFolder.create(tmp_path))
 
 
@@ -65,6 +68,8 @@ def test_a_start_brings_its_split_or_a_caveat(finished_run: Path, angiograms: Pa
         with pytest.raises(DataError, match="goes on with that run's split"):
             prepared(tmp_path, angiograms, init_lora=str(finished_run), **option)
     assert "U-Net" in prepared(tmp_path, angiograms, control="unet").test_caveats[Caveat.CONTROL]
+    assert list(prepared(tmp_path, angiograms, model_path=None).test_caveats) == [Caveat.MINIATURE]
+    assert list(caveats_of_built_in(None, "/model")) == [Caveat.SYNTHETIC]
 
 
 def test_look_alikes_in_two_subsets_stop_or_are_a_caveat(angiograms, tmp_path, monkeypatch) -> None:

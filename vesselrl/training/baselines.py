@@ -192,8 +192,7 @@ def best_frangi(
 def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Dice and foreground of a model on a few images (in `rows`), beside the truth's and those of a filter.
 
-    The filter, one for dark and one for bright vessels, was chosen on as many training images. `teaching` is
-    for a model that does not know such images. Nothing for a control, and for random weights.
+    The filter, for dark or bright vessels, was chosen on training images. Nothing for controls and random ones.
     """
     if config.optim.control or config.model.model_path == RANDOM_MODEL:
         return {}

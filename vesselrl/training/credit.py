@@ -165,10 +165,7 @@ def _credit_by(
 
 
 def overlap_credit(reward: Reward | ConstrainedReward, tp: int, fp: int, fn: int) -> np.ndarray:
-    """R(on) - R(off) for a pixel by its truth (first index) and its value (second); (2, 2) float32.
-
-    Cases that do not occur in the mask (a false negative where there is none) are 0.
-    """
+    """(2, 2) float32, R(on) - R(off) of a pixel by its truth and its value; 0 for what does not occur."""
 
     def total(tp: int, fp: int, fn: int) -> float:
         return float(sum(reward.overlap_terms(tp, fp, fn).values()))

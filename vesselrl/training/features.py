@@ -33,7 +33,7 @@ class FeatureStore:
     """Outputs of a frozen part by image, on the CPU: in memory first, then in files that runs share.
 
     A file is named after the model and the pixels. Read back they are the computed ones to the last bit, in
-    the same memory layout, which decides how later layers round. `disk_bytes` limits the whole folder.
+    the same memory layout, which decides how later layers round. `disk_bytes` limits the folder.
     """
 
     def __init__(
@@ -55,10 +55,7 @@ class FeatureStore:
                 self._disk_left -= path.stat().st_size if path.is_file() else 0
 
     def fetch(self, key: str | None, pixels: Tensor, compute: Callable[[], ImageFeatures]) -> ImageFeatures:
-        """Features of one image, kept or computed; within a run a key stands for the same (1, 3, S, S).
-
-        Without a key they are kept in a file alone.
-        """
+        """Features of one image (1, 3, S, S), computed or kept by its key; without one in a file alone."""
         if key in self._memory:
             return self._memory[key]
         coming = self._coming.pop(key, None)

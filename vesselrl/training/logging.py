@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SHOWN = ("train/reward", "train/loss", "train/approx_kl", "train/clipfrac", "train/grad_norm")
-
-
 # What the trackers call the name of a run; its project is vesselrl.
 RUN_NAMES = {"wandb": "name", "swanlab": "experiment_name", "mlflow": "run_name", "trackio": "name"}
 
@@ -44,10 +42,7 @@ def start_tracker(name: str, run_name: str, settings: Mapping[str, Any]) -> "Gen
 
 
 class Monitor:
-    """Writes the metrics of one run; a context manager that closes its writers.
-
-    Of a run that goes on after step `resumed_at`, TensorBoard hides what it has of later steps.
-    """
+    """Writes the metrics of one run, which may go on after step `resumed_at`; a context manager."""
 
     def __init__(
         self,

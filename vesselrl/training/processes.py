@@ -90,10 +90,7 @@ def announce_pass() -> None:
 
 
 def gather(items: list[T]) -> list[T]:
-    """The items of all processes, in the order that `share` took them from.
-
-    Who is here first takes part, with blank passes, in those that others still announce.
-    """
+    """The items of all processes in the order of `share`; meanwhile joins passes that others announce."""
     if count() == 1:
         return items
     while blank_pass is not None and any(_gather([False])):
