@@ -23,7 +23,7 @@ from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.errors import DataError
 
-# Image and label of one number; further files that are no label of it.
+# Image and label of one number; further files, white, that are no label of it.
 LAYOUTS = {
     "STARE": "images/im{:04d}.ppm labels-ah/im{:04d}.ah.ppm labels-vk/im{:04d}.vk.ppm",
     "STARE in one folder": "images/im{:04d}.ppm labels/im{:04d}.ah.ppm labels/im{:04d}.vk.ppm",
@@ -56,7 +56,7 @@ def test_usual_names(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixtu
     for number in numbers:
         write_image(tmp_path / image.format(number))
         for name in (label, *others):
-            write_mask(tmp_path / name.format(number), square() if name is label else ~square())
+            write_mask(tmp_path / name.format(number), square() | (name is not label))
     assert pairs(tmp_path) == {image.format(n): label.format(n) for n in numbers}
     assert caplog.text == ""
     assert all(load_mask(sample).sum() == 20 for sample in find_samples(tmp_path))
