@@ -1,7 +1,6 @@
 """Files of images in, files of masks out."""
 
 import csv
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,14 @@ from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
 from vesselrl.experiment.progress import Progress
-from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash, write_text
+from vesselrl.experiment.run_folder import (
+    atomic_write,
+    check_room,
+    check_writable,
+    file_hash,
+    json_hash,
+    write_text,
+)
 from vesselrl.inference.predictor import KINDS, STAMP, Prediction, Predictor, picture_path
 from vesselrl.scoring.measurements import IN_MM, MEASUREMENTS, check_pixel_mm, measurement_row
 
@@ -133,9 +139,7 @@ class _Job:
         """Reads the image, unless its results are there."""
         self.row = {"image": self.name, "result": self.result.name}
         try:
-            with self.file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            self.origin = {"image": digest, "made_by": made_by}
+            self.origin = {"image": file_hash(self.file), "made_by": made_by}
             if self.origin.items() <= (there := read_stamp(self.result)).items():
                 found = ("foreground", "uncertainty", "measurements")
                 self.row |= {"status": "kept"} | {name: there[name] for name in found}
