@@ -149,6 +149,15 @@ def test_numbers_of_impersonal_files_stay_and_records_keep_their_fields(tmp_path
     assert {record["image"]: record["ward"] for record in records}["train_5.png"] == 5
 
 
+def of_another_mapping(new: Path, name: str) -> None:
+    """A label by a pseudonym, with the mapping of other data, where that stands for another image."""
+    new.mkdir()
+    key = next(one.key for one in find_samples(new.parent / "old") if one.image_path.stem == name)
+    shutil.copy(new.parent / "old" / "patients.mapping.json", new)
+    Image.new("L", (64, 64), 7).save(new / f"{key}.png")
+    (new / f"{key}.json").write_text(json.dumps(labelme(f"{key}.png", np.eye(64, dtype=bool))))
+
+
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "size": (
         lambda new, name: corrected(new, name, np.eye(9, 64, dtype=bool)),
@@ -166,6 +175,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda new, name: (new.mkdir(), (new / f"{name}_mask.png").write_bytes(b"\x89PNG")),
         "In the new labels: .*the file is not an image",
     ),
+    "mapping": (of_another_mapping, r"shows another image than its patients\.mapping\.json says"),
     "nothing": (lambda new, name: new.mkdir(), "In the new labels: The data root holds no annotations"),
     "split": (
         lambda new, name: corrected(new, name, np.eye(64, dtype=bool)),

@@ -91,6 +91,8 @@ MEANT = {
     "*/config/args/tile_px": "new option: large images in tiles",
     "help/*/options/--tile_px*": "new option: large images in tiles",
     "help/predict/options/--shard*": "new option: a folder shared by several processes",
+    "help/predict/options/--format*": "new option: masks as LabelMe and COCO files",
+    "help/data": "new: data merge",
     **dict.fromkeys(
         "*/config/args/detail_head help/*/options/--detail_head* help/*/options/--augment* "
         "help/*/options/--control*".split(),

@@ -100,8 +100,9 @@ def pseudonyms(
 
 
 def original_names(mapping: Path) -> dict[str, str]:
-    """File name by key in a mapping file, of all patterns; empty without the file."""
-    return {k: name for reading in _read_readings(mapping).values() for k, name in reading["files"].items()}
+    """File name by key in a mapping file, of all patterns, but no pseudonyms; empty without the file."""
+    pairs = chain.from_iterable(reading["files"].items() for reading in _read_readings(mapping).values())
+    return {key: name for key, name in pairs if not LABELS["files"].fullmatch(name)}
 
 
 def _assign_keys(files: Mapping[str, Identity], known: PseudonymMap) -> PseudonymMap:

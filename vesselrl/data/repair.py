@@ -240,7 +240,7 @@ def merge_data(
     with _of("the old data"):
         listing = list_entries(old, strict, **places)
     with _of("the new labels"):
-        names = original_names(new.parent / MAPPING_FILE) or original_names(new / MAPPING_FILE)
+        names = original_names(new / MAPPING_FILE) or original_names(new.parent / MAPPING_FILE)
         labels = _pair_by_name(_list_labels(new), names, listing)
     with atomic_write(out) as copy:
         copy.mkdir()
@@ -325,6 +325,8 @@ def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listi
             fault = f"fits {len(fits)} images of the old data. Name it with its folder"
         elif name not in images and LABELS["files"].fullmatch(name):
             fault = f"is called by a pseudonym. Put the {MAPPING_FILE} of the predictions beside the folder"
+        elif entry.name in names and name in images and not _are_equal(entry.image_path, images[name]):
+            fault = f"shows another image than its {MAPPING_FILE} says. Put that of the predictions beside it"
         elif name in found:
             fault = f"and {found[name].place} are labels of the same image. Keep one of them"
         if fault:
@@ -332,3 +334,8 @@ def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listi
         image = images.get(name, entry.image_path)
         found[name] = replace(entry, name=name, image_path=image, fov_path=views.get(name))
     return found
+
+
+def _are_equal(one: Path | None, other: Path) -> bool:
+    """Whether two images have the same pixels; the first may not be there."""
+    return one is None or np.array_equal(*(read_rgb(path, "an image") for path in (one, other)))
