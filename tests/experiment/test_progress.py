@@ -1,5 +1,6 @@
 """A task says how far it is when it has long been silent, and what is left by its pace."""
 
+import errno
 import logging
 
 import pytest
@@ -41,3 +42,17 @@ def test_hours_and_a_run_that_goes_on(clock) -> None:
     clock[0] += 60.0
     assert pace.left(1010, 2000) == ", 1 h 39 min left"  # 990 steps of 6 s
     assert pace.left(2000, 2000) == ""
+
+
+def test_a_log_file_on_a_full_disk_hides_nothing(monkeypatch, tmp_path, capsys) -> None:
+    log = progress.LogFile(tmp_path, "sft", logging.Formatter())
+    monkeypatch.setattr(log, "baseFilename", "/dev/full")
+
+    def train() -> None:
+        with log:
+            logging.getLogger().warning("step 1")
+            raise OSError(errno.ENOSPC, "the model's")
+
+    with pytest.raises(OSError, match="the model's"):
+        train()
+    assert "Traceback" not in capsys.readouterr().err

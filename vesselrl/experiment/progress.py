@@ -93,12 +93,17 @@ class LogFile(logging.FileHandler):
         if error:
             self.add(escape(f"ended by {kind.__name__}: {explanation(error) or error}"))
         logging.getLogger().removeHandler(self)
-        self.close()
+        with suppress(OSError):
+            self.close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the training reports a full disk)
+        """Lets a line go that cannot be written."""
 
     def add(self, *lines: object) -> None:
         """Adds lines or tables as a terminal shows them, if there is a file."""
         if self.stream:
-            Console(file=self.stream, width=100, highlight=False).print(*lines, sep="\n", soft_wrap=True)
+            with suppress(OSError):
+                Console(file=self.stream, width=100, highlight=False).print(*lines, sep="\n", soft_wrap=True)
 
 
 @contextmanager
