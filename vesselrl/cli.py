@@ -30,7 +30,6 @@ from vesselrl.training import processes
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.held_out import HeldOutResult
-    from vesselrl.inference.predictor import Predictor
     from vesselrl.training.train import TrainResult
 
 T = TypeVar("T")
@@ -136,9 +135,9 @@ def run_evaluate(rest: list[str]) -> int:
 def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
-    from vesselrl.inference.predictor import list_name, predict_files
+    from vesselrl.inference.predictor import list_name, load_predictor, predict_files
 
-    listed, (predictor, _) = list_name(args.shard), load_predictor(args)
+    listed, predictor = list_name(args.shard), load_predictor(args, adapter_of(args))
     counts, failed = Counter(), []
     with bar(console, "predicting") as progress:
         places = Path(args.image), Path(args.output_dir)
@@ -164,27 +163,16 @@ def run_demo(rest: list[str]) -> int:
         raise RefusedError(f"{lack}. Run: pip install 'vesselrl[demo]'")
     from vesselrl.demo import serving
 
-    predictor, adapter = load_predictor(args)
-    with serving(predictor, args.base_model, adapter, args.lang, args.port) as address:
+    with serving(args, adapter_of(args)) as address:
         print(f"The page is at {address} until Ctrl-C, which also deletes what was uploaded.", flush=True)
         while True:
             time.sleep(3600)
 
 
-def load_predictor(args: options.Using) -> tuple["Predictor", str | None]:
-    """The model with the settings of its adapter's run, where others are not asked for, and its adapter."""
-    from vesselrl.data.tiles import tile_px_of
-    from vesselrl.inference.predictor import Predictor
-    from vesselrl.models.processing import DEFAULT_PROMPT
-    from vesselrl.scoring.postprocessing import post_processing
-
+def adapter_of(args: options.Using) -> str | None:
+    """The adapter that was named, or the newest run's; None for the base model."""
     adapter = args.lora_weights or newest_run(args.base_model)
-    adapter = None if adapter == BASE_ALONE else adapter
-    settings = run_settings(find_run(adapter))
-    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
-    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
-    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
-    return Predictor.from_pretrained(args.base_model, adapter, use_bf16=args.use_bf16, **made), adapter
+    return None if adapter == BASE_ALONE else adapter
 
 
 def run_merge(rest: list[str]) -> int:

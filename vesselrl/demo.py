@@ -30,7 +30,8 @@ from vesselrl.data.samples import are_proportional, read_image
 from vesselrl.errors import DataError, NotFiniteError, RunError
 from vesselrl.evaluation.report import render
 from vesselrl.evaluation.words import number
-from vesselrl.inference.predictor import KINDS, Prediction, Predictor, write_prediction
+from vesselrl.experiment.options import Demo
+from vesselrl.inference.predictor import KINDS, Prediction, Predictor, load_predictor, write_prediction
 from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, TopologyErrors, overlay, topology_errors
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.scores import evaluation_scores
@@ -208,22 +209,23 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
 
 
 @contextmanager
-def serving(
-    predictor: Predictor, base_model: str | None, adapter: str | None, lang: str, port: int | None
-) -> Iterator[str]:
+def serving(args: Demo, adapter: str | None) -> Iterator[str]:
     """Serves the page as long as the block lasts; yields its address."""
-    words = tomllib.loads(TEMPLATES.joinpath("demo.toml").read_text("utf-8"))[lang]
-    head = {"part": "head", "words": words, "base_model": base_model, "adapter": adapter}
+    predictor = load_predictor(args, adapter)
+    words = tomllib.loads(TEMPLATES.joinpath("demo.toml").read_text("utf-8"))[args.lang]
+    head = {"part": "head", "words": words, "base_model": args.base_model, "adapter": adapter}
     # Gradio reads these when it is imported. A proxy must not be asked for a page of this machine.
     direct = ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), ADDRESS)))
     closed = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False, "quiet": True}
     with tempfile.TemporaryDirectory(prefix="vesselrl_demo_") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": direct}
         page, options = build(predictor, render("demo.j2", "html", head), words, Path(folder))
+        where = {"server_name": ADDRESS, "server_port": args.port, "prevent_thread_lock": True}
         try:
-            where = {"server_name": ADDRESS, "server_port": port, "prevent_thread_lock": True}
-            yield page.launch(**where, **closed, **options)[1]
+            address = page.launch(**where, **closed, **options)[1]
         except OSError as error:
             raise RunError(f"The page cannot be served ({error}). Give another --port.") from None
+        try:
+            yield address
         finally:
             page.close()

@@ -27,10 +27,18 @@ from vesselrl.data.pairing import list_images
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
-from vesselrl.data.tiles import Tiling
+from vesselrl.data.tiles import Tiling, tile_px_of
 from vesselrl.errors import DataError, NotFiniteError
+from vesselrl.experiment.options import Using
 from vesselrl.experiment.progress import Progress
-from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash
+from vesselrl.experiment.run_folder import (
+    atomic_write,
+    check_room,
+    check_writable,
+    find_run,
+    json_hash,
+    run_settings,
+)
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import load_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcessor
@@ -43,7 +51,7 @@ from vesselrl.scoring.measurements import (
     vessel_measurements,
 )
 from vesselrl.scoring.overlay import overlay
-from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing, post_processing
 
 LIST_FILE = "predictions.csv"
 COLUMNS = ("image", "result", "status", "foreground", *MEASUREMENTS, *IN_MM, "reason")
@@ -157,6 +165,15 @@ def check_finite(logits: np.ndarray) -> None:
         count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
         advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
         raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
+
+
+def load_predictor(args: Using, adapter: str | None) -> Predictor:
+    """The model as its adapter's run used it, where nothing else is asked for."""
+    settings = run_settings(find_run(adapter))
+    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
+    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
+    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
+    return Predictor.from_pretrained(args.base_model, adapter, use_bf16=args.use_bf16, **made)
 
 
 def adapter_folder(path: Path) -> Path:
