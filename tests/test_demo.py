@@ -156,6 +156,7 @@ def test_a_browser_gets_from_upload_to_download(
             before = page.inner_text(".tables")
             page.locator("input[type=range]").nth(place).fill(str(value))
             page.wait_for_function("old => document.querySelector('.tables').innerText != old", arg=before)
+        assert "ZHANG" not in page.inner_text("body")
         page.wait_for_timeout(1000)
         page.screenshot(path=screenshots / f"demo_{lang}.png", full_page=True)
         with page.expect_download() as download:
