@@ -72,13 +72,14 @@ def test_numbers_and_marks_of_a_mask_made_by_hand(tmp_path: Path) -> None:
     logits[10:15, 10:15] = logits[34:39, 50:55] = 5  # a false component
     logits[36, 52] = -5  # a loop
     case = demo.Case(Path("a.png"), tmp_path, np.full((64, 64, 3), 90, np.uint8), logits, truth)
-    (_, shown, *_), key, numbers = demo.show(case, PostProcessing(), "overlay", WORDS["en"])
+    (_, shown, *_), key, numbers = demo.show(case, PostProcessing(), "overlay", WORDS["en"], pixel_mm=0.5)
     for name in ("Break", "False component", "Loop added or lost"):
         assert f"{name}: 1<" in key
     for name, (row, column) in (("break", (31, 31)), ("false_piece", (12, 12)), ("wrong_loop", (36, 52))):
         around = pixels(shown)[20 * row - 20 : 20 * row + 40, 20 * column - 20 : 20 * column + 40]
         assert (around == demo.MARKS[name]).all(axis=2).any()
     assert f"<td>{evaluation_scores(logits > 0, truth)['dice']:.3f}</td>" in numbers
+    assert "Length, mm" in numbers
     (_, plain, *_), key, numbers = demo.show(
         replace(case, truth=None), PostProcessing(), "overlay", WORDS["en"]
     )

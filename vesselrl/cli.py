@@ -169,7 +169,7 @@ def run_demo(rest: list[str]) -> int:
             time.sleep(3600)
 
 
-def adapter_of(args: options.Using) -> str | None:
+def adapter_of(args: options.Predict | options.Demo) -> str | None:
     """The adapter that was named, or the newest run's; None for the base model."""
     adapter = args.lora_weights or newest_run(args.base_model)
     return None if adapter == BASE_ALONE else adapter

@@ -25,35 +25,32 @@ class Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Using:
-    """A model, and how its probabilities become masks."""
+class Masks:
+    """The base model, and how masks are made of its probabilities."""
 
-    # Checkpoint folder; none: the embedded miniature.
+    # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
-    # the base model where there is no run or --base_model is given.
-    lora_weights: str | None = None
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
-    # Smallest component in px that masks keep; none: the run's own, or 0 = all.
+    # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
     min_component_px: int | None = None
-    # Probability above which gaps between components are closed; none: the run's own, or 0 = none.
+    # Probability above which gaps between components are closed; none: that of the run, or 0 = none.
     close_gaps: float | None = None
-    # The question; none: the run's own, or the usual one.
+    # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
 
 
 @dataclass(frozen=True)
-class Evaluate(Using, Reading):
+class Evaluate(Reading, Masks):
     """Score models on held-out patients; JSON and CSV per model."""
 
-    # Checkpoint folder; none: the run's own, or the embedded miniature.
-    base_model: BaseModel = None
     # Adapter or run folders, each is scored, and none for the base model; left out: the run in output/ that
     # finished last, or the base model where there is no run or --base_model is given.
     lora_weights: tuple[str, ...] = ()
@@ -74,30 +71,31 @@ class Evaluate(Using, Reading):
     tune_post: bool = False
     # Mean of the probabilities over the image and its three mirror images; results in files of their own.
     flips: bool = False
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predict(Using):
+@dataclass(frozen=True)
+class Predict(Masks):
     """Segment an image or a folder: mask, probability map and overlay as PNG."""
 
     # Image file or folder of images.
     image: str
+    # Adapter or run folder, or none for the base model; left out: the run in output/ that finished last, or
+    # the base model where there is no run or --base_model is given.
+    lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo(Using):
+@dataclass(frozen=True)
+class Demo(Masks):
     """Try a model on a page in the browser, of this machine alone; threshold and post-processing are live."""
 
+    # Adapter or run folder, or none for the base model; left out: as in predict.
+    lora_weights: str | None = None
     # Language of the page.
     lang: Literal["en", "zh"] = "en"
     # Of the page's address; none: the first free one from 7860.

@@ -29,7 +29,7 @@ from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
 from vesselrl.data.tiles import Tiling, tile_px_of
 from vesselrl.errors import DataError, NotFiniteError
-from vesselrl.experiment.options import Using
+from vesselrl.experiment.options import Masks
 from vesselrl.experiment.progress import Progress
 from vesselrl.experiment.run_folder import (
     atomic_write,
@@ -167,7 +167,7 @@ def check_finite(logits: np.ndarray) -> None:
         raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
 
 
-def load_predictor(args: Using, adapter: str | None) -> Predictor:
+def load_predictor(args: Masks, adapter: str | None) -> Predictor:
     """The model as its adapter's run used it, where nothing else is asked for."""
     settings = run_settings(find_run(adapter))
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
