@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vesselrl.errors import RefusedError, RunError
+from vesselrl.errors import RunError
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.progress import bar
@@ -158,9 +157,6 @@ def run_predict(rest: list[str]) -> int:
 def run_demo(rest: list[str]) -> int:
     """Try a model on a page in the browser."""
     args = parse(options.Demo, rest, "demo")
-    if find_spec("gradio") is None:
-        lack = "The page needs the package gradio, which is not installed"
-        raise RefusedError(f"{lack}. Run: pip install 'vesselrl[demo]'")
     from vesselrl.demo import serving
 
     with serving(args, adapter_of(args)) as address:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vesselrl.data.images import read_mask
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import resize_mask
 from vesselrl.data.samples import are_proportional, read_image
-from vesselrl.errors import DataError, NotFiniteError, RunError
+from vesselrl.errors import DataError, NotFiniteError, RefusedError, RunError
 from vesselrl.evaluation.report import render
 from vesselrl.evaluation.words import number
 from vesselrl.experiment.options import Demo
@@ -217,6 +218,9 @@ def build(
 @contextmanager
 def serving(args: Demo, adapter: str | None) -> Iterator[str]:
     """Serves the page as long as the block lasts; yields its address."""
+    if find_spec("gradio") is None:
+        lack = "The page needs the package gradio, which is not installed"
+        raise RefusedError(f"{lack}. Run: pip install 'vesselrl[demo]'")
     check_pixel_mm(args.pixel_mm)
     predictor = load_predictor(args, adapter)
     words = tomllib.loads(TEMPLATES.joinpath("demo.toml").read_text("utf-8"))[args.lang]
