@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, make_dataclass
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 
 import tyro
 from rich.console import Console
 
-from vesselrl.errors import EXPECTED, RefusedError, explanation
+from vesselrl.errors import EXPECTED, explanation
 from vesselrl.experiment import options
 from vesselrl.experiment.config import PRESETS, READING, TrainConfig
 from vesselrl.experiment.progress import LogFile, bar
@@ -30,7 +29,6 @@ from vesselrl.training import processes
 
 if TYPE_CHECKING:
     from vesselrl.evaluation.held_out import HeldOutResult
-    from vesselrl.inference.predictor import Predictor
     from vesselrl.training.train import TrainResult
 
 T = TypeVar("T")
@@ -141,8 +139,9 @@ def run_predict(rest: list[str]) -> int:
     """Segment images: masks, probability maps and overlays."""
     args = parse(options.Predict, rest, "predict")
     from vesselrl.inference.files import list_name, predict_files
+    from vesselrl.inference.predictor import load_predictor
 
-    listed, (predictor, _) = list_name(args.shard), load_predictor(args)
+    listed, predictor = list_name(args.shard), load_predictor(args, adapter_of(args))
     counts, failed = Counter(), []
     with bar(console, "predicting") as progress:
         places = Path(args.image), Path(args.output_dir)
@@ -166,33 +165,18 @@ def run_predict(rest: list[str]) -> int:
 def run_demo(rest: list[str]) -> int:
     """Try a model on a page in the browser."""
     args = parse(options.Demo, rest, "demo")
-    if find_spec("gradio") is None:
-        lack = "The page needs the package gradio, which is not installed"
-        raise RefusedError(f"{lack}. Run: pip install 'vesselrl[demo]'")
     from vesselrl.demo import serving
 
-    predictor, adapter = load_predictor(args)
-    with serving(predictor, args.base_model, adapter, args.lang, args.port) as address:
+    with serving(args, adapter_of(args)) as address:
         print(f"The page is at {address} until Ctrl-C, which also deletes what was uploaded.", flush=True)
         while True:
             time.sleep(3600)
 
 
-def load_predictor(args: options.Using) -> tuple["Predictor", str | None]:
-    """The model with the settings of its adapter's run, where others are not asked for, and its adapter."""
-    from vesselrl.data.tiles import tile_px_of
-    from vesselrl.inference.predictor import Predictor
-    from vesselrl.models.lora import adapter_settings
-    from vesselrl.models.processing import DEFAULT_PROMPT
-    from vesselrl.scoring.postprocessing import post_processing
-
+def adapter_of(args: options.Predict | options.Demo) -> str | None:
+    """The adapter that was named, or the newest run's; None for the base model."""
     adapter = args.lora_weights or newest_run(args.base_model)
-    adapter = None if adapter == BASE_ALONE else adapter
-    settings = adapter_settings(adapter)
-    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
-    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
-    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
-    return Predictor.from_pretrained(args.base_model, adapter, use_bf16=args.use_bf16, **made), adapter
+    return None if adapter == BASE_ALONE else adapter
 
 
 def run_merge(rest: list[str]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from vesselrl.data.images import read_mask
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import resize_mask
 from vesselrl.data.samples import are_proportional, read_image
-from vesselrl.errors import DataError, NotFiniteError, RunError
+from vesselrl.errors import DataError, NotFiniteError, RefusedError, RunError
 from vesselrl.evaluation.report import render
 from vesselrl.evaluation.words import number
-from vesselrl.inference.predictor import KINDS, Prediction, Predictor
+from vesselrl.experiment.options import Demo
+from vesselrl.inference.predictor import KINDS, Prediction, Predictor, load_predictor
+from vesselrl.models.lora import adapter_settings
+from vesselrl.scoring.measurements import check_pixel_mm, measurement_row
 from vesselrl.scoring.overlay import HIT, INVENTED, MISSED, TopologyErrors, overlay, topology_errors
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.scores import evaluation_scores
@@ -121,7 +125,9 @@ def write_files(
     return [str(result.with_name(name)) for name in names], found
 
 
-def show(case: Case, post: PostProcessing, view: str, words: Mapping) -> tuple[list[str], str, str]:
+def show(
+    case: Case, post: PostProcessing, view: str, words: Mapping, pixel_mm: float | None = None
+) -> tuple[list[str], str, str]:
     """All that is shown of a case: files (picture, result, downloads), legend and numbers."""
     prediction = Prediction.of_logits(case.logits, post, case.image)
     errors = None if case.truth is None else topology_errors(prediction.mask, case.truth)
@@ -131,7 +137,7 @@ def show(case: Case, post: PostProcessing, view: str, words: Mapping) -> tuple[l
     areas = {"overlay": areas, "mask": {"vessel": HIT}, "probability": {}}[view]
     marks = [(*mark, len(places)) for mark, places in zip(MARKS.items(), marked or (), strict=bool(marked))]
     texts = {"foreground": f"{found['foreground']:.1%}"}
-    for name, value in found["measurements"].items():
+    for name, value in measurement_row(found["measurements"], pixel_mm).items():
         texts[name] = "–" if value is None else f"{value:.{DIGITS.get(name, 1)}f}"
     scores = {} if case.truth is None else evaluation_scores(prediction.mask, case.truth)
     scores = {metric: number(metric, scores[metric]) for metric in SCORES if scores}
@@ -148,7 +154,9 @@ def draw_example(folder: Path, patient: int) -> list[str]:
     return paths
 
 
-def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tuple[Any, dict[str, Any]]:
+def build(
+    predictor: Predictor, head: str, words: Mapping, folder: Path, pixel_mm: float | None
+) -> tuple[Any, dict[str, Any]]:
     """The page as gradio's Blocks, and what of it belongs to its launch; files are written below a folder."""
     import gradio as gr
 
@@ -163,7 +171,7 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
     def update(case: Case | None, threshold: float, min_px: float, gaps: float, view: str) -> list[Any]:
         if case is None:
             return [None, "", wait, *[gr.DownloadButton(value=None, interactive=False)] * len(ways)]
-        paths, *texts = show(case, PostProcessing(threshold, int(min_px), gaps), view, words)
+        paths, *texts = show(case, PostProcessing(threshold, int(min_px), gaps), view, words, pixel_mm)
         files = [gr.DownloadButton(value=path, interactive=True) for path in paths[2:]]
         return [tuple(paths[:2]), *texts, *files]
 
@@ -206,22 +214,28 @@ def build(predictor: Predictor, head: str, words: Mapping, folder: Path) -> tupl
 
 
 @contextmanager
-def serving(
-    predictor: Predictor, base_model: str | None, adapter: str | None, lang: str, port: int | None
-) -> Iterator[str]:
+def serving(args: Demo, adapter: str | None) -> Iterator[str]:
     """Serves the page as long as the block lasts; yields its address."""
-    words = tomllib.loads(TEMPLATES.joinpath("demo.toml").read_text("utf-8"))[lang]
-    head = {"part": "head", "words": words, "base_model": base_model, "adapter": adapter}
+    if find_spec("gradio") is None:
+        lack = "The page needs the package gradio, which is not installed"
+        raise RefusedError(f"{lack}. Run: pip install 'vesselrl[demo]'")
+    check_pixel_mm(args.pixel_mm)
+    predictor = load_predictor(args, adapter)
+    words = tomllib.loads(TEMPLATES.joinpath("demo.toml").read_text("utf-8"))[args.lang]
+    base = args.base_model or adapter_settings(adapter).get("model_path")
+    head = {"part": "head", "words": words, "base_model": base, "adapter": adapter}
     # Gradio reads these when it is imported. A proxy must not be asked for a page of this machine.
     direct = ",".join(filter(None, (os.environ.get("no_proxy", os.environ.get("NO_PROXY")), ADDRESS)))
     closed = {"share": False, "run_history": False, "footer_links": [], "ssr_mode": False, "quiet": True}
     with tempfile.TemporaryDirectory(prefix="vesselrl_demo_") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": direct}
-        page, options = build(predictor, render("demo.j2", "html", head), words, Path(folder))
+        page, options = build(predictor, render("demo.j2", "html", head), words, Path(folder), args.pixel_mm)
+        where = {"server_name": ADDRESS, "server_port": args.port, "prevent_thread_lock": True}
         try:
-            where = {"server_name": ADDRESS, "server_port": port, "prevent_thread_lock": True}
-            yield page.launch(**where, **closed, **options)[1]
+            address = page.launch(**where, **closed, **options)[1]
         except OSError as error:
             raise RunError(f"The page cannot be served ({error}). Give another --port.") from None
+        try:
+            yield address
         finally:
             page.close()

@@ -59,6 +59,17 @@ def test_false_components_are_those_that_touch_no_truth():
     assert len(topology_errors(pred, np.zeros_like(pred)).false_pieces) == 3
 
 
+def test_loops_added_and_lost():
+    full = np.ones((6, 6), bool)
+    dotted = full.copy()
+    dotted[[0, 2, 3], [3, 2, 3]] = (
+        False  # a notch of the border is no hole, pixels that touch at a corner are two
+    )
+    assert topology_errors(dotted, full).wrong_loops == ((2, 2), (3, 3))
+    assert topology_errors(OPENED, RING).wrong_loops == ((15, 15),)
+    assert topology_errors(RING, np.roll(RING, 2, axis=0)).wrong_loops == ()
+
+
 def test_the_colours_of_an_overlay():
     image, mask, truth = np.full((1, 4, 3), 100, np.uint8), np.array([[1, 1, 0, 0]]), np.array([[1, 0, 1, 0]])
     shades = [[round(15 + 0.85 * value) for value in colour] for colour in (HIT, INVENTED, MISSED)]

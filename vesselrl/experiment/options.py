@@ -35,14 +35,11 @@ class Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Using:
-    """A model, and how its probabilities become masks."""
+class Masks:
+    """The base model, and how masks are made of its probabilities."""
 
     # Checkpoint folder; none: that of the adapter's run, or the embedded miniature.
     base_model: BaseModel = None
-    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
-    # finished last, or the base model where there is no run or --base_model is given.
-    lora_weights: str | None = None
     # Probability above which a pixel is vessel.
     threshold: float = 0.5
     # Smallest component in px that masks keep; none: that of the adapter's run, or 0 = all.
@@ -51,15 +48,17 @@ class Using:
     close_gaps: float | None = None
     # The question put to the model; none: that of the adapter's run, or the usual one.
     prompt: str | None = None
+    # Vision tower and language model in bfloat16, for GPUs.
+    use_bf16: bool = False
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
-    # Vision tower and language model in bfloat16, for GPUs.
-    use_bf16: bool = False
+    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
+    pixel_mm: float | None = None
 
 
 @dataclass(frozen=True)
-class Evaluate(Reading, Using):
+class Evaluate(Reading, Masks):
     """Score models on held-out patients; JSON and CSV per model."""
 
     # Adapter or run folders or ORG/NAME of a hub, each is scored, and none for the base model; left out: the
@@ -86,20 +85,19 @@ class Evaluate(Reading, Using):
     lang: Literal["en", "zh"] | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".
     second_masks: str | None = None
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predict(Using):
+@dataclass(frozen=True)
+class Predict(Masks):
     """Segment an image or a folder: mask, probability map and overlay as PNG."""
 
     # Image file or folder of images.
     image: str
+    # Adapter or run folder, ORG/NAME of a hub, or none for the base model; left out: the run in output/ that
+    # finished last, or the base model where there is no run or --base_model is given.
+    lora_weights: str | None = None
     # Folder for the results.
     output_dir: str = "output/predictions"
-    # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
-    pixel_mm: float | None = None
     # Part i of n of the images, i/n with i from 0 to n - 1: one process for each may run at the same time.
     shard: str = "0/1"
     # Masks as LabelMe or COCO files too, each in a folder with the images, to be corrected; PNG files and
@@ -107,10 +105,12 @@ class Predict(Using):
     format: tuple[Literal["png", "labelme", "coco", "csv"], ...] = ("png", "csv")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo(Using):
+@dataclass(frozen=True)
+class Demo(Masks):
     """Try a model on a page in the browser, of this machine alone; threshold and post-processing are live."""
 
+    # Adapter or run folder, or none for the base model; left out: as in predict.
+    lora_weights: str | None = None
     # Language of the page.
     lang: Literal["en", "zh"] = "en"
     # Of the page's address; none: the first free one from 7860.

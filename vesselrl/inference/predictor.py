@@ -16,8 +16,9 @@ from scipy.special import expit, logit
 
 from vesselrl.data.images import read_rgb
 from vesselrl.data.samples import read_image
-from vesselrl.data.tiles import Tiling
+from vesselrl.data.tiles import Tiling, tile_px_of
 from vesselrl.errors import NotFiniteError
+from vesselrl.experiment.options import Masks
 from vesselrl.experiment.run_folder import atomic_write
 from vesselrl.models.checkpoint import load_sa2va
 from vesselrl.models.lora import adapter_folder, adapter_settings, load_adapter
@@ -26,7 +27,7 @@ from vesselrl.models.processing import DEFAULT_PROMPT, Sa2VAInputs, Sa2VAProcess
 from vesselrl.models.sa2va import Sa2VA
 from vesselrl.scoring.measurements import measurement_row, vessel_measurements
 from vesselrl.scoring.overlay import overlay
-from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing, post_processing
 
 KINDS = ("mask", "probability", "overlay")
 STAMP = "vesselrl"  # the text in every result that says from which image and by which settings it is
@@ -183,6 +184,15 @@ def check_finite(logits: np.ndarray) -> None:
         count = f"{np.count_nonzero(~np.isfinite(logits))} of {logits.size} pixels"
         advice = "Its weights are damaged or too large: take another checkpoint or adapter, or no --use_bf16"
         raise NotFiniteError(f"The model gives no numbers for {count}, so there is no mask. {advice}.")
+
+
+def load_predictor(args: Masks, adapter: str | None) -> Predictor:
+    """The model as its adapter's run used it, where nothing else is asked for."""
+    settings = adapter_settings(adapter)
+    prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
+    post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
+    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
+    return Predictor.from_pretrained(args.base_model, adapter, use_bf16=args.use_bf16, **made)
 
 
 def picture_path(result: str | Path, kind: str) -> Path:
