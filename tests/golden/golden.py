@@ -105,6 +105,11 @@ MEANT = {
         ("*/config/args/report_to", "help/*/options/--report_to*"), "new option: trackers beside TensorBoard"
     ),
     "help/*/options/--pixel_mm*": "new option: measurements in mm",
+    **dict.fromkeys(("*/config/args/lang", "help/*/options/--lang*"), "new option: reports in Chinese"),
+    **dict.fromkeys(
+        ("train_*/info/fit*", "*/marks*", "reports/*"),
+        "built-in data and models are marked, and how well the model knows the images is a table",
+    ),
     "help/merge/options/--lora_weights*": "merge takes the newest run where none is named",
     "evaluating/*/files": "evaluate writes the measurements of the vessels",
     "train_curriculum/difficulty.json/*": "branches are measured to the middle of where they meet",
