@@ -162,7 +162,7 @@ def test_what_is_no_control_run_is_none(finished_run: Path, tmp_path: Path) -> N
 
 
 def write_fundus(root: Path, are_bright: bool = False) -> Path:
-    """Photographs as of STARE, bright and red, with dark vessels 1 to 3 px wide; or their negatives."""
+    """Twelve photographs as of STARE, bright and red, with dark vessels 1 to 3 px wide; or negatives."""
     rng, t = np.random.default_rng(0), np.linspace(0, 1, 30)[:, None]
     for number in range(12):
         mask = np.zeros((96, 96), np.uint8)

@@ -192,7 +192,7 @@ def best_frangi(
 def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Dice and foreground of a model on a few images (in `rows`), beside the truth's and those of a filter.
 
-    The filter, for dark or bright vessels, was chosen on training images. Controls have nothing to compare.
+    The filter, for dark or bright vessels, was chosen on training images. Nothing for controls.
     """
     if config.optim.control or config.model.model_path == RANDOM_MODEL:
         return {}
