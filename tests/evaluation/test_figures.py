@@ -61,7 +61,7 @@ def test_cases_are_stored_with_pictures_of_their_errors_scores_and_topology_erro
     good, bad = [1.0, False, 0, 0], [pytest.approx(240 / 271), False, 1, 1]
     assert found == [good, good, bad, bad, [0.0, True, 0, 0], good]
     pictures = [np.asarray(Image.open(tmp_path / one["file"]).convert("RGB")) for one in stored[:2]]
-    missed = [(picture == [209, 77, 22]).all(-1).sum() for picture in pictures]  # 0.15 * 90 + 0.85 * colour
+    missed = [(picture == [202, 70, 15]).all(-1).sum() for picture in pictures]  # 0.15 * 45 + 0.85 * colour
     assert missed[0] == 0
     assert missed[1] > 5
 

@@ -59,6 +59,11 @@ MEANT = {
     "masks/*/files": "predict lists its images, and a name that may be a person's becomes a pseudonym",
     "masks/predict people/bits/*": "predict has pseudonyms for all names, so their numbers are others",
     "evaluating/*/plan/*": "new options: layouts of any names",
+    **dict.fromkeys(("*/config/args/lang", "help/*/options/--lang*"), "new option: reports in Chinese"),
+    **dict.fromkeys(
+        ("train_*/info/fit*", "*/marks*", "reports/*"),
+        "built-in data and models are marked, and how well the model knows the images is a table",
+    ),
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",

@@ -72,9 +72,11 @@ def test_loops_added_and_lost():
 
 def test_the_colours_of_an_overlay():
     image, mask, truth = np.full((1, 4, 3), 100, np.uint8), np.array([[1, 1, 0, 0]]), np.array([[1, 0, 1, 0]])
-    shades = [[round(15 + 0.85 * value) for value in colour] for colour in (HIT, INVENTED, MISSED)]
-    np.testing.assert_array_equal(overlay(image, mask, truth)[0], [*shades, [100] * 3])
-    np.testing.assert_array_equal(overlay(image, mask)[0], [shades[1], shades[1], [100] * 3, [100] * 3])
+    # With a truth over half of the grey.
+    shades = [np.round(7.5 + 0.85 * np.array(colour)).tolist() for colour in (HIT, INVENTED, MISSED)]
+    blue = np.round(15 + 0.85 * np.array(INVENTED)).tolist()
+    np.testing.assert_array_equal(overlay(image, mask, truth)[0], [*shades, [50] * 3])
+    np.testing.assert_array_equal(overlay(image, mask)[0], [blue, blue, [100] * 3, [100] * 3])
     assert (image == 100).all()
     with pytest.raises(ValueError, match="uint8 image of shape"):
         overlay(image[:, 1:], mask)

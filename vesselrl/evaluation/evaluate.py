@@ -76,10 +76,7 @@ def predict_each(
     progress: Progress | None = None,
     batch_size: int | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields prediction and true mask of every sample; `progress` is told when they were used.
-
-    A prediction that is not finite has failed (None), which the log says. `batch_size` as for `evaluate`.
-    """
+    """Yields prediction (None: not finite) and true mask of every sample, then tells `progress`."""
     check_unique([sample.key for sample in samples])
     predict_batch = predict if batch_size else lambda images: [predict(image) for image in images]
     step, done = batch_size or 1, 0

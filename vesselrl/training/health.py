@@ -26,8 +26,7 @@ WINDOW = 20  # steps that a rule looks at: a single one says nothing, unless it 
 MAX_CORRECTIONS = 5
 HEALTHY = 0.5  # part of every `roll_back` threshold below which weights count as good
 FLAT_VALIDATIONS = 4  # validations in a row without gain
-# Of a model before training; below it a detail head gains far more than PPO alone: R029, R078.
-KNOWN_DICE = 0.6
+KNOWN_DICE = 0.6  # before training; below it a detail head gains far more than PPO alone: R029, R078
 HUGE_REWARD = 1e4  # the built-in ones stay below 20; beyond it no learning rate is at fault
 
 
@@ -319,11 +318,13 @@ class Health:
         self.history.since_roll_back = dict.fromkeys(self.history.latest, 0)
         self.candidate = (step, values)
         if self.num_corrections == MAX_CORRECTIONS:
+            others = (
+                "--kl_coef or --batch_size, or check the reward" if self.history.is_rl else "--batch_size"
+            )
             raise LearningError(
                 f"The run went wrong {MAX_CORRECTIONS + 1} times, although the learning rate was halved each "
                 f"time, to {self.rate_factor:.2g} of its setting. At step {step}: {symptom} Lower "
-                "--learning_rate; if that does not help, raise --kl_coef or --batch_size, or check the "
-                "reward."
+                f"--learning_rate; if that does not help, raise {others}."
             )
         self.num_corrections += 1
         self.rate_factor /= 2
