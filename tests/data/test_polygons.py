@@ -7,7 +7,14 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from tests.data.broken_roots import encode_mask
-from vesselrl.data.polygons import is_doubtful, mask_to_polygons, rasterise, read_polygon, read_run_lengths
+from vesselrl.data.polygons import (
+    RunLengths,
+    is_doubtful,
+    mask_to_polygons,
+    rasterise,
+    read_polygon,
+    read_run_lengths,
+)
 from vesselrl.errors import DataError
 
 
@@ -108,11 +115,10 @@ def test_run_lengths_agree_with_pycocotools():
     for shape in [*rng.integers(1, 40, (200, 2)), (300, 700)]:
         mask = rng.random(shape) < rng.random()
         height, width = mask.shape
-        flat = mask.ravel(order="F")
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], flat, [not flat[-1]]])))
-        plain = {"size": [height, width], "counts": np.diff(edges, prepend=0).tolist()}
+        plain = {"size": [height, width], "counts": RunLengths.encode(mask).runs.tolist()}
         packed = pycocotools_mask.frPyObjects(plain, height, width)
-        for value in (plain, encode_mask(mask), packed | {"counts": packed["counts"].decode()}):
+        assert packed | {"counts": packed["counts"].decode()} == encode_mask(mask)
+        for value in (plain, encode_mask(mask)):
             runs = read_run_lengths(value, (width, height), "")
             assert (runs.decode() == mask).all()
             assert (rasterise([runs], mask.shape) == mask).all()

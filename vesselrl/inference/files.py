@@ -27,15 +27,9 @@ from vesselrl.data.patients import is_impersonal
 from vesselrl.data.pseudonyms import MAPPING_FILE, pseudonyms
 from vesselrl.data.samples import read_image
 from vesselrl.errors import DataError, NotFiniteError
+from vesselrl.experiment import run_folder
 from vesselrl.experiment.progress import Progress
-from vesselrl.experiment.run_folder import (
-    atomic_write,
-    check_room,
-    check_writable,
-    file_hash,
-    json_hash,
-    write_text,
-)
+from vesselrl.experiment.run_folder import atomic_write, check_room, check_writable, json_hash, write_text
 from vesselrl.inference.predictor import KINDS, STAMP, Prediction, Predictor, picture_path
 from vesselrl.scoring.measurements import IN_MM, MEASUREMENTS, check_pixel_mm, measurement_row
 
@@ -140,7 +134,7 @@ class _Job:
         """Reads the image, unless its results are there."""
         self.row = {"image": self.name, "result": self.result.name}
         try:
-            self.origin = {"image": file_hash(locate(self.file)[0]), "made_by": made_by}
+            self.origin = {"image": run_folder.file_hash(locate(self.file)[0]), "made_by": made_by}
             if self.origin.items() <= (there := read_stamp(self.result)).items():
                 found = ("foreground", "uncertainty", "measurements")
                 self.row |= {"status": "kept"} | {name: there[name] for name in found}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,12 @@ def merge(
     model, processor = load_sa2va(source)
     adapted = load_adapter(model, adapter_folder(lora_weights))
     changed = {f"{name}.weight" for name in adapted.base_model.targeted_module_names}
-    images, expected = _with_vessel(Predictor(adapted.get_base_model(), processor))
+    expected = _with_vessel(Predictor(adapted.get_base_model(), processor))
     with atomic_write(target) as partial:
         dtypes = copy_with_weights(source, partial, adapted.merge_and_unload(), changed, _DTYPES[dtype])
         allowed = max(MAX_GAP.get(one, MAX_GAP[torch.float32]) for one in dtypes)
         merged = Predictor(*load_sa2va(partial))
-        pairs = list(zip(expected, map(merged.predict, images), strict=True))
+        pairs = [(one, merged.predict(one.image)) for one in expected]
         worst = min(dice(a.mask, b.mask) for a, b in pairs)
         gap = max(float(np.abs(a.probabilities - b.probabilities).max()) for a, b in pairs)
         if worst < MIN_DICE or gap > allowed:
@@ -93,21 +94,14 @@ def push(lora_weights: str | Path, repository: str, public: bool = False) -> str
         ) from None
 
 
-def _with_vessel(predictor: Predictor) -> tuple[list[np.ndarray], list[Prediction]]:
-    """Two test pictures, or one, whose masks are not empty, and their predictions."""
-    pictures, predictions = [], []
-    for picture in _test_pictures(2 * predictor.model.config.tile_px):
-        prediction = predictor.predict(picture)
-        if prediction.mask.any():
-            pictures.append(picture)
-            predictions.append(prediction)
-        if len(pictures) == 2:
-            break
-    if not pictures:
-        fault = f"Base and adapter find no vessel in {MAX_PICTURES} test pictures"
-        advice = "See with `vesselrl evaluate` whether this adapter is the right one"
-        raise CheckpointError(f"{fault}: nothing would prove the copy. {advice}.")
-    return pictures, predictions
+def _with_vessel(predictor: Predictor) -> list[Prediction]:
+    """The predictions of two test pictures, or of one, whose masks are not empty."""
+    all_of_them = map(predictor.predict, _test_pictures(2 * predictor.model.config.tile_px))
+    if found := [*islice((one for one in all_of_them if one.mask.any()), 2)]:
+        return found
+    fault = f"Base and adapter find no vessel in {MAX_PICTURES} test pictures"
+    advice = "See with `vesselrl evaluate` whether this adapter is the right one"
+    raise CheckpointError(f"{fault}: nothing would prove the copy. {advice}.")
 
 
 def _test_pictures(side: int) -> Iterator[np.ndarray]:
