@@ -30,6 +30,7 @@ HALF = np.arange(16)[None, :] < np.full((12, 1), 8)  # the left half of 16×12 p
         ("images/01_dr.png", "manual1/01_dr.tif", "mask/01_dr_mask.tif"),  # HRF
         ("images/a.png", "masks/a.png", "fov/a.png"),
         ("a/1.png", "labels/1.png", "FOV masks/1_fov.png"),
+        ("1.png", "1_gt.png", "fov/1.png"),
         ("images/run/frame_0001.png", "masks/run/frame_0001.png", "fov/run.png"),
     ],
 )
