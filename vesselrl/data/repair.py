@@ -133,23 +133,26 @@ def _write_group(
     target = locate(image_file)[0] if frame else image_file
     written.files = (mask_file,) if frame else (mask_file, image_file)
     try:
-        for file in (mask_file, target):
-            file.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if rewrite:
             pixels = read_rgb(first.image_path, written.record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
         elif not target.exists():
             shutil.copyfile(source, target)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+        _write_mask(mask_file, mask)
         if first.fov_path is not None:
-            (fov_file := copy / "fov" / f"{first.name}.png").parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(read_mask(first.fov_path, written.record).astype(np.uint8) * 255).save(fov_file)
+            _write_mask(copy / "fov" / f"{first.name}.png", read_mask(first.fov_path, written.record))
     except OSError as error:  # its text holds the path
         fault = f"{written.record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None
     written.content = _content(first, image_file.relative_to(copy / "images").as_posix(), mask)
     return written
+
+
+def _write_mask(path: Path, mask: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
 
 
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:
