@@ -113,6 +113,9 @@ def test_scores_are_those_of_an_image_cut_to_its_field_of_view(tmp_path: Path) -
         found.append(
             (results[""].calibration, {k: v for k, v in row.items() if k not in ("foreground", "truth_hash")})
         )
+    ((prediction, _),) = predict_each(predict, find_samples(tmp_path / "a"))
+    assert not prediction.mask[~inside].any()
+    assert not prediction.probabilities[~inside].any()  # for thresholds and post-processing
     assert str(found[0]) == str(found[1])  # nan is no number that equals itself
 
 
