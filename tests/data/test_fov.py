@@ -30,6 +30,7 @@ HALF = np.arange(16)[None, :] < np.full((12, 1), 8)  # the left half of 16×12 p
         ("images/01_dr.png", "manual1/01_dr.tif", "mask/01_dr_mask.tif"),  # HRF
         ("images/a.png", "masks/a.png", "fov/a.png"),
         ("a/1.png", "labels/1.png", "FOV masks/1_fov.png"),
+        ("1.png", "1_gt.png", "fov/1.png"),
         ("images/run/frame_0001.png", "masks/run/frame_0001.png", "fov/run.png"),
     ],
 )
@@ -112,6 +113,9 @@ def test_scores_are_those_of_an_image_cut_to_its_field_of_view(tmp_path: Path) -
         found.append(
             (results[""].calibration, {k: v for k, v in row.items() if k not in ("foreground", "truth_hash")})
         )
+    ((prediction, _),) = predict_each(predict, find_samples(tmp_path / "a"))
+    assert not prediction.mask[~inside].any()
+    assert not prediction.probabilities[~inside].any()  # for thresholds and post-processing
     assert str(found[0]) == str(found[1])  # nan is no number that equals itself
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -67,16 +68,23 @@ def test_gradients_reach_the_unet_and_its_loss_falls() -> None:
 
 def test_the_unet_shows_each_image_flipped_with_its_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """A net cannot learn images whose masks are flipped otherwise; here the pair is looked at itself."""
-    update, images, truths = unet_update(), [], []
+    update, images, truths, fovs = unet_update(), [], [], []
     update.checked = True  # nothing is learned here
     blank = torch.zeros(TRUTH.shape)
     monkeypatch.setattr(update.model, "batch_logits", lambda shown, keys: images.extend(shown) or [blank] * 2)
     nothing = torch.zeros(1, requires_grad=True)
-    monkeypatch.setattr(update, "loss", lambda logits, truth: truths.append(truth[0].numpy()) or nothing)
+
+    def loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        fovs.append(logits[0].numpy() == 0)
+        truths.append(truth[0].numpy())
+        return nothing
+
+    monkeypatch.setattr(update, "loss", loss)
     for _ in range(20):
-        update.step(BARS)
-    for image, truth in zip(images, truths, strict=True):
+        update.step(replace(BARS, fovs=BARS.truths))
+    for image, truth, fov in zip(images, truths, fovs, strict=True):
         assert ((image[..., 0] < 120) == truth).all()
+        assert (fov == truth).all()
     assert len({image.tobytes() for image in images}) == 4
 
 

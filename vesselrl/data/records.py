@@ -240,24 +240,34 @@ class DataFolder:
             masks = [path for path in masks if fold(path.stem).endswith(fold(self.endings[0]))]
         png_last = sorted(masks, key=lambda path: path.suffix.lower() == ".png")  # goes before the others
         labels = pairing.Names({below(path, folder): path for path in png_last})
-        views = list_images(self.fov_folder) if self.fov_folder else []
-        fovs = pairing.Names({below(path, self.fov_folder): path for path in views})
-        endings, found, seen = labels.endings_in_use(self.endings), {}, {}
+        endings, found = labels.endings_in_use(self.endings), {}
         for entry in entries:
             stem = PurePosixPath(entry.name).name
-            own_names = [entry.name] if num_stems[stem] > 1 else [entry.name, stem]
-            if stem.startswith("frame_"):  # of a video in a folder, or of a DICOM file
-                own_names += [entry.name.replace("/frame_", between) for between in ("_frame_", "_")]
+            own_names = _names_of(entry.name) + [stem] * (num_stems[stem] == 1)
             if path := pairing.find_label(own_names, labels, endings):
                 found[entry.name] = path
-            own_names.append(str(PurePosixPath(entry.name).parent))  # one may be that of a whole video
-            seen[entry.name] = pairing.find_label(own_names, fovs, ("_fov", *LABEL_ENDINGS))
         if only_pairs and entries and not found and self.mask_suffix is None:
             found = pairing.infer_labels([entry.name for entry in entries], labels)
         pairing.refuse_shared(found)
-        complete = (replace(e, mask_path=found.get(e.name), fov_path=seen[e.name]) for e in entries)
-        kept = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
-        return Listing(self, layout, kept, self.images, masks)
+        complete = [replace(entry, mask_path=found.get(entry.name)) for entry in entries]
+        complete = [entry for entry in complete if entry.mask_path or entry.read_label or entry.content]
+        return Listing(self, layout, complete, self.images, masks)
+
+    @cached_property
+    def _fovs(self) -> pairing.Names:
+        return pairing.Names({below(path, self.fov_folder): path for path in list_images(self.fov_folder)})
+
+    def fov_of(self, name: str) -> Path | None:
+        """The field of view of an image, or of the whole video that it is a frame of."""
+        if self.fov_folder is None:
+            return None
+        names = [*_names_of(name), str(PurePosixPath(name).parent)]
+        return pairing.find_label(names, self._fovs, ("_fov", *LABEL_ENDINGS))
+
+
+def _names_of(image: str) -> list[str]:
+    """What a label of an image may be called after; `run/frame_0003` is of a video or a DICOM file."""
+    return [*dict.fromkeys(image.replace("/frame_", between) for between in ("/frame_", "_frame_", "_"))]
 
 
 @dataclass
@@ -269,6 +279,10 @@ class Listing:
     entries: list[Entry]
     images: list[Path]  # all image files of the image folder
     masks: list[Path]  # all label files
+
+    def __post_init__(self) -> None:
+        fovs = (entry.fov_path or self.folder.fov_of(entry.name) for entry in self.entries)
+        self.entries = [replace(entry, fov_path=fov) for entry, fov in zip(self.entries, fovs, strict=True)]
 
     @property
     def pairs(self) -> bool:

@@ -156,22 +156,25 @@ def _write_pair(
     image_file = copy / "images" / f"{entry.name}{'.png' if rewrite else entry.image_path.suffix}"
     mask_file, target = copy / "masks" / f"{entry.name}_mask.png", locate(image_file)[0]
     try:
-        for file in (target, mask_file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if rewrite:
             pixels = read_rgb(entry.image_path, record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
         elif not target.exists():
             shutil.copyfile(locate(entry.image_path)[0], target)
-        Image.fromarray(mask.astype(np.uint8) * 255).save(mask_file)
+        _write_mask(mask_file, mask)
         if entry.fov_path is not None:
-            (fov_file := copy / "fov" / f"{entry.name}.png").parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(read_mask(entry.fov_path, record).astype(np.uint8) * 255).save(fov_file)
+            _write_mask(copy / "fov" / f"{entry.name}.png", read_mask(entry.fov_path, record))
     except OSError as error:  # its text holds the path
         fault = f"{record} cannot be copied ({error.strerror}). Make room, or give another folder."
         raise DataError(fault) from None
     return image_file, mask_file
+
+
+def _write_mask(path: Path, mask: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
 
 
 def _read_label(entry: Entry, alias: Pseudonym, folder: DataFolder) -> tuple[np.ndarray, set[str], str]:

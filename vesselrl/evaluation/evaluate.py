@@ -140,10 +140,9 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
         row = {"key": sample.key, "patient": sample.patient, "sequence": sample.sequence}
         truth_hash = hashlib.sha256(f"{truth.shape}".encode() + np.packbits(truth).tobytes()).hexdigest()
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
-        fov = load_fov(sample)
-        pred = pred if fov is None else pred & fov
         row |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
-        row |= {} if fov is None else overlap_scores(counts(pred[fov][None], truth[fov][None]))
+        if (fov := load_fov(sample)) is not None:  # specificity counts what is inside alone
+            row |= overlap_scores(counts(pred[fov][None], truth[fov][None]))
         if reward is not None:
             value, terms = score_or_skip(reward, pred, truth)
             row["reward"] = float(value)
