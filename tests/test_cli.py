@@ -18,7 +18,7 @@ from vesselrl.cli import VERBS, main
 from vesselrl.evaluation.held_out import HeldOutResult
 from vesselrl.experiment.config import PRESETS, TrainConfig
 from vesselrl.experiment.progress import LogFile
-from vesselrl.experiment.run_folder import run_settings
+from vesselrl.experiment.run_folder import run_settings, write_json
 
 # Runs the command line as `python -m vesselrl` does, then says whether something heavy was imported.
 SPY = """
@@ -152,16 +152,17 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
 def test_the_last_lines_say_how_to_go_on_and_a_log_file_has_all_or_why_it_ended(
     monkeypatch, tmp_path: Path, capsys
 ) -> None:
-    """But there is no file where a training was refused before it said anything."""
+    """But there is no file where a training was refused before a run began."""
     (tmp_path / "the_run" / "best_lora").mkdir(parents=True)
     numbers = dict.fromkeys(("before", "after", "difference", "low", "high"), 0.5)
     row = numbers | {"metric": "dice", "reason": "", "verdict": "better"}
     result = {"folder": tmp_path / "the_run", "validation": [row], "test": [], "caveats": ("LEAKY: a",)}
 
     def train(config: TrainConfig, argv: list[str], console: object) -> SimpleNamespace:
+        logging.getLogger("vesselrl").warning("step 1")
         if config.optim.seed == 1:
             raise ValueError("refused")
-        logging.getLogger("vesselrl").warning("step 1")
+        write_json(Path(config.run.output_dir, "run", "metrics.jsonl"), {})
         if config.optim.seed == 2:
             raise OSError("the [disk] is full")
         return SimpleNamespace(**result)

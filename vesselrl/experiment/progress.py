@@ -71,30 +71,38 @@ def logged(items: Iterable[T], label: str, total: int | None = None) -> Iterator
 class LogFile(logging.FileHandler):
     """The log of a `with` block, and how it ended, as FOLDER/train_NAME_TIME.log.
 
-    The file is made, with its folder, for its first line; where it cannot be, there is none.
+    The file is made, with its folder, for its first line, and goes again where no run began.
     """
 
     def __init__(self, folder: str | Path, name: str, line: logging.Formatter) -> None:
-        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-        super().__init__(Path(folder) / f"train_{name}_{stamp}.log", encoding="utf-8", delay=True)
+        self.folder, stamp = Path(folder), datetime.now().strftime("%Y%m%d_%H%M%S")
+        super().__init__(self.folder / f"train_{name}_{stamp}.log", encoding="utf-8", delay=True)
         self.setFormatter(line)
 
     def _open(self) -> TextIOWrapper | None:
         with suppress(OSError):  # the training itself says what is wrong with the folder
-            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             return super()._open()
         return None
 
+    def _runs(self) -> set[tuple]:
+        return {(file, file.stat().st_mtime_ns) for file in self.folder.glob("*/metrics.jsonl")}
+
     def __enter__(self) -> "LogFile":
+        self.before, self.is_new = self._runs(), not self.folder.exists()
         logging.getLogger().addHandler(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        logging.getLogger().removeHandler(self)
         if error:
             self.add(escape(f"ended by {kind.__name__}: {explanation(error) or error}"))
-        logging.getLogger().removeHandler(self)
         with suppress(OSError):
             self.close()
+            if error and self._runs() == self.before:
+                Path(self.baseFilename).unlink(missing_ok=True)
+                if self.is_new:
+                    self.folder.rmdir()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the training reports a full disk)
         """Lets a line go that cannot be written."""
