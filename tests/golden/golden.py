@@ -64,6 +64,7 @@ MEANT = {
         ("train_*/info/fit*", "*/marks*", "reports/*"),
         "built-in data and models are marked, and how well the model knows the images is a table",
     ),
+    "train_unet/findings*": "a supervised run is not told about the reward",
     "help/listed": "bench and pretrain are no verbs any more: they stand in benchmarks/",
     "help/bench*": "bench is no verb any more: its parts are scripts in benchmarks/",
     "help/pretrain/*": "pretrain is no verb any more: it is a script in benchmarks/",

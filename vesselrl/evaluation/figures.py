@@ -271,7 +271,7 @@ def plot_panels(cases: Sequence[Case], out_png: Path) -> None:
                 axes.plot([column for _, column in places], [row for row, _ in places], ls="none", **style)
             numbers = ((scores["breaks"], "break"), (scores["false_pieces"], "false component"))
             counted = ", ".join(f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in numbers)
-            failed = "failed, " if scores["failed"] else ""
+            failed = "failed,\n" if scores["failed"] else ""
             axes.set_xlabel(f"{failed}Dice {scores['dice']:.3f}, {counted}", fontsize=9, color=INK)
         for axes in line:
             axes.set(xticks=[], yticks=[], xlim=line[0].get_xlim(), ylim=line[0].get_ylim())
