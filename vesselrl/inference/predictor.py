@@ -71,7 +71,7 @@ class Prediction(NamedTuple):
     logits: np.ndarray  # float32; probability = 1 / (1 + exp(−logit))
 
     @classmethod
-    def of_logits(cls, logits: np.ndarray, post: PostProcessing) -> "Prediction":
+    def of_logits(cls, logits: np.ndarray, post: PostProcessing = THRESHOLD_ONLY) -> "Prediction":
         """The result of a model's output, float32 (H, W)."""
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.
         cut = np.float32(np.log(post.threshold / (1 - post.threshold)))
