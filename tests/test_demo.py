@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from vesselrl.synthetic.dataset import TARGET, draw_sequence
 
 PERSON = "ZHANG_SAN(1234567890)_1-2_3_0A1B2C3D_frame_000011"
 WORDS = tomllib.loads(demo.TEMPLATES.joinpath("demo.toml").read_text("utf-8"))
+MODEL = cache(Predictor.from_pretrained)
 BROWSER = Path("/usr/bin/chromium")
 OTHER = PostProcessing(threshold=0.3, min_component_px=10, close_gaps=0.02)  # each changes the mask
 
@@ -44,12 +45,12 @@ def pixels(path: Path) -> np.ndarray:
 
 def masks_of_predict(picture: Path, folder: Path, *settings: PostProcessing) -> Iterator[np.ndarray]:
     for number, post in enumerate(settings):
-        (row,) = predict_files(Predictor.from_pretrained(post=post), picture, folder / str(number))
+        (row,) = predict_files(replace(MODEL(), post=post), picture, folder / str(number))
         yield pixels(folder / str(number) / f"{row['result']}_mask.png")
 
 
 def test_masks_are_those_of_predict_and_the_model_sees_a_picture_once(pictures, tmp_path: Path) -> None:
-    seen, model = [], Predictor.from_pretrained()
+    seen, model = [], MODEL()
     counting = replace(model, forward=lambda inputs, images: seen.append(1) or model.model(inputs))
     read = partial(demo.read_case, counting, tmp_path, WORDS["en"], str(pictures[0]))
     case = read(str(pictures[1]), read(None, None))

@@ -195,7 +195,7 @@ def build(
                 with gr.Row():
                     named = dict.fromkeys(KINDS, "PNG") | {"labelme": "JSON", "coco": "JSON"}
                     named = [f"↓ {words[kind]} ({ending})" for kind, ending in named.items()]
-                    look = {"interactive": False, "size": "sm", "min_width": 140}
+                    look = {"interactive": False, "size": "sm", "min_width": 110}
                     ways = [gr.DownloadButton(name, **look) for name in named]
             with gr.Column(scale=2, min_width=240):
                 figures = gr.HTML(wait)

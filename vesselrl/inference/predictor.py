@@ -86,7 +86,7 @@ class Prediction(NamedTuple):
 
     @classmethod
     def of_logits(
-        cls, logits: np.ndarray, post: PostProcessing, image: np.ndarray | None = None
+        cls, logits: np.ndarray, post: PostProcessing = THRESHOLD_ONLY, image: np.ndarray | None = None
     ) -> "Prediction":
         """The result of a model's output, float32 (H, W), on an image."""
         # Compared as logits: at 0.5 the official rule is logit > 0, to the last bit.

@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.special import expit
 from torch import Tensor
 
 from vesselrl.data.samples import Sample, load_fov
@@ -259,4 +258,4 @@ def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | Non
 
 def _prediction(logits: np.ndarray) -> Prediction:
     check_finite(logits)
-    return Prediction(logits > 0, expit(logits), logits)
+    return Prediction.of_logits(logits)
