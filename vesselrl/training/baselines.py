@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vesselrl.data.polygons import resize_mask
 from vesselrl.data.samples import Sample, load_fov
 from vesselrl.data.splits import take
 from vesselrl.errors import LearningError
@@ -172,11 +173,11 @@ def best_frangi(
     """The sigmas and the threshold with the best mean over patients of Dice on these samples."""
     counted: dict[tuple, list] = {sigmas: [] for sigmas in SIGMAS}
     for number, sample in enumerate(samples, start=1):
-        (image, truth), fov = load(sample), load_fov(sample)
+        image, truth = load(sample)
         # The filter takes the largest response over its sigmas, so each is computed once for all sets.
         single = {s: vesselness(image, (s,)) for s in sorted({s for sigmas in SIGMAS for s in sigmas})}
         for sigmas, counts in counted.items():
-            response = np.maximum.reduce([single[s] for s in sigmas]) * (1 if fov is None else fov)
+            response = np.maximum.reduce([single[s] for s in sigmas]) * _seen(sample, truth.shape)
             counts.append(counts_by_threshold(Frangi(sigmas).cut(response).probabilities, truth))
         if progress is not None:
             progress(number, len(samples))
@@ -186,6 +187,11 @@ def best_frangi(
     probability = curves[best].best.threshold
     # The curve's thresholds are on v / (v + default); the same cut as a vesselness.
     return best, DEFAULT_VESSELNESS * probability / (1 - probability)
+
+
+def _seen(sample: Sample, shape: tuple[int, int]) -> np.ndarray | bool:
+    """The field of view at the size of a mask; True where all of the image counts."""
+    return True if (fov := load_fov(sample)) is None else resize_mask(fov, shape)
 
 
 def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,7 +208,11 @@ def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]
     for polarity in ("dark", "bright"):
         load = partial(_load_small, is_negative=polarity == "bright")
         model, pairs = Frangi(*best_frangi(train, load=load)), [*map(load, val)]
-        scores = [dice(model.predict(image).mask, truth) for image, truth in pairs]
+        masks = [
+            model.predict(image).mask & _seen(s, truth.shape)
+            for s, (image, truth) in zip(val, pairs, strict=True)
+        ]
+        scores = [dice(mask, truth) for mask, (_, truth) in zip(masks, pairs, strict=True)]
         fit[f"frangi_{polarity}"] = float(np.mean(scores))
     fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
     logger.info("fit before training: %s", ", ".join(f"{name} {value:.3g}" for name, value in fit.items()))
@@ -215,7 +225,7 @@ def _load_small(sample: Sample, is_negative: bool) -> tuple[np.ndarray, np.ndarr
     factor = min(1, FIT_PX / max(truth.shape))
     size = tuple(max(1, round(factor * side)) for side in truth.shape[::-1])
     image = cv2.resize(255 - image if is_negative else image, size, interpolation=cv2.INTER_AREA)
-    return image, cv2.resize(truth.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+    return image, resize_mask(truth, size[::-1])
 
 
 def teaching(config: TrainConfig, num_images: int, fit: Mapping[str, float]) -> str:
