@@ -69,7 +69,10 @@ echo "Installing into $PWD/.venv; torch is large, so the first time takes minute
 "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
   >>.venv/vesselrl_constraints.txt || fail "'$torch' did not install torch."
 extras="$(IFS=,; echo "${groups[*]:1}")"
+# gradio asks for a Pillow before 13, which resizes pictures a little differently; the page works with the pinned one, too.
+[[ ",$extras," != *,demo,* ]] || sed -i '/^pillow==/d' .venv/vesselrl_constraints.txt
 "${pip[@]}" --no-build-isolation --editable ".${extras:+[$extras]}"
+[[ ",$extras," != *,demo,* ]] || "${pip[@]}" --no-deps "$(grep '^pillow==' constraints.txt)"
 
 [[ -z "${VESSELRL_TORCH:-}" ]] || echo "$torch" >.venv/vesselrl_torch
 for group in "${groups[@]}"; do echo "$wanted" >".venv/vesselrl_installed_$group"; done

@@ -130,11 +130,6 @@ def api() -> str:
         parts.append(f"## {name}\n\n```python\n{name}{signature(thing)}\n```\n\n{about}\n")
         if rest:
             parts.append(f"```text\n{rest}\n```\n")
-        methods = (
-            [m for m in vars(thing).values() if callable(getattr(m, "__func__", m))]
-            if inspect.isclass(thing)
-            else []
-        )
         methods = [getattr(m, "__func__", m) for m in vars(thing).values()] if inspect.isclass(thing) else []
         shown = [m for m in methods if inspect.isfunction(m) and not m.__name__.startswith("_") and m.__doc__]
         if shown:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from vesselrl import cli, demo
 from vesselrl.errors import DataError
-from vesselrl.inference.predictor import Predictor, predict_files
+from vesselrl.inference.files import predict_files
+from vesselrl.inference.predictor import Predictor
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.scores import evaluation_scores
 from vesselrl.synthetic.dataset import TARGET, draw_sequence

@@ -23,7 +23,7 @@ from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import DataError
 from vesselrl.experiment.run_folder import PRIVATE_FILE
-from vesselrl.inference.predictor import find_inputs
+from vesselrl.inference.files import find_inputs
 
 SECRETS = ("quirinius", "xanthopoulos", "4827163")
 

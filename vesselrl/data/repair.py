@@ -77,9 +77,7 @@ def repair_data(
         groups[entry.name].append(entry)
     with atomic_write(out) as copy:
         copy.mkdir()
-        mapping = copy / MAPPING_FILE
-        if listing.folder.mapping_file.exists():
-            shutil.copy2(listing.folder.mapping_file, mapping)
+        mapping = _copy_mapping(listing, copy)
         aliases = listing.pseudonyms(patient_pattern, patient_aliases, mapping=mapping, keep="all")
         write = partial(_write_group, copy, aliases, listing.folder)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -102,6 +100,13 @@ def repair_data(
             raise DataError(f"The repaired copy still has faults: {report.of('error')[0].message}")
     done = [finding for item in written for finding in item.findings]
     return replace(report, findings=(*done, *report.findings))
+
+
+def _copy_mapping(listing: Listing, copy: Path) -> Path:
+    """The mapping file of a copy, which begins as that of the original, if there is one."""
+    if listing.folder.mapping_file.exists():
+        shutil.copy2(listing.folder.mapping_file, copy / MAPPING_FILE)
+    return copy / MAPPING_FILE
 
 
 def _check_new(option: str, out: Path, *roots: Path) -> None:
@@ -247,9 +252,7 @@ def merge_data(
         labels = _pair_by_name(_list_labels(new), names, listing)
     with atomic_write(out) as copy:
         copy.mkdir()
-        mapping = copy / MAPPING_FILE
-        if listing.folder.mapping_file.exists():
-            shutil.copy2(listing.folder.mapping_file, mapping)
+        mapping = _copy_mapping(listing, copy)
         whose = patient_pattern, patient_aliases
         # First of the old data alone, so that they are the same.
         before = listing.pseudonyms(*whose, mapping=mapping, keep="all")
