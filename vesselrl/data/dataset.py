@@ -232,7 +232,7 @@ def _contrast(grey: np.ndarray, mask: np.ndarray, unit: float) -> float:
 
 def rate_difficulty(measures: Sequence[Measures]) -> list[float]:
     """The difficulty of each sample in [0, 1], by ranks over all with vessels; a single one has 0."""
-    from scipy.stats import rankdata  # a tenth of the seconds that the package takes to import
+    from scipy.stats import rankdata  # slow to import, and for a curriculum alone
 
     vessels = [(-one.contrast, -one.width_px, one.tortuosity) for one in measures if one != Measures()]
     columns = np.reshape(vessels, (-1, 3)).T
