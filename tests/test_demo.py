@@ -121,8 +121,8 @@ def served(lang: str, folder: Path) -> Iterator[str]:
             (address,) = (word for word in process.stdout.readline().split() if word.startswith("http"))
             yield address
         finally:
-            process.send_signal(signal.SIGINT)
-    assert process.returncode == 128 + signal.SIGINT
+            process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM
     assert [*folder.glob("vesselrl_demo_*")] == []
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, make_dataclass
 from difflib import get_close_matches
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 
@@ -56,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = "".join(f" Did you mean {name!r}?" for name in get_close_matches(verb, VERBS, 1))
         print(f"Unknown verb {verb!r}.{near}\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
-    for stream in (sys.stdout, sys.stderr):  # a pipe of Windows has no Greek letters
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, TextIOWrapper
+        ):  # a notebook has others; Windows pipes no Greek letters
+            stream.reconfigure(errors="replace")
     level = logging.WARNING if OF_PROCESS else logging.INFO
     logging.basicConfig(level=level, format=LOG_FORMAT[0], datefmt=LOG_FORMAT[1])
     for noisy in ("httpx", "matplotlib", "PIL", "numba"):
