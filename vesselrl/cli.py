@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Unknown verb {verb!r}.{near}\n{usage(USAGE, VERBS)}", file=sys.stderr)
         return 2
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, TextIOWrapper
-        ):  # a notebook has others; Windows pipes no Greek letters
+        if isinstance(stream, TextIOWrapper):  # a notebook has others; Windows pipes no Greek letters
             stream.reconfigure(errors="replace")
     level = logging.WARNING if OF_PROCESS else logging.INFO
     logging.basicConfig(level=level, format=LOG_FORMAT[0], datefmt=LOG_FORMAT[1])
