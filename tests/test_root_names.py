@@ -142,3 +142,49 @@ def test_a_bare_python_hands_over_to_the_venv_or_says_what_to_run(
         assert done.returncode == 1
         assert re.search(f"lacks.*torch.*bash {clone / 'install_dependencies.sh'}", done.stderr)
         shutil.rmtree(clone / ".venv", ignore_errors=True)
+
+
+COMMAND = re.compile(
+    r"(?:^|`)((?:[A-Z_]+=\S+ )*(?:bash|python|\.venv/bin/vesselrl|vesselrl(?! fine)) [^`#\n]+|data \w+(?=`))",
+    re.M,
+)
+# CI, a browser, a stand-in of the hub, a shell, test_faults.py.
+ELSEWHERE = ("install_dep", "run_tests", " demo", " push", "completion", "--resume_from")
+TRAIN = "--model_path @model --data_root @data --output_dir output --max_train_samples 2 --max_val_samples 2 "
+TRAIN += "--num_epochs 2 --val_freq 100 --num_samples 2 --num_regions 1 --lora_rank 2"
+PREDICT = "--image @data/images --output_dir predictions --format labelme"
+MORE = {  # beside what stands in the README; the first that is in a command counts
+    "data check": "", "data merge": "@data predictions/labelme --output joined",
+    "show": "@data --output sheet.png",
+    "draw": "--root drawn --num_patients 3 --size 64", "merge_lora": "--output_model merged",
+    " merge": "--output_model merged_too", "--preset debug": "--output_dir output", "benchmarks": "--help",
+    **dict.fromkeys((" train", "train_lora", "run_lora"), TRAIN),
+    **dict.fromkeys((" predict", "inference"), PREDICT),
+}  # fmt: skip
+
+
+@pytest.mark.long  # three minutes
+@pytest.mark.timeout(600)
+def test_every_command_of_the_readmes_runs(
+    repository: Path, angiograms: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Those of README.md, which README.zh-CN.md has too, in small: trainings first, whose runs others use."""
+    write_python(tmp_path, f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
+    for path in (*repository.glob("*.py"), repository / "run_lora_ppo.sh"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "install_dependencies.sh").write_text("exit 0\n")
+    (tmp_path / "vesselrl").symlink_to(repository / "vesselrl")
+    (tmp_path / "benchmarks").symlink_to(repository / "benchmarks")
+    found = dict.fromkeys(COMMAND.findall((repository / "README.md").read_text(encoding="utf-8")))
+    commands = [one.strip() for one in found if not any(word in one for word in ELSEWHERE)]
+    assert len(commands) > 15
+    for command in sorted(commands, key=lambda one: "train" not in one and "run_lora" not in one):
+        more = next((text for name, text in MORE.items() if name in f" {command}"), "")
+        command = f"vesselrl {command}" if command.startswith("data ") else command
+        command += " @data" * command.endswith("data check")
+        command = re.sub(r"^(\.venv/bin/)?vesselrl", ".venv/bin/python -m vesselrl", f"{command} {more}")
+        command = re.sub(r"^python", ".venv/bin/python", command)
+        for name, place in (("/data/vessels|@data", angiograms), ("/models/sa2va|@model", tiny_checkpoint)):
+            command = re.sub(name, str(place), command)
+        done = run(["bash", "-c", command], tmp_path, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
