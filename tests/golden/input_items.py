@@ -69,7 +69,7 @@ def contact_sheets() -> dict:
     for name, options in ways.items():
         code, _, message = call(f"data show {options} --output out/sheet_{name}.png")
         sheet = pictures(Path("out")).get(f"sheet_{name}.png")
-        found[name] = {"code": code, "pixels": sheet} if code == 0 else message
+        found[name] = {"code": code, "bits": {"pixels": sheet}} if code == 0 else message
     return found
 
 

@@ -120,7 +120,7 @@ def training(name: str) -> dict:
     extra = ("cases/cases.json", "difficulty.json", "frangi.json", "split.json")
     found |= {one: read(folder / one) for one in extra if (folder / one).is_file()}
     if (folder / "contact_sheet.png").exists():
-        found["contact sheet"] = sha(pixels(folder / "contact_sheet.png"))
+        found["bits"]["contact sheet"] = sha(pixels(folder / "contact_sheet.png"))
     return found
 
 

@@ -1,6 +1,7 @@
 """What a training takes, from shapes alone, against what the model keeps; the language model in four bits."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -81,3 +82,31 @@ def test_four_bits_need_their_package_and_a_language_model_in_the_scope(monkeypa
         to_nf4(random_sa2va())
     with pytest.raises(ValueError, match="--use_nf4 is for a language model in the scope"):
         TrainConfig().with_(use_nf4=True)
+
+
+FREED = """
+import sys, torch
+from benchmarks.memory import anonymous_bytes
+from vesselrl.models.checkpoint import return_freed_memory
+
+if sys.argv[1] == "returned":
+    return_freed_memory()
+for _ in range(2):
+    torch.ones(7_500_000)  # 30 MB; once it is freed, glibc takes smaller blocks from its heap
+before = anonymous_bytes()
+blocks = [torch.ones(size) for size in 50 * (2_000_000, 20_000)]
+del blocks[::2]
+print(anonymous_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has the setting")
+def test_freed_memory_goes_back_to_the_system(repository: Path) -> None:
+    """Of 50 blocks of 8 MB; small ones that live on lie between them."""
+
+    def left(how: str) -> int:
+        command = [sys.executable, "-c", FREED, how]
+        return int(subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout)
+
+    assert left("kept") > 300e6
+    assert left("returned") < 50e6

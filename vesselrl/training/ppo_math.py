@@ -7,6 +7,8 @@ confident pixels carry none.
 
 from typing import NamedTuple
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -107,35 +109,27 @@ def sample_masks(
 ) -> Tensor:
     """Samples K masks of one image, each pixel Bernoulli(sigmoid(logit / temperature)), neighbours together.
 
-    (H, W) logits give (K, H, W) bool masks, up to rounding the same on every device, as the generator is on
+    (H, W) logits give (K, H, W) bool masks, up to rounding the same on every device, as the field is made on
     the CPU. `correlation_px` is the deviation of the Gaussian that smooths the random field, 0: independent
     pixels.
     """
-    field = gaussian_field(num_samples, logits.shape, correlation_px, generator, logits.device)
+    field = gaussian_field(num_samples, logits.shape, correlation_px, generator).to(logits.device)
     # P(field < quantile of p) = p for a standard normal field.
     uniform = torch.special.ndtr(field)
     return uniform < torch.sigmoid(logits.detach().float() / temperature)
 
 
 def gaussian_field(
-    count: int,
-    shape: tuple[int, int],
-    correlation_px: float,
-    generator: torch.Generator,
-    device: torch.device | str = "cpu",
+    count: int, shape: tuple[int, int], correlation_px: float, generator: torch.Generator
 ) -> Tensor:
     """(count, H, W) smooth random fields, exactly standard normal at every pixel, also at the borders."""
     height, width = shape
     if correlation_px <= 0:
-        return torch.randn(count, height, width, generator=generator).to(device)
+        return torch.randn(count, height, width, generator=generator)
     radius = max(1, round(3 * correlation_px))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (offsets / correlation_px) ** 2)
-    kernel = kernel / kernel.square().sum().sqrt()
-    noise = torch.randn(count, 1, height + 2 * radius, width + 2 * radius, generator=generator)
-    noise, kernel = noise.to(device), kernel.to(device)
-    flags = {"enabled": True, "deterministic": torch.backends.cudnn.deterministic}  # as they are
-    with torch.backends.cudnn.flags(**flags, allow_tf32=False):  # of 10 bits, which would change masks
-        # One by one: with larger outputs a CPU takes most of the time for new pages of memory.
-        rows = (functional.conv2d(one, kernel.view(1, 1, -1, 1)) for one in noise.split(1))
-        return torch.cat([functional.conv2d(one, kernel.view(1, 1, 1, -1))[0] for one in rows])
+    kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / correlation_px) ** 2)
+    kernel /= np.sqrt(np.square(kernel).sum())
+    noise = torch.randn(count, height + 2 * radius, width + 2 * radius, generator=generator)
+    # Several times as fast as two one-dimensional convolutions of torch on the same core.
+    smooth = (cv2.sepFilter2D(one, cv2.CV_32F, kernel, kernel) for one in noise.numpy())
+    return torch.from_numpy(np.stack([*smooth])[:, radius:-radius, radius:-radius])
