@@ -187,9 +187,9 @@ def test_the_last_lines_say_how_to_go_on_and_a_log_file_has_all_or_why_it_ended(
     assert not [one for one in logging.getLogger().handlers if isinstance(one, LogFile)]
 
 
-def test_hyphens_and_underscores_are_the_same(trained: list) -> None:
+def test_hyphens_and_underscores_commas_and_spaces_are_the_same(trained: list) -> None:
     main(["train", "--num_epochs", "5", "--lora_scope", "projector", "mask_decoder", "--use_bf16"])
-    main(["train", "--num-epochs", "5", "--lora-scope", "projector", "mask_decoder", "--use-bf16"])
+    main(["train", "--num-epochs", "5", "--lora-scope", "projector,mask_decoder", "--use-bf16"])
     expected = TrainConfig().with_(num_epochs=5, lora_scope=("projector", "mask_decoder"), use_bf16=True)
     assert [config for config, _ in trained] == [expected, expected]
 

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, make_dataclass
 from difflib import get_close_matches
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar, Union
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USAGE = "VERB [options]   (vesselrl VERB --help lists them)"
 Verb = Callable[[list[str]], int]
+LISTS = ("--format", "--report_to", "--lora_scope")  # options of several values
 BASE_ALONE = "none"  # in the place of an adapter
 RUNS = Path("output")  # where runs are looked for
 # Of several processes the main one says what goes on, and the others, by number, what goes wrong.
@@ -331,12 +333,16 @@ VERBS: dict[str, Verb] = {
 
 
 def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = None) -> T:
-    """Options to one of the dataclasses; the prototype's underscore names and hyphens both work."""
+    """Options to one of the dataclasses; the prototype's underscore names and hyphens both work.
+
+    Values of an option that takes several may stand apart or between commas.
+    """
+    before = [word[:2] + word[2:].replace("-", "_") for word in ["", *arguments]]
+    words = (w.split(",") if b in LISTS else [w] for b, w in zip(before, arguments, strict=False))
     given = {} if default is None else {"default": default}
     about = inspect.getdoc(run_train if kind is TrainConfig else kind)
-    return tyro.cli(
-        kind, args=arguments, prog=f"vesselrl {verb}", description=about, use_underscores=True, **given
-    )
+    how = {"prog": f"vesselrl {verb}", "description": about, "use_underscores": True} | given
+    return tyro.cli(kind, args=[*chain(*words)], **how)
 
 
 def config_of(place: Path) -> TrainConfig:

@@ -61,7 +61,9 @@ def test_trackers_get_settings_and_every_metric(tmp_path: Path, angiograms: Path
     tracker = Mock()
     monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"swanlab": tracker, "mlflow": tracker})
     monkeypatch.setattr("vesselrl.training.setup.find_spec", lambda name: name)
-    folder = train_debug(tmp_path, report_to=("swanlab", "mlflow"), data_root=str(angiograms)).folder
+    folder = train_debug(
+        tmp_path, report_to=("tensorboard", "swanlab", "mlflow"), data_root=str(angiograms)
+    ).folder
     name = folder.name
     assert tracker.mock_calls[0] == call("vesselrl", experiment_name=name)
     assert call("vesselrl", run_name=name) in tracker.mock_calls

@@ -243,8 +243,9 @@ class RunSettings:
     # Limit in GB of OUTPUT_DIR/cache, where the features of a frozen image encoder are kept, and likewise the
     # states of a frozen language model; 0: memory only.
     cache_gb: float = 20.0
-    # Trackers that get the metrics too, beside TensorBoard; each needs the package of its name.
-    report_to: tuple[Literal["wandb", "swanlab", "mlflow", "trackio"], ...] = ()
+    # Trackers that get the metrics too, beside TensorBoard, which always does; each needs the package of its
+    # name.
+    report_to: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"], ...] = ()
     # The same as --report_to wandb.
     use_wandb: bool = False
     # Train and validate on this many images to see whether the model can learn at all; 0: off.
@@ -253,7 +254,8 @@ class RunSettings:
     @property
     def trackers(self) -> tuple[str, ...]:
         """The trackers beside TensorBoard, each once."""
-        return tuple(dict.fromkeys((*self.report_to, *["wandb"] * self.use_wandb)))
+        named = (name for name in self.report_to if name != "tensorboard")
+        return tuple(dict.fromkeys((*named, *["wandb"] * self.use_wandb)))
 
 
 _FLAT = tyro.conf.arg(name="")  # no prefix on the command line
