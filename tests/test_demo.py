@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.test_dicom import write_dicom
 from vesselrl import cli, demo
 from vesselrl.errors import DataError
 from vesselrl.inference.files import predict_files
@@ -137,7 +138,10 @@ def test_a_browser_gets_from_upload_to_download(
     sync_playwright = pytest.importorskip("playwright.sync_api", reason=reason).sync_playwright
     if not BROWSER.exists():
         pytest.skip(f"needs {BROWSER} (apt-get install chromium)")
-    words, faults = WORDS[lang], []
+    words, faults, picture = WORDS[lang], [], pictures[0]
+    if lang == "zh":
+        frames = np.stack([pixels(picture)[:, :, 0]] * 2)
+        picture = write_dicom(tmp_path / "IM1.dcm", frames, PatientName="ZHANG^SAN")
     screenshots = Path(os.environ.get("VESSELRL_SCREENSHOTS", tmp_path))
     with served(lang, tmp_path) as address, sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
@@ -151,8 +155,9 @@ def test_a_browser_gets_from_upload_to_download(
         page.goto(address)
         page.get_by_text(words["wait"]).wait_for()
         assert page.get_by_text(words["gradio"]["upload_text.drop_file"]).count() == 2
-        page.set_input_files("#picture input", pictures[0])
+        page.set_input_files("#picture input", picture)
         page.get_by_text(words["length_px"]).wait_for(timeout=60_000)
+        assert page.get_by_text(words["first_frame"]).count() == (lang == "zh")
         page.set_input_files("#truth input", pictures[1])
         page.get_by_text(words["scored"]).wait_for(timeout=60_000)
         for place, value in enumerate((OTHER.threshold, OTHER.min_component_px, OTHER.close_gaps)):

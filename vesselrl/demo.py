@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from vesselrl.data import formats
+from vesselrl.data.dicom import frames, is_dicom
 from vesselrl.data.images import read_mask
 from vesselrl.data.patients import is_impersonal
 from vesselrl.data.polygons import resize_mask
@@ -63,7 +64,8 @@ class Case:
     @property
     def name(self) -> str:
         """How its files are called: a name that may be a person's goes no further."""
-        return self.source.stem if is_impersonal(self.source.stem) else "picture"
+        is_plain = is_impersonal(self.source.stem) and not is_dicom(self.source)  # that may be an ID
+        return self.source.stem if is_plain else "picture"
 
 
 def read_case(
@@ -164,6 +166,9 @@ def build(
 
     def take(picture: str | None, truth: str | None, case: Case | None) -> Case | None:
         try:
+            is_new = picture and (case is None or picture != str(case.source))
+            if is_new and len(frames(Path(picture))) > 1:
+                gr.Warning(words["first_frame"])
             return read_case(predictor, folder, words, picture, truth, case) if picture else None
         except (DataError, NotFiniteError) as error:
             return gr.Warning(str(error))
