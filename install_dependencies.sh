@@ -20,8 +20,8 @@ groups=(run)
 for argument in "$@"; do
   case "$argument" in
     --quiet) quiet=yes ;;
-    dev | demo | dicom | docs | wandb) groups+=("$argument") ;;
-    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [demo] [dicom] [docs] [wandb]" 2 ;;
+    dev | demo | dicom | nifti | docs | wandb) groups+=("$argument") ;;
+    *) fail "unknown argument '$argument'. Usage: bash install_dependencies.sh [--quiet] [dev] [demo] [dicom] [nifti] [docs] [wandb]" 2 ;;
   esac
 done
 

@@ -1,7 +1,8 @@
 """Grey frames of DICOM files, and whose they are by their header; pydicom is in the extra `dicom`.
 
 A file of one frame is a picture. Each frame of a `run.dcm` with several has a path as if it were a file of
-its own, `run/frame_0003.dcm`, counted from 1 as in DICOM; names of masks and results follow from that.
+its own, `run/frame_0003.dcm`, counted from 1 as in DICOM; names of masks and results follow from that. So
+does that of a compressed NIfTI file: `case.nii.gz` has the path `case.nii`.
 Messages hold nothing of the header, and none of pydicom's.
 """
 
@@ -33,12 +34,16 @@ def is_dicom(path: Path) -> bool:
 
 def locate(path: Path) -> tuple[Path, int]:
     """The file that holds a picture, and the number of its frame; 0 for a file of one picture."""
+    if path.suffix.lower() == ".nii" and not path.is_file():
+        return path.with_name(f"{path.name}.gz"), 0
     number = re.fullmatch(r"frame_(\d{4,})", path.stem) if is_dicom(path) and not path.is_file() else None
     return (path.parent.with_name(path.parent.name + path.suffix), int(number[1])) if number else (path, 0)
 
 
 def frames(file: Path) -> list[Path]:
     """The paths of the frames of a DICOM file; its own where it has one frame, or where it is damaged."""
+    if file.name.lower().endswith(".nii.gz"):
+        return [file.with_suffix("")]
     header = _read_header(file) if is_dicom(file) else None
     count = header.get("NumberOfFrames") if header else None
     if not isinstance(count, int) or not 1 < count < MAX_FRAMES:

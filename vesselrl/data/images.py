@@ -21,7 +21,8 @@ from vesselrl.errors import DataError
 # A small file can hold a picture that fills the memory: more is refused before a pixel is decoded.
 MAX_PIXELS = 2**25
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".ppm")
-IMAGE_SUFFIXES += dicom.SUFFIXES
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+IMAGE_SUFFIXES += dicom.SUFFIXES + NIFTI_SUFFIXES
 # What Pillow raises for files that are broken in one way or another.
 _BROKEN = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError)
 _BROKEN += (struct.error, zlib.error)
@@ -222,7 +223,9 @@ def _read(source: Path | io.BytesIO, record: str, broken: str) -> Image.Image:
 def _is_deep(image: Image.Image) -> bool:
     """Whether the file has more than 8 bits per channel; to be asked before it is decoded."""
     # Pillow reduces colours of 16 bits to 8 and keeps the file's own format in the decoder's arguments.
-    args = [tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in image.tile]
+    args = [
+        tile.args if isinstance(tile.args, tuple) else (tile.args,) for tile in getattr(image, "tile", ())
+    ]
     formats = [image.mode, *(part for parts in args for part in parts if isinstance(part, str))]
     return image.mode in ("I", "F") or any(_SIXTEEN_BITS.search(name) for name in formats)
 
@@ -245,6 +248,9 @@ def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Ima
             check_pixels(frame.size, record)
             yield frame
             return
+        if isinstance(source, Path) and is_nifti(source):
+            yield _of_nifti(source, record, broken)
+            return
         # Given a path, Pillow maps uncompressed TIFF into memory and mixes up the pixels if it turns them.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as image:
             check_pixels(image.size, record)
@@ -263,6 +269,43 @@ def _opened(source: Path | io.BytesIO, record: str, broken: str) -> Iterator[Ima
         is_none = isinstance(error, Image.UnidentifiedImageError)
         what = "not an image" if is_none else f"damaged ({getattr(error, 'strerror', None) or error})"
         raise DataError(f"{record}: the file is {what}. Replace it, or remove the record.", broken) from None
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a path is that of a NIfTI file."""
+    return path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _of_nifti(path: Path, record: str, broken: str) -> Image.Image:
+    """A NIfTI file of one slice, its pixels in the order in which they are stored, x before y.
+
+    That is the order of the picture that a converter has made it of; the header's orientation is for space.
+    """
+    try:
+        import nibabel
+    except ImportError:
+        fault = "NIfTI files cannot be read: nibabel is missing."
+        raise DataError(f'{fault} Install the extra "nifti": pip install "vesselrl[nifti]".') from None
+    file = dicom.locate(path)[0]
+    file.open("rb").close()  # a missing file has a message of its own
+    try:
+        found = nibabel.load(file)
+        sides = [side for side in found.shape if side != 1]
+        sides = sides if len(sides) >= 2 else found.shape[:2]
+        if len(sides) != 2 or found.get_data_dtype().names:
+            fault = f"the NIfTI file holds {'×'.join(map(str, found.shape))} values, not one grey picture"
+            raise DataError(f"{record}: {fault}. Save one slice, without colours.", broken)
+        check_pixels(sides, record)
+        values = np.asanyarray(found.dataobj).reshape(sides).T
+    except DataError:
+        raise
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, *_BROKEN):
+        fault = "the file is no NIfTI file, or damaged. Export it again."
+        raise DataError(f"{record}: {fault}", broken) from None
+    is_whole = bool((np.mod(values, 1) == 0).all()) and np.abs(values).max() < 2**31
+    is_small = is_whole and values.min() >= 0 and values.max() < 256
+    kind = np.uint8 if is_small else np.int32 if is_whole else np.float32
+    return Image.fromarray(np.ascontiguousarray(values, kind))
 
 
 def check_pixels(size: tuple[int, int], record: str) -> None:

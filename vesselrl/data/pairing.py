@@ -87,7 +87,7 @@ def find_folder(folder: Path, names: Sequence[str]) -> Path | None:
 
 def holds_images(folder: Path) -> bool:
     """Whether any picture lies at or below a folder."""
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+    return any(path.name.lower().endswith(IMAGE_SUFFIXES) for path in folder.rglob("*"))
 
 
 def plain_path(written: str) -> str:
@@ -160,7 +160,8 @@ def inventory(folder: Path) -> str:
     endings, found, others = (*IMAGE_SUFFIXES, ".json"), [], Counter()
     for place in (folder, *subfolders(folder)):
         files = list_files(place, endings, deep=place != folder)
-        counts = Counter(sorted((file.suffix.lower() for file in files), key=endings.index))
+        kinds = (ending for file in files for ending in endings if file.name.lower().endswith(ending))
+        counts = Counter(sorted(kinds, key=endings.index))
         if place == folder:
             found += [_listed(counts)] if counts else []
         elif folder_key(place.name) in KNOWN_FOLDERS:
@@ -175,10 +176,10 @@ def _listed(counts: Counter) -> str:
     return ", ".join(f"{number} {ending}" for ending, number in counts.items()) or "nothing to read"
 
 
-def list_files(folder: Path, suffixes: Sequence[str], deep: bool = True) -> list[Path]:
+def list_files(folder: Path, suffixes: tuple[str, ...], deep: bool = True) -> list[Path]:
     """The files of a folder by name, and of those in it if `deep`, but hidden ones and the mapping file."""
     paths = (folder.rglob("*") if deep else folder.glob("*")) if folder.is_dir() else ()
-    found = [path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    found = [path for path in paths if path.name.lower().endswith(suffixes) and path.name[0] != "."]
     files = [path for path in found if path.name != MAPPING_FILE and path.is_file()]
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 

@@ -22,7 +22,7 @@ from PIL import Image
 from vesselrl.data.check import DataReport, check_entry, check_listing
 from vesselrl.data.dicom import is_dicom, locate
 from vesselrl.data.formats import ANNOTATIONS, list_entries
-from vesselrl.data.images import read_mask, read_rgb, read_size
+from vesselrl.data.images import is_nifti, read_mask, read_rgb, read_size
 from vesselrl.data.pairing import below, fold, list_files, list_images
 from vesselrl.data.polygons import Outline, Size, mask_to_polygons, resize_mask, scale_polygons
 from vesselrl.data.pseudonyms import LABELS, MAPPING_FILE, Pseudonym, original_names
@@ -146,7 +146,8 @@ def _write_group(
     if mended:
         what = "; ".join(CODES[code] for code in sorted(mended))
         written.findings.add("repaired", written.record, first.file, severity="info", what=what)
-    written.files = _write_pair(copy, first, mask, written.record, bool(mended & _REWRITTEN_IMAGES))
+    rewrite = bool(mended & _REWRITTEN_IMAGES) or is_nifti(first.image_path)
+    written.files = _write_pair(copy, first, mask, written.record, rewrite)
     written.content = _content(first, written.files[0], mask)
     return written
 
