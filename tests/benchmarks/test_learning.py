@@ -6,7 +6,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +16,12 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks import scores, trainings
+from benchmarks.few_images import few_images
 from benchmarks.learning import COMPARED, compare, decide, judge, learning, pooled
 from benchmarks.scores import MethodResult
 from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite
+from vesselrl.data.samples import find_samples
+from vesselrl.data.splits import read_split
 from vesselrl.errors import RunError
 from vesselrl.evaluation.results import Evaluation, read_evaluation, summarise, verdict
 from vesselrl.evaluation.words import metric_name
@@ -224,3 +227,49 @@ def test_the_change_of_the_beta0_error_is_that_of_the_means_over_patients() -> N
     drawn = np.random.default_rng(1).choice(pairs, (20000, 4)).mean(axis=1)
     limits = -40 + 1.875 * (np.quantile(100 * drawn[:, 1] / drawn[:, 0] - 100, [0.025, 0.975]) + 40)
     assert (line["difference"], line["low"], line["high"]) == pytest.approx((-40, *limits), abs=3)
+
+
+def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
+    training, published: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Pretended masks: whole ones, without the left half of the image, and none."""
+    seen, widths = {}, {"sft_detail": 48, "unet_pretrained": 24, "unet": 0}
+
+    def train(arguments: list[str], log_file: Path) -> int:
+        words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+        method, _, seed = log_file.parent.name.rpartition("_seed")
+        split = read_split(words["--split_file"], find_samples(published))
+        assert (words["--num_epochs"], words["--seed"]) == ("3", seed)
+        seen[method, seed] = [one.key for one in split.train], [one.key for one in split.test]
+        (run := log_file.parent / "run").mkdir()
+        (run / "training_info.json").write_text("{}")
+        return 0
+
+    def load_predictor(run: Path) -> Callable:
+        width = widths[run.parent.name.rpartition("_seed")[0]]
+        kept = np.arange(48) >= 48 - width
+        return lambda image: SimpleNamespace(probabilities=np.float32((image[:, :, 0] < 115) & kept))
+
+    monkeypatch.setattr(trainings, "run_command", train)
+    monkeypatch.setattr(scores, "load_predictor", load_predictor)
+    options = {"suite": "synthetic", "num_images": 2, "draws": 2, "passes": 12, "workers": 1}
+    options |= {"output_dir": str(tmp_path), "data_root": str(published)}
+    assert few_images(**options) == 0
+    draws = [{tuple(map(tuple, seen[name, seed])) for name in widths} for seed in ("42", "43")]
+    assert [len(draw) for draw in draws] == [1, 1]
+    assert draws[0] != draws[1]
+    assert {len(train) for draw in draws for train, _ in draw} == {2}
+    half = np.mean([2 * mask / (mask + 1) for mask in halves(published)])
+    lines = capsys.readouterr().out.splitlines()
+    columns = next(line for line in lines if line.startswith("| C10") and "2 of 2" in line).split("|")
+    assert float(columns[2].split()[0]) == pytest.approx(1 - half, abs=6e-4)
+    assert [line.split("|")[2].split()[0] for line in lines if line.startswith("| C5")] == ["0.000", "+1.000"]
+    seen.clear()
+    assert few_images(**options) == 0
+    assert not seen
+
+
+def halves(root: Path) -> list[float]:
+    """The share of each true test mask that lies in the right half of the image."""
+    masks = [np.asarray(Image.open(path)) for path in sorted((root / "masks").glob("test_*.png"))]
+    return [mask[:, 24:].sum() / mask.sum() for mask in masks]

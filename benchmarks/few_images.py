@@ -1,0 +1,115 @@
+"""Few labelled images: Sa2VA with a detail head against two U-Nets, on draws of the training images."""
+
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from benchmarks import run
+from benchmarks.learning import COMPARED, READING, SHOWN, compare, difference, pooled, scores, table
+from benchmarks.scores import Scorer
+from benchmarks.trainings import (
+    FIXED_POST,
+    METHODS,
+    SEED,
+    SUITES,
+    TABLE,
+    check_settings,
+    last_run,
+    plain_settings,
+    prepare_split,
+    read_json,
+    train_one,
+)
+from vesselrl.data.splits import write_split
+from vesselrl.evaluation.results import Evaluation
+from vesselrl.evaluation.words import metric_name
+from vesselrl.experiment.run_folder import check_writable, write_text
+
+METHOD, CONTROLS = "sft_detail", ("unet_pretrained", "unet")
+
+
+def few_images(
+    suite: Literal["coronary80", "chase_db1"] = "coronary80",
+    num_images: int = 10,
+    draws: int = 10,
+    passes: int = 720,
+    val_freq: int = 120,
+    workers: int = 2,
+    output_dir: str = "output/bench_few_images",
+    data_root: str | None = None,
+) -> int:
+    """Trains each method on draws of a few training images; a score is the mean over the draws.
+
+    Validation and test images are those of the learning benchmark; what is finished is not trained again.
+
+    Args:
+        suite: real images, see docs/benchmarks.md.
+        num_images: training images of a draw.
+        draws: each with a training seed of its own, from 42 on.
+        passes: images that a training sees, each as often as it is passed over.
+        val_freq: steps of one image from one validation to the next.
+        workers: trainings at a time, one thread each.
+        output_dir: where the trainings are kept.
+        data_root: data set of the suite; none: ../shared/data/SUITE.
+    """
+    folder, root = Path(output_dir) / f"{suite}_{num_images}", Path(data_root or f"../shared/data/{suite}")
+    check_writable(folder)
+    full = prepare_split(SUITES[suite], root, folder / "data_split.json")
+    epochs = passes // (num_images * TABLE["common"]["num_passes"])
+    common = TABLE["common"] | {
+        "data_root": str(root),
+        "split_seed": SEED,
+        "num_epochs": epochs,
+        "val_freq": val_freq,
+    }
+    splits, waiting = {}, []
+    for seed in range(SEED, SEED + draws):
+        split_file = folder / f"data_split_{seed}.json"
+        splits[seed] = replace(full, train=tuple(random.Random(seed).sample(full.train, num_images)))
+        write_split(split_file, splits[seed])
+        for name in (METHOD, *CONTROLS):
+            place = folder / f"{name}_seed{seed}"
+            own = {"split_file": str(split_file), "seed": seed, "output_dir": str(place)}
+            options = common | METHODS[name].options | own
+            settings = plain_settings(options) | {"images": read_json(split_file)["sha256"]}
+            check_settings(place, settings)
+            waiting += [] if last_run(place) else [(place, options, settings)]
+    with ThreadPoolExecutor(workers) as pool:
+        faults = [*filter(None, pool.map(lambda job: train_one(*job), waiting))]
+    if faults:
+        print(*faults, sep="\n", file=sys.stderr)
+        return 1
+    tests = {name: [] for name in (METHOD, *CONTROLS)}
+    for seed, split in splits.items():
+        scorer = Scorer(split, folder, seed)
+        for name, found in tests.items():
+            found.append(scorer.scores(name, "test", "test", name, FIXED_POST))
+    title = f"{num_images} training images of {SUITES[suite].title}: {draws} draws, {passes} image passes"
+    write_text(folder / "report.md", report(title, tests))
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def report(title: str, tests: dict[str, list[Evaluation]]) -> str:
+    """Scores of all methods, and what METHOD has more than each control, in Markdown; by draw the tests."""
+    together = {name: pooled(drawn) for name, drawn in tests.items()}
+    rows = [(METHODS[name].label, *scores(one, SHOWN)) for name, one in together.items()]
+    minus = []
+    for name in CONTROLS:
+        pairs = zip(tests[name], tests[METHOD], strict=True)
+        num_better = sum(compare(*pair)["dice"]["difference"] > 0 for pair in pairs)
+        found = compare(together[name], together[METHOD])
+        minus.append(
+            (METHODS[name].label, *map(difference, found.values()), f"{num_better} of {len(tests[name])}")
+        )
+    columns = ["", *map(metric_name, COMPARED), "β0 error in %", "draws of higher Dice"]
+    parts = [f"# {title}", READING, table(["", *map(metric_name, SHOWN)], rows)]
+    parts += [f"## {METHODS[METHOD].label} minus", table(columns, minus)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    run(few_images)
