@@ -37,8 +37,8 @@ from vesselrl.training.policy import MaskPolicy, keep_states, load_policy
 from vesselrl.training.ppo import PPOUpdate
 from vesselrl.training.setup import make_updates, select_device
 
-# What is done while the device waits; all else counts as the device's. Without a GPU "sample" is noise and, in
-# turn, scoring, which a training does in threads beside the reference's pass.
+# What is done while the device waits; all else counts as the device's. Without a GPU "sample" is noise and
+# scoring in turn, which a training does in threads beside the reference's pass.
 PARTS = {
     "inputs": (Sa2VAProcessor, "__call__"),
     "copies": (Sa2VAInputs, "to"),
