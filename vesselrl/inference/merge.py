@@ -12,13 +12,7 @@ from vesselrl.errors import CheckpointError, RunError
 from vesselrl.experiment.run_folder import SHARED_FILE, atomic_write, json_hash
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.checkpoint import checkpoint_folder, copy_with_weights, load_sa2va
-from vesselrl.models.lora import (
-    ADAPTER_FILES,
-    adapter_folder,
-    adapter_settings,
-    check_adapter,
-    load_adapter,
-)
+from vesselrl.models.lora import ADAPTER_FILES, adapter_folder, adapter_settings, check_adapter, load_adapter
 from vesselrl.scoring.overlap import dice
 
 MIN_DICE = 0.999

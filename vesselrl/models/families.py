@@ -12,21 +12,8 @@ from importlib import resources
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 
 from vesselrl.errors import CheckpointError
 
@@ -45,8 +32,8 @@ _UNUSED = tuple(
 class Family(NamedTuple):
     """What differs between the families; `is_whole`: vision tower and projector are inside the class."""
 
-    config: type[PretrainedConfig]
-    language_model: type[PreTrainedModel]
+    config: type[transformers.PretrainedConfig]
+    language_model: type[transformers.PreTrainedModel]
     names: str = "plain"  # tables of its tensors' names, beside the shared ones
     image_text: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
     has_bos: bool = False  # `<s>` stands before the prompt
@@ -54,16 +41,19 @@ class Family(NamedTuple):
 
 
 _LOOK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_QWEN_VL = {"names": "qwen_vl", "image_text": _LOOK, "is_whole": True}
 # By the class in `llm_config`, or by the kind in the `text_config` of a Qwen-VL.
 QWEN2 = "Qwen2ForCausalLM"
 FAMILIES = {
-    QWEN2: Family(Qwen2Config, Qwen2ForCausalLM),
-    "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
-    "InternLM2ForCausalLM": Family(LlamaConfig, LlamaForCausalLM, "internlm2", has_bos=True),
-    "qwen2_5_vl": Family(
-        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True
+    QWEN2: Family(transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "Qwen3ForCausalLM": Family(transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "InternLM2ForCausalLM": Family(
+        transformers.LlamaConfig, transformers.LlamaForCausalLM, "internlm2", has_bos=True
     ),
-    "qwen3_vl": Family(Qwen3VLConfig, Qwen3VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True),
+    "qwen2_5_vl": Family(
+        transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, **_QWEN_VL
+    ),
+    "qwen3_vl": Family(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, **_QWEN_VL),
 }
 # What stands around the question and after the answer. No published Sa2VA was trained with a system prompt.
 _CHAT = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
