@@ -127,11 +127,7 @@ def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation
 
 
 def with_measurements(
-    samples: Sequence[Sample],
-    predicted: Iterable[tuple],
-    post: PostProcessing,
-    pixel_mm: float | None,
-    rows: list[dict],
+    samples: Sequence[Sample], predicted: Iterable, post: PostProcessing, pixel_mm: float | None, rows: list
 ) -> Iterator[tuple]:
     """The predictions; adds a row of measurements of the true and of the predicted mask for each."""
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):

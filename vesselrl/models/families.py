@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vesselrl.errors import CheckpointError
 
-# Tables of tensor names, official and native.
 _TABLES = tomllib.loads(resources.files("vesselrl.models").joinpath("names.toml").read_text("utf-8"))
 _SAM = "grounding_encoder.sam2_model."
 _POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
@@ -57,11 +56,8 @@ FAMILIES = {
 }
 # What stands around the question and after the answer. No published Sa2VA was trained with a system prompt.
 _CHAT = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
-TEMPLATES = {
-    "qwen_chat": _CHAT,
-    "internlm2_chat": _CHAT,
-    "phi3_chat": ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>"),
-}
+_PHI3 = ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>")
+TEMPLATES = {"qwen_chat": _CHAT, "internlm2_chat": _CHAT, "phi3_chat": _PHI3}
 REFUSED = {
     "sam3": "its masks come from SAM3 at 1008 px, not from SAM2",
     "samtok": "it writes masks as text tokens; there is no [SEG] state for SAM2",
@@ -109,10 +105,7 @@ def _fill(template: str, parts: tuple[str, ...]) -> str:
 
 
 class KeyMap:
-    """Official tensors to native ones and back, for one family.
-
-    `has_two_decoders`: Sa2VA-i, which keeps SAM2's own mask decoder, for videos, beside the trained one.
-    """
+    """Official tensors to native ones and back, for one family."""
 
     def __init__(self, family: Family, heads: tuple[int, int], has_two_decoders: bool = False) -> None:
         self.groups, self.group = heads[1], heads[0] // heads[1] + 2  # of InternLM2: queries, key and value
@@ -164,13 +157,12 @@ class KeyMap:
         if row is not None:
             return tensors[0][row : row + 1].contiguous()
         if ".wqkv." in official:
-            parts = [part.unflatten(0, (self.groups, -1)) for part in tensors]
-            return torch.cat(parts, 1).flatten(0, 1)
+            return torch.cat([part.unflatten(0, (self.groups, -1)) for part in tensors], 1).flatten(0, 1)
         return torch.cat(tensors) if len(tensors) == 3 else tensors[0].contiguous()
 
 
 def has_two_decoders(official: Iterable[str]) -> bool:
-    """Whether these are the tensors of a Sa2VA-i, whose trained mask decoder is the one called `modified`."""
+    """Whether tensors are a Sa2VA-i's: the decoder called `modified` is trained, SAM2's own is for videos."""
     return any(name.startswith(_SAM + "sam_mask_decoder_modified.") for name in official)
 
 

@@ -222,10 +222,7 @@ def _number(file: Path, name: str, value: object) -> float:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter.
-
-    What is no folder but reads as ORG/NAME is downloaded.
-    """
+    """The folder of an adapter: itself, `best_lora` of a run folder, or ORG/NAME, which is downloaded."""
     path = checkpoint.local_folder(path, ADAPTER_FILES, "--lora_weights")
     inside = path / "best_lora"
     return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
