@@ -139,9 +139,8 @@ def try_mutation(path: Path, words: list[str], box: Path, log: Path, least: int)
     allowed = TABLE["may write to"].get(words[0], ["out"])
     touched = sorted(file for file in before | after if before.get(file) != after.get(file))
     outside = (file for file in touched if not any(map(file.is_relative_to, allowed)))
-    mapping_or_log = re.compile(
-        rf"{re.escape(MAPPING_FILE)}|train_resumed_\d+_\d+\.log"
-    )  # beside data, and runs
+    # Beside data, and runs.
+    mapping_or_log = re.compile(rf"{re.escape(MAPPING_FILE)}|train_resumed_\d+_\d+\.log")
     faults += [f"touched {file}" for file in outside if not mapping_or_log.fullmatch(file.name)]
     return attempt._replace(faults=faults)
 

@@ -102,11 +102,8 @@ def run_folder(output: Path) -> Path | None:
 def contents(folder: Path) -> dict[str, object]:
     """All that must be the same: metrics without times, bytes of weights, scores."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = {
-        "metrics": [
-            {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
-        ]
-    }
+    metrics = [json.loads(line).items() for line in lines]
+    found = {"metrics": [{k: v for k, v in one if not k.startswith("time/")} for one in metrics]}
     for file in sorted(folder.rglob("*.safetensors")):
         found[str(file.relative_to(folder))] = file.read_bytes()
     for file in sorted(folder.glob("*_*.json")):

@@ -28,9 +28,8 @@ from vesselrl.training.setup import prepare_data
 # Name and ID of the people in the `angiograms` fixture.
 PERSON = re.compile(r"ZHANG|SAN[A-J]|123456789\d")
 EARLIER = "sa2va_lora_ppo_20200101_000000/training_info.json"
-WEIGHTS, CONFIG, SUMS = (
-    f"best_lora/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "SHA256SUMS")
-)
+WEIGHTS, CONFIG = "best_lora/adapter_model.safetensors", "best_lora/adapter_config.json"
+SUMS = "best_lora/SHA256SUMS"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -169,9 +168,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS)
-def test_a_bad_setting_is_named(
-    refused: Callable, tmp_path: Path, monkeypatch, name: str, value: object
-) -> None:
+def test_a_bad_setting_is_named(refused: Callable, tmp_path: Path, monkeypatch, name, value) -> None:
     """Some are looked at before model and data."""
     monkeypatch.setattr("vesselrl.training.setup.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
@@ -180,9 +177,8 @@ def test_a_bad_setting_is_named(
     for module, code in CODE.items():
         Path(f"{module}.py").write_text(code)
         monkeypatch.delitem(sys.modules, module, raising=False)
-    nowhere = (
-        {"model_path": "nowhere", "data_root": "nowhere"} if name in ("recall_target", "lora_scope") else {}
-    )
+    places = ("model_path", "data_root") if name in ("recall_target", "lora_scope") else ()
+    nowhere = dict.fromkeys(places, "nowhere")
     assert re.search(SETTINGS[name, value], refused(**nowhere, **{name: value}))
     assert Path("results").read_text() == "kept"
 

@@ -133,9 +133,8 @@ def test_without_a_model_the_newest_finished_run_is_taken_and_told(
     Path("output/unfinished/training_info.json").unlink()
     assert main(["evaluate"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(
-        "No model was named: the adapter is that of output/newer, the run that finished last."
-    )
+    told = "No model was named: the adapter is that of output/newer, the run that finished last."
+    assert out.startswith(told)
     assert "base model and adapter, test: patient means" in out
     assert Path("output/newer/evaluation/test_best_lora.json").is_file()
     seen = []

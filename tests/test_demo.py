@@ -83,21 +83,17 @@ def test_numbers_and_marks_of_a_mask_made_by_hand(tmp_path: Path) -> None:
         assert (around == demo.MARKS[name]).all(axis=2).any()
     assert f"<td>{evaluation_scores(logits > 0, truth)['dice']:.3f}</td>" in numbers
     assert "Length, mm" in numbers
-    (_, plain, *_), key, numbers = demo.show(
-        replace(case, truth=None), PostProcessing(), "overlay", WORDS["en"]
-    )
+    alone = replace(case, truth=None)
+    (_, plain, *_), key, numbers = demo.show(alone, PostProcessing(), "overlay", WORDS["en"])
     assert "Break" not in key
     assert "Dice" not in numbers
     assert not (pixels(plain) == demo.MARKS["break"]).all(axis=2).any()
 
 
-def test_a_mask_of_another_picture_is_refused_and_both_languages_say_the_same(
-    pictures, tmp_path: Path
-) -> None:
+def test_a_mask_of_another_picture_is_refused_and_both_languages_say_the_same(pictures, tmp_path) -> None:
     Image.fromarray(np.zeros((64, 100), bool)).save(tmp_path / "mask.png")
-    case = demo.Case(
-        pictures[0], tmp_path, np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128), np.float32)
-    )
+    image, logits = np.zeros((128, 128, 3), np.uint8), np.zeros((128, 128), np.float32)
+    case = demo.Case(pictures[0], tmp_path, image, logits)
     with pytest.raises(DataError, match="100×64 px, its picture 128×128"):
         demo.read_case(None, tmp_path, WORDS["en"], str(pictures[0]), str(tmp_path / "mask.png"), case)
     assert WORDS["en"].keys() == WORDS["zh"].keys() - {"metrics"}
@@ -130,9 +126,7 @@ def served(lang: str, folder: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_a_browser_gets_from_upload_to_download(
-    lang: str, pictures: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_browser_gets_from_upload_to_download(lang: str, pictures, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="needs gradio (pip install 'vesselrl[demo]')")
     reason = "needs playwright (pip install playwright)"
     sync_playwright = pytest.importorskip("playwright.sync_api", reason=reason).sync_playwright
@@ -148,10 +142,8 @@ def test_a_browser_gets_from_upload_to_download(
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on(
-            "request",
-            lambda one: None if one.url.startswith((address, "data:", "blob:")) else faults.append(one.url),
-        )
+        own = (address, "data:", "blob:")
+        page.on("request", lambda one: None if one.url.startswith(own) else faults.append(one.url))
         page.goto(address)
         page.get_by_text(words["wait"]).wait_for()
         assert page.get_by_text(words["gradio"]["upload_text.drop_file"]).count() == 2

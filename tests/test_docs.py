@@ -22,23 +22,9 @@ from vesselrl.training.health import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "README.zh-CN.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *DOCS.rglob("*.md"),
-]
-BENCHMARKS = (
-    "learning",
-    "scoring",
-    "caching",
-    "memory",
-    "step",
-    "pretrain",
-    "pretrain_detail",
-    "partial_labels",
-)
+PAGES = [ROOT / f"{name}.md" for name in ("README", "README.zh-CN", "CONTRIBUTING", "CHANGELOG")]
+PAGES += DOCS.rglob("*.md")
+BENCHMARKS = "learning scoring caching memory step pretrain pretrain_detail partial_labels".split()
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"(?<![\w/.<>-])((?:[\w.-]+/)*[\w.-]+\.(?:py|sh|md|toml|yml|csv))(?![\w/])")
@@ -114,15 +100,12 @@ def test_every_import_command_and_option_exists() -> None:
     check(lambda page: set(OPTION.findall(read(page))) - known - {"preset", "config", "help", "no_"}, pages)
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/tutorial/{n}.md" for n in ("first-run", "your-data"))]
-)
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial/first-run.md", "docs/tutorial/your-data.md"])
 def test_both_languages_have_the_same_commands_figures_and_links(name: str) -> None:
     """The text is free; what a reader types, compares or opens is not."""
     pages = name, name.replace(".md", ".zh-CN.md" if name == "README.md" else ".zh.md")
-    english, chinese = (
-        re.sub(r"\.zh(-CN)?\.md", ".md", (ROOT / page).read_text(encoding="utf-8")) for page in pages
-    )
+    texts = ((ROOT / page).read_text(encoding="utf-8") for page in pages)
+    english, chinese = (re.sub(r"\.zh(-CN)?\.md", ".md", text) for text in texts)
     for pattern in (r"```.*?```", r"\d+(?:\.\d+)?", r"\]\(([^)]+)\)"):
         one, other = (re.findall(pattern, text, re.DOTALL) for text in (english, chinese))
         assert (one == other) if "`" in pattern else (set(one) == set(other)), pattern

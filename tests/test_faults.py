@@ -140,9 +140,8 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
 
 def run(words: str, folder: Path, place: str = "", fault: str | int = "") -> Ended:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["vesselrl.training.train", "vesselrl.models.miniature", "matplotlib.pyplot"]
-    )
+    modules = ["vesselrl.training.train", "vesselrl.models.miniature", "matplotlib.pyplot"]
+    context.set_forkserver_preload(modules)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_child, args=(words.split(), place, fault, folder, sender))
     process.start()
@@ -300,9 +299,8 @@ def things(whole: dict, tmp_path_factory: pytest.TempPathFactory, angiograms: Pa
     """A folder with data and an adapter of the embedded model."""
     folder = tmp_path_factory.mktemp("things")
     shutil.copytree(angiograms, folder / "data")
-    ended = run(
-        "train --preset debug --model_path None --data_root data --output_dir out --stage sft", folder
-    )
+    words = "train --preset debug --model_path None --data_root data --output_dir out --stage sft"
+    ended = run(words, folder)
     assert ended.code == 0, ended.text
     the_run(folder).rename(folder / "run")
     return folder
@@ -319,16 +317,13 @@ VERBS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "place", "name", "code"), VERBS)
-def test_other_commands_stop_with_one_line(
-    things: Path, words: str, place: str, name: str, code: int
-) -> None:
+def test_other_commands_stop_with_one_line(things: Path, words: str, place, name, code) -> None:
     before = {path for path in things.rglob("*") if path.is_file()}
     ended = run(words, things, place, name)
     check_words(ended, things, code, f"stopped by {name}. No file is half written.")
     made = {path for path in things.rglob("*") if path.is_file()} - before
-    assert len(made) == (3 if words.startswith("predict") else 0) + len(
-        list(things.glob("new/*.mapping.json"))
-    )
+    num_mappings = len(list(things.glob("new/*.mapping.json")))
+    assert len(made) == num_mappings + (3 if words.startswith("predict") else 0)
     shutil.rmtree(things / "new", ignore_errors=True)
 
 

@@ -35,7 +35,7 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
 # Of the whole product; the house as first built had 60, 12,000 and 9,500.
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 17_150, 15_620
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 16_980, 15_550
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 
@@ -159,9 +159,7 @@ VIOLATIONS = [
 
 
 @pytest.mark.parametrize(("file", "source", "expected"), VIOLATIONS)
-def test_a_planted_violation_is_seen_and_nothing_else(
-    tmp_path: Path, file: str, source: str, expected: str | None
-) -> None:
+def test_a_planted_violation_is_seen_and_nothing_else(tmp_path: Path, file, source, expected) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(source)
     found = find_violations(tmp_path)

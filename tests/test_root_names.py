@@ -126,9 +126,7 @@ def test_install_works_only_where_something_changed(install: Callable, tmp_path:
     assert install() == []  # it is remembered
 
 
-def test_a_bare_python_hands_over_to_the_venv_or_says_what_to_run(
-    clone: Path, repository: Path, tmp_path: Path
-) -> None:
+def test_a_bare_python_hands_over_to_the_venv_or_says_what_to_run(clone, repository, tmp_path) -> None:
     (clone / "vesselrl").mkdir()
     for name in ("vesselrl/__init__.py", "vesselrl/__main__.py", "vesselrl/launch.py", "train_lora_ppo.py"):
         shutil.copy(repository / name, clone / name)
@@ -165,9 +163,7 @@ MORE = {  # beside what stands in the README; the first that is in a command cou
 
 @pytest.mark.long  # three minutes
 @pytest.mark.timeout(600)
-def test_every_command_of_the_readmes_runs(
-    repository: Path, angiograms: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_every_command_of_the_readmes_runs(repository, angiograms, tiny_checkpoint, tmp_path) -> None:
     """Those of README.md, which README.zh-CN.md has too, in small: trainings first, whose runs others use."""
     write_python(tmp_path, f'#!/usr/bin/env bash\nexec "{sys.executable}" "$@"\n')
     for path in (*repository.glob("*.py"), repository / "run_lora_ppo.sh"):

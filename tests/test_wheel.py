@@ -6,16 +6,13 @@ import subprocess
 import sys
 import sysconfig
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_a_wheel_trains_evaluates_and_predicts_and_says_what_is_missing(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_a_wheel_trains_evaluates_and_predicts_and_says_what_is_missing(repository, tmp_path) -> None:
     """In place of a long installation the environment sees the packages of this one, but not the clone."""
     source, place, home = tmp_path / "source", tmp_path / "venv", tmp_path / "an empty folder"
     home.mkdir()

@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: Exception) -> int:
     """Says in one line what a user can mend, and returns the exit code; raises what is a fault of ours."""
-    # One line for the user; the traceback for whoever asks for it.
     if os.environ.get("VESSELRL_TRACEBACK") or not (text := explanation(error)):
         raise error
     print(f"{OF_PROCESS}error: {text}", file=sys.stderr)
@@ -260,8 +259,7 @@ def show_data_set(rest: list[str]) -> int:
     from vesselrl.synthetic.dataset import builtin_data
 
     chosen = {"data_root": args.data_root or builtin_data("output"), "stratified": args.data_root is not None}
-    path = write_contact_sheet(**vars(args) | chosen)
-    console.print(f"Written: {path}")
+    console.print(f"Written: {write_contact_sheet(**vars(args) | chosen)}")
     return 0
 
 
@@ -341,8 +339,8 @@ def parse(kind: type[T], arguments: list[str], verb: str, default: T | None = No
     words = (w.split(",") if b in LISTS else [w] for b, w in zip(before, arguments, strict=False))
     given = {} if default is None else {"default": default}
     about = inspect.getdoc(run_train if kind is TrainConfig else kind)
-    how = {"prog": f"vesselrl {verb}", "description": about, "use_underscores": True} | given
-    return tyro.cli(kind, args=[*chain(*words)], **how)
+    given |= {"prog": f"vesselrl {verb}", "description": about, "use_underscores": True}
+    return tyro.cli(kind, args=[*chain(*words)], **given)
 
 
 def config_of(place: Path) -> TrainConfig:

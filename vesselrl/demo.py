@@ -74,8 +74,7 @@ def read_case(
     """Reads picture and true mask; the model is asked where the picture is another one than the case's."""
     if case is None or case.source != Path(picture):
         image = read_image(Path(picture), words["its_picture"])
-        made = Path(tempfile.mkdtemp(dir=folder))
-        case = Case(Path(picture), made, image, predictor.predict(image).logits)
+        case = Case(Path(picture), Path(tempfile.mkdtemp(dir=folder)), image, predictor.predict(image).logits)
     if truth is None:
         return replace(case, truth=None)
     mask, shape = read_mask(Path(truth), words["its_mask"], guess=True), case.logits.shape
@@ -97,9 +96,8 @@ def draw(
         result = overlay(case.image, prediction.mask, case.truth)
     scale = SHOWN_PX / max(case.image.shape)
     scale, method = (int(scale), cv2.INTER_NEAREST) if scale >= 1 else (scale, cv2.INTER_AREA)
-    before, after = (
-        cv2.resize(one, None, fx=scale, fy=scale, interpolation=method) for one in (case.image, result)
-    )
+    shown = {"fx": scale, "fy": scale, "interpolation": method}
+    before, after = (cv2.resize(one, None, **shown) for one in (case.image, result))
     for places, colour in zip(errors or (), MARKS.values(), strict=errors is not None):
         for row, column in places:
             centre = round((column + 0.5) * scale), round((row + 0.5) * scale)

@@ -158,10 +158,7 @@ def check_model(base_model: str | Path, write_config: bool = False) -> list[Chec
 
 
 def check_weights(folder: Path) -> tuple[Check, Shapes]:
-    """Compares the header of every safetensors file with the index and looks at a sample of each tensor.
-
-    Returns the shapes too.
-    """
+    """Compares safetensors headers with the index, looks at samples of all tensors; returns shapes too."""
     from vesselrl.models.checkpoint import read_index, read_shapes
 
     try:
@@ -214,8 +211,7 @@ def check_config(folder: Path, shapes: Shapes, write_config: bool = False) -> Ch
     parts, names = ("vision", "llm"), ("num_hidden_layers", "hidden_size", "vocab_size")
     stated = {f"{part}_config.{name}": getattr(config, part).get(name) for part in parts for name in names}
     values = {name: value for name, value in stated.items() if value is not None}
-    found = {name: seen for name, seen in infer_config(shapes).items() if values.get(name, seen) != seen}
-    if found:
+    if found := {name: seen for name, seen in infer_config(shapes).items() if values.get(name, seen) != seen}:
         wrong = "; ".join(f"{name} is {values[name]}, the tensors say {seen}" for name, seen in found.items())
         return Check("config", "problem", wrong, "This config.json belongs to another model; replace it.")
     detail = ", ".join(f"{name} {value}" for name, value in values.items())

@@ -59,10 +59,8 @@ def load_predictor(run: Path | None):
         field = ndimage.gaussian_filter(field, 1.0)
         logits = (115 - image[..., 0].astype(float)) / 12 + NOISE[method] * field / field.std()
         logits -= 3.0 * (method == "sft_rl")  # misses vessels, so that its recall is not that of all
-        if (
-            method.startswith("sft") and method != "sft_rl"
-        ):  # blind in the middle, where no closing of gaps mends it
-            logits[:, 22:26] = -12.0
+        if method.startswith("sft") and method != "sft_rl":
+            logits[:, 22:26] = -12.0  # blind in the middle, where no closing of gaps mends it
         return SimpleNamespace(probabilities=(1 / (1 + np.exp(-logits))).astype(np.float32))
 
     return predict

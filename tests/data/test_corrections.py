@@ -81,9 +81,8 @@ def test_predicted_corrected_merged_and_trained_on(
     for file in files:
         shutil.copy(file, shots)
     out, merged, model = tmp_path / "out", tmp_path / "merged", ["--model_path", str(tiny_checkpoint)]
-    assert (
-        main(["predict", *model, "--image", str(shots), "--output_dir", str(out), "--format", "labelme"]) == 0
-    )
+    options = ["--image", str(shots), "--output_dir", str(out), "--format", "labelme"]
+    assert main(["predict", *model, *options]) == 0
     names = json.loads((out / "patients.mapping.json").read_text())["readings"][""]["files"]
     drawn = {}
     for number, file in enumerate(sorted((out / "labelme").glob("*.json"))):
@@ -189,9 +188,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_cannot_be_merged_is_refused_and_nothing_is_written(
-    old: Path, tmp_path: Path, fault: str
-) -> None:
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(old: Path, tmp_path: Path, fault) -> None:
     make, message = FAULTS[fault]
     make(tmp_path / "new", sorted(old.glob("images/*"))[0].stem)
     there = sorted(tmp_path.rglob("*"))

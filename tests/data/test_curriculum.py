@@ -39,8 +39,7 @@ RING = np.abs(RADIUS - 100) < 2.5
 
 
 @pytest.mark.parametrize(
-    ("mask", "expected"),
-    [(HALF_CIRCLE, math.pi / 2), (RING, math.pi / 2), (line(20, 5) | line(100, 5), 1)],
+    ("mask", "expected"), [(HALF_CIRCLE, math.pi / 2), (RING, math.pi / 2), (line(20, 5) | line(100, 5), 1)]
 )
 def test_arc_over_chord_of_known_curves(mask, expected):
     found = measure(shaded(mask), mask)

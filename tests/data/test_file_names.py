@@ -149,8 +149,7 @@ def test_frames_that_are_a_patient_each_are_seen_and_single_images_are_not():
         assert len(lone_frames(patients_alone(names))) == groups, names
     for names in (
         [f"train_{number:03d}" for number in range(9)],
-        [f"{number}_training" for number in range(21, 41)]
-        + [f"{number:02d}_test" for number in range(1, 21)],
+        [f"{number:02d}_{'test' if number < 21 else 'training'}" for number in range(1, 41)],
         [f"im{number:04d}" for number in range(1, 9)],  # STARE
         [f"Image_{number:02d}{eye}" for number in range(1, 9) for eye in "LR"],
         [f"{number:02d}_{kind}" for number in range(1, 9) for kind in ("dr", "g", "h")],  # HRF
@@ -167,9 +166,8 @@ def write_root(root, names, picture=None):
     for number, name in enumerate(names):
         mask = draw_mask(number % 4)
         image = np.where(mask, 70, 160) + np.random.default_rng(number).integers(-20, 20, mask.shape)
-        write_image(
-            root / "images" / f"{name}.png", image.astype(np.uint8) if picture is None else picture(number)
-        )
+        image = image.astype(np.uint8) if picture is None else picture(number)
+        write_image(root / "images" / f"{name}.png", image)
         write_image(root / "masks" / f"{name}.png", mask)
     return root
 
@@ -184,9 +182,8 @@ def test_copies_of_one_picture_never_lie_on_two_sides(tmp_path: Path, pattern: s
     samples = find_samples(write_root(tmp_path, source_of), pattern)
     for seed in range(20):
         split = split_by_patient(samples, seed, unit=unit)
-        sides = [
-            {source_of[s.image_path.stem] for s in side} for side in (split.train, split.val, split.test)
-        ]
+        subsets = (split.train, split.val, split.test)
+        sides = [{source_of[s.image_path.stem] for s in subset} for subset in subsets]
         assert sum(map(len, sides)) == len(set.union(*sides)) == 12
 
 
@@ -238,9 +235,6 @@ def test_the_check_compares_images_of_different_patients(tmp_path: Path) -> None
 
 def test_the_name_of_the_source_keeps_its_folder_and_forms():
     names = ["p1/001", "p1/001 (1)", "p2/001 (1)", "train/a_png.rf.0123abcd", "valid/a_png.rf.4567abcd"]
-    assert [source for source, _ in source_names(names).values()] == ["p1/001"] * 2 + [
-        "p2/001",
-        "train/a",
-        "valid/a",
-    ]
+    sources = [source for source, _ in source_names(names).values()]
+    assert sources == ["p1/001", "p1/001", "p2/001", "train/a", "valid/a"]
     assert list(copy_groups(names)) == [names[:2], names[3:]]

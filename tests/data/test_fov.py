@@ -1,5 +1,6 @@
 """Fields of view: found in the layouts that have them, moved with the image, and nothing outside counts."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,9 +35,7 @@ HALF = np.arange(16)[None, :] < np.full((12, 1), 8)  # the left half of 16×12 p
         ("images/run/frame_0001.png", "masks/run/frame_0001.png", "fov/run.png"),
     ],
 )
-def test_fields_of_view_lie_beside_images_and_labels(
-    tmp_path: Path, image: str, label: str, fov: str
-) -> None:
+def test_fields_of_view_lie_beside_images_and_labels(tmp_path: Path, image, label, fov) -> None:
     write_image(tmp_path / image)
     write_mask(tmp_path / label, np.ones((12, 16), bool) & (np.arange(16) % 3 == 0))
     write_mask(tmp_path / fov, HALF)
@@ -106,13 +105,10 @@ def test_scores_are_those_of_an_image_cut_to_its_field_of_view(tmp_path: Path) -
     found = []
     for root in (tmp_path / "a", tmp_path / "b"):
         samples = find_samples(root)
-        results = evaluate_variants(
-            samples, predict_each(predict, samples), THRESHOLD_ONLY, {}, SimpleDiceReward()
-        )
-        (row,) = results[""].rows
-        found.append(
-            (results[""].calibration, {k: v for k, v in row.items() if k not in ("foreground", "truth_hash")})
-        )
+        predicted = predict_each(predict, samples)
+        result = evaluate_variants(samples, predicted, THRESHOLD_ONLY, {}, SimpleDiceReward())[""]
+        (row,) = result.rows
+        found.append((result.calibration, row | dict.fromkeys(("foreground", "truth_hash"))))
     ((prediction, _),) = predict_each(predict, find_samples(tmp_path / "a"))
     assert not prediction.mask[~inside].any()
     assert not prediction.probabilities[~inside].any()  # for thresholds and post-processing
@@ -125,9 +121,7 @@ def test_a_step_is_the_same_whatever_lies_outside(learner: str) -> None:
     batch, fov = crossing_lines(16, 1), np.ones((16, 16), bool)
     fov[:, :4] = fov[13:] = False
     batch.truths[0][~fov] = False
-    batch = type(batch)(
-        *(getattr(batch, name) for name in batch.__dataclass_fields__ if name != "fovs"), [fov]
-    )
+    batch = replace(batch, fovs=[fov])
     found = []
     for value in (-3.0, 0.0, 8.0):
         logits = torch.linspace(-1, 1, 256).reshape(16, 16)
@@ -135,9 +129,8 @@ def test_a_step_is_the_same_whatever_lies_outside(learner: str) -> None:
         update = toy_update(logits, MultiObjectiveReward(), 0.01, num_passes=1, target_kl=1e9)
         table = update.policy.trainable["table"]
         if learner != "rl":
-            model = SimpleNamespace(
-                trainable={"table": table}, batch_logits=lambda *_, table=table: [table * 1]
-            )
+            model = SimpleNamespace(trainable={"table": table})
+            model.batch_logits = lambda *_, table=table: [table * 1]
             config = PRESETS["debug"].with_(stage="sft", sft_loss=learner)
             update = SupervisedUpdate(model, update.optimizer, config)
             update.checked = True

@@ -6,18 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.test_formats import (
-    SIZE,
-    SQUARE,
-    failure,
-    pairs,
-    record,
-    shape,
-    square,
-    write_image,
-    write_json,
-    write_mask,
-)
+from tests.data import test_formats as formats
+from tests.data.test_formats import SIZE, failure, pairs, record, shape, write_image, write_json, write_mask
 from vesselrl.data.check import check_data
 from vesselrl.data.repair import repair_data
 from vesselrl.data.samples import find_samples, load_mask
@@ -56,7 +46,7 @@ def test_usual_names(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixtu
     for number in numbers:
         write_image(tmp_path / image.format(number))
         for name in (label, *others):
-            write_mask(tmp_path / name.format(number), square() | (name is not label))
+            write_mask(tmp_path / name.format(number), formats.square() | (name is not label))
     assert pairs(tmp_path) == {image.format(n): label.format(n) for n in numbers}
     assert caplog.text == ""
     assert all(load_mask(sample).sum() == 20 for sample in find_samples(tmp_path))
@@ -66,7 +56,7 @@ def test_usual_names(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixtu
 def test_options_name_folders_and_ending(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         write_image(tmp_path / f"LI_MING/raw data/{number}.png", np.full(SIZE[::-1], 60 + number, np.uint8))
-        write_mask(tmp_path / f"LI_MING/drawn/{number}_fov.png", ~square())
+        write_mask(tmp_path / f"LI_MING/drawn/{number}_fov.png", ~formats.square())
         write_mask(tmp_path / f"LI_MING/drawn/{number}_vein.png")
     folders = {"image_dir": "LI_MING/raw data", "mask_dir": str(tmp_path / "LI_MING/drawn")}
     with pytest.raises(DataError, match=r"3 images in 2 ways.*--mask_suffix"):
@@ -109,7 +99,7 @@ def test_what_is_not_sure_is_refused(tmp_path: Path, files: str, message: str) -
 
 def coco(names: list[str], first_id: int = 1) -> dict:
     images = [{"id": k, "file_name": name} for k, name in enumerate(names, first_id)]
-    annotations = [{"image_id": image["id"], "segmentation": [SQUARE]} for image in images]
+    annotations = [{"image_id": image["id"], "segmentation": [formats.SQUARE]} for image in images]
     return {"images": images, "annotations": annotations}
 
 
@@ -168,9 +158,8 @@ def test_subsets_of_an_export_are_read_together_those_of_published_pairs_are_not
         write_mask(tmp_path / "pairs" / subset / "masks" / "1.png")
     samples = find_samples(tmp_path / "export")
     assert len({sample.image_path for sample in samples}) == 6
-    assert (
-        sorted(sample.record.split(" (")[0] for sample in samples)[0] == "test/_annotations.coco.json image 0"
-    )
+    records = sorted(sample.record for sample in samples)
+    assert records[0].startswith("test/_annotations.coco.json image 0 (")
     assert list(pairs(tmp_path / "pairs")) == ["train/images/1.png"]
     (finding,) = check_data(tmp_path / "pairs").of("warning")
     assert "not read: valid/ (1), test/ (1)." in finding.message

@@ -8,12 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from vesselrl.data.near_duplicates import (
-    check_near_duplicates,
-    find_near_duplicates,
-    look_of,
-    pretraining_overlap,
-)
+from vesselrl.data import near_duplicates
+from vesselrl.data.near_duplicates import check_near_duplicates, pretraining_overlap
 from vesselrl.data.samples import Sample, find_samples, load_image
 from vesselrl.data.splits import Split
 from vesselrl.errors import DataError
@@ -49,7 +45,8 @@ CHANGES = {
 
 
 def find(samples, load):
-    return find_near_duplicates(samples, [look_of(load(sample)) for sample in samples])
+    looks = [near_duplicates.look_of(load(sample)) for sample in samples]
+    return near_duplicates.find_near_duplicates(samples, looks)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -7,14 +7,8 @@ from scipy import ndimage
 from skimage.draw import polygon2mask
 
 from tests.data.broken_roots import encode_mask
-from vesselrl.data.polygons import (
-    RunLengths,
-    is_doubtful,
-    mask_to_polygons,
-    rasterise,
-    read_polygon,
-    read_run_lengths,
-)
+from vesselrl.data import polygons
+from vesselrl.data.polygons import mask_to_polygons, rasterise, read_polygon, read_run_lengths
 from vesselrl.errors import DataError
 
 
@@ -50,8 +44,8 @@ def test_area_is_the_area_of_the_outline():
 def test_all_or_nothing():
     full, wide = [0, 0, 4, 0, 4, 4, 0, 4], [-9, -9, 99, -9, 99, 99, -9, 99]
     union = [[0, 0, 3, 0, 3, 4, 0, 4], [2, 0, 4, 0, 4, 4, 2, 4]]  # not an exclusive or
-    for polygons in (union, [full], [full, full], [wide]):
-        assert rasterise(polygons, (4, 4)).all()
+    for outlines in (union, [full], [full, full], [wide]):
+        assert rasterise(outlines, (4, 4)).all()
     for polygon in (full * 2, [20, 20, 30, 20, 30, 30], [1, 1, 2, 2]):  # twice around: the even-odd rule
         assert not rasterise([polygon], (4, 4)).any()
 
@@ -107,7 +101,7 @@ HOLE = np.pad(~np.pad(np.ones((7, 7), bool), 1), 5)
     ],
 )
 def test_outlines_that_are_thinner_than_a_pixel_or_traced_twice(polygon, expected):
-    assert is_doubtful(np.array(polygon, np.float64), (128, 128)) == expected
+    assert polygons.is_doubtful(np.array(polygon, np.float64), (128, 128)) == expected
 
 
 def test_run_lengths_agree_with_pycocotools():
@@ -115,7 +109,7 @@ def test_run_lengths_agree_with_pycocotools():
     for shape in [*rng.integers(1, 40, (200, 2)), (300, 700)]:
         mask = rng.random(shape) < rng.random()
         height, width = mask.shape
-        plain = {"size": [height, width], "counts": RunLengths.encode(mask).runs.tolist()}
+        plain = {"size": [height, width], "counts": polygons.RunLengths.encode(mask).runs.tolist()}
         packed = pycocotools_mask.frPyObjects(plain, height, width)
         assert packed | {"counts": packed["counts"].decode()} == encode_mask(mask)
         for value in (plain, encode_mask(mask)):

@@ -72,9 +72,8 @@ def test_a_split_by_frame_warns_and_is_written_with_its_mark_alone(tmp_path, cap
     assert sizes_of(split) == [160, 20, 20]
     assert patients_of(split.train) & patients_of(split.test)
     mixed = replace(split, unit="patient")
-    with pytest.raises(
-        DataError, match="8 patients are in two subsets of the split, train and val: P001, P002"
-    ):
+    shared = "8 patients are in two subsets of the split, train and val: P001, P002"
+    with pytest.raises(DataError, match=shared):
         write_split(tmp_path / "split.json", mixed)
     assert list(tmp_path.iterdir()) == []
     write_split(tmp_path / "split.json", split)
@@ -186,12 +185,9 @@ def test_read_notices_that_keys_mean_other_images(tmp_path):
     content = json.loads(path.read_text())
     content["samples"]["train"].append(content["samples"]["test"].pop())
     del content["checksum"]
-    for text, today in (
-        (path.read_text(), renamed),
-        (path.read_text(), others),
-        (json.dumps(content), samples),
-    ):
-        path.write_text(text)
+    text = path.read_text()
+    for written, today in ((text, renamed), (text, others), (json.dumps(content), samples)):
+        path.write_text(written)
         with pytest.raises(DataError, match="its keys now stand for other images"):
             read_split(path, today)
 

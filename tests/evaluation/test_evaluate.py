@@ -9,15 +9,8 @@ from PIL import Image
 
 from vesselrl.data.samples import find_samples, load_mask
 from vesselrl.errors import DataError, NotFiniteError
-from vesselrl.evaluation.evaluate import (
-    describe_reward,
-    evaluate,
-    evaluate_masks,
-    evaluate_variants,
-    predict_each,
-    second_observer,
-    with_flips,
-)
+from vesselrl.evaluation import evaluate as evaluation
+from vesselrl.evaluation.evaluate import describe_reward, evaluate, second_observer, with_flips
 from vesselrl.scoring.postprocessing import PostProcessing
 from vesselrl.scoring.rewards import MultiObjectiveReward
 
@@ -62,10 +55,8 @@ def test_a_prediction_that_is_not_finite_has_failed_and_the_log_says_so(caplog):
         assert [row["failed"] for row in result.rows] == [False, True]
         assert result.summary["n_failed"] == 1
         assert result.too_many_failed
-    assert (
-        caplog.text.count("P003_S1_F0003: failed, and counted as an empty mask. The model gives no numbers")
-        == 2
-    )
+    said = "P003_S1_F0003: failed, and counted as an empty mask. The model gives no numbers"
+    assert caplog.text.count(said) == 2
 
 
 def test_scores_by_hand():
@@ -94,9 +85,8 @@ def test_predicted_in_batches_only_what_is_not_finite_has_failed(batch_size):
             raise NotFiniteError("The model gives no numbers.")
         return [*map(predict, images)]
 
-    result = evaluate(
-        predict_batch, PICTURES, load=load, progress=lambda *done: told.append(done), batch_size=batch_size
-    )
+    options = {"progress": lambda *done: told.append(done), "batch_size": batch_size}
+    result = evaluate(predict_batch, PICTURES, load=load, **options)
     assert str(result.rows) == str(evaluate(predict, PICTURES, load=load).rows)  # nan too
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     # The batch with the third image is taken apart.
@@ -104,9 +94,8 @@ def test_predicted_in_batches_only_what_is_not_finite_has_failed(batch_size):
 
 
 def test_the_hashes_follow_images_and_labels():
-    result, shuffled, fewer = (
-        evaluate(predict, p, load=load) for p in (PICTURES, PICTURES[::-1], PICTURES[:3])
-    )
+    sets = (PICTURES, PICTURES[::-1], PICTURES[:3])
+    result, shuffled, fewer = (evaluate(predict, one, load=load) for one in sets)
     relabelled = evaluate(predict, PICTURES, load=lambda sample: (sample.image, ~sample.truth))
     assert relabelled.image_list_hash == shuffled.image_list_hash == result.image_list_hash
     assert relabelled.label_hash != shuffled.label_hash == result.label_hash
@@ -142,8 +131,9 @@ def test_what_is_wrong_is_an_error_that_names_the_image_and_no_failed_prediction
     ):
         with pytest.raises(error, match=message):
             evaluate(function, samples, load=load)
+        predicted = evaluation.predict_each(function, samples, load)
         with pytest.raises(error, match=message):
-            evaluate_variants(samples, predict_each(function, samples, load), PostProcessing(), {})
+            evaluation.evaluate_variants(samples, predicted, PostProcessing(), {})
 
 
 SHAPE = (21, 13)
@@ -162,8 +152,8 @@ def brightness(image, post=None):
 
 def test_one_pass_gives_what_several_evaluations_give(caplog):
     post, higher, reward = PostProcessing(0.5, 3), PostProcessing(0.6), MultiObjectiveReward()
-    predicted = predict_each(brightness, NOISY, load)
-    done = evaluate_variants(NOISY, predicted, post, {"higher": higher}, reward)
+    predicted = evaluation.predict_each(brightness, NOISY, load)
+    done = evaluation.evaluate_variants(NOISY, predicted, post, {"higher": higher}, reward)
     for variant, used in (("", post), ("higher", higher)):
         direct = evaluate(lambda image, used=used: brightness(image, used), NOISY, reward, load=load)
         assert (str(done[variant].rows), done[variant].summary["n_failed"]) == (str(direct.rows), 1)
@@ -201,7 +191,7 @@ def test_agreement_of_two_observers_by_hand(tmp_path):
             Image.fromarray(pixels).save(tmp_path / folder / f"p{number}" / "001.png")
     samples, folder = find_samples(tmp_path, r"^(?P<patient>[^/]+)/"), tmp_path / "second"
     seconds = zip(second_observer(samples, folder), samples, strict=True)
-    found = evaluate_masks(samples, ((load_mask(other), load_mask(one)) for other, one in seconds))
+    found = evaluation.evaluate_masks(samples, ((load_mask(other), load_mask(one)) for other, one in seconds))
     scores = sorted((row["dice"], row["recall"], row["precision"]) for row in found.rows)
     assert scores == [(pytest.approx(2 / 3), 0.5, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)]
     (folder / "p1" / "001.png").rename(folder / "001.png")

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 from jinja2 import Environment, nodes
 
-from vesselrl.evaluation import words
+from vesselrl.evaluation import report, words
 from vesselrl.evaluation.compare import Run, compare_runs
 from vesselrl.evaluation.figures import Case, write_cases
-from vesselrl.evaluation.report import (
-    evaluation_page,
-    render,
-    run_page,
-    write_comparison_report,
-    write_evaluation_report,
-    write_run_report,
-)
+from vesselrl.evaluation.report import write_evaluation_report, write_run_report
 from vesselrl.evaluation.results import Caveat, read_evaluation, write_evaluation
 from vesselrl.evaluation.words import translate
 from vesselrl.experiment.run_folder import damaged_files
@@ -92,7 +85,7 @@ def comparison_pages(made, folder):
     scores = {"good_<1>": AFTER, "a|lucky": LUCKY, "worse": WORSE}
     runs = [Run(name, made(values), made(BEFORE)) for name, values in scores.items()]
     runs[1] = replace(runs[1], human=made(WORSE), after=replace(runs[1].after, caveats=CAVEATS))
-    return write_comparison_report(folder, compare_runs(runs, skipped={"half": "no test_after.json"}))
+    return report.write_comparison_report(folder, compare_runs(runs, skipped={"half": "no test_after.json"}))
 
 
 @pytest.mark.parametrize("make", [run_pages, evaluation_pages, comparison_pages])
@@ -126,9 +119,9 @@ def test_the_page_is_whole_and_needs_nothing_else(make, made, run):
 def test_the_chinese_report_has_the_figures_of_the_english_one_and_no_english_sentence(make, made, run):
     make(made, run)
     is_run = make is run_pages
-    page = run_page(run) if is_run else evaluation_page(run / "test_base.json")
+    page = report.run_page(run) if is_run else report.evaluation_page(run / "test_base.json")
     template = "run.j2" if is_run else "evaluation.j2"
-    english, chinese = (render(template, "md", page, lang) for lang in ("en", "zh"))
+    english, chinese = (report.render(template, "md", page, lang) for lang in ("en", "zh"))
     one, other = (Counter(re.findall(r"\d+(?:\.\d+)?", text)) for text in (english, chinese))
     assert one == other
     text = re.sub(r"vesselrl train|--stage sft|The reward is", "", chinese)  # the last is of no rule
@@ -230,9 +223,8 @@ def test_later_evaluations_of_other_labels_or_prompts_are_left_out(run, made):
 
 def test_the_best_adapter_has_a_model_card_of_its_own_scores(finished_run: Path, angiograms: Path) -> None:
     text = (finished_run / "best_lora" / "README.md").read_text(encoding="utf-8")
-    before, after = (
-        read_evaluation(finished_run / f"test_{name}.json").headline for name in ("before", "after")
-    )
+    paths = (finished_run / f"test_{name}.json" for name in ("before", "after"))
+    before, after = (read_evaluation(path).headline for path in paths)
     (row,) = re.findall(r"^\| Dice \| higher \| ([0-9.]+).*? \| ([0-9.]+)", text, re.MULTILINE)
     assert row == (f"{before['dice']:.3f}", f"{after['dice']:.3f}")
     assert "| train images |" in text

@@ -7,13 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from vesselrl.evaluation.results import (
-    Caveat,
-    before_after_table,
-    read_evaluation,
-    summarise,
-    write_evaluation,
-)
+from vesselrl.evaluation import results
+from vesselrl.evaluation.results import Caveat, before_after_table, read_evaluation
 
 
 def test_written_json_is_strict_and_reads_back(made, tmp_path):
@@ -21,7 +16,7 @@ def test_written_json_is_strict_and_reads_back(made, tmp_path):
     evaluation.caveats[Caveat.PRETRAINING_OVERLAP] = Caveat.PRETRAINING_OVERLAP.text(seen=1, total=3)
     evaluation.caveats[Caveat.NEAR_DUPLICATES] = "NEAR DUPLICATES: alike."
     evaluation.caveats[Caveat.OTHER] = "SOMETHING NEW: of a later version."
-    path = write_evaluation(tmp_path / "run", "test_after", evaluation, {"threshold": math.nan})
+    path = results.write_evaluation(tmp_path / "run", "test_after", evaluation, {"threshold": math.nan})
     document = json.loads(path.read_text(), parse_constant=lambda token: pytest.fail(f"{token} is no JSON"))
     assert document["rows"][1]["recall"] is document["sequences"]["P002_S1"]["recall"] is None
     assert document["extra"] == {"threshold": None}
@@ -77,4 +72,4 @@ def test_images_are_paired_by_key_and_rewards_that_differ_are_left_out(made):
         with pytest.raises(ValueError, match=message):
             before_after_table(before, other)
     with pytest.raises(ValueError, match="P1_S1_F0000 occurs twice"):
-        summarise([row | {"key": "P1_S1_F0000"} for row in before.rows], {})
+        results.summarise([row | {"key": "P1_S1_F0000"} for row in before.rows], {})

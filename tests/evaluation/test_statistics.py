@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vesselrl.evaluation.statistics import (
-    bootstrap_interval,
-    holm,
-    paired_difference,
-    patient_means,
-    small_sample_stretch,
-)
+from vesselrl.evaluation import statistics
+from vesselrl.evaluation.statistics import bootstrap_interval, holm, paired_difference, patient_means
 
 FOUR = ["P1", "P2", "P3", "P4"]
 
@@ -52,7 +47,7 @@ def two_runs(generator, num_patients, effect):
 @pytest.mark.parametrize(("num_patients", "plain"), [(3, 0.75), (4, 0.81), (8, 0.89), (20, 0.93)])
 def test_a_planted_zero_effect_is_covered_and_significant_in_at_most_6_percent(num_patients, plain):
     """500 simulated studies; `plain` is the coverage of the interval without its stretch."""
-    generator, stretch = np.random.default_rng(11), small_sample_stretch(num_patients)
+    generator, stretch = np.random.default_rng(11), statistics.small_sample_stretch(num_patients)
     studies = (two_runs(generator, num_patients, 0.0) for _ in range(500))
     found = [paired_difference(*study, n=400, seed=k) for k, study in enumerate(studies)]
     assert 0.03 <= np.mean([one.clear for one in found]) <= 0.06

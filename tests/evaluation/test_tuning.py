@@ -8,20 +8,13 @@ from scipy import ndimage
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, precision_score, recall_score
 
+from vesselrl.evaluation import tuning
 from vesselrl.evaluation.tuning import (
-    THRESHOLDS,
-    CurvePoint,
     PredictedImage,
-    ThresholdCurve,
-    Tuning,
     best_postprocessing,
     calibration,
     count_pixels,
-    counts_by_threshold,
     read_threshold_curve,
-    score_postprocessing,
-    threshold_curve,
-    tune,
 )
 from vesselrl.experiment.run_folder import write_json
 from vesselrl.scoring.postprocessing import PostProcessing
@@ -38,7 +31,8 @@ def picture(seed, shape=(37, 53)):
 
 
 def curve_of(*pictures, patients=("P1", "P2")):
-    return threshold_curve([counts_by_threshold(*one) for one in pictures], patients[: len(pictures)])
+    counted = [tuning.counts_by_threshold(*one) for one in pictures]
+    return tuning.threshold_curve(counted, patients[: len(pictures)])
 
 
 @pytest.mark.parametrize("post", [PostProcessing(), PostProcessing(min_component_px=6)])
@@ -48,8 +42,8 @@ def test_the_curve_is_that_of_one_mask_per_threshold(post):
     images = [PredictedImage(*one, patient) for one, patient in zip(pictures, "AAB", strict=True)]
     images[1] = images[1]._replace(probabilities=None)
     pictures[1] = np.zeros_like(pictures[1][0]), pictures[1][1]
-    curve = tune(images, post, None).curve
-    for point, threshold in list(zip(curve.points, THRESHOLDS, strict=True))[::7]:
+    curve = tuning.tune(images, post, None).curve
+    for point, threshold in list(zip(curve.points, tuning.THRESHOLDS, strict=True))[::7]:
         made = PostProcessing(threshold, post.min_component_px)
         for name, score in (("dice", f1_score), ("recall", recall_score), ("precision", precision_score)):
             each = [score(t.ravel(), made.mask(p).ravel(), zero_division=0) for p, t in pictures]
@@ -109,7 +103,7 @@ def test_the_grid_is_that_of_every_candidate_scored_alone():
     thresholds, sizes = (0.3, 0.5, 0.7), (0, 4, 9, 500)
     images, reward = [predicted(1, "P1"), predicted(2, "P1"), predicted(3, "P2")], MultiObjectiveReward()
     images[1] = images[1]._replace(probabilities=None)  # failed
-    rewards = score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2))
+    rewards = tuning.score_postprocessing(images, reward, thresholds, sizes, (0.0, 0.2))
 
     def mean_reward(mask_of):
         each = [reward(mask_of(image.filled), image.truth)[0] for image in images]
@@ -134,6 +128,6 @@ def test_the_best_candidate_and_the_best_threshold_alone():
     closed = grid | {PostProcessing(0.5, 20, 0.1): 5.0, PostProcessing(0.5, 10, 0.2): 6.0}
     equal = {post: reward for post, reward in closed.items() if post.min_component_px == 20}
     assert best_postprocessing(equal) == PostProcessing(0.5, 20)  # gaps left open
-    curve = ThresholdCurve((CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
+    curve = tuning.ThresholdCurve((tuning.CurvePoint(0.4, 1, 1, 1),), 1, 1, 0)
     choices = {"tuned": PostProcessing(0.4, 7), "tuned_post": PostProcessing(0.5, 10, 0.2)}
-    assert Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices
+    assert tuning.Tuning(PostProcessing(0.5, 7), curve, closed).choices == choices

@@ -84,7 +84,5 @@ def test_learning_rate_that_is_used(settings: dict, supervised: float, ppo: floa
     one = config(**settings)
     assert [one.rate_of_stage(stage) for stage in ("sft", "rl")] == pytest.approx([supervised, ppo])
     for model in (None, RANDOM_MODEL):  # PPO from the base model takes smaller steps than supervision
-        rates = [
-            config(stage=stage, model_path=model).peak_learning_rate for stage in ("rl", "sft", "sft+rl")
-        ]
+        rates = [config(stage=s, model_path=model).peak_learning_rate for s in ("rl", "sft", "sft+rl")]
         assert 5e-5 < rates[0] < rates[1] == rates[2]

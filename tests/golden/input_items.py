@@ -173,9 +173,8 @@ def broken_roots() -> dict:
     ):  # fmt: skip
         copy = Path(f"broken/{layout}_{name.replace(' ', '_')}_repaired")
         source = str(copy).removesuffix("_repaired")
-        fixed = found[layout][f"{name}, fixed"] = bench.findings_of(
-            f"data check {source} --json --fix {copy}"
-        )
+        command = f"data check {source} --json --fix {copy}"
+        fixed = found[layout][f"{name}, fixed"] = bench.findings_of(command)
         fixed |= {"files": files(copy), "pixels": [*pictures(copy).values()]}
     return found
 

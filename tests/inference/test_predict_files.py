@@ -262,9 +262,8 @@ def test_the_most_uncertain_come_first_and_label_files_are_left_alone(tmp_path: 
     assert len(list(predict_files(Unsure(), folder, out, formats=("labelme", "coco")))) == 5
     rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
     assert [row["result"] for row in rows] == ["002", "001", "003", "005", "004"]
-    assert [float(row["uncertainty"] or -1) for row in rows] == pytest.approx(
-        [1 / 4, 1 / 9, 0, 0, -1], abs=1e-6
-    )
+    doubts = [float(row["uncertainty"] or -1) for row in rows]
+    assert doubts == pytest.approx([1 / 4, 1 / 9, 0, 0, -1], abs=1e-6)
     images = json.loads((out / "coco" / "instances.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["002.png", "001.png", "003.png", "005.png"]
     assert [len(samples) for samples in map(find_samples, (out / "labelme", out / "coco"))] == [4, 4]
@@ -274,9 +273,8 @@ def test_the_most_uncertain_come_first_and_label_files_are_left_alone(tmp_path: 
     assert all((two / path).read_bytes() == content for path, content in files.items())
     (out / "labelme" / "001.json").write_text("corrected")
     (out / "labelme" / "002.json").unlink()
-    again = {
-        row["result"]: row["status"] for row in predict_files(Unsure(), folder, out, formats=["labelme"])
-    }
+    rows = predict_files(Unsure(), folder, out, formats=["labelme"])
+    again = {row["result"]: row["status"] for row in rows}
     assert again == {"004": "failed"} | dict.fromkeys(("001", "002", "003", "005"), "kept")
     assert "3 LabelMe files are there already and stay" in caplog.text
     assert (out / "labelme" / "001.json").read_text() == "corrected"

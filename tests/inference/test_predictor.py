@@ -46,9 +46,7 @@ def test_sizes_types_and_probabilities(predictor: Predictor, images: list[np.nda
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_output_that_is_no_number_is_no_empty_mask(
-    predictor: Predictor, images: list[np.ndarray], value: float
-) -> None:
+def test_an_output_that_is_no_number_is_no_empty_mask(predictor: Predictor, images, value: float) -> None:
     broken = Predictor(ShiftedModel(predictor.model, value), predictor.processor)
     with pytest.raises(NotFiniteError, match="The model gives no numbers for 4096 of 4096 pixels"):
         broken.predict(images[0])
@@ -88,21 +86,13 @@ def test_a_batch_gives_what_single_images_give(predictor: Predictor, images: lis
             predictor.predict_batch([images[0], bad])
 
 
-def test_files_pillow_images_and_arrays_of_any_kind_are_one_image(
-    predictor: Predictor, tmp_path: Path
-) -> None:
+def test_files_pillow_images_and_arrays_of_any_kind_are_one_image(predictor, tmp_path: Path) -> None:
     """A prediction shows itself as its overlay, and says how uncertain it is."""
     grey = np.random.default_rng(3).integers(0, 256, (64, 64), dtype=np.uint8)
-    rgb = np.repeat(grey[..., None], 3, axis=2)
-    Image.fromarray(grey).save(tmp_path / "a.png")
+    rgb, file = np.repeat(grey[..., None], 3, axis=2), tmp_path / "a.png"
+    Image.fromarray(grey).save(file)
     expected = predictor.predict(rgb)
-    others = [
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-        grey,
-        np.dstack([rgb, grey]),
-        grey * np.uint16(256),
-    ]
+    others = [file, str(file), grey, np.dstack([rgb, grey]), grey * np.uint16(256)]
     others += [Image.fromarray(grey), Image.fromarray(rgb).quantize(256), Image.fromarray(grey).convert("LA")]
     for found in predictor.predict_batch(others):
         assert np.array_equal(found.image, rgb)

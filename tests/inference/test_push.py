@@ -69,16 +69,9 @@ def test_a_pushed_adapter_predicts_as_its_run_does_and_nothing_of_the_data_goes_
     masks = [Predictor.from_pretrained(base, one).predict(image) for one in (run, "org/vessels", None)]
     assert np.array_equal(masks[0].logits, masks[1].logits)
     assert not np.array_equal(masks[0].logits, masks[2].logits)
-    words = [
-        "--lora_weights",
-        "org/vessels@main",
-        "--base_model",
-        base,
-        "--image",
-        str(angiograms / "images"),
-    ]
-    assert main(["predict", *words, "--output_dir", str(tmp_path / "out")]) == 0
-    assert main(["evaluate", *words[:4], "--data_root", str(angiograms), "--output_dir", str(tmp_path)]) == 0
+    words, images = ["--lora_weights", "org/vessels@main", "--base_model", base], str(angiograms / "images")
+    assert main(["predict", *words, "--image", images, "--output_dir", str(tmp_path / "out")]) == 0
+    assert main(["evaluate", *words, "--data_root", str(angiograms), "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "test_vessels@main.json").is_file()
 
 

@@ -102,17 +102,14 @@ def test_no_seam_in_pictures(predictor: Predictor, picture: str, request: pytest
     assert np.abs(result.probabilities - predictor.predict(image).probabilities).max() > 1e-3
 
 
-def test_the_whole_image_is_cut_at_the_threshold_and_post_processed(
-    predictor: Predictor, images: list[np.ndarray]
-) -> None:
+def test_the_whole_image_is_cut_at_the_threshold_and_post_processed(predictor: Predictor, images) -> None:
     """A component that reaches over tiles counts as one; in a batch an image is cut as it is alone."""
     shared = predictor.model, predictor.processor
     image = np.repeat(np.repeat(images[1], 2, axis=0), 2, axis=1)
     plain = Predictor(*shared, tile_px=64).predict(image)
     cut = float(np.median(plain.probabilities))
-    result, other = Predictor(*shared, post=PostProcessing(cut, 400), tile_px=64).predict_batch(
-        [image, images[0]]
-    )
+    made = Predictor(*shared, post=PostProcessing(cut, 400), tile_px=64)
+    result, other = made.predict_batch([image, images[0]])
     mask = plain.probabilities > np.float32(cut)
     clear = np.abs(plain.probabilities - cut) > 1e-6
     assert (result.mask == drop_small_components(mask, 400))[clear].all()

@@ -13,12 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Tokenizer
 
 from vesselrl.errors import CheckpointError
-from vesselrl.models.checkpoint import (
-    LARGEST_WEIGHT,
-    load_sa2va,
-    native_state,
-    read_tensors,
-)
+from vesselrl.models.checkpoint import LARGEST_WEIGHT, load_sa2va, native_state, read_tensors
 from vesselrl.models.miniature import random_sa2va
 from vesselrl.models.processing import load_tokenizer
 from vesselrl.models.sa2va import Sa2VA
@@ -127,20 +122,16 @@ def test_tied_embeddings_need_no_head(folder: Path, expected: torch.Tensor, sect
         load_sa2va(folder)
     change_config(folder, section, tie_word_embeddings=True)
     assert torch.equal(mask_logits(folder), expected)
-    assert torch.equal(
-        load_sa2va(folder)[0].lm.lm_head.weight, load_file(folder / "model.safetensors")[EMBEDDING]
-    )
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    assert torch.equal(load_sa2va(folder)[0].lm.lm_head.weight, embedding)
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_tokenizer_in_one_file_gives_the_same_ids(
-    folder: Path, expected: torch.Tensor, alone: bool
-) -> None:
+def test_a_tokenizer_in_one_file_gives_the_same_ids(folder: Path, expected, alone: bool) -> None:
     names = "vocab.json merges.txt added_tokens.json special_tokens_map.json tokenizer_config.json".split()
     official = Qwen2Tokenizer.from_pretrained(folder)
-    assert [load_tokenizer(folder)(text)["input_ids"] for text in TEXTS] == [
-        official(text)["input_ids"] for text in TEXTS
-    ]
+    found = [load_tokenizer(folder)(text)["input_ids"] for text in TEXTS]
+    assert found == [official(text)["input_ids"] for text in TEXTS]
     for name in names:
         (folder / name).unlink()
     official.save_pretrained(folder)

@@ -131,10 +131,8 @@ def test_a_merged_copy_keeps_the_head_beside_it(run: Path, tiny_checkpoint: Path
     copy = Predictor.from_pretrained(merged, device="cpu").predict(image)
     np.testing.assert_allclose(copy.logits, pair.logits, atol=1e-3)
     (merged / DETAIL_HEAD).unlink()
-    assert (
-        np.abs(Predictor.from_pretrained(merged, device="cpu").predict(image).logits - pair.logits).max()
-        > 0.1
-    )
+    whole = Predictor.from_pretrained(merged, device="cpu").predict(image)
+    assert np.abs(whole.logits - pair.logits).max() > 0.1
 
 
 @pytest.mark.parametrize("fault", ["cut", "nan", "other"])
@@ -153,9 +151,7 @@ def test_a_damaged_head_is_named(run: Path, tiny_checkpoint: Path, tmp_path: Pat
         load_adapter(load_sa2va(tiny_checkpoint)[0], folder)
 
 
-def test_a_run_is_compared_with_the_base_model_without_a_head(
-    run: Path, tiny_checkpoint: Path, angiograms: Path
-) -> None:
+def test_a_run_is_compared_with_the_base_model_without_a_head(run, tiny_checkpoint, angiograms) -> None:
     """`before` is the base model's own mask; step 0 of the curves has the untrained head."""
     alone = Predictor.from_pretrained(tiny_checkpoint, device="cpu")
     samples = {sample.key: sample for sample in find_samples(angiograms)}

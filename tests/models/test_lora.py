@@ -104,11 +104,10 @@ def test_an_adapter_that_is_saved_loaded_and_saved_again_stays_what_it_is(
 TARGETS = ["text_hidden_fcs.0", "text_hidden_fcs.2"]
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 PLAIN["base_model_name_or_path"] = "/gone"
+RANKS = {"r": 2, "rank_pattern": {"0": 4, TARGETS[1]: 4}}
 
 
-def write_adapter(
-    folder: Path, settings: dict | None = None, rename=lambda name: name, change=lambda n, t: t
-):
+def write_adapter(folder: Path, settings: dict | None = None, rename=str, change=lambda n, t: t):
     """Writes an adapter on the two layers from [SEG] to SAM2; returns its matrices by target."""
     folder.mkdir()
     generator, pairs, content = torch.Generator().manual_seed(0), {}, {}
@@ -129,19 +128,9 @@ def write_adapter(
         ({"use_rslora": True}, (4, 4)),
         ({"alpha_pattern": {TARGETS[0]: 32}}, (8, 2)),
         ({"alpha_pattern": {"2": 1.5, TARGETS[1]: 32}}, (2, 0.375)),  # the first key that fits counts
-        (
-            {"r": 2, "rank_pattern": {"0": 4, TARGETS[1]: 4}, "alpha_pattern": {"2": 4}, "use_rslora": True},
-            (4, 2),
-        ),
-        (
-            {
-                "init_lora_weights": "gaussian",
-                "corda_config": None,
-                "qalora_group_size": 16,
-                "peft_version": "9",
-            },
-            (2, 2),
-        ),
+        (RANKS | {"alpha_pattern": {"2": 4}, "use_rslora": True}, (4, 2)),
+        ({"init_lora_weights": "gaussian", "corda_config": None, "peft_version": "9"}, (2, 2)),
+        ({"qalora_group_size": 16}, (2, 2)),
         ({"a_later_field": True, "bias": "none", "layers_to_transform": None, "loftq_config": {}}, (2, 2)),
     ],
 )
@@ -150,10 +139,8 @@ def test_settings_of_peft_equal_weights_merged_by_hand(
 ) -> None:
     pairs = write_adapter(tmp_path / "adapter", settings)
     layers = [model.get_submodule(target) for target in TARGETS]
-    expected = [
-        layer.weight + scale * b @ a
-        for layer, scale, (a, b) in zip(layers, scales, pairs.values(), strict=True)
-    ]
+    triples = zip(layers, scales, pairs.values(), strict=True)
+    expected = [layer.weight + scale * b @ a for layer, scale, (a, b) in triples]
     merged = lora.load_adapter(model, tmp_path / "adapter").merge_and_unload()
     for target, weight in zip(TARGETS, expected, strict=True):
         torch.testing.assert_close(merged.get_submodule(target).weight, weight, rtol=1e-5, atol=1e-5)
@@ -187,9 +174,7 @@ REFUSED_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", REFUSED_SETTINGS, ids=str)
-def test_settings_that_are_not_supported_are_refused_by_name(
-    model: Sa2VA, tmp_path: Path, settings: dict
-) -> None:
+def test_settings_that_are_not_supported_are_refused_by_name(model, tmp_path, settings) -> None:
     write_adapter(tmp_path / "adapter", settings)
     (name,) = settings
     with pytest.raises(CheckpointError, match=rf"adapter_config.json has {name} = "):
@@ -214,9 +199,7 @@ def test_target_modules_are_plain_names(model: Sa2VA, tmp_path: Path, targets: o
         ("has rank", {}, lambda name, t: torch.tensor(1.0)),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
-    model: Sa2VA, tmp_path: Path, message: str, settings, change
-) -> None:
+def test_tensors_that_do_not_fit_are_named(model, tmp_path: Path, message, settings, change) -> None:
     write_adapter(tmp_path / "adapter", settings, change=change)
     with pytest.raises(CheckpointError, match=message):
         lora.load_adapter(model, tmp_path / "adapter")

@@ -32,12 +32,8 @@ def samples(shared_folder: Path) -> list[Sample]:
     folder = shared_folder / "sa2va-reference"
     expected = json.loads((folder / "expected.json").read_text())
     s = expected["sam"]
-    fields = {
-        "image_size": "image_size",
-        "hidden_size": "d",
-        "decoder_mlp_dim": "mlp",
-        "iou_head_hidden_dim": "iou",
-    }
+    fields = {"image_size": "image_size", "hidden_size": "d"}
+    fields |= {"decoder_mlp_dim": "mlp", "iou_head_hidden_dim": "iou"}
     tuples = {"blocks_per_stage": "stages", "window_size_per_stage": "win"}
     tuples |= {"global_attention_blocks": "gab", "background_size": "bkg"}
     doubled = {"embed_dim_per_stage": "embed_dim", "num_attention_heads_per_stage": "num_heads"}

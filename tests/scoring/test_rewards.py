@@ -16,8 +16,6 @@ from vesselrl.scoring.rewards import (
     MultiObjectiveReward,
     RecallFocusedReward,
     SimpleDiceReward,
-    get_reward_function,
-    make_reward,
     score_or_skip,
 )
 from vesselrl.scoring.scores import Truth, score_mask
@@ -130,7 +128,7 @@ def area_error(pred, gt):
 @pytest.mark.parametrize("spec", ["default", "seed"])
 @pytest.mark.parametrize("reward_type", REWARD_TYPES)
 def test_the_two_halves_add_up_to_the_call(reward_type, spec, custom):
-    reward = get_reward_function(reward_type, spec=spec, **custom)
+    reward = rewards.get_reward_function(reward_type, spec=spec, **custom)
     for truth in (TREE, NOTHING):
         for pred in (*from_best_to_worst(TREE), np.roll(TREE, 9, axis=1)):
             tp, fp, fn = (pred & truth).sum(), (pred & ~truth).sum(), (~pred & truth).sum()
@@ -168,16 +166,18 @@ def test_weights_are_normalised_and_the_settings_of_a_run_make_any_reward():
     assert {*MultiObjectiveReward(1, 1, 1, 1).weights.values()} == {0.25}
     settings = {"recall_weight": 0.2, "recall_target": 0.8, "precision_weight": 0.5, "reward_spec": "seed",
                 "reward_fn": "math:dist", "reward_fn_weight": 3.0, "epochs": 7}  # fmt: skip
-    multi, simple, recall_focused = (make_reward(settings | {"reward_type": name}) for name in REWARD_TYPES)
+    made = (rewards.make_reward(settings | {"reward_type": name}) for name in REWARD_TYPES)
+    multi, simple, recall_focused = made
     assert (multi.recall_target, multi.precision_weight, multi.custom_weight) == (0.8, 0.5, 3.0)
     assert (simple.spec, simple.spec_version, simple.custom) == ("seed", 1, math.dist)
     assert recall_focused.recall_target == 0.8
     assert recall_focused.recall_weight == 0.7  # its own, not the 0.2 meant for multi_objective
-    assert make_reward({}) == MultiObjectiveReward()
+    assert rewards.make_reward({}) == MultiObjectiveReward()
 
 
+ZHANG = prototype_topology(TREE)
 WRONG = [
-    (lambda: get_reward_function(dice_wieght=1), "unknown reward option: dice_wieght.*dice_weight"),
+    (lambda: rewards.get_reward_function(dice_wieght=1), "unknown reward option: dice_wieght.*dice_weight"),
     (lambda: MultiObjectiveReward(dice_weight=-0.1), "dice_weight must be at least 0, got -0.1"),
     (lambda: MultiObjectiveReward(length_weight=math.nan), "length_weight must be a finite number"),
     (lambda: RecallFocusedReward(precision_target=-1), "precision_target must be between 0 and 1"),
@@ -185,10 +185,7 @@ WRONG = [
     (lambda: SimpleDiceReward()(TREE, TREE[:, :-1]), "differ in size"),
     (lambda: SimpleDiceReward()(TREE, TREE * np.uint8(255)), "holds values from 0 to 255"),
     (lambda: MultiObjectiveReward()(TREE, TREE, topology(TREE[:50])), "the given topology has size"),
-    (
-        lambda: MultiObjectiveReward()(TREE, TREE, prototype_topology(TREE)),
-        "'zhang' thinning, not 'guo_hall'",
-    ),
+    (lambda: MultiObjectiveReward()(TREE, TREE, ZHANG), "'zhang' thinning, not 'guo_hall'"),
 ]
 
 

@@ -10,16 +10,8 @@ from scipy.spatial.distance import cdist
 from skimage.morphology import thin
 
 from tests.scoring.mask_edits import random_pairs
-from vesselrl.scoring.scores import (
-    TOLERANCE_PX,
-    Truth,
-    cached_truth,
-    covered_by_discs,
-    evaluation_scores,
-    recall_by_width,
-    score_mask,
-    surface_scores,
-)
+from vesselrl.scoring import scores
+from vesselrl.scoring.scores import Truth, cached_truth, recall_by_width, score_mask
 
 NAN = math.nan
 EMPTY = np.zeros((30, 40), bool)
@@ -41,9 +33,9 @@ EMPTIES = [
 def test_empty_masks_follow_one_rule(pred, truth, expected):
     """The diagonal of 30 x 40 px is 50."""
     names = "dice iou recall precision specificity cldice tprec tsens length_ratio hd95 nsd".split()
-    scores = evaluation_scores(pred, truth)
-    assert [scores[name] for name in names] == pytest.approx(list(expected), nan_ok=True)
-    assert math.isnan(scores["recall_thin"]) == (truth is not BAR)
+    found = scores.evaluation_scores(pred, truth)
+    assert [found[name] for name in names] == pytest.approx(list(expected), nan_ok=True)
+    assert math.isnan(found["recall_thin"]) == (truth is not BAR)
 
 
 def test_cldice_is_its_formula_on_scikit_image_skeletons():
@@ -94,7 +86,7 @@ def test_covered_pixels_are_a_morphological_opening():
         ys, xs = np.mgrid[:diameter, :diameter] - diameter // 2
         disc = ys**2 + xs**2 < (diameter / 2) ** 2
         for _, mask in random_pairs(10):
-            np.testing.assert_array_equal(covered_by_discs(mask, diameter), binary_opening(mask, disc))
+            np.testing.assert_array_equal(scores.covered_by_discs(mask, diameter), binary_opening(mask, disc))
 
 
 def test_recall_by_hand():
@@ -110,9 +102,9 @@ def test_recall_by_hand():
         np.testing.assert_array_equal(Truth(truth).widths > 0, truth)
 
 
-def both(pred, truth, tolerance_px=TOLERANCE_PX):
+def both(pred, truth, tolerance_px=scores.TOLERANCE_PX):
     """(hd95, nsd)"""
-    return tuple(surface_scores(pred, Truth(truth), tolerance_px).values())
+    return tuple(scores.surface_scores(pred, Truth(truth), tolerance_px).values())
 
 
 def test_every_distance_equals_brute_force_in_both_directions_and_with_a_margin():

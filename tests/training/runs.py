@@ -28,12 +28,6 @@ def metrics_of(folder: Path) -> list[dict]:
 
 def same_weights(first: Path, second: Path) -> bool:
     """Whether two folders hold the same tensors to the last bit."""
-    one, two = (
-        {
-            (file.name, name): tensor
-            for file in folder.glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-        }
-        for folder in (first, second)
-    )
+    files = [{f.name: load_file(f) for f in folder.glob("*.safetensors")} for folder in (first, second)]
+    one, two = ({(f, n): v for f, own in each.items() for n, v in own.items()} for each in files)
     return one.keys() == two.keys() != set() and all(torch.equal(one[name], two[name]) for name in one)

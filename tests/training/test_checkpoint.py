@@ -40,11 +40,8 @@ UNET = {"control": "unet", "num_epochs": 3, "num_passes": 1, "val_freq": 3, "lea
 # Settings and the steps after which the plug is pulled; 0.25: before the first validation; 5.5: after the
 # files of a validation, before the state of the run that goes with them; 5: there with a damaged newest
 # state; 12.75: after the state, before the checkpoint of the epoch.
-RUNS = {
-    "two stages": (STAGES, (8, 12.75, 16)),
-    "constrained, going wrong": (CONSTRAINED, (5.5,)),
-    "unet": (UNET, (0.25, 5)),
-}
+RUNS = {"two stages": (STAGES, (8, 12.75, 16)), "unet": (UNET, (0.25, 5))}
+RUNS["constrained, going wrong"] = (CONSTRAINED, (5.5,))
 
 
 class PlugPulledError(Exception):

@@ -249,9 +249,8 @@ def test_a_model_that_does_not_know_the_images_is_told_once_and_what_to_do(
     assert [issue.code for issue in toy.issues] == ["images_unknown"] * (advice is not None)
     for issue in toy.issues:
         assert f"Dice is {dice:.3f}: the model does not know" in issue.symptom
-        assert (
-            "3 validation images 8.0% are vessel, by the model 64.0%; its Dice there is 0.2" in issue.symptom
-        )
+        shares = "3 validation images 8.0% are vessel, by the model 64.0%; its Dice there is 0.2"
+        assert shares in issue.symptom
         assert f"filter 0.400 for dark vessels and {bright:.3f} for bright" in issue.symptom
         assert issue.advice.endswith(advice)
 
@@ -274,10 +273,8 @@ def test_a_huge_reward_is_named_as_the_cause_and_not_the_learning_rate() -> None
         assert "rewards have a size of 1e+12" in issue.symptom
         assert "--learning_rate is not the cause" in issue.advice
     weight = torch.nn.Parameter(torch.zeros(2))
-    for reward, kind, words in (
-        (-1e12, LearningError, "the reward is the cause"),
-        (5.0, NotFiniteError, "rate"),
-    ):
+    causes = ((-1e12, LearningError, "the reward is the cause"), (5.0, NotFiniteError, "rate"))
+    for reward, kind, words in causes:
         with pytest.raises(LearningError, match=words) as raised:
             step_along(weight, [1e30, 0.0], reward)
         assert type(raised.value) is kind  # smaller steps would not help: no roll back

@@ -69,21 +69,17 @@ def test_cold_warm_damaged_and_no_cache_give_the_same_weights(
     assert caplog.text.count("computed again") == 7 + 8
 
 
+REWARD_FAULTS = [("raise ValueError('torn')", 1, "one of"), ("os.kill(os.getpid(), 11)", -11, "")]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("fault", "code", "said"),
-    [("raise ValueError('torn')", 1, "one of"), ("os.kill(os.getpid(), 11)", -11, "")],
-)
-def test_a_run_that_a_users_reward_has_ended_goes_on_with_a_mended_one(
-    tmp_path: Path, fault: str, code: int, said: str
-) -> None:
+@pytest.mark.parametrize(("fault", "code", "said"), REWARD_FAULTS)
+def test_a_run_that_a_users_reward_has_ended_goes_on_with_a_mended_one(tmp_path, fault, code, said) -> None:
     def vesselrl(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "vesselrl", "train", *map(str, arguments)]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}",
-        }
+        path = f"{tmp_path}{os.pathsep}{os.getcwd()}"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     text = "import os\n\ncalls = []\n\n\ndef score(pred, gt):\n    calls.append(1)\n"

@@ -54,9 +54,8 @@ def images() -> list[np.ndarray]:
 
 def make_policy(tiny_checkpoint) -> MaskPolicy:
     model, processor = load_sa2va(tiny_checkpoint)
-    peft_model = attach_lora(
-        model, ("projector", "mask_decoder"), LORA_PRESETS["medium"]._replace(rank=4, alpha=8)
-    )
+    size = LORA_PRESETS["medium"]._replace(rank=4, alpha=8)
+    peft_model = attach_lora(model, ("projector", "mask_decoder"), size)
     return MaskPolicy(peft_model, processor, "Segment.")
 
 
@@ -82,10 +81,8 @@ def test_the_reference_is_the_starting_policy(tiny_checkpoint, images) -> None:
 
 def test_states_are_kept_by_content(tiny_checkpoint, images, tmp_path) -> None:
     """Computed together, as on a GPU, they are those computed alone, up to rounding; sizes may differ."""
-    policies, images = (
-        [make_policy(tiny_checkpoint) for _ in range(2)],
-        [images[0], images[1][:40], images[1]],
-    )
+    policies = [make_policy(tiny_checkpoint) for _ in range(2)]
+    images = [images[0], images[1][:40], images[1]]
     for policy, size in zip(policies, (1, 8), strict=True):
         policy.images_per_pass = size
         policy.states = FeatureStore(tmp_path / str(size))
@@ -154,10 +151,8 @@ PIXELS = torch.arange(12.0).view(1, 3, 2, 2)
 @pytest.fixture
 def encoder() -> Mock:
     """Counts how often it is asked."""
-    channels_last = torch.channels_last
-    return Mock(
-        side_effect=lambda x=PIXELS: ImageFeatures(x + 1, (x * 2).to(memory_format=channels_last), x**2)
-    )
+    layout = {"memory_format": torch.channels_last}
+    return Mock(side_effect=lambda x=PIXELS: ImageFeatures(x + 1, (x * 2).to(**layout), x**2))
 
 
 def equal(one: ImageFeatures, other: ImageFeatures) -> bool:

@@ -211,9 +211,8 @@ def spoil(update: PPOUpdate, kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     elif kind == "detached":  # the prototype trained through functions under no_grad
         policy.model.encode_image = torch.no_grad()(policy.model.encode_image)
     elif kind == "equal samples":
-        monkeypatch.setattr(
-            ppo.ppo_math, "sample_masks", lambda logits, count, *_: torch.stack([logits > 0] * count)
-        )
+        equal = Mock(side_effect=lambda logits, count, *_: torch.stack([logits > 0] * count))
+        monkeypatch.setattr(ppo.ppo_math, "sample_masks", equal)
     elif kind.startswith("blind"):
         states = policy.model.seg_states(policy.prepare(crossing_lines(64).images))
         policy.model.seg_states = lambda inputs: states[: len(inputs.sizes)]

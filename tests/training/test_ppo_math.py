@@ -58,9 +58,8 @@ def test_inverse_probability_weighting_gives_the_gradient_of_cross_entropy() -> 
     update = gradient(logits, ppo_math.inverse_probability_weighted((2 * truth - 1)[None], on), on[None])
     torch.nn.functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum").backward()
     assert torch.allclose(update, logits.grad / REWARD_SCALE, atol=1e-6)
-    bounded = ppo_math.inverse_probability_weighted(
-        torch.tensor([[2.0, 2.0, -2.0]]), torch.tensor([[1e-6, 0.5, 1.0]])
-    )
+    given = torch.tensor([[2.0, 2.0, -2.0]]), torch.tensor([[1e-6, 0.5, 1.0]])
+    bounded = ppo_math.inverse_probability_weighted(*given)
     assert bounded.flatten().tolist() == pytest.approx([100.0, 4.0, -100.0])
 
 

@@ -183,9 +183,7 @@ def test_a_run_of_two_processes_goes_on_with_one(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @both_ways
 @pytest.mark.parametrize("killed", [0, 1])
-def test_where_one_process_is_killed_the_other_ends(
-    tmp_path: Path, killed: int, launcher: list[str], changes: dict
-) -> None:
+def test_where_one_process_is_killed_the_other_ends(tmp_path: Path, killed: int, launcher, changes) -> None:
     output = tmp_path / "two"
     two = launch(output, launcher, LONG | changes)
     wait_for(output, "step 3 of")

@@ -26,10 +26,8 @@ from vesselrl.training.setup import RunData, check_disk, make_model, prepare_dat
 
 
 def prepared(tmp_path: Path, angiograms: Path, **options: object) -> RunData:
-    config = TrainConfig().with_(
-        output_dir=str(tmp_path), data_root=str(angiograms), **{"model_path": "/model"} | options
-    )
-    return prepare_data(config, RunFolder.create(tmp_path))
+    places = {"output_dir": str(tmp_path), "data_root": str(angiograms), "model_path": "/model"}
+    return prepare_data(TrainConfig().with_(**places | options), RunFolder.create(tmp_path))
 
 
 def test_a_batch_is_made_while_the_one_before_is_learned_from() -> None:
@@ -90,9 +88,7 @@ def test_a_run_that_goes_on_needs_room_for_the_rest_alone(tmp_path: Path, monkey
             check_disk(TrainConfig(), Mock(trainable={"a": values}), RunFolder(tmp_path))
 
 
-def test_frames_that_are_a_patient_each_are_said_aloud(
-    angiograms: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_frames_that_are_a_patient_each_are_said_aloud(angiograms: Path, tmp_path: Path, caplog) -> None:
     root = shutil.copytree(angiograms, tmp_path / "data")
     for file in sorted(root.rglob("*.png")):  # to SANA_000001
         file.rename(file.with_name(re.sub(r"ZHANG_(\w+)\(.*_(\d+)\.png", r"\g<1>_\g<2>.png", file.name)))
@@ -132,9 +128,7 @@ def test_augmentation_changes_image_truth_and_topology_anew_in_every_pass(angiog
     assert all(np.array_equal(a, b) for a, b in zip(one.images, again.images, strict=True))
 
 
-def test_every_pass_shows_other_crops_the_same_after_a_resume_and_keeps_nothing(
-    angiograms: Path, tiny_checkpoint: Path
-) -> None:
+def test_every_pass_shows_other_crops_the_same_after_a_resume_and_keeps_nothing(angiograms, tiny_checkpoint):
     samples, places = find_samples(angiograms)[:4], []
     dataset = VesselDataset(samples, seed=3, tiling=Tiling(40, 40))
     source = BatchSource(dataset, 1, seed=3, num_passes=lambda epoch: 3)

@@ -51,9 +51,7 @@ class Augmentation:
 AUGMENTATIONS = {
     "none": Augmentation(),
     "flips": Augmentation(flips=True),
-    "light": Augmentation(
-        flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01
-    ),
+    "light": Augmentation(flips=True, rotation_deg=10, scale=1.1, gamma=1.15, contrast=1.15, noise=0.01),
     "strong": Augmentation(
         flips=True, quarter_turns=True, rotation_deg=25, scale=1.25, elastic_px=6,
         gamma=1.4, contrast=1.3, blur_px=1.2, noise=0.03

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -46,8 +45,7 @@ class DataReport:
     agreement: dict[str, float] | None = None
     # Share of the image that is vessel, by key of every usable sample; `split_by_patient` can stratify by it.
     foreground: dict[str, float] = field(default_factory=dict)
-    # Pairs of images of different patients that look alike, as `find_near_duplicates` gives them.
-    near_duplicates: list[Pair] = field(default_factory=list)
+    near_duplicates: list[Pair] = field(default_factory=list)  # of different patients
 
     def of(self, severity: Severity) -> list[Finding]:
         """The findings of one severity."""
@@ -90,10 +88,7 @@ def check_data(
     near_duplicates: bool = True,
     **places: str | None,
 ) -> DataReport:
-    """All faults of a data root; every image and mask is decoded. Arguments are those of `find_samples`.
-
-    Without `near_duplicates` images are not compared with each other.
-    """
+    """All faults of a data root (see `find_samples`); `near_duplicates`: whether images are compared."""
     findings, layout = Findings(), ""
     with findings.catching():
         listing = list_entries(Path(root), findings, **places)
@@ -124,7 +119,7 @@ class CheckedEntry:
     look: Look | None = field(default=None, repr=False)  # None: not asked for, or the image cannot be decoded
 
 
-def _check_patients(aliases: Mapping[str, Pseudonym], pattern: str | None, findings: Findings) -> None:
+def _check_patients(aliases: dict[str, Pseudonym], pattern: str | None, findings: Findings) -> None:
     """Names that may hide who is whom: what looks like frames is a patient each, or one patient is all."""
     sizes = Counter(alias.patient for alias in aliases.values())
     if len(sizes) == 1 and len(aliases) > 2:
@@ -140,7 +135,7 @@ def _check_patients(aliases: Mapping[str, Pseudonym], pattern: str | None, findi
 
 
 def check_listing(
-    listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings, near_duplicates: bool = False
+    listing: Listing, aliases: dict[str, Pseudonym], findings: Findings, near_duplicates: bool = False
 ) -> DataReport:
     """The report of a data root whose entries have pseudonyms already; adds to `findings`."""
     entries = list(samples.different_images(listing, aliases, findings))

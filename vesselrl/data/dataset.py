@@ -44,10 +44,7 @@ _PAPER, _INK = 255, (51, 51, 51)
 
 @dataclass(eq=False, repr=False)
 class VesselDataset:
-    """Items (image uint8 (H, W, 3), mask bool (H, W), sample) as they are in the files.
-
-    They stay in memory up to a limit, for the second epoch; every item is a copy.
-    """
+    """Items (image uint8 (H, W, 3), mask bool (H, W), sample) of the files, in memory up to a limit."""
 
     samples: Sequence[Sample]
     augmentation: Augmentation = AUGMENTATIONS["none"]
@@ -107,10 +104,7 @@ class TrainBatch:
     def inside(self, logits: list) -> list:
         """Tensors of logits (H, W) of the images, without vessels outside of the fields of view."""
         pairs = zip(logits, self.fovs or [None] * len(logits), strict=True)
-        return [
-            one if fov is None else one.masked_fill(one.new_tensor(~fov).bool(), OUTSIDE)
-            for one, fov in pairs
-        ]
+        return [x if fov is None else x.masked_fill(x.new_tensor(~fov).bool(), OUTSIDE) for x, fov in pairs]
 
     @property
     def weight(self) -> float:
@@ -171,8 +165,7 @@ class BatchSource:
                 keys = [sample.key for sample in samples]
                 topologies = [*map(self._topology, keys, truths)]
                 fovs = [self.dataset.fov(k, one_pass) for k in mine]
-                shared = len(whole), self.first, self.stride, fovs
-                yield TrainBatch(keys, images, truths, topologies, *shared)
+                yield TrainBatch(keys, images, truths, topologies, len(whole), self.first, self.stride, fovs)
 
     def _open(self, epoch: int) -> Sequence[int]:
         """The images that an epoch shows."""

@@ -327,16 +327,8 @@ def _read_shape(shape: object, size: Size, where: str) -> list[Outline | None]:
 
 def labelme(name: str, mask: np.ndarray) -> dict:
     """The LabelMe file of an image file `name` beside it: the outlines of a bool mask (H, W), holes kept."""
-    shapes = [
-        {
-            "label": "vessel",
-            "shape_type": "polygon",
-            "points": outline.tolist(),
-            "group_id": None,
-            "flags": {},
-        }
-        for outline in mask_to_polygons(mask)
-    ]
+    kind, others = {"label": "vessel", "shape_type": "polygon"}, {"group_id": None, "flags": {}}
+    shapes = [kind | {"points": outline.tolist()} | others for outline in mask_to_polygons(mask)]
     height, width = mask.shape
     image = {"imagePath": name, "imageData": None, "imageHeight": height, "imageWidth": width}
     return {"version": "5.5.0", "flags": {}, "shapes": shapes, **image}

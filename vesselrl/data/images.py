@@ -40,7 +40,6 @@ def read_oddities(path: Path, record: str) -> dict[str, object]:
     """EXIF orientation, pixel format, frames by the code of their finding, where odd; no pixel is decoded."""
     with _opened(path, record, "unreadable_image") as image:
         is_deep = _is_deep(image)
-        # Pillow turns a TIFF itself.
         turned = image.tag_v2.get(_ORIENTATION_TAG, 1) if image.format == "TIFF" else _orientation(image)
         found = {"rotated_image": turned} if turned != 1 else {}
         if is_deep:
@@ -92,10 +91,7 @@ def read_rgb(path: Path, record: str) -> np.ndarray:
 def read_mask(
     source: Path | io.BytesIO, record: str, guess: bool = False, broken: str = "unreadable_image"
 ) -> np.ndarray:
-    """A mask file as bool (H, W): 0 is background; 1, or 255, is vessel.
-
-    Anything else is refused; with `guess` only where it has no sure meaning, see `_guess`.
-    """
+    """A mask of 0 and 1, or 0 and 255 (vessel), as bool (H, W); else refused, or `_guess`ed where sure."""
     image = _read(source, record, broken)
     if image.mode == "1":
         # A 1-bit image comes as bytes of 0 and 255 that call themselves bool: True must be 1.
@@ -151,8 +147,7 @@ def _mask_values(image: Image.Image) -> tuple[np.ndarray, str, bool]:
         return values, code, True
     if image.mode == "P" and image.getpalette("RGB")[:3] == [0, 0, 0]:
         return np.asarray(image), "palette_mask", True
-    spread = channels.max(axis=2) - channels.min(axis=2)
-    if spread.max() < 32:  # grey that a JPEG has tinted
+    if (channels.max(axis=2) - channels.min(axis=2)).max() < 32:  # grey that a JPEG has tinted
         return values, "non_binary_mask", True
     if not values.all() and _is_one_colour(channels, values > 0):
         return (values > 0).astype(np.uint8), "non_binary_mask", False
@@ -231,7 +226,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 without one, and where Pillow applies it itself (TIFF)."""
+    """The EXIF orientation, 1 to 8; 1 without one, and of a TIFF, which Pillow turns itself."""
     # Asking a PNG without EXIF in its header would decode all of it.
     if image.format in ("TIFF", "DICOM") or (image.format == "PNG" and "exif" not in image.info):
         return 1

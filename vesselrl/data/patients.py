@@ -13,13 +13,13 @@ from itertools import pairwise
 
 from vesselrl.errors import DataError
 
-# What tools add to the name of a picture.
 _ENDING = "(?:png|jpe?g|tiff?|bmp|gif|pgm|ppm|webp|dcm)"
 _CHANGE = (
     "(?:aug(?:mented)?|(?:[hv]|(?:horizontal|vertical)(?:ly)?)?[-_ ]?flip(?:ped|lr|ud)?|mirror(?:ed)?"
     "|rot(?:at(?:ed?|ion))?|crop(?:ped)?|patch|tile|nois[ey]|blur(?:red)?)"
 )
 _COPY = "(?:copy|kopie|copie|copia|副本|コピー)"
+# What tools add to the name of a picture.
 _MARKS = {
     # Label Studio: 1b2c3d4e-NAME, and 1b2c3d__NAME where it fetched the picture. A UUID begins alike.
     "upload": "^[0-9a-f]{8}-(?![0-9a-f]{4}-[0-9a-f]{4}-)|^[0-9a-f]{6}(?:[0-9a-f]{2})?__",
@@ -51,9 +51,7 @@ _WITH_ID = re.compile(
     r"(?P<sequence>.*?)(?:[\s_]*frame[\s_]*(?P<frame>\d+))?"
 )
 # NAME_frame_000011 and NAME_S-N_K_HEX8_frame_000011.
-_WITHOUT_ID = re.compile(
-    rf"(?is)(?P<name>.+?)(?:[\s_]+(?P<sequence>{_SERIES}))?[\s_]+frame[\s_]+(?P<frame>\d+)"
-)
+_NO_ID = re.compile(rf"(?is)(?P<name>.+?)(?:[\s_]+(?P<sequence>{_SERIES}))?[\s_]+frame[\s_]+(?P<frame>\d+)")
 # File names without a person in them, such as train_001, 07L or 21_training: messages may show these.
 _WORD = r"(?:train|training|test|val|valid|validation|images?|im|img|frame|case|sample|scan|slice)"
 _NUMBER = rf"(?:{_WORD}[-_ ]?)?\d{{1,6}}"
@@ -102,7 +100,7 @@ def _read_source(name: str) -> Identity:
         stem = "_".join([*videos[-1:], stem])
     stem = _TASK.sub("", stem)
     hidden = _UNREAD.sub(lambda found: "x" * len(found[0]), stem)
-    match = _WITH_ID.fullmatch(hidden) or _WITHOUT_ID.fullmatch(hidden)
+    match = _WITH_ID.fullmatch(hidden) or _NO_ID.fullmatch(hidden)
     part = {key: stem[slice(*match.span(key))] for key in match.groupdict()} if match else {}
     number, written = part.get("id"), part.get("name", "")
     plain = plain_name(_UNREAD.sub(" ", written)) or ("" if number else plain_name(written))

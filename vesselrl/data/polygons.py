@@ -58,7 +58,7 @@ def rasterise(outlines: Iterable[Outline | Sequence[float]], shape: tuple[int, i
         if isinstance(outline, RunLengths):
             mask |= resize_mask(outline.decode(), shape)
         else:
-            rows, turns = _count_turns(np.asarray(outline, np.float64).reshape(-1, 2), shape)
+            rows, turns = _turns(np.asarray(outline, np.float64).reshape(-1, 2), shape)
             mask[rows] |= (turns & 1).astype(bool)
     return mask
 
@@ -73,13 +73,13 @@ def is_doubtful(polygon: np.ndarray, shape: tuple[int, int]) -> tuple[bool, bool
     high = np.clip(np.ceil(polygon.max(axis=0)), low, shape[::-1]).astype(int)
     width, height = high - low
     points = polygon - low
-    inside = (_count_turns(points, (height, width))[1] & 1).astype(np.uint8)
+    inside = (_turns(points, (height, width))[1] & 1).astype(np.uint8)
     (x, y), num_pixels = points.T, np.count_nonzero(inside)
     is_thin = _falls_apart(inside)
     # The signed area counts every turn; the winding numbers themselves take longer.
     if not is_thin and abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) < 3 * num_pixels:
         return False, False
-    wound = (_count_turns(points, (height, width), signed=True)[1] != 0).astype(np.uint8)
+    wound = (_turns(points, (height, width), signed=True)[1] != 0).astype(np.uint8)
     is_twice = 2 * num_pixels < np.count_nonzero(wound)
     return _falls_apart(wound) if is_twice else is_thin, is_twice
 
@@ -92,9 +92,7 @@ def _falls_apart(mask: np.ndarray) -> bool:
     return bool(sizes.max() < 0.9 * sizes.sum())
 
 
-def _count_turns(
-    points: np.ndarray, shape: tuple[int, int], signed: bool = False
-) -> tuple[slice, np.ndarray]:
+def _turns(points: np.ndarray, shape: tuple[int, int], signed: bool = False) -> tuple[slice, np.ndarray]:
     """The rows in which a polygon lies, and how often its edges are crossed from the left up to each pixel.
 
     It follows from where the edges cross the centre line of each row. If `signed` it is the winding number:
@@ -197,7 +195,7 @@ def _has_area(points: np.ndarray) -> bool:
     if abs(x @ np.roll(y, 1) - y @ np.roll(x, 1)) > 1e-6:
         return True
     # Two lobes of opposite direction may cancel out, so it is drawn.
-    return bool((_count_turns(points * 256, (256, 256))[1] & 1).any())
+    return bool((_turns(points * 256, (256, 256))[1] & 1).any())
 
 
 def circle(points: list, size: Size, where: str) -> list[list[float]]:

@@ -108,8 +108,7 @@ def original_names(mapping: Path) -> dict[str, str]:
 def _assign_keys(files: Mapping[str, Identity], known: PseudonymMap) -> PseudonymMap:
     """The known keys, and new ones for the files that have none; a key never comes to mean another file.
 
-    A file whose patient or sequence changed, by an alias, gets a new key; its earlier one holds again as soon
-    as it belongs there again.
+    A file whose patient or sequence an alias changed gets a new key; its earlier one may hold again later.
     """
     patients, sequences, keys = dict(known.patients), dict(known.sequences), dict(known.files)
     key_of = {name: key for key, name in keys.items()}  # the latest key, if a file has had several
@@ -213,10 +212,9 @@ def _read_readings(path: Path) -> dict[str, dict]:
 def _is_map(reading: object) -> bool:
     if not isinstance(reading, dict) or set(reading) != {"salt", *LABELS}:
         return False
-    tables = [(reading[name], label) for name, label in LABELS.items()]
     return isinstance(reading["salt"], str) and all(
         isinstance(table, dict) and all(label.fullmatch(k) and isinstance(v, str) for k, v in table.items())
-        for table, label in tables
+        for table, label in ((reading[name], label) for name, label in LABELS.items())
     )
 
 

@@ -1,7 +1,6 @@
 """Writes copies of a data root: repaired, without what cannot be mended, or with new and corrected labels.
 
-A copy has masks of two values, outlines where the original has some, and the same file names; a repaired one
-has upright 8-bit images.
+A copy has masks of two values, outlines and file names of the original; if repaired, upright 8-bit images.
 """
 
 import json
@@ -113,12 +112,9 @@ def _check_new(option: str, out: Path, *roots: Path) -> None:
     """Refuses a folder for a copy that holds something, or overlaps what is copied."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"The folder of {option} exists and is not empty. Give a new one for the copy.")
-    inside = out.resolve()
-    for outside in (root.resolve() for root in roots):
-        if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-            raise DataError(
-                f"The folder of {option} overlaps the data root. Give one beside it for the copy."
-            )
+    pairs = [(out.resolve(), root.resolve()) for root in roots]
+    if any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in pairs):
+        raise DataError(f"The folder of {option} overlaps the data root. Give one beside it for the copy.")
 
 
 def _write_group(
@@ -155,10 +151,7 @@ def _write_group(
 def _write_pair(
     copy: Path, entry: Entry, mask: np.ndarray, record: str, rewrite: bool = False
 ) -> tuple[Path, Path]:
-    """Writes image and mask file of an entry; the image as it is, or as it is read, with its field of view.
-
-    A DICOM file of several frames is written with the first of them.
-    """
+    """Writes image and mask file of an entry; the image as it is, or as it is read; its field of view."""
     image_file = copy / "images" / f"{entry.name}{'.png' if rewrite else entry.image_path.suffix}"
     mask_file, target = copy / "masks" / f"{entry.name}_mask.png", locate(image_file)[0]
     try:
@@ -167,7 +160,7 @@ def _write_pair(
             pixels = read_rgb(entry.image_path, record)
             is_grey = (pixels == pixels[:, :, :1]).all()
             Image.fromarray(pixels[:, :, 0] if is_grey else pixels).save(image_file)
-        elif not target.exists():
+        elif not target.exists():  # a DICOM file of several frames comes with the first of them
             shutil.copyfile(locate(entry.image_path)[0], target)
         _write_mask(mask_file, mask)
         if entry.fov_path is not None:
@@ -222,8 +215,7 @@ def _content(entry: Entry, image: Path, mask: np.ndarray) -> dict:
     text = next((item for item in texts if isinstance(item, str) and item.strip()), TEXT)
     is_record = entry.file == ANNOTATIONS and "image" in entry.content
     more = {key: value for key, value in entry.content.items() if is_record and key not in _OWN_FIELDS}
-    name = f"{entry.name}{image.suffix}"
-    return {"image": name, "mask": polygons, "text": [text] * len(polygons), **more}
+    return {"image": f"{entry.name}{image.suffix}", "mask": polygons, "text": [text] * len(polygons), **more}
 
 
 def merge_data(
@@ -280,11 +272,8 @@ def merge_data(
         if split is not None:
             write_split(copy / SPLIT_FILE, extend_split(split, samples))
     new_patients = {sample.patient for sample in samples} - {alias.patient for alias in before.values()}
-    counts = {
-        "images": len(samples),
-        "corrected": len(kept.keys() & labels),
-        "added": len(labels.keys() - kept),
-    }
+    corrected, added = len(kept.keys() & labels), len(labels.keys() - kept)
+    counts = {"images": len(samples), "corrected": corrected, "added": added}
     return {**counts, "new_patients": len(new_patients), "split_file": split and out / SPLIT_FILE}
 
 
@@ -309,10 +298,7 @@ def _list_labels(root: Path) -> list[Entry]:
 
 
 def _pair_by_name(entries: list[Entry], names: Mapping[str, str], listing: Listing) -> dict[str, Entry]:
-    """New labels by the name that their image has in the old data, with that image, or by their own.
-
-    `names`: those that stand behind pseudonyms.
-    """
+    """New labels by the name of their image in the old data, or their own; `names`: those of pseudonyms."""
     folder, images = listing.folder.image_folder, {}
     images |= {below(path, folder): path for path in listing.images if path.is_relative_to(folder)}
     images |= {entry.name: entry.image_path for entry in listing.entries}

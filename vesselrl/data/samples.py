@@ -1,7 +1,7 @@
 """Samples of a data root: its images with their masks, under the pseudonyms of their patients."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,16 +107,13 @@ def load_fov(sample: Sample) -> np.ndarray | None:
     record = f"{sample.record}: field of view"
     fov = read_mask(path, record, broken="unreadable_mask")
     if fov.mean() < LEAST_SEEN:
-        fault = (
-            f"it shows {fov.mean():.0%} of the image, as a mask of vessels does. Put such masks into masks/."
-        )
+        shown = f"it shows {fov.mean():.0%} of the image"
+        fault = f"{shown}, as a mask of vessels does. Put such masks into masks/."
         raise DataError(f"{record}: {fault}", "small_fov")
     return resize_mask(fov, read_size(sample.image_path, sample.record)[::-1])
 
 
-def different_images(
-    listing: Listing, aliases: Mapping[str, Pseudonym], findings: Findings
-) -> Iterator[Entry]:
+def different_images(listing: Listing, aliases: dict[str, Pseudonym], findings: Findings) -> Iterator[Entry]:
     """The entries without those whose image, or name of an image, an earlier one has, which is an error."""
     first_of: dict[str, Entry] = {}
     for entry in listing.entries:

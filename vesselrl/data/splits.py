@@ -35,6 +35,7 @@ SIZE_TOLERANCE = 0.02
 
 Fold = tuple[int, int] | None  # (i, k), i counted from 1
 Assignment = dict[str, list[str]]  # names of groups by subset
+Groups = dict[Hashable, list[Sample]]
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,7 @@ def split_by_patient(
 
 
 def extend_split(split: Split, samples: Sequence[Sample]) -> Split:
-    """A split by patient with more samples: known patients stay where they are.
-
-    A new one joins the subset that is furthest below the share of all samples that it had.
-    """
+    """A split with more samples: known patients stay, a new one joins the subset furthest below its share."""
     if split.is_leaky:
         raise DataError("The split is by frame: no patient has a subset. Give one by patient.")
     sizes = {x: len(getattr(split, x)) for x in SUBSETS}
@@ -117,9 +115,7 @@ def extend_split(split: Split, samples: Sequence[Sample]) -> Split:
     return replace(split, **subsets, foreground=None)
 
 
-def _join_copies(
-    groups: dict[Hashable, list[Sample]], samples: Sequence[Sample]
-) -> dict[Hashable, list[Sample]]:
+def _join_copies(groups: Groups, samples: Sequence[Sample]) -> Groups:
     """Puts the copies of one source picture into the first of their groups, which hold an image each."""
     names = [path.with_suffix("").as_posix() for path in relative_paths(samples)]
     key_of = {name: sample.key for name, sample in zip(names, samples, strict=True)}
@@ -254,9 +250,8 @@ def read_split(path: Path | str, samples: Iterable[Sample]) -> Split:
     try:
         content = read_json(path)
     except FileNotFoundError:
-        raise DataError(
-            f"There is no split {path.name}. Train first, or give the run that holds it."
-        ) from None
+        fault = f"There is no split {path.name}. Train first, or give the run that holds it."
+        raise DataError(fault) from None
     except ValueError:
         raise DataError(f"{path.name} is damaged (not valid JSON). Make a new split.") from None
     try:
@@ -334,7 +329,7 @@ def _go_round(queues: Sequence[Sequence[Sample]]) -> list[Sample]:
     return [sample for turn in zip_longest(*queues) for sample in turn if sample is not None]
 
 
-def _group(samples: Iterable[Sample], name: str) -> dict[Hashable, list[Sample]]:
+def _group(samples: Iterable[Sample], name: str) -> Groups:
     """The samples by one of their fields, in the order of their keys."""
     groups = defaultdict(list)
     for sample in sorted(samples, key=lambda sample: sample.key):
@@ -342,7 +337,7 @@ def _group(samples: Iterable[Sample], name: str) -> dict[Hashable, list[Sample]]
     return groups
 
 
-def _group_in_order(samples: Sequence[Sample], name: str) -> dict[Hashable, list[Sample]]:
+def _group_in_order(samples: Sequence[Sample], name: str) -> Groups:
     """The samples by one of their fields, the groups by the people, then by the paths, of their files."""
     groups = _group(samples, name)
     paths: dict[str, list[str]] = defaultdict(list)

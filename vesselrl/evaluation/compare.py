@@ -1,7 +1,4 @@
-"""Compares finished runs in one table and decides which one to deploy.
-
-Paired differences to the baseline; p values adjusted for the number of runs (Holm), per metric.
-"""
+"""Compares finished runs in one table of paired differences and decides which one to deploy."""
 
 import logging
 import math
@@ -56,8 +53,7 @@ def load_runs(root: Path) -> tuple[list[Run], dict[str, str]]:
     """Reads all runs at or below `root` that have a test result; says why each other folder is left out."""
     if not root.is_dir():
         raise CompareError(f"There is no folder {root}. Give the folder that holds the runs (--output_dir).")
-    folders = sorted(path.parent for path in root.rglob("training_info.json"))
-    if not folders:
+    if not (folders := sorted(path.parent for path in root.rglob("training_info.json"))):
         raise CompareError(f"No run found under {root}: no folder holds a training_info.json. Train first.")
     names = Counter(folder.name for folder in folders)
     runs, skipped = [], {}
@@ -134,7 +130,12 @@ def compare_runs(
         if reference is not None and run.name != baseline:
             table = before_after_table(reference, run.after, metrics)
             gains[run.name] = {line["metric"]: line for line in table}
-    _adjust_for_runs(gains)
+    # p values are adjusted for the number of runs (Holm), per metric.
+    for metric in {metric for table in gains.values() for metric in table}:
+        tested = [table[metric] for table in gains.values() if metric in table]
+        for line, p in zip(tested, holm([line["p"] for line in tested]), strict=True):
+            line["p_adjusted"] = p
+            line["verdict"] = results.verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
     ranked = sorted(runs, key=loss)
     lines = [_line(run.name, run.after, metrics, gains, rank) for rank, run in enumerate(ranked, start=1)]
     lines += _human_line(runs, metrics)
@@ -179,20 +180,10 @@ def _one_reward(runs: Sequence[Run]) -> bool:
     return all("reward" in run.after.metrics for run in runs) and all(spec == specs[0] for spec in specs)
 
 
-def _adjust_for_runs(gains: Gains) -> None:
-    """Adds `p_adjusted` to every line (Holm over the runs, per metric) and judges `verdict` by it."""
-    for metric in {metric for table in gains.values() for metric in table}:
-        lines = [table[metric] for table in gains.values() if metric in table]
-        for line, p in zip(lines, holm([line["p"] for line in lines]), strict=True):
-            line["p_adjusted"] = p
-            line["verdict"] = results.verdict(metric, line["difference"]) if p < SIGNIFICANT else ""
-
-
 def _choose(ranked: Sequence[Run], gains: Gains, rank_by: str, baseline: str) -> tuple[str | None, str]:
     """Names the run to deploy, the first with a proven gain, or None for the baseline, and why."""
     why_not = {run.name: _why_not(run, gains.get(run.name, {}).get(rank_by)) for run in ranked}
-    qualified = [run for run in ranked if not why_not[run.name]]
-    if not qualified:
+    if not (qualified := [run for run in ranked if not why_not[run.name]]):
         reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items() if name != baseline)
         reasons = reasons or "there is no other run"
         return None, f"Keep {baseline}: no run has a proven gain in {rank_by} ({reasons})."
@@ -228,8 +219,7 @@ def _why_not(run: Run, gain: dict[str, Any] | None) -> str:
     if gain["reason"]:
         return f"{gain['difference']:+.3f}, {gain['reason']}"
     interval = f"interval {gain['low']:+.3f} to {gain['high']:+.3f}"
-    proven = gain["verdict"] == "better"
-    return "" if proven else f"{gain['difference']:+.3f}, {interval}, {_p_text(gain)}"
+    return "" if gain["verdict"] == "better" else f"{gain['difference']:+.3f}, {interval}, {_p_text(gain)}"
 
 
 def _p_text(gain: dict[str, Any]) -> str:
@@ -254,9 +244,7 @@ def _line(
 
 def _human_line(runs: Sequence[Run], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """The line of the second observer, if a run has one for these images; else none."""
-    for run in runs:
-        if run.human is None:
-            continue
+    for run in (run for run in runs if run.human is not None):
         if mismatch := set_mismatch(run.after, run.human, "test_after", "test_human_agreement"):
             logger.warning("Run %s: its human agreement is left out, %s", run.name, mismatch)
             continue

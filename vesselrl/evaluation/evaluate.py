@@ -223,15 +223,13 @@ def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sampl
     """Finds a second observer's mask, `<image>_mask.png` or `<image>.png`, alone or in the image's folder."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(
-            "There is no folder --second_masks. Give the folder with the second observer's masks."
-        )
+        advice = "Give the folder with the second observer's masks."
+        raise DataError(f"There is no folder --second_masks. {advice}")
     others, num_named = [], Counter(sample.image_path.stem for sample in samples)
     for sample, below in zip(samples, relative_paths(samples), strict=True):
         stems = [below.with_suffix(""), below.stem] if num_named[below.stem] == 1 else [below.with_suffix("")]
         tried = (folder / f"{stem}{end}" for stem in stems for end in MASK_SUFFIXES)
-        path = next((path for path in tried if path.is_file()), None)
-        if path is None:
+        if (path := next((path for path in tried if path.is_file()), None)) is None:
             missing = f"{sample.key}: the second observer has no mask of it"
             raise DataError(f"{missing}. Name masks as the images, or leave the second observer out.")
         record = f"{sample.record}: second observer"

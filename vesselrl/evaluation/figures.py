@@ -190,9 +190,7 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, ...]]:
         for key, value in entry.items():
             if type(value) in (int, float) and math.isfinite(value):
                 series.setdefault(key, {})[step] = float(value)
-    return {
-        key: tuple(map(np.array, zip(*sorted(points.items()), strict=True))) for key, points in series.items()
-    }
+    return {k: tuple(map(np.array, zip(*sorted(v.items()), strict=True))) for k, v in series.items()}
 
 
 def curves_figure(metrics_jsonl_path: Path) -> "Figure":

@@ -18,28 +18,14 @@ from vesselrl.data.samples import Sample, find_samples, load_mask
 from vesselrl.data.splits import Split, read_split, split_by_patient
 from vesselrl.data.tiles import tile_px_of
 from vesselrl.errors import DataError, RefusedError
-from vesselrl.evaluation import evaluate
+from vesselrl.evaluation import evaluate, results
 from vesselrl.evaluation.evaluate import Predict, Progress, caveats_of
 from vesselrl.evaluation.report import write_evaluation_report, write_run_report
-from vesselrl.evaluation.results import (
-    Caveat,
-    Evaluation,
-    before_after_table,
-    csv_text,
-    read_evaluation,
-    set_mismatch,
-    write_evaluation,
-)
+from vesselrl.evaluation.results import Caveat, Evaluation, read_evaluation, write_evaluation
 from vesselrl.evaluation.tuning import PredictedImage, Tuning, tune
 from vesselrl.experiment.config import RANDOM_MODEL, READING
 from vesselrl.experiment.options import Evaluate, hide_paths
-from vesselrl.experiment.run_folder import (
-    check_writable,
-    find_run,
-    reading,
-    write_json,
-    write_text,
-)
+from vesselrl.experiment.run_folder import check_writable, find_run, reading, write_json, write_text
 from vesselrl.inference.predictor import Predictor
 from vesselrl.models.lora import adapter_folder, adapter_settings, check_adapter
 from vesselrl.models.processing import DEFAULT_PROMPT
@@ -104,13 +90,13 @@ def evaluate_held_out(
     predicted = with_measurements(samples, predict_all(samples), post, options.pixel_mm, measured)
     done = evaluate.evaluate_variants(samples, predicted, post, choices, reward, caveats)
 
-    results: dict[str, tuple[Evaluation, Path]] = {}
+    written: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():
         extra = {"plan": plan, "flips": options.flips} | asdict(choices.get(ending, post))
         extra |= {"chosen_on": "val"} if ending else {}
         file = f"{name}_{ending}" if ending else name
-        results[ending] = scored, write_evaluation(folder, file, scored, extra)
-    write_text(folder / f"{name}_measurements.csv", csv_text(measured))
+        written[ending] = scored, write_evaluation(folder, file, scored, extra)
+    write_text(folder / f"{name}_measurements.csv", results.csv_text(measured))
     if tuning:
         write_json(folder / f"{name}_thresholds.json", tuning.curve.to_json() | {"flips": options.flips})
         if tuning.grid:
@@ -118,14 +104,14 @@ def evaluate_held_out(
     if observed:
         pairs = zip(map(load_mask, observed), map(load_mask, samples), strict=True)
         human = evaluate.evaluate_masks(samples, pairs, reward)
-        results["human"] = human, write_evaluation(folder, f"{options.split}_human_agreement", human)
-    report_path, _ = write_evaluation_report(results[""][1])
+        written["human"] = human, write_evaluation(folder, f"{options.split}_human_agreement", human)
+    report_path, _ = write_evaluation_report(written[""][1])
     if run and folder.resolve() == (run / "evaluation").resolve() and (run / "training_info.json").is_file():
         try:
             write_run_report(run)
         except ValueError as error:  # a damaged file of the run does not undo the evaluation
             logger.warning("The report of the run is the old one: %s", error)
-    return HeldOutResult(results, report_path, tuning)
+    return HeldOutResult(written, report_path, tuning)
 
 
 def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation) -> list[dict]:
@@ -136,15 +122,12 @@ def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation
     if options.flips or post != (0.5, None, None) or not file or not file.is_file():
         return []
     base = read_evaluation(file)
-    return [] if set_mismatch(base, adapted, "base", "adapter") else before_after_table(base, adapted)
+    mismatch = results.set_mismatch(base, adapted, "base", "adapter")
+    return [] if mismatch else results.before_after_table(base, adapted)
 
 
 def with_measurements(
-    samples: Sequence[Sample],
-    predicted: Iterable[tuple],
-    post: PostProcessing,
-    pixel_mm: float | None,
-    rows: list[dict],
+    samples: Sequence[Sample], predicted: Iterable, post: PostProcessing, pixel_mm: float | None, rows: list
 ) -> Iterator[tuple]:
     """The predictions; adds a row of measurements of the true and of the predicted mask for each."""
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):

@@ -64,8 +64,7 @@ def render(template: str, form: str, page: Mapping[str, Any], lang: str = "en") 
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     rules = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    loader = PackageLoader("vesselrl.evaluation")
-    environment = Environment(loader=loader, autoescape=form == "html", **rules)
+    environment = Environment(loader=PackageLoader("vesselrl.evaluation"), autoescape=form == "html", **rules)
     say = partial(words.translate, lang=lang)
     environment.globals |= {"form": form, "lang": lang, "_": say}
     environment.filters |= {

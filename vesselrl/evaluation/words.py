@@ -43,10 +43,8 @@ def translate(text: str | Cell, lang: str) -> Any:
         return found or text
     if found := table.get(NUMBER.sub("#", text)):
         return found.replace("#", "{}").format(*numbers)
-    for sign, parts in (
-        (" ", text.replace(". ", ".\n").split("\n")),
-        *((s, text.split(s)) for s in (": ", ", ")),
-    ):
+    sentences = (" ", text.replace(". ", ".\n").split("\n"))
+    for sign, parts in (sentences, *((s, text.split(s)) for s in (": ", ", "))):
         if (said := [translate(part, lang) for part in parts if len(parts) > 1]) not in ([], parts):
             return type(text)(table[sign]).join(said)
     return text

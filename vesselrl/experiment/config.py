@@ -79,11 +79,6 @@ class DataSettings(Reading):
     # Easy images first, all of them from the middle of the epochs on.
     curriculum: bool = False
 
-    @property
-    def fold_numbers(self) -> tuple[int, int] | None:
-        """(i, k) of `fold`."""
-        return self.fold and tuple(map(int, self.fold.split("/")))
-
 
 @dataclass(frozen=True)
 class ModelSettings:

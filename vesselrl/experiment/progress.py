@@ -69,10 +69,7 @@ def logged(items: Iterable[T], label: str, total: int | None = None) -> Iterator
 
 
 class LogFile(logging.FileHandler):
-    """The log of a `with` block, and how it ended, as FOLDER/train_NAME_TIME.log.
-
-    The file is made, with its folder, for its first line, and goes again where no run began.
-    """
+    """The log of a `with` block and its end, FOLDER/train_NAME_TIME.log; removed again where no run began."""
 
     def __init__(self, folder: str | Path, name: str, line: logging.Formatter) -> None:
         self.folder, stamp = Path(folder), datetime.now().strftime("%Y%m%d_%H%M%S")

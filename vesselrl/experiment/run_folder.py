@@ -23,7 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from vesselrl.errors import RefusedError, RewardError, RunError, Stopped, WriteError
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.options import hide_paths, hide_paths_of_command
+from vesselrl.experiment.options import hide_paths_of_command
 
 if os.name == "nt":
     import msvcrt
@@ -44,7 +44,7 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make it writable."),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR), "Put its folder back."),
 }
-# The paths to data, which may name a patient; see `hide_paths`.
+# The paths to data that `hide_paths` takes out of settings: they may name a patient.
 PRIVATE_FILE = "paths.private.json"
 # What comes of a file whose values are others than were written.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -108,13 +108,6 @@ class RunFolder:
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Writes a JSON file of the run; see the function `write_json`."""
         write_json(self.path / name, values)
-
-    def write_data_paths(self, settings: Mapping[str, Any]) -> None:
-        """Writes the paths that `hide_paths` takes out of settings to a file that only the owner can read."""
-        shown = hide_paths(settings)
-        hidden = {name: value for name, value in settings.items() if shown[name] != value}
-        if hidden:
-            write_text(self.path / PRIVATE_FILE, json.dumps(hidden, indent=2) + "\n", mode=0o600)
 
     @property
     def metrics_file(self) -> Path:
@@ -185,8 +178,7 @@ def run_settings(run: Path | None, may_be_changed: bool = False, name: str = CON
     except MALFORMED:
         raise RefusedError(f"{path} is damaged: it holds no settings of a run. Put it back.") from None
     types = {field.name: field.type for group in vars(TrainConfig()).values() for field in fields(group)}
-    wrong = [name for name, value in settings.items() if name in types and not _fits(value, types[name])]
-    if wrong:
+    if wrong := [name for name, value in settings.items() if name in types and not _fits(value, types[name])]:
         found = type(settings[wrong[0]]).__name__  # the value may be a path
         raise RefusedError(f"{path} is damaged: {wrong[0]} is a {found}. Put it back.")
     if is_changed and not may_be_changed:
@@ -265,8 +257,7 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yields a path beside `path` to write a file or folder to, which takes its place when the block ends.
 
     It is on the disk before it has the name, so that a power cut leaves the old or the new. After an error
-    nothing of it is left, and what `path` held before stays, or stays as `previous`. The folder of `path`
-    is made.
+    nothing of it is left; what `path` held before stays, or stays as `previous`. The folder of it is made.
     """
     # Random, as on other machines that write to the same folder a process may have the same number.
     partial = path.with_name(f".{path.name}.{os.getpid()}{os.urandom(2).hex()}.partial")
@@ -306,10 +297,7 @@ def _discard(partial: Path) -> None:
 
 @contextmanager
 def writing(*paths: Path) -> Iterator[None]:
-    """Turns the error of a disk or folder into a WriteError that names the first path.
-
-    Errors of other files pass, such as one that is read meanwhile.
-    """
+    """Turns the error of a disk about these paths, not others, into a WriteError that names the first."""
     tensors = sys.modules.get("safetensors")  # needed by few commands
     faults = (OSError, tensors.SafetensorError) if tensors else (OSError,)
     try:

@@ -162,11 +162,8 @@ class _Job:
         if self.prediction is not None:
             self.row |= self.prediction.save(self.result, self.origin)
         if self.row["status"] != "failed" and LABELS.keys() & self.formats:
-            mask = (
-                self.prediction.mask
-                if self.prediction
-                else read_mask(picture_path(self.result, "mask"), self.name)
-            )
+            stored = partial(read_mask, picture_path(self.result, "mask"), self.name)
+            mask = self.prediction.mask if self.prediction else stored()
             _write_labels(self.image, mask, self.result, self.formats)
         return self.row
 
@@ -223,10 +220,7 @@ def _write_lists(folder: Path, shard: str, rows: list[dict], head: str, formats:
 
 
 def _write_labels(image: np.ndarray, mask: np.ndarray, result: Path, formats: Collection[str]) -> None:
-    """Writes an image for each format in which its mask is corrected, and its LabelMe file.
-
-    One that is there stays: somebody may have corrected it.
-    """
+    """Writes an image for each format, and a LabelMe file; one that is there stays: it may be corrected."""
     for kind in LABELS.keys() & formats:
         with atomic_write(result.parent / LABELS[kind] / f"{result.name}.png") as partial:
             Image.fromarray(image).save(partial, format="PNG")

@@ -12,13 +12,7 @@ from vesselrl.errors import CheckpointError, RunError
 from vesselrl.experiment.run_folder import SHARED_FILE, atomic_write, json_hash
 from vesselrl.inference.predictor import Prediction, Predictor
 from vesselrl.models.checkpoint import checkpoint_folder, copy_with_weights, load_sa2va
-from vesselrl.models.lora import (
-    ADAPTER_FILES,
-    adapter_folder,
-    adapter_settings,
-    check_adapter,
-    load_adapter,
-)
+from vesselrl.models.lora import ADAPTER_FILES, adapter_folder, adapter_settings, check_adapter, load_adapter
 from vesselrl.scoring.overlap import dice
 
 MIN_DICE = 0.999
@@ -93,9 +87,8 @@ def push(lora_weights: str | Path, repository: str, public: bool = False) -> str
     except (OSError, ValueError, HTTPError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         advice = "Look at the network and the name, and log in with `hf auth login`"
-        raise RunError(
-            f"Hugging Face did not take {folder.name} as {repository} ({reason}). {advice}."
-        ) from None
+        fault = f"Hugging Face did not take {folder.name} as {repository} ({reason})"
+        raise RunError(f"{fault}. {advice}.") from None
 
 
 def _with_vessel(predictor: Predictor) -> list[Prediction]:
@@ -118,5 +111,4 @@ def _test_pictures(side: int) -> Iterator[np.ndarray]:
             offset, slope, bend = rng.uniform(0.1, 0.9), rng.uniform(-1, 1), rng.uniform(-0.5, 0.5)
             distance = np.abs(y - offset - slope * (x - 0.5) - bend * (x - 0.5) ** 2)
             picture -= 90 * np.exp(-((distance / rng.uniform(0.006, 0.02)) ** 2))
-        grey = np.clip(picture, 0, 255).astype(np.uint8)
-        yield np.repeat(grey[..., None], 3, axis=2)
+        yield np.repeat(np.clip(picture, 0, 255).astype(np.uint8)[..., None], 3, axis=2)

@@ -70,11 +70,8 @@ class Prediction(NamedTuple):
         Returns foreground and uncertainty, in [0, 1], and the measurements. A link in their place is
         replaced, not followed; nothing but pixels, these and `origin` is in them.
         """
-        pixels = (
-            self.mask.astype(np.uint8) * 255,
-            np.round(self.probabilities * 65535).astype(np.uint16),
-            self.overlay,
-        )
+        levels = np.round(self.probabilities * 65535).astype(np.uint16)
+        pixels = self.mask.astype(np.uint8) * 255, levels, self.overlay
         found = {"foreground": float(self.mask.mean()), "uncertainty": round(self.uncertainty, 6)}
         found["measurements"] = measurement_row(vessel_measurements(self.mask))
         stamp = PngImagePlugin.PngInfo()

@@ -278,8 +278,7 @@ def read_config(folder: Path, sam2: Sam2Dimensions | None = None) -> Sa2VAConfig
     if tile_px != vision["image_size"] or tile_px % (patch_px * round(1 / ratio)):
         fault = f"{source} has force_image_size = {_shown(tile_px)}, image_size = {vision['image_size']}"
         raise CheckpointError(f"{fault}, patch_size = {patch_px}; equal sizes of whole tokens are supported.")
-    template = template.replace("-", "_")
-    return Sa2VAConfig(vision, llm, sam2, tile_px, float(ratio), is_tied, kind, template)
+    return Sa2VAConfig(vision, llm, sam2, tile_px, float(ratio), is_tied, kind, template.replace("-", "_"))
 
 
 # Fields of config.json, and the tensor and axis, or the numbered layers, that tell their value.
@@ -292,10 +291,8 @@ _SHAPED = {
     "llm_config.hidden_size": (_LLM + "embed_tokens.weight", 1),
     "llm_config.intermediate_size": (_LLM + "layers.0.mlp.gate_proj.weight", 0),
 }
-_LAYERED = {
-    "vision_config.num_hidden_layers": "vision_model.encoder.layers.",
-    "llm_config.num_hidden_layers": _LLM + "layers.",
-}
+_LAYERED = {"vision_config.num_hidden_layers": "vision_model.encoder.layers."}
+_LAYERED |= {"llm_config.num_hidden_layers": _LLM + "layers."}
 # Heads leave no trace in shapes: known for the published models of Qwen2, by width and layers. The 4B is not
 # among them, because some copies of it were trained with Phi3's prompt template, which leaves none either.
 _HEADS = {(896, 24): (14, 2), (1536, 28): (12, 2), (3584, 28): (28, 4), (5120, 48): (40, 8)}

@@ -12,25 +12,11 @@ from importlib import resources
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
 
 from vesselrl.errors import CheckpointError
 
-# Tables of tensor names, official and native.
 _TABLES = tomllib.loads(resources.files("vesselrl.models").joinpath("names.toml").read_text("utf-8"))
 _SAM = "grounding_encoder.sam2_model."
 _POINTS = _SAM + "sam_prompt_encoder.point_embeddings.#.weight"
@@ -45,8 +31,8 @@ _UNUSED = tuple(
 class Family(NamedTuple):
     """What differs between the families; `is_whole`: vision tower and projector are inside the class."""
 
-    config: type[PretrainedConfig]
-    language_model: type[PreTrainedModel]
+    config: type[transformers.PretrainedConfig]
+    language_model: type[transformers.PreTrainedModel]
     names: str = "plain"  # tables of its tensors' names, beside the shared ones
     image_text: tuple[str, str, str] = ("<img>", "<IMG_CONTEXT>", "</img>")
     has_bos: bool = False  # `<s>` stands before the prompt
@@ -54,24 +40,24 @@ class Family(NamedTuple):
 
 
 _LOOK = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+_QWEN_VL = {"names": "qwen_vl", "image_text": _LOOK, "is_whole": True}
 # By the class in `llm_config`, or by the kind in the `text_config` of a Qwen-VL.
 QWEN2 = "Qwen2ForCausalLM"
 FAMILIES = {
-    QWEN2: Family(Qwen2Config, Qwen2ForCausalLM),
-    "Qwen3ForCausalLM": Family(Qwen3Config, Qwen3ForCausalLM),
-    "InternLM2ForCausalLM": Family(LlamaConfig, LlamaForCausalLM, "internlm2", has_bos=True),
-    "qwen2_5_vl": Family(
-        Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True
+    QWEN2: Family(transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "Qwen3ForCausalLM": Family(transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "InternLM2ForCausalLM": Family(
+        transformers.LlamaConfig, transformers.LlamaForCausalLM, "internlm2", has_bos=True
     ),
-    "qwen3_vl": Family(Qwen3VLConfig, Qwen3VLForConditionalGeneration, "qwen_vl", _LOOK, is_whole=True),
+    "qwen2_5_vl": Family(
+        transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration, **_QWEN_VL
+    ),
+    "qwen3_vl": Family(transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration, **_QWEN_VL),
 }
 # What stands around the question and after the answer. No published Sa2VA was trained with a system prompt.
 _CHAT = ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
-TEMPLATES = {
-    "qwen_chat": _CHAT,
-    "internlm2_chat": _CHAT,
-    "phi3_chat": ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>"),
-}
+_PHI3 = ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>")
+TEMPLATES = {"qwen_chat": _CHAT, "internlm2_chat": _CHAT, "phi3_chat": _PHI3}
 REFUSED = {
     "sam3": "its masks come from SAM3 at 1008 px, not from SAM2",
     "samtok": "it writes masks as text tokens; there is no [SEG] state for SAM2",
@@ -119,10 +105,7 @@ def _fill(template: str, parts: tuple[str, ...]) -> str:
 
 
 class KeyMap:
-    """Official tensors to native ones and back, for one family.
-
-    `has_two_decoders`: Sa2VA-i, which keeps SAM2's own mask decoder, for videos, beside the trained one.
-    """
+    """Official tensors to native ones and back, for one family."""
 
     def __init__(self, family: Family, heads: tuple[int, int], has_two_decoders: bool = False) -> None:
         self.groups, self.group = heads[1], heads[0] // heads[1] + 2  # of InternLM2: queries, key and value
@@ -174,13 +157,12 @@ class KeyMap:
         if row is not None:
             return tensors[0][row : row + 1].contiguous()
         if ".wqkv." in official:
-            parts = [part.unflatten(0, (self.groups, -1)) for part in tensors]
-            return torch.cat(parts, 1).flatten(0, 1)
+            return torch.cat([part.unflatten(0, (self.groups, -1)) for part in tensors], 1).flatten(0, 1)
         return torch.cat(tensors) if len(tensors) == 3 else tensors[0].contiguous()
 
 
 def has_two_decoders(official: Iterable[str]) -> bool:
-    """Whether these are the tensors of a Sa2VA-i, whose trained mask decoder is the one called `modified`."""
+    """Whether tensors are a Sa2VA-i's: the decoder called `modified` is trained, SAM2's own is for videos."""
     return any(name.startswith(_SAM + "sam_mask_decoder_modified.") for name in official)
 
 

@@ -18,24 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vesselrl.errors import CheckpointError, LearningError
-from vesselrl.experiment.run_folder import (
-    SHARED_FILE,
-    SUMS_FILE,
-    damaged_files,
-    find_run,
-    run_settings,
-    write_sums,
-    writing,
-)
-from vesselrl.models.checkpoint import (
-    DETAIL_HEAD,
-    LARGEST_WEIGHT,
-    check_weight,
-    load_detail_head,
-    local_folder,
-    read_shard,
-    save_detail_head,
-)
+from vesselrl.experiment import run_folder
+from vesselrl.experiment.run_folder import SHARED_FILE, find_run, run_settings
+from vesselrl.models import checkpoint
+from vesselrl.models.checkpoint import DETAIL_HEAD, LARGEST_WEIGHT
 from vesselrl.models.config import read_json_object
 from vesselrl.models.sa2va import Sa2VA
 
@@ -117,8 +103,8 @@ def attach_lora(model: Sa2VA, scope: Collection[str], size: LoraPreset) -> PeftM
 def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> PeftModel:
     """Puts a saved adapter on a model; a CheckpointError says why the two do not fit."""
     check_adapter(folder)
-    if damaged := damaged_files(folder):
-        advice = f"Copy the folder again; if the change is meant, remove its {SUMS_FILE}"
+    if damaged := run_folder.damaged_files(folder):
+        advice = f"Copy the folder again; if the change is meant, remove its {run_folder.SUMS_FILE}"
         raise CheckpointError(f"{folder}: {', '.join(damaged)} is not as it was saved. {advice}.")
     file = folder / "adapter_model.safetensors"
     config = read_adapter_config(folder / "adapter_config.json")
@@ -127,8 +113,8 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
         fault = f"{folder} adapts {len(absent)} modules that this model does not have, such as {absent[0]}"
         raise CheckpointError(f"{fault}; it was trained on another base model.")
     tensors: dict[str, Tensor] = {}
-    for name, tensor in read_shard(file):
-        check_weight(name, tensor, folder)
+    for name, tensor in checkpoint.read_shard(file):
+        checkpoint.check_weight(name, tensor, folder)
         if tensors.setdefault(_plain_name(name), tensor) is not tensor:
             raise CheckpointError(f"{file} holds {_plain_name(name)} twice. Copy the folder again.")
     # PEFT fills missing tensors at random and ignores unknown ones; here both are errors.
@@ -164,7 +150,7 @@ def load_adapter(model: Sa2VA, folder: Path, is_trainable: bool = False) -> Peft
         peft_model.eval()
     _checked(peft_model, targets)
     if (folder / DETAIL_HEAD).is_file():
-        model.detail = load_detail_head(folder / DETAIL_HEAD).to(model.device)
+        model.detail = checkpoint.load_detail_head(folder / DETAIL_HEAD).to(model.device)
     return peft_model
 
 
@@ -236,11 +222,8 @@ def _number(file: Path, name: str, value: object) -> float:
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter inside a run folder (`best_lora`), or the folder itself when it is an adapter.
-
-    What is no folder but reads as ORG/NAME is downloaded.
-    """
-    path = local_folder(path, ADAPTER_FILES, "--lora_weights")
+    """The folder of an adapter: itself, `best_lora` of a run folder, or ORG/NAME, which is downloaded."""
+    path = checkpoint.local_folder(path, ADAPTER_FILES, "--lora_weights")
     inside = path / "best_lora"
     return inside if not (path / "adapter_config.json").exists() and inside.is_dir() else path
 
@@ -279,12 +262,12 @@ def _checked(peft_model: PeftModel, targets: list[str]) -> PeftModel:
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
     """Writes adapter_config.json, adapter_model.safetensors, a detail head and checksums, nothing else."""
-    with writing(folder):
+    with run_folder.writing(folder):
         peft_model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     if head := peft_model.get_base_model().detail:
-        save_detail_head(head, folder / DETAIL_HEAD)
-    write_sums(folder)
+        checkpoint.save_detail_head(head, folder / DETAIL_HEAD)
+    run_folder.write_sums(folder)
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

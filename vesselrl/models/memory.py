@@ -43,9 +43,8 @@ def activation_bytes(sam2: Sam2Dimensions, recomputing: bool = False) -> float:
 def memory_budget(config: Sa2VAConfig, scope: Collection[str]) -> dict:
     """Parameters and GB of each component, and GB of a training by kind of weights; nothing is loaded.
 
-    For adapters of the preset `medium` in this scope and one image a step. `states` is the pass over all
-    images before the training, `training` a step, `recomputing` the same with blocks computed twice, `least`
-    the most of all that cannot be avoided.
+    For adapters of the preset `medium` in this scope and one image a step. `states`: the pass over all images
+    before the training; `training`: a step; `recomputing`: with blocks computed twice; `least`: unavoidable.
     """
     with torch.device("meta"):
         model = Sa2VA(config)

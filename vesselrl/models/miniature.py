@@ -31,19 +31,13 @@ DEBUG_CONFIG = Sa2VAConfig(
     vision={"architectures": ["InternVisionModel"]} | _VISION | _PIXELS,
     llm={"architectures": ["Qwen2ForCausalLM"]} | _LLM | {"intermediate_size": 96} | _TEXT,
     sam2=Sam2Dimensions(
-        image_size=128,
-        embed_dim_per_stage=(8, 16, 32, 64),
-        blocks_per_stage=(1, 1, 2, 1),
-        num_attention_heads_per_stage=(1, 2, 4, 8),
-        window_size_per_stage=(8, 4, 4, 4),
-        global_attention_blocks=(3,),
-        background_size=(4, 4),
-        hidden_size=32,
-        decoder_mlp_dim=32,
+        image_size=128, embed_dim_per_stage=(8, 16, 32, 64), blocks_per_stage=(1, 1, 2, 1),
+        num_attention_heads_per_stage=(1, 2, 4, 8), window_size_per_stage=(8, 4, 4, 4),
+        global_attention_blocks=(3,), background_size=(4, 4), hidden_size=32, decoder_mlp_dim=32,
         iou_head_hidden_dim=16,
     ),
     tile_px=56,
-)
+)  # fmt: skip
 
 
 def random_sa2va(seed: int = 0, config: Sa2VAConfig = DEBUG_CONFIG) -> Sa2VA:

@@ -104,16 +104,12 @@ def cut_patches(config: Sa2VAConfig, pictures: list[Image.Image]) -> tuple[torch
 
 
 def _normalise(images: list[Image.Image], device: torch.device | str) -> torch.Tensor:
-    """(B, 3, H, W) float32 of images of one size, (value / 255 − mean) / deviation per channel.
-
-    Bytes go to the device, and are normalised there.
-    """
+    """(B, 3, H, W) float32 of images of one size, (value / 255 − mean) / deviation, made on the device."""
     pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     # Tensors on the device: by a number a GPU would multiply with its inverse, and round otherwise.
-    largest, mean, deviation = (
-        torch.tensor(values, device=device).view(-1, 1, 1) for values in ([255.0], MEAN, STD)
-    )
+    numbers = (torch.tensor(values, device=device).view(-1, 1, 1) for values in ([255.0], MEAN, STD))
+    largest, mean, deviation = numbers
     return pixels.div_(largest).sub_(mean).div_(deviation)
 
 

@@ -21,8 +21,7 @@ from vesselrl.models.processing import Sa2VAInputs
 LANGUAGE = ("vision.", "projector.", "lm.")
 MASKS = ("text_hidden_fcs.", "sam.")
 HEAD = ("lm.lm_head.",)
-# Of the detail head.
-FEATURES = (8, 16, 32, 64, 64, 8)
+FEATURES = (8, 16, 32, 64, 64, 8)  # of the detail head
 MULTIPLE = 16  # px; four halvings
 SMALLEST = 32  # px; below that the deepest level has one pixel and nothing to normalise with
 LARGEST_LOGIT, LOGIT_SCALE = 10.0, 4.0  # a sure mask must not drown the image
@@ -149,8 +148,7 @@ class Sa2VA(nn.Module):
 
     def image_tokens(self, tiles: Tensor) -> Tensor:
         """(T, tokens, hidden): the language model's view of T tiles."""
-        dtype = next(self.vision.parameters()).dtype
-        patches = self.vision(tiles.to(dtype)).last_hidden_state[:, 1:]
+        patches = self.vision(tiles.to(next(self.vision.parameters()).dtype)).last_hidden_state[:, 1:]
         # The pixel shuffle `v2`: the channels of a token go by row and column in its f x f patches, then C.
         factor, side = self.shuffle_factor, round(patches.shape[1] ** 0.5)
         blocks = patches.unflatten(1, (side // factor, factor, side // factor, factor)).transpose(2, 3)
@@ -195,8 +193,7 @@ class Sa2VA(nn.Module):
     def recompute_blocks(self) -> None:
         """Computes what is inside SAM2's and the language model's blocks a second time for the gradient.
 
-        It is not kept, and no value changes. Unlike transformers' own flag it also works in evaluation mode,
-        which PPO steps run in.
+        No value changes. Unlike transformers' own flag it also works in evaluation mode, that of PPO.
         """
         layers = self.language_layers() if self.lm else ()
         for block in (*self.sam.vision_encoder.backbone.blocks, *layers):
@@ -210,9 +207,7 @@ class Sa2VA(nn.Module):
         batch, num_prompts, channels = prompts.shape
         no_points = prompts.new_zeros(batch, num_prompts, 1, 2)
         padding = torch.full((batch, num_prompts, 1), -1, dtype=torch.int32, device=prompts.device)
-        sparse, dense = sam.prompt_encoder(
-            input_points=no_points, input_labels=padding, input_boxes=None, input_masks=None
-        )
+        sparse, dense = sam.prompt_encoder(no_points, padding, input_boxes=None, input_masks=None)
         logits, iou, _, _ = sam.mask_decoder(
             image_embeddings=features.low + sam.no_memory_embedding.view(1, channels, 1, 1),
             image_positional_embeddings=sam.get_image_wide_positional_embeddings().repeat(batch, 1, 1, 1),

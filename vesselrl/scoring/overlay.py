@@ -46,9 +46,8 @@ class TopologyErrors(NamedTuple):
 def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
     """Find breaks, false components and wrong loops of a prediction; both masks are bool or 0/1 (H, W).
 
-    A break is a missed stretch of the true centreline with found vessel on both sides that are not joined
-    within REACH. A false component touches no true pixel. A wrong loop is predicted or true, and its hole
-    touches no hole of the other mask.
+    A break is a missed stretch of the true centreline with found vessel on both sides, not joined within
+    REACH. A false component touches no true pixel, the hole of a wrong loop no hole of the other mask.
     """
     pred, truth = as_mask_pair(pred, truth)
     centreline = topology(truth).skeleton
@@ -70,16 +69,13 @@ def topology_errors(pred: Any, truth: Any) -> TopologyErrors:
 
 def _apart(mask: np.ndarray, other: np.ndarray, ways: int = 8) -> list[tuple[int, int]]:
     """The middles of the components of a mask that touch no pixel of the other one."""
-    return [
-        _middle(*found) for found in _components(mask, ways=ways) if not (found[0] & other[found[1]]).any()
-    ]
+    return [_middle(*one) for one in _components(mask, ways=ways) if not (one[0] & other[one[1]]).any()]
 
 
 def _holes(mask: np.ndarray) -> np.ndarray:
     """Background that the foreground of a mask encloses, bool (H, W)."""
-    outside = cv2.connectedComponents(np.pad(~mask, 1, constant_values=True).view(np.uint8), connectivity=4)[
-        1
-    ]
+    background = np.pad(~mask, 1, constant_values=True).view(np.uint8)
+    _, outside = cv2.connectedComponents(background, connectivity=4)
     return ~mask & (outside != outside[0, 0])[1:-1, 1:-1]
 
 

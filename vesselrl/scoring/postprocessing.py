@@ -91,10 +91,7 @@ class LowThresholdMask:
         self._half_width = cv2.distanceTransform(self._mask.astype(np.uint8), cv2.DIST_L2, 5)
 
     def bridges(self, mask: np.ndarray) -> tuple[np.ndarray, int]:
-        """Label the connected parts of the centreline outside a mask, as wide as this one is there, 1 to n.
-
-        Returns int32 (H, W) with 0 elsewhere, and n.
-        """
+        """Label the n parts of the centreline outside a mask, as wide as this is: int32 (H, W), 0 to n; n."""
         centrelines = self._skeleton & ~mask
         count, parts = cv2.connectedComponents(centrelines.astype(np.uint8), connectivity=8)
         pixels, nearest = self._around(centrelines, mask)

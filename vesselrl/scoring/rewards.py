@@ -211,9 +211,6 @@ def score_or_skip(reward: Reward, *masks: Any) -> tuple[float, dict]:
         return math.nan, {"custom_score": math.nan}
 
 
-# ---- The user's function ----
-
-
 class CustomCalls:
     """Calls the user's function, and counts the calls and those that failed, in several threads."""
 
@@ -271,8 +268,6 @@ class CustomCalls:
         if failed & (failed - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
             logger.warning("%s The image is left without this term (%s).", error, counted)
 
-
-# ---- Making a reward ----
 
 _REWARDS: dict[str, type[Reward]] = {
     "multi_objective": MultiObjectiveReward,
@@ -340,9 +335,6 @@ def import_function(name: str) -> CustomReward:
 
 def _options_of(reward_class: type[Reward]) -> set[str]:
     return {option.name for option in fields(reward_class) if option.init}
-
-
-# ---- Terms ----
 
 
 def _dice_recall_guard(reward: Any, pixel_counts: tuple, weights: tuple, slopes: tuple) -> dict:

@@ -20,9 +20,6 @@ def evaluation_scores(pred: Any, truth: Any) -> dict[str, float]:
     return score_mask(pred, known) | surface_scores(pred, known) | recall_by_width(pred, known)
 
 
-# ---- The truth's part, computed once per content ----
-
-
 class Truth:
     """A true mask, bool (H, W), and what its scores need, each computed when first asked for."""
 
@@ -60,8 +57,7 @@ class Truth:
         widths = np.ones(self.mask.shape, np.uint8)
         widths[covered_by_discs(self.mask, METRIC_SPEC["calibre_medium_from_px"])] = 2
         widths[covered_by_discs(self.mask, METRIC_SPEC["calibre_thick_from_px"])] = 3
-        skeleton = self.topology.skeleton
-        nearest = distance_transform_edt(~skeleton, return_distances=False, return_indices=True)
+        nearest = distance_transform_edt(~self.topology.skeleton, return_distances=False, return_indices=True)
         return widths[tuple(nearest)] * self.mask
 
 
@@ -76,9 +72,6 @@ def truth_of_bits(shape: tuple[int, int], bits: bytes) -> Truth:
     """The `Truth` of a mask whose pixels are packed."""
     pixels = np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0] * shape[1])
     return Truth(pixels.reshape(shape).astype(bool))
-
-
-# ---- Overlap, centreline, topology ----
 
 
 def score_mask(pred: Any, truth: Truth) -> dict[str, float]:
@@ -123,9 +116,6 @@ def length_ratio(pred: Topology, truth: Topology) -> float:
     return pred.length_px / truth.length_px
 
 
-# ---- Recall by vessel width: thin branches hold few pixels and vanish in any other score ----
-
-
 def covered_by_discs(mask: np.ndarray, diameter_px: int) -> np.ndarray:
     """Pixels of a bool mask (H, W) that some disc inside it, of an odd diameter, covers; bool (H, W)."""
 
@@ -137,16 +127,13 @@ def covered_by_discs(mask: np.ndarray, diameter_px: int) -> np.ndarray:
 
 
 def recall_by_width(pred: Any, truth: Truth) -> dict[str, float]:
-    """Share of the thin, medium and thick truth that was found; nan where there is none."""
+    """Share of the thin (few pixels), medium and thick truth that was found; nan where there is none."""
     pred, _ = as_mask_pair(pred, truth.mask)
     present = np.bincount(truth.widths.ravel(), minlength=4)
     found = np.bincount(truth.widths[pred], minlength=4)
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         shares = found[1:] / present[1:]
     return dict(zip(("recall_thin", "recall_medium", "recall_thick"), shares.tolist(), strict=True))
-
-
-# ---- Distances between borders, defined as in MONAI; tools that measure on a half-pixel grid differ ----
 
 
 def border_of(mask: np.ndarray) -> np.ndarray:
@@ -159,8 +146,8 @@ def border_of(mask: np.ndarray) -> np.ndarray:
 def surface_scores(pred: Any, truth: Truth, tolerance_px: float = TOLERANCE_PX) -> dict[str, float]:
     """HD95 and normalised surface Dice of one prediction, bool or 0/1 (H, W), as in `METRIC_SPEC`.
 
-    hd95, in px, is 0 for two empty masks, the diagonal of the image for exactly one; nsd, in [0, 1], is then
-    1 and 0.
+    Defined as in MONAI; tools that measure on a half-pixel grid differ. hd95, in px, is 0 for two empty
+    masks, the diagonal of the image for exactly one; nsd, in [0, 1], is then 1 and 0.
     """
     from vesselrl.scoring.kernels import distances_in_columns, distances_to_border
 

@@ -37,8 +37,7 @@ def topology(mask: Any) -> Topology:
 def prototype_topology(mask: Any) -> Topology:
     """Measure a mask the way the prototype's reward did (spec "seed").
 
-    Zhang-Suen skeleton, its components, and every skeleton pixel with three or more neighbours as a junction.
-    The border mirrors the image.
+    Zhang-Suen skeleton, its components, each pixel of three or more neighbours a junction; mirrored border.
     """
     from skimage.morphology import skeletonize
 

@@ -123,8 +123,7 @@ def _draw(root: Path, domain: Domain, settings: dict) -> None:
         names = product(range(1, num_patients + 1), range(1, num_sequences + 1))
         for patient, sequence in logged(names, "drawing sequences", num_patients * num_sequences):
             frames = draw_sequence(domain, patient, sequence, settings["num_frames"], size, seed)
-            stems = _stems(seed, patient, sequence, settings["num_frames"])
-            drawn = zip(frames, stems, strict=True)
+            drawn = zip(frames, _stems(seed, patient, sequence, settings["num_frames"]), strict=True)
             records += [_write_frame(partial, layout, *frame, stem) for frame, stem in drawn]
         if layout != "masks":
             (partial / "annotations.json").write_text(json.dumps(records, indent=1), encoding="utf-8")

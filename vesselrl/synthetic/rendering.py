@@ -143,8 +143,7 @@ def choose_style(domain: Domain, root: Vessel, patient_rng: Rng, rng: Rng, size:
         reach = rng.uniform(0.4, 1.2) * (radius - 0.5)
         aperture = np.hypot(x - reach * np.cos(angle), y - reach * np.sin(angle)) < radius
     exposure = np.log(np.exp(-anatomy[aperture]).mean())
-    distractors = _distractors(domain, root, rng, size, bones=0.35 if subtracted else 1.0)
-    background = anatomy + exposure + distractors
+    background = anatomy + exposure + _distractors(domain, root, rng, size, bones=0.35 if subtracted else 1.0)
     names = ("contrast", "brightness", "gamma", "blur_px", "motion_blur_px", "noise")
     values = {name: patient_rng.uniform(*getattr(domain, name)) for name in names}
     return Style(**values, motion_angle=rng.uniform(0, np.pi), background=background, aperture=aperture)
@@ -233,13 +232,11 @@ def _distractors(domain: Domain, root: Vessel, rng: Rng, size: int, bones: float
     return total
 
 
-def _bent_tube(
-    start: np.ndarray, bend: np.ndarray, end: np.ndarray, radius_px: float, size: int
-) -> np.ndarray:
+def _bent_tube(start: np.ndarray, bend: np.ndarray, end: np.ndarray, radius: float, size: int) -> np.ndarray:
     """A tube of constant width along a quadratic Bézier curve, of unit attenuation at 8 px."""
     part = np.linspace(0, 1, 80)[:, None]
     flat = (1 - part) ** 2 * start + 2 * part * (1 - part) * bend + part**2 * end
-    tube = Vessel(np.column_stack([flat, np.zeros(80)]), np.full(80, radius_px), path=np.arange(80.0))
+    tube = Vessel(np.column_stack([flat, np.zeros(80)]), np.full(80, radius), path=np.arange(80.0))
     return render_attenuation([tube], [np.ones(80)], size, power=0.6)
 
 

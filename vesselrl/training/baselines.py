@@ -87,8 +87,7 @@ class UNet(_Control):
 
     def check_gradients(self) -> None:
         """Refuses a first gradient that misses a weight."""
-        silent = [name for name, weight in self.trainable.items() if weight.grad is None]
-        if silent:
+        if silent := [name for name, weight in self.trainable.items() if weight.grad is None]:
             raise LearningError(f"{len(silent)} weights of the U-Net have no gradient, such as {silent[0]}.")
 
     def values(self) -> dict[str, Tensor]:
@@ -208,11 +207,9 @@ def measure_fit(config: TrainConfig, data: Any, rows: Sequence[Mapping[str, Any]
     for polarity in ("dark", "bright"):
         load = partial(_load_small, is_negative=polarity == "bright")
         model, pairs = Frangi(*best_frangi(train, load=load)), [*map(load, val)]
-        masks = [
-            model.predict(image).mask & _seen(s, truth.shape)
-            for s, (image, truth) in zip(val, pairs, strict=True)
-        ]
-        scores = [dice(mask, truth) for mask, (_, truth) in zip(masks, pairs, strict=True)]
+        masks = [model.predict(image).mask for image, _ in pairs]
+        triples = zip(val, masks, pairs, strict=True)
+        scores = [dice(mask & _seen(sample, mask.shape), truth) for sample, mask, (_, truth) in triples]
         fit[f"frangi_{polarity}"] = float(np.mean(scores))
     fit["true_foreground"] = float(np.mean([truth.mean() for _, truth in pairs]))
     logger.info("fit before training: %s", ", ".join(f"{name} {value:.3g}" for name, value in fit.items()))
@@ -245,8 +242,7 @@ def teaching(config: TrainConfig, num_images: int, fit: Mapping[str, float]) -> 
 def load_control(folder: Path | str, device: str = "cpu") -> UNet | Frangi | None:
     """The best model of a control run, or that of a folder such as RUN/final_control; None for others."""
     folder = Path(folder)
-    place = next((f for f in (folder / BEST, folder) if (f / FILE).is_file()), None)
-    if place is None:
+    if (place := next((f for f in (folder / BEST, folder) if (f / FILE).is_file()), None)) is None:
         return None
     try:
         if damaged := damaged_files(place):

@@ -26,16 +26,9 @@ from vesselrl.data.dicom import locate
 from vesselrl.data.polygons import RunLengths
 from vesselrl.data.samples import Sample
 from vesselrl.errors import PeerOutOfMemoryError, RefusedError
+from vesselrl.experiment import run_folder
 from vesselrl.experiment.options import hide_paths
-from vesselrl.experiment.run_folder import (
-    CONFIG_FILE,
-    RunFolder,
-    atomic_write,
-    file_hash,
-    json_hash,
-    run_settings,
-    write_text,
-)
+from vesselrl.experiment.run_folder import CONFIG_FILE, PRIVATE_FILE, RunFolder, file_hash, json_hash
 from vesselrl.inference.predictor import Prediction
 from vesselrl.training import processes
 
@@ -88,7 +81,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_without_tensors(state, "", tensors, {}))
     header = {"version": STATE_VERSION, "state": plain, "sha256": tensors_hash(tensors, plain)}
-    with atomic_write(folder / STATE_FILE, previous=folder / PREVIOUS_FILE) as partial:
+    with run_folder.atomic_write(folder / STATE_FILE, previous=folder / PREVIOUS_FILE) as partial:
         save_file(tensors, partial, {"format": "pt"} | header)
 
 
@@ -97,7 +90,7 @@ def interrupted_settings(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         fault = f"{folder} cannot be resumed: it has no {CONFIG_FILE}, the settings of a run"
         raise RefusedError(f"{fault}. Give the folder of an interrupted run, or start anew.")
-    return run_settings(folder, may_be_changed=True)
+    return run_folder.run_settings(folder, may_be_changed=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -299,11 +292,11 @@ def write_first_files(
     else:
         forget_damaged(run.path)
         for file in place.path.glob("*.json"):
-            write_text(run.path / file.name, file.read_text(encoding="utf-8"))
-    run.write_data_paths(config["args"])
+            run_folder.write_text(run.path / file.name, file.read_text(encoding="utf-8"))
     args, origin = hide_paths(config["args"]), (state or start)["provenance"]
-    values = {"args": args, "provenance": origin, "args_sha256": json_hash(args)}
-    run.write_json(CONFIG_FILE, config | values)
+    if hidden := {name: value for name, value in config["args"].items() if args[name] != value}:
+        run_folder.write_text(run.path / PRIVATE_FILE, json.dumps(hidden, indent=2) + "\n", mode=0o600)
+    run.write_json(CONFIG_FILE, config | {"args": args, "provenance": origin, "args_sha256": json_hash(args)})
 
 
 def check_fits(state: Mapping[str, Any], model: Model) -> None:

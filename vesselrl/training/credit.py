@@ -170,12 +170,9 @@ def overlap_credit(reward: Reward | ConstrainedReward, tp: int, fp: int, fn: int
     def total(tp: int, fp: int, fn: int) -> float:
         return float(sum(reward.overlap_terms(tp, fp, fn).values()))
 
-    present = total(tp, fp, fn)
-    background = total(tp, fp + 1, fn) - present, present - total(tp, fp - 1, fn) if fp else 0
-    vessel = (
-        total(tp + 1, fp, fn - 1) - present if fn else 0,
-        present - total(tp - 1, fp, fn + 1) if tp else 0,
-    )
+    now = total(tp, fp, fn)
+    background = total(tp, fp + 1, fn) - now, now - total(tp, fp - 1, fn) if fp else 0
+    vessel = total(tp + 1, fp, fn - 1) - now if fn else 0, now - total(tp - 1, fp, fn + 1) if tp else 0
     return np.array([background, vessel], np.float32)
 
 
@@ -184,9 +181,8 @@ def choose_regions(
 ) -> list[np.ndarray]:
     """Up to `count` boolean masks (H, W) to flip, each connected, and wholly on or off in the greedy mask.
 
-    Up to half are bridges of a lower threshold, over a gap or beyond an end; half of the rest are components
-    of at most half of the greedy mask, the others sample-greedy differences. What one kind leaves, the next
-    takes.
+    Up to half are bridges of a lower threshold, over a gap or beyond an end; of the rest half are components
+    of at most half of the greedy mask, half sample-greedy differences. What one kind leaves, the next takes.
     """
     if count == 0:
         return []
@@ -197,9 +193,8 @@ def choose_regions(
     bridges = _some(bridges, count // 2, rng)
     count -= len(bridges)
     components = _components(greedy, max_area=int(np.count_nonzero(greedy)) // 2)
-    differences = [
-        pair for mask in masks for part in (mask & ~greedy, greedy & ~mask) for pair in _components(part)
-    ]
+    parts = (part for mask in masks for part in (mask & ~greedy, greedy & ~mask))
+    differences = [pair for part in parts for pair in _components(part)]
     components = _some(components, max(count // 2, count - len(differences)), rng)
     chosen = bridges + components + _some(differences, count - len(components), rng)
     return [labels == label for labels, label in chosen]

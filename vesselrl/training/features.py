@@ -125,8 +125,7 @@ def language_hash(
 ) -> str:
     """The sha256 over the tensors of vision tower and language model, as they stand in the files.
 
-    By `notes`, unchanged files are not read again; `check` raises what is wrong before a first note is
-    written.
+    By `notes`, unchanged files are not read again; `check` raises what is wrong before a first note.
     """
     stats = [(file.name, file.stat()) for file in shard_files(model_folder)]
     name = json_hash({n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats})

@@ -318,9 +318,8 @@ class Health:
         self.history.since_roll_back = dict.fromkeys(self.history.latest, 0)
         self.candidate = (step, values)
         if self.num_corrections == MAX_CORRECTIONS:
-            others = (
-                "--kl_coef or --batch_size, or check the reward" if self.history.is_rl else "--batch_size"
-            )
+            is_rl = self.history.is_rl
+            others = "--kl_coef or --batch_size, or check the reward" if is_rl else "--batch_size"
             raise LearningError(
                 f"The run went wrong {MAX_CORRECTIONS + 1} times, although the learning rate was halved each "
                 f"time, to {self.rate_factor:.2g} of its setting. At step {step}: {symptom} Lower "
@@ -343,9 +342,6 @@ class Health:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores history, corrections and good weights."""
         vars(self).update(state, history=History(**state["history"]))
-
-
-# ---- A step, with checks that stop a run with a LearningError
 
 
 def take_step(

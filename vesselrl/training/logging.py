@@ -67,9 +67,8 @@ class Monitor:
         self._trackers = [start_tracker(n, run.path.name, settings) for n in names if processes.is_main()]
         columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
-        self._progress = progress.Progress(
-            *columns, console=console or Console(quiet=True), disable=console is None
-        )
+        hidden = {"console": console or Console(quiet=True), "disable": console is None}
+        self._progress = progress.Progress(*columns, **hidden)
         self._training = self._progress.add_task("training", total=total_steps)
         self._total, self._pace = total_steps, Pace()
 

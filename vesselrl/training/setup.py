@@ -125,7 +125,7 @@ def check_before_training(config: TrainConfig) -> DataReport:
 def make_split(config: TrainConfig, samples: list[Sample], report: DataReport | None) -> Split:
     """The split with its caveats: a given one, that of the run of `init_lora`, or a new one."""
     data, init_lora = config.data, config.model.init_lora
-    fold, unit = data.fold_numbers, data.split_unit
+    fold, unit = data.fold and tuple(map(int, data.fold.split("/"))), data.split_unit  # fold: (i, k)
     if data.split_file is not None:
         split = replace(read_split(data.split_file, samples), caveats=())  # those of another training
     elif (start := find_run(init_lora)) is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -58,10 +59,7 @@ def mask_skeleton_recall_loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def mask_scnp_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """`mask_loss` of the worst logit of a pixel's class in the 3 x 3 around it; shapes as for `mask_loss`.
-
-    Valverde et al., Same-Class Neighbor Penalization (SCNP), CVPR 2026.
-    """
+    """`mask_loss` of the worst logit of a pixel's class in its 3 x 3 (SCNP, Valverde et al., CVPR 2026)."""
     vessel, keys, end = truth > 0, pixel_keys(logits), 2**63 - 1
     lowest = extreme(torch.minimum, torch.where(vessel, keys, end), "square")
     highest = extreme(torch.maximum, torch.where(vessel, -end, keys), "square")
@@ -126,11 +124,7 @@ class SupervisedUpdate:
     """Supervised steps of adapters or, with `flips` of image and truth, of a U-Net, with self-checks."""
 
     def __init__(
-        self,
-        model: Model,
-        optimizer: Optimizer,
-        config: TrainConfig,
-        flips: np.random.Generator | None = None,
+        self, model: Model, optimizer: Optimizer, config: TrainConfig, flips: Generator | None = None
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -158,8 +152,8 @@ class SupervisedUpdate:
         if not self.checked:
             check_moved(self.model.distance())
             self.checked = True
-        metrics = {"train/loss": value, "train/grad_norm": norm}
-        return metrics | {"time/step": time.perf_counter() - started}
+        took = time.perf_counter() - started
+        return {"train/loss": value, "train/grad_norm": norm, "time/step": took}
 
     def state_dict(self) -> dict[str, Any]:
         """State of the self-checks and of the flips."""
