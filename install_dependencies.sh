@@ -62,7 +62,8 @@ fi
 
 # torch first and alone: pip then takes the pinned build and no other package can ask for a newer one.
 grep -v '^torch==' constraints.txt >.venv/vesselrl_constraints.txt
-pip=("$python" -m pip install --constraint .venv/vesselrl_constraints.txt)
+# To compile all files would take a third of the time.
+pip=("$python" -m pip install --no-compile --constraint .venv/vesselrl_constraints.txt)
 echo "Installing into $PWD/.venv; torch is large, so the first time takes minutes."
 "${pip[@]}" setuptools
 "${pip[@]}" "$torch"
@@ -73,6 +74,8 @@ extras="$(IFS=,; echo "${groups[*]:1}")"
 [[ ",$extras," != *,demo,* ]] || sed -i '/^pillow==/d' .venv/vesselrl_constraints.txt
 "${pip[@]}" --no-build-isolation --editable ".${extras:+[$extras]}"
 [[ ",$extras," != *,demo,* ]] || "${pip[@]}" --no-deps "$(grep '^pillow==' constraints.txt)"
+# What a training imports is compiled now, also where Python writes no compiled files by itself.
+env -u PYTHONDONTWRITEBYTECODE "$python" -c 'import matplotlib.figure, vesselrl.inference.merge, vesselrl.training.train'
 
 [[ -z "${VESSELRL_TORCH:-}" ]] || echo "$torch" >.venv/vesselrl_torch
 for group in "${groups[@]}"; do echo "$wanted" >".venv/vesselrl_installed_$group"; done

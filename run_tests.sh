@@ -8,6 +8,7 @@ bash install_dependencies.sh --quiet dev
 status=0
 .venv/bin/python -m ruff check . || status=1
 .venv/bin/python -m ruff format --check . || status=1
+unset PYTHONDONTWRITEBYTECODE # or each of many processes would compile its packages again
 # Two workers with one thread each: a small model gains little from more threads, and workers must not fight for cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 .venv/bin/python -m pytest --numprocesses 2 --dist worksteal "$@" || status=$?
