@@ -2,7 +2,6 @@
 
 import random
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,11 +16,10 @@ from benchmarks.trainings import (
     SUITES,
     TABLE,
     check_settings,
-    last_run,
     plain_settings,
     prepare_split,
     read_json,
-    train_one,
+    train_waiting,
 )
 from vesselrl.data.splits import write_split
 from vesselrl.evaluation.results import Evaluation
@@ -65,7 +63,7 @@ def few_images(
         "num_epochs": epochs,
         "val_freq": val_freq,
     }
-    splits, waiting = {}, []
+    splits, jobs = {}, {}
     for seed in range(SEED, SEED + draws):
         split_file = folder / f"data_split_{seed}.json"
         splits[seed] = replace(full, train=tuple(random.Random(seed).sample(full.train, num_images)))
@@ -76,11 +74,9 @@ def few_images(
             options = common | METHODS[name].options | own
             settings = plain_settings(options) | {"images": read_json(split_file)["sha256"]}
             check_settings(place, settings)
-            waiting += [] if last_run(place) else [(place, options, settings)]
-    with ThreadPoolExecutor(workers) as pool:
-        faults = [*filter(None, pool.map(lambda job: train_one(*job), waiting))]
-    if faults:
-        print(*faults, sep="\n", file=sys.stderr)
+            jobs[place] = options, settings
+    if failures := train_waiting(jobs, workers):
+        print(*(f"Failed: {name}: {error}." for name, error in failures.items()), sep="\n", file=sys.stderr)
         return 1
     tests = {name: [] for name in (METHOD, *CONTROLS)}
     for seed, split in splits.items():

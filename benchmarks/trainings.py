@@ -126,10 +126,16 @@ def train_all(
             trainings[place] = common | {"seed": seed, "output_dir": str(place)} | method.options
             settings[place] = plain_settings(trainings[place]) | {"images": split["sha256"]}
             check_settings(place, settings[place])
-    waiting = [place for place in trainings if not last_run(place)]
+    failures = train_waiting({place: (trainings[place], settings[place]) for place in trainings}, workers)
+    return failures, common["num_epochs"] * split["counts"]["train"] * common["num_passes"]
+
+
+def train_waiting(jobs: dict[Path, tuple[dict[str, Any], dict[str, Any]]], workers: int) -> dict[str, str]:
+    """Trains what is not finished, by folder its options and settings; returns failures by name."""
+    waiting = [place for place in jobs if not last_run(place)]
     pool = ThreadPoolExecutor(workers)
     try:
-        reasons = list(pool.map(lambda place: train_one(place, trainings[place], settings[place]), waiting))
+        reasons = list(pool.map(lambda place: train_one(place, *jobs[place]), waiting))
     except Stopped as stop:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in _STARTED:
@@ -138,8 +144,7 @@ def train_all(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    failures = {place.name: reason for place, reason in zip(waiting, reasons, strict=True) if reason}
-    return failures, common["num_epochs"] * split["counts"]["train"] * common["num_passes"]
+    return {place.name: reason for place, reason in zip(waiting, reasons, strict=True) if reason}
 
 
 def check_settings(folder: Path, now: dict[str, Any]) -> None:
