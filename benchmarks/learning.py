@@ -20,10 +20,17 @@ from vesselrl.evaluation.words import Cell, metric_name, with_interval
 from vesselrl.experiment.run_folder import check_writable, git_commit, hide_paths_of_command, write_text
 from vesselrl.synthetic.dataset import builtin_data
 
-RL = ("rl", "rl_post", "sft_rl", "sft_rl_post")
-# The strongest of the first on validation must be beaten; the others are compared at equal recall, too.
-STRONG_CONTROLS = ("sft", "sft_tuned", "sft_cldice", "sft_scnp", "sft_skeleton_recall", "sft_post")
-EQUAL_RECALL = ("base_tuned", "sft_tuned")
+# RL methods, without a detail head and with one; the controls of which the strongest on validation must be
+# beaten; those that are compared at equal recall, too.
+CONTESTS = (
+    (
+        ("rl", "rl_post", "sft_rl", "sft_rl_post"),
+        ("sft", "sft_tuned", "sft_cldice", "sft_scnp", "sft_skeleton_recall", "sft_post"),
+        ("base_tuned", "sft_tuned"),
+    ),
+    (("sft_rl_detail", "sft_rl_detail_post"), ("sft_detail", "sft_detail_post"), ("sft_detail_post",)),
+)
+RL = tuple(name for methods, _, _ in CONTESTS for name in methods)
 DICE_MARGIN, BETA0_GAIN = 0.005, 20  # the second in percent
 RECALL_TOLERANCE = 0.01  # of "equal" recall on validation; thresholds come in steps of 0.01
 LEDGER = "dice recall precision cldice beta0_error length_ratio reward".split()
@@ -44,6 +51,7 @@ def learning(
     suite: Literal["synthetic", "coronary80", "chase_db1"] = "synthetic",
     seeds: int = 3,
     reduced: bool = False,
+    methods: tuple[str, ...] = (),
     workers: int = 2,
     output_dir: str = "output/bench_learning",
     data_root: str | None = None,
@@ -54,6 +62,7 @@ def learning(
         suite: images, sizes and schedule; see docs/benchmarks.md.
         seeds: trainings per method; the seeds are 42, 43, ...
         reduced: few images, to see the whole way in minutes, not to claim anything.
+        methods: names in learning.toml of what is trained and judged; none: all.
         workers: trainings at a time, one thread each.
         output_dir: finished trainings are kept here and not trained again.
         data_root: data set of the suite; none: ../shared/data/SUITE, or the built-in synthetic angiograms.
@@ -61,23 +70,26 @@ def learning(
     if min(seeds, workers) < 1:
         raise ValueError(f"--seeds is {seeds} and --workers {workers}; give at least 1 of each.")
     folder = Path(output_dir) / (f"{suite}_reduced" if reduced else suite)
+    if unknown := set(methods) - set(METHODS):
+        raise ValueError(f"--methods has {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}.")
     check_writable(folder)
-    chosen = SUITES[folder.name]
+    chosen, taken = SUITES[folder.name], {"base", *(methods or METHODS)}
     published = chosen.num_val_patients and f"../shared/data/{suite}"
     root = Path(data_root or published or builtin_data(output_dir))
     split = prepare_split(chosen, root, folder / "data_split.json")
-    failures, num_passes = train_all(chosen, root, folder, seeds, workers)
-    unfinished = {name.rpartition("_seed")[0] for name in failures}
+    failures, num_passes = train_all(chosen, root, folder, seeds, workers, taken)
+    absent = {name.rpartition("_seed")[0] for name in failures}
+    absent |= {name for name, method in METHODS.items() if name not in taken and not method.sources}
     scorers = [Scorer(split, folder, SEED + number) for number in range(seeds)]
     results, equal = {}, {}
-    for name, method in METHODS.items():
-        if sources := [source for source in method.sources or (name,) if source not in unfinished]:
+    for name in filter(taken.__contains__, METHODS):
+        if sources := [source for source in METHODS[name].sources or (name,) if source not in absent]:
             choose = len(sources) > 1  # by the tuned validation reward
             rewards = {s: choose and np.mean([one.best(name, s)[1] for one in scorers]) for s in sources}
             source = max(rewards, key=rewards.__getitem__)
             results[name] = [scorer.result(name, source) for scorer in scorers]
-    for name, control in product(RL, EQUAL_RECALL):
-        if name in results and control in results:
+    for rl, _, controls in CONTESTS:
+        for name, control in product(*(filter(results.__contains__, names) for names in (rl, controls))):
             pairs = zip(scorers, results[name], strict=True)
             equal[name, control] = [scorer.at_recall_of(control, name, one) for scorer, one in pairs]
     verdicts = judge(results, equal)
@@ -93,11 +105,13 @@ def learning(
 
 def judge(results: Results, equal: Equal) -> Verdicts:
     """E2 of RL methods against the strongest control, E3 at equal recall; all seeds and each alone."""
-    strong = [name for name in STRONG_CONTROLS if name in results]
-    rewards = {name: np.mean([patient_mean(one.val, "reward") for one in results[name]]) for name in strong}
-    best = max(reversed(rewards), key=rewards.__getitem__, default="")  # of equal ones the last
-    methods = [name for name in RL if name in results and best]
-    contests = {("E2", name, best): [(one.test, None) for one in results[best]] for name in methods}
+    rewards = {n: np.mean([patient_mean(one.val, "reward") for one in r]) for n, r in results.items()}
+    contests = {}
+    for methods, controls, _ in CONTESTS:
+        strong = filter(rewards.__contains__, reversed(controls))
+        if best := max(strong, key=rewards.__getitem__, default=""):  # of equal ones the last
+            tests = [(one.test, None) for one in results[best]]
+            contests |= {("E2", name, best): tests for name in methods if name in results}
     contests |= {("E3", *pair): seeds for pair, seeds in equal.items()}
     verdicts = {}
     for (name, method, control), seeds in contests.items():
@@ -218,7 +232,7 @@ def write_report(folder: Path, about: str, results: Results, verdicts: Verdicts,
         named = zip(map(metric_name, LEDGER), scores(evaluation, LEDGER), strict=True)
         words = [words for (_, method, _), (_, words) in verdicts.items() if method == name]
         texts[name] = " ".join([f"{labels[name]}: {', '.join(map(' '.join, named))}.", *words])
-    rows = [(f"controls C0 to C11 {about}; test patients", " ".join(texts[name] for name in controls))]
+    rows = [(f"controls C0 to C12 {about}; test patients", " ".join(texts[name] for name in controls))]
     rows += [(f"{labels[name]} against its controls {about}", texts[name]) for name in methods]
     ledger = [{"id": "R???", "what": what} | shared | {"result": result} for what, result in rows]
     write_text(folder / "ledger_rows.csv", csv_text(ledger))

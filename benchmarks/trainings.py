@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -110,18 +110,19 @@ def plain_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_all(
-    suite: Suite, root: Path, folder: Path, num_seeds: int, workers: int
+    suite: Suite, root: Path, folder: Path, num_seeds: int, workers: int, names: Container[str]
 ) -> tuple[dict[str, str], int]:
-    """Trains what is not finished, `workers` at a time; returns failures by name, and the passes over images.
+    """Trains these methods, `workers` at a time; returns failures by name, and the passes over images.
 
-    `folder` has the data_split.json, and then a folder METHOD_seedS for each training. Nothing is trained if
-    something was trained with other settings, or a folder is not one of this benchmark.
+    `folder` has the data_split.json, and then a folder METHOD_seedS for each training; what is finished there
+    is not trained again. Nothing is trained if something was trained with other settings, or a folder is
+    not one of this benchmark.
     """
     split, trainings, settings = read_json(folder / "data_split.json"), {}, {}
     common = {"data_root": str(root), "split_file": str(folder / "data_split.json"), "split_seed": SEED}
     common |= TABLE["common"] | {"num_epochs": suite.num_epochs, "val_freq": suite.val_freq}
     for seed, (name, method) in product(range(SEED, SEED + num_seeds), METHODS.items()):
-        if method.options is not None:
+        if name in names and method.options is not None:
             place = folder / f"{name}_seed{seed}"
             trainings[place] = common | {"seed": seed, "output_dir": str(place)} | method.options
             settings[place] = plain_settings(trainings[place]) | {"images": split["sha256"]}

@@ -31,7 +31,8 @@ from vesselrl.training.checkpoint import STATE_FILE
 
 # Strength of the noise through which a method sees; RL is made the best, so that a hypothesis can hold.
 NOISE = {"base": 3.6, "sft": 3.6, "sft_cldice": 3.7, "unet": 4.0, "frangi": 5.0, "rl": 0.7, "sft_rl": 0.8}
-NOISE |= {"sft_scnp": 3.8, "sft_skeleton_recall": 3.9, "unet_pretrained": 3.7, "sft_detail": 3.6}
+NOISE |= {"sft_scnp": 3.8, "sft_skeleton_recall": 3.9, "unet_pretrained": 3.7}
+NOISE |= {"sft_detail": 3.6, "sft_rl_detail": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def load_predictor(run: Path | None):
         field = ndimage.gaussian_filter(field, 1.0)
         logits = (115 - image[..., 0].astype(float)) / 12 + NOISE[method] * field / field.std()
         logits -= 3.0 * (method == "sft_rl")  # misses vessels, so that its recall is not that of all
-        if method.startswith("sft") and method != "sft_rl":
+        if method.startswith("sft") and "rl" not in method:
             logits[:, 22:26] = -12.0  # blind in the middle, where no closing of gaps mends it
         return SimpleNamespace(probabilities=(1 / (1 + np.exp(-logits))).astype(np.float32))
 
@@ -144,7 +145,7 @@ def test_choices_depend_on_validation_truths_alone(done, published, tmp_path: Pa
         Image.fromarray(np.asarray(Image.open(path)) & (np.arange(48) % 4 == 0)[:, None]).save(path)
     learning(seeds=1, output_dir=str(tmp_path / "output"), data_root=str(changed))
     one, other = choices(done.folder), choices(tmp_path / "output" / "synthetic")
-    assert len(other) == 16 + 2 * 4  # every method, and C1 and C3 at the recall of four RL methods
+    assert len(other) == 19 + 2 * 4 + 2  # every method, and C1, C3 or C12 at the recall of RL methods
     assert other.items() <= one.items()
 
 
@@ -153,12 +154,27 @@ def test_the_report_has_every_method_verdict_and_ledger_row(done, repository: Pa
     assert all(f"| {method.label} |" in page for method in METHODS.values())
     assert "2 seeds, 16 image passes" in page  # 4 images x 2 epochs x 2 passes
     verdicts = re.findall("^- (E[23], .*? holds?): ", page, re.M)
-    assert len(verdicts) == 4 + 8  # E2 of four RL methods, E3 of each against C1 and C3
+    assert len(verdicts) == 6 + 10  # E2 of six RL methods, E3 of four against C1 and C3, of two against C12
     assert verdicts[0] == "E2, PPO, against C7 best of C2 to C4, post-processed: holds"
-    assert verdicts[4] == "E3, PPO, against C1 base, tuned threshold at equal recall: holds"
+    assert verdicts[4].startswith("E2, supervised then PPO with detail head, against C12 supervised with")
+    assert verdicts[6] == "E3, PPO, against C1 base, tuned threshold at equal recall: holds"
+    assert verdicts[-1].startswith(f"E3, {METHODS['sft_rl_detail_post'].label}, against C12 ")
     rows = [*csv.DictReader((done.folder / "ledger_rows.csv").open(encoding="utf-8"))]
     assert ",".join(rows[0]) == (repository / "docs" / "results.csv").read_text("utf-8").partition("\n")[0]
-    assert [(row["commit"][:7], row["seeds"]) for row in rows] == [("0123456", "42, 43")] * 5
+    assert [(row["commit"][:7], row["seeds"]) for row in rows] == [("0123456", "42, 43")] * 7
+
+
+def test_methods_that_are_not_asked_for_are_left_out(training, published: Path, tmp_path: Path) -> None:
+    training.trained, options = [], {"seeds": 1, "output_dir": str(tmp_path), "data_root": str(published)}
+    assert learning(methods=("sft_detail_post", "sft_detail", "sft_rl_detail", "sft_post"), **options) == 0
+    assert sorted(name for name, _ in training.trained) == ["sft_detail_seed42", "sft_rl_detail_seed42"]
+    page = (tmp_path / "synthetic" / "report.md").read_text(encoding="utf-8")
+    left_out = re.findall("^Left out: (.*)[.]$", page, re.M)
+    kept = {"base", "sft_detail", "sft_detail_post", "sft_rl_detail"}
+    assert left_out == [method.label for name, method in METHODS.items() if name not in kept]
+    assert [*re.findall("^- (E.)", page, re.M)] == ["E2", "E3"]
+    with pytest.raises(ValueError, match="--methods has sft_detial; there are base, base_tuned"):
+        learning(methods=("sft_detial",), **options)
 
 
 def found(**changes: tuple) -> dict[str, dict]:
