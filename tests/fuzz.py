@@ -10,6 +10,7 @@ before, a person's name in what is printed, or a file that was touched outside t
 
 import argparse
 import faulthandler
+import gc
 import io
 import json
 import os
@@ -149,12 +150,14 @@ def fuzz(numbers: Sequence[int], seed: int, scratch: Path) -> int:
     """Makes the mutations of these numbers, in turn over the kinds; returns how many failed."""
     import cv2
 
+    from tests.training.runs import no_charts
     from vesselrl import launch
     from vesselrl.training import train
 
     cv2.setNumThreads(1)
+    no_charts.start()
+    train.draw = lambda t: None
     box, whole, log = make_box(scratch), scratch / "whole", scratch / "log"
-    train.draw = lambda t: None  # charts cost seconds
     # What every command imports and compiles is there before the first fork.
     with chdir(box), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         for verb, root in (("data", "data/masks"), ("model", "model"), ("results", "")):
@@ -164,6 +167,7 @@ def fuzz(numbers: Sequence[int], seed: int, scratch: Path) -> int:
     for file in box.glob(f"data/[!p]*/{MAPPING_FILE}"):
         file.unlink()
     shutil.copytree(box, whole)
+    gc.freeze()  # or each fork would look through all that is here, and copy it
     least, rows = run_forked([], box, log).num_bytes, defaultdict(list)
     for number in numbers:
         name, rng = [*KINDS][number % len(KINDS)], random.Random(f"{seed} {number}")

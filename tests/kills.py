@@ -24,6 +24,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # called as a script
+
 SHORT = {"num_epochs": 2, "batch_size": 1, "val_freq": 2, "learning_rate": 1e-2, "cache_gb": 0.1}
 FROZEN = {"lora_scope": ["projector", "mask_decoder"]}
 CONSTRAINED = {"objective": "constrained", "curriculum": True}
@@ -56,6 +58,7 @@ def run_and_die(settings: dict, folder: Path | None, die_at: int | None, count: 
     Without `die_at` the operations are counted in `count`.
     """
     sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
+    from tests.training.runs import no_charts
     from vesselrl.experiment.config import PRESETS
     from vesselrl.training.train import resume, train
 
@@ -69,17 +72,18 @@ def run_and_die(settings: dict, folder: Path | None, die_at: int | None, count: 
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    if folder is None:
-        train(PRESETS["debug"].with_(**settings), ["first"])
-    else:
-        resume(folder, ["next"])
+    with no_charts:
+        if folder is None:
+            train(PRESETS["debug"].with_(**settings), ["first"])
+        else:
+            resume(folder, ["next"])
 
 
 def run_process(settings: dict, folder: Path | None, log: Path, die_at: int | None = None,
                 die_after_s: float | None = None) -> tuple[int, int, float]:  # fmt: skip
     """Exit code, number of file operations and seconds of one process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vesselrl.training.train", "vesselrl.models.miniature"])
+    context.set_forkserver_preload(["tests.training.warm"])
     count = context.Value("i", 0)
     process = context.Process(target=run_and_die, args=(settings, folder, die_at, count, log))
     start = time.monotonic()
@@ -148,11 +152,16 @@ def kill_once(
 
 def run_kills(names: Sequence[str], num_kills: int, seed: int, scratch: Path) -> int:
     """Makes at least `num_kills` kills, in turn over the settings; returns the number of other ends."""
+    from vesselrl.models.miniature import random_sa2va, write_miniature
+    from vesselrl.synthetic.dataset import SMALL, builtin_data
+
     rng, wrong, done = random.Random(seed), 0, 0
+    write_miniature(scratch / "model", random_sa2va())
+    shared = {"model_path": str(scratch / "model"), "data_root": str(builtin_data(scratch, SMALL))}
     whole = {}
     for name in names:
         output = scratch / f"whole {len(whole)}"
-        settings = RUNS[name] | {"output_dir": str(output)}
+        settings = RUNS[name] | shared | {"output_dir": str(output)}
         code, operations, seconds = run_process(settings, None, output.with_suffix(".log"))
         if code:
             raise SystemExit(f"{name}: the uninterrupted run ended with {code}, see {output}.log")
@@ -163,7 +172,7 @@ def run_kills(names: Sequence[str], num_kills: int, seed: int, scratch: Path) ->
         name = names[number % len(names)]
         expected, size = whole[name]
         output = scratch / f"run {number}"
-        outcome = kill_once(RUNS[name], expected, output, rng, size)
+        outcome = kill_once(RUNS[name] | shared, expected, output, rng, size)
         done += outcome.num_kills
         wrong += bool(outcome.differences)
         note = " (the first left nothing to resume)" if outcome.before_anything else ""

@@ -116,10 +116,11 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
     os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.chdir(folder)
+    from tests.training.runs import no_charts
     from vesselrl import launch
     from vesselrl.training import train
 
-    train.draw = lambda t: None  # charts cost seconds
+    train.draw = lambda t: None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell or nohup may have switched them off
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     kind, _, size = str(fault).rpartition(" ")
@@ -129,7 +130,8 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
     if kind == "full":
         mount_small_disk()
     try:
-        sys.exit(launch.main(words))
+        with no_charts:
+            sys.exit(launch.main(words))
     finally:
         if kind == "full":  # the disk goes with the process
             shutil.copytree("out", "left", ignore=shutil.ignore_patterns("filler"))
@@ -140,7 +142,7 @@ def run_child(words: list[str], place: str, fault: str | int, folder: Path, outp
 
 def run(words: str, folder: Path, place: str = "", fault: str | int = "") -> Ended:
     context = multiprocessing.get_context("forkserver")
-    modules = ["vesselrl.training.train", "vesselrl.models.miniature", "matplotlib.pyplot"]
+    modules = ["tests.training.warm", "matplotlib.pyplot"]
     context.set_forkserver_preload(modules)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=run_child, args=(words.split(), place, fault, folder, sender))

@@ -1,8 +1,5 @@
 """The items of the golden check, as plain values; those of data and wrong use are in `input_items.py`."""
 
-import importlib
-import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -124,40 +121,6 @@ def training(name: str) -> dict:
     return found
 
 
-def resuming() -> dict:
-    """Runs that a reward stopped at one of its calls, and that went on, beside the same runs in one piece."""
-    shared = f"{DATA} --reward_fn golden_reward:score --num_workers 1 --batch_size 1 --learning_rate 0.02"
-    ways = {
-        "two stages": "--stage sft+rl --num_epochs 2 --augment light --lora_dropout 0.1 --curriculum",
-        "constrained": "--objective constrained --dice_floor 0.2 --num_epochs 2",
-        "unet": "--control unet --num_epochs 2",
-    }
-    found = {}
-    for name, options in ways.items():
-        golden_reward = importlib.import_module("golden_reward")  # its text is in `workbench`
-        golden_reward.calls, golden_reward.last = 0, math.inf
-        whole = bench.train(f"whole {name}", f"{shared} {options}")
-        total = golden_reward.calls
-        golden_reward.calls, golden_reward.last = 0, total * 6 // 10
-        cut = bench.train(f"cut {name}", f"{shared} {options}", code=1)
-        before = {"files": files(cut), "steps": bench.metrics(cut)["step"]}
-        golden_reward.last = math.inf
-        code, _, _ = call(f"train --resume_from {cut}")
-        info = json.loads((cut / "training_info.json").read_text())
-        folders = [path for path in sorted(whole.iterdir()) if list(path.glob("*.safetensors"))]
-        same = {
-            "metrics": bench.metrics(whole) == bench.metrics(cut),
-            "weights": {path.name: weights(path) == weights(cut / path.name) for path in folders},
-            "scores": {one: table(whole / f"{one}.csv") == table(cut / f"{one}.csv") for one in PROGRESSES},
-        }
-        resumed = [one["step"] for one in info["provenance"]["resumed"]]
-        found[name] = {"calls": total, "cut": before, "code": code, "resumed at": resumed, "same": same}
-        found[name]["again"] = bench.failure(f"train --resume_from {cut}")
-        found[name]["last"] = {column: values[-1] for column, values in bench.metrics(whole).items()}
-    found["no run"] = bench.failure("train --resume_from data")
-    return found
-
-
 def evaluating() -> dict:
     """Every file that `evaluate` writes, in its ways."""
     shutil.copytree("data/images", "second/images")
@@ -230,7 +193,7 @@ ITEMS: dict[str, Callable[[], Any]] = {"rewards": reward_terms, "drawn": about_i
 ITEMS["splits"] = of_runs(read, "data_split.json", SPLITS)  # who is on which side, by seed, fold and unit
 ITEMS |= {f"train_{name.replace(' ', '_')}": lambda name=name: training(name) for name in TRAINED}
 ITEMS["reports"] = of_runs(bench.numbers_of_report, "report.md", "sft|constrained|frangi")
-ITEMS |= {"comparing": comparing, "resuming": resuming}
+ITEMS["comparing"] = comparing
 ITEMS |= {"pseudonyms": about_input.pseudonyms, "contact_sheets": about_input.contact_sheets}
 ITEMS |= {"masks": masks, "metric_values": metric_values, "evaluating": evaluating, "merging": merging}
 ITEMS |= {"help": about_input.help_texts, "doctor": about_input.doctor}

@@ -1,15 +1,13 @@
 """Killed trainings end as uninterrupted ones, and caches change nothing."""
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.kills import RUNS, run_kills
+from tests.test_faults import run, the_run
 from tests.training.runs import same_weights, train_debug
 from tests.training.test_checkpoint import flip
 from vesselrl.inference.predictor import Prediction
@@ -75,24 +73,22 @@ REWARD_FAULTS = [("raise ValueError('torn')", 1, "one of"), ("os.kill(os.getpid(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("fault", "code", "said"), REWARD_FAULTS)
-def test_a_run_that_a_users_reward_has_ended_goes_on_with_a_mended_one(tmp_path, fault, code, said) -> None:
-    def vesselrl(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "vesselrl", "train", *map(str, arguments)]
-        path = f"{tmp_path}{os.pathsep}{os.getcwd()}"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
+def test_a_run_that_a_users_reward_has_ended_goes_on_with_a_mended_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, code: int, said: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # which a new process takes over
     text = "import os\n\ncalls = []\n\n\ndef score(pred, gt):\n    calls.append(1)\n"
     (tmp_path / "own.py").write_text(f"{text}    if len(calls) > 12:\n        {fault}\n    return 0.0\n")
-    done = vesselrl("--preset", "debug", "--reward_fn", "own:score", "--output_dir", tmp_path)
-    assert done.returncode == code
-    assert said in done.stderr
-    (run,) = tmp_path.glob("sa2va_lora_ppo_*")
-    assert not (run / "training_info.json").exists()
+    done = run("train --preset debug --reward_fn own:score --output_dir out", tmp_path)
+    assert done.code == code
+    assert said in done.text
+    folder = the_run(tmp_path)
+    assert not (folder / "training_info.json").exists()
+    words = f"train --resume_from {folder.relative_to(tmp_path)}"
     if said:
-        assert f"Go on with: vesselrl train --resume_from {run}" in done.stderr
-        assert "Traceback" not in done.stderr
+        assert f"Go on with: vesselrl {words}" in done.text
+        assert "Traceback" not in done.text
     (tmp_path / "own.py").write_text(f"{text}    return 0.0\n")
-    refused = vesselrl("--resume_from", run)
-    assert (refused.returncode, "--allow_change reward" in refused.stderr) == (2, True)
-    assert vesselrl("--resume_from", run, "--allow_change", "reward").returncode == 0
+    refused = run(words, tmp_path)
+    assert (refused.code, "--allow_change reward" in refused.text) == (2, True)
+    assert run(f"{words} --allow_change reward", tmp_path).code == 0

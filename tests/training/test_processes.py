@@ -21,7 +21,7 @@ SCOPE = {"lora_scope": ("language_model", "mask_decoder")}
 both_ways = pytest.mark.parametrize(("launcher", "changes"), [(TORCHRUN, {}), (FSDP, SCOPE)])
 # Of four images a process has two and one in the first step of an epoch, one and none in the second.
 SETTINGS = {"stage": "sft+rl", "num_epochs": 3, "rl_epochs": 2, "batch_size": 3, "val_freq": 100}
-LONG = SETTINGS | {"num_epochs": 14, "rl_epochs": 12}
+LONG = SETTINGS | {"num_epochs": 10, "rl_epochs": 8}
 FUNCTIONS = """
 import torch
 from torch.nn import Parameter
