@@ -16,9 +16,10 @@ from vesselrl.errors import CheckpointError
 from vesselrl.experiment.run_folder import SUMS_FILE
 from vesselrl.inference.merge import merge
 from vesselrl.inference.predictor import Predictor
+from vesselrl.models import sa2va
 from vesselrl.models.checkpoint import DETAIL_HEAD, PRETRAINED_HEAD, load_detail_head, load_sa2va
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
-from vesselrl.models.sa2va import FEATURES, DetailHead, GreyUNet
+from vesselrl.models.sa2va import FEATURES, DetailHead, GreyUNet, upsample
 from vesselrl.scoring.overlap import dice
 from vesselrl.training.policy import MaskPolicy
 
@@ -114,6 +115,25 @@ def run(tiny_checkpoint: Path, angiograms: Path, tmp_path_factory: pytest.TempPa
     settings |= {"detail_head": "pretrained"}
     output = tmp_path_factory.mktemp("detail")
     return train_debug(output, **settings, learning_rate=0.02, max_train_samples=None, val_freq=100).folder
+
+
+def test_at_the_end_it_is_told_what_the_head_can_do_alone(
+    tiny_checkpoint: Path, angiograms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the head from its file, given 0 in place of Sa2VA's logits, which are lowered here to matter."""
+    monkeypatch.setattr(sa2va, "upsample", lambda *given: [one - 9 for one in upsample(*given)])
+    settings = {"model_path": tiny_checkpoint, "data_root": angiograms, "stage": "sft"}
+    run = train_debug(tmp_path, **settings, detail_head="pretrained").folder
+    info = json.loads((run / "training_info.json").read_text(encoding="utf-8"))
+    keys = [row["key"] for row in json.loads((run / "val_latest.json").read_text(encoding="utf-8"))["rows"]]
+    head, scores = load_detail_head(run / "final_lora" / DETAIL_HEAD), {}
+    for sample in (one for one in find_samples(angiograms) if one.key in keys):
+        grey = torch.from_numpy(load_image(sample)[..., 1])
+        mask = head(grey, torch.zeros(grey.shape)) > 0
+        scores.setdefault(sample.patient, []).append(dice(mask.numpy(), load_mask(sample)))
+    expected = np.mean([np.mean(one) for one in scores.values()])
+    assert info["fit"]["head_alone"] == pytest.approx(expected, abs=1e-6)
+    assert info["final_metrics"]["dice"] != pytest.approx(expected, abs=1e-6)
 
 
 def test_a_merged_copy_keeps_the_head_beside_it(run: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

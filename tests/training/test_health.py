@@ -255,6 +255,18 @@ def test_a_model_that_does_not_know_the_images_is_told_once_and_what_to_do(
         assert issue.advice.endswith(advice)
 
 
+@pytest.mark.parametrize(("dice", "codes"), [(0.85, ["head_alone"]), (0.854, ["head_alone"]), (0.856, [])])
+def test_a_head_that_does_the_work_alone_is_told(dice: float, codes: list[str]) -> None:
+    toy = Toy()
+    toy.health.after_validation(0, START)
+    toy.health.history.fit["head_alone"] = 0.85
+    toy.health.after_validation(100, START | {"dice": dice}, is_last=True)
+    assert [issue.code for issue in toy.issues] == codes
+    for issue in toy.issues:
+        assert f"Dice of 0.850 without Sa2VA's logits, {dice:.3f} with them" in issue.symptom
+        assert "--control unet_pretrained" in issue.advice
+
+
 def test_a_supervised_run_gets_no_advice_about_the_reward() -> None:
     """Its reward may rise while Dice falls: nothing was paid for it."""
     for is_rl in (True, False):

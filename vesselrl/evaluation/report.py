@@ -140,9 +140,9 @@ def _about(info: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = args.get("control") or setting_text(args["model_path"] or "the built-in miniature")
     images = "your own" if args.get("data_root") else "the built-in synthetic angiograms"
     rows = [("base model", model), ("images", images)]
-    for name, label in words.LABELS["fit"].items() if fit else ():
+    for name in filter(fit.__contains__, words.LABELS["fit"]):
         form = "{:.1%}" if "foreground" in name else "{}" if name == "images" else "{:.3f}"
-        rows.append((label, form.format(fit[name])))
+        rows.append((words.LABELS["fit"][name], form.format(fit[name])))
     return rows
 
 

@@ -51,7 +51,7 @@ _FLOOR = 1e-6  # of the vesselness, so that every logit is finite
 class _Control:
     """What both are as a model in training, see `checkpoint.Model`."""
 
-    kind = "control"
+    kind, head = "control", None
     images_per_pass = 1
 
     def predict_batch(self, images: list[np.ndarray]) -> list[Prediction]:

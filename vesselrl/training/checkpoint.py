@@ -50,6 +50,7 @@ class Model(Protocol):
     kind: str  # names its folders, `best_<kind>` and `final_<kind>`
     trainable: dict[str, nn.Parameter]
     counts: dict[str, int]  # trainable values per component
+    head: Any  # its `DetailHead`; None: there is none
     store: Any  # of features by image, to be read ahead; None: there is none
     savings: dict[str, Callable[[], None]]  # ways to need less memory, in words; no result changes by them
     start: Any  # values before the first step

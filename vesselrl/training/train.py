@@ -185,9 +185,11 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
         t.health.history.fit = processes.from_main(partial(measure_fit, t.config, t.data, latest.rows))
     if t.before is None and t.model.base is not t.model.start:
         before = evaluate_subset(t, "val", "base model", t.model.base)
+    if is_last and t.model.head:
+        with t.model.head.register_forward_pre_hook(lambda _, given: (given[0], torch.zeros_like(given[1]))):
+            t.health.history.fit["head_alone"] = evaluate_subset(t, "val", "head alone").headline["dice"]
     with finish_first():
-        t.latest, t.validated = latest, t.step
-        t.before = t.before or before
+        t.latest, t.validated, t.before = latest, t.step, t.before or before
         means = t.latest.headline
         t.monitor.log_validation(t.step, means)
         if t.best is None or means["reward"] > t.best.headline["reward"]:
@@ -235,10 +237,9 @@ def run_epochs(t: Training) -> None:
         save_state(t)
     try:
         for epoch in range(1, batches.num_epochs + 1):
-            begin, end = end, end + batches.num_batches(epoch)
+            stage, begin, end = stage_of(epoch), end, end + batches.num_batches(epoch)
             if end < t.step:
                 continue
-            stage = stage_of(epoch)
             begins_stage = epoch == 1 or stage != stage_of(epoch - 1)
             if t.step > begin:  # a signal may have come before the validation
                 validate_if_due(t, stage, end)
@@ -291,8 +292,7 @@ def update_multipliers(t: Training, stage: str) -> None:
 def fit_filter(t: Training) -> None:
     """Chooses the settings of the Frangi filter on the training images, and scores them."""
     t.model.restore(best_frangi(t.data.train, t.monitor.bar("filter")))
-    t.best = None  # the training images have chosen; validation must not choose again
-    t.step = 1
+    t.best, t.step = None, 1  # the training images have chosen; validation must not choose again
     validate(t, is_last=True)
 
 
