@@ -263,7 +263,7 @@ def test_a_head_that_does_the_work_alone_is_told(dice: float, codes: list[str]) 
     toy.health.after_validation(100, START | {"dice": dice}, is_last=True)
     assert [issue.code for issue in toy.issues] == codes
     for issue in toy.issues:
-        assert f"Dice of 0.850 without Sa2VA's logits, {dice:.3f} with them" in issue.symptom
+        assert f"Dice of 0.850 without the mask decoder's logits, {dice:.3f} with them" in issue.symptom
         assert "--control unet_pretrained" in issue.advice
 
 

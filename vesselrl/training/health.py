@@ -226,8 +226,8 @@ RULES = (
          "{fit[frangi_dark]:.3f} for dark vessels and {fit[frangi_bright]:.3f} for bright ones.",
          "{fit[teaching]}"),
     Rule("head_alone", "", lambda h: h.fit.get("head_alone", -math.inf) - h.validations[-1]["dice"], -0.005,
-         None, "The detail head has a validation Dice of {fit[head_alone]:.3f} without Sa2VA's logits, "
-         "{now[dice]:.3f} with them: it does the work alone.",
+         None, "The detail head has a validation Dice of {fit[head_alone]:.3f} without the mask decoder's "
+         "logits, {now[dice]:.3f} with them: it does the work alone.",
          "Compare with --control unet_pretrained, which is this head without Sa2VA."),
     Rule("below_start", "", lambda h: -_reward_rise(h, 0, -1), 1, None,
          "The validation reward is {now[reward]:.3f}, below the {first[reward]:.3f} that the run began with.",
