@@ -71,6 +71,18 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, ending: str, name: 
         read_rgb(path, "picture 1")
 
 
+@pytest.mark.parametrize("ending", [".NII", ".NII.GZ", ".nii.GZ"])
+def test_endings_in_capitals_are_those_in_small_letters(tmp_path: Path, ending: str) -> None:
+    pixels = RNG.integers(0, 255, (2, 40, 40)).astype(np.uint8)
+    for number, picture in enumerate(pixels):
+        for folder, values in (("images", picture), ("masks", (picture > 100).astype(np.uint8))):
+            write_nifti(tmp_path / folder / f"case{number}{ending if number else ending.lower()}", values)
+    samples = sorted(find_samples(tmp_path), key=lambda sample: sample.image_path)
+    for sample, picture in zip(samples, pixels, strict=True):
+        np.testing.assert_array_equal(load_image(sample)[..., 0], picture)
+        np.testing.assert_array_equal(load_mask(sample), picture > 100)
+
+
 def test_without_nibabel_one_line_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises(DataError, match=r"vesselrl\[nifti\]"):

@@ -35,7 +35,8 @@ def is_dicom(path: Path) -> bool:
 def locate(path: Path) -> tuple[Path, int]:
     """The file that holds a picture, and the number of its frame; 0 for a file of one picture."""
     if path.suffix.lower() == ".nii" and not path.is_file():
-        return path.with_name(f"{path.name}.gz"), 0
+        packed = [path.with_name(path.name + ending) for ending in (".gz", ".GZ")]
+        return next(filter(Path.is_file, packed), packed[0]), 0
     number = re.fullmatch(r"frame_(\d{4,})", path.stem) if is_dicom(path) and not path.is_file() else None
     return (path.parent.with_name(path.parent.name + path.suffix), int(number[1])) if number else (path, 0)
 

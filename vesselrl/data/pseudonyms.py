@@ -343,7 +343,7 @@ def _join(
 
 def _image_named(file_name: str, by_text: Mapping[str, set[str]], place: str) -> str:
     """The file name that a row means."""
-    path = PurePosixPath(file_name.replace("\\", "/").removesuffix(".gz"))
+    path = PurePosixPath(re.sub(r"\.gz$", "", file_name.replace("\\", "/"), flags=re.IGNORECASE))
     if path.parts[0] == "images" and len(path.parts) > 1:
         path = path.relative_to("images")
     found = by_text.get(str(path), set())
