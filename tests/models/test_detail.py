@@ -11,8 +11,10 @@ from monai.networks.nets import BasicUNet
 from safetensors.torch import load_file, save_file
 
 from tests.training.runs import metrics_of, train_debug
+from vesselrl.data.dataset import TrainBatch
 from vesselrl.data.samples import find_samples, load_image, load_mask
 from vesselrl.errors import CheckpointError
+from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.run_folder import SUMS_FILE
 from vesselrl.inference.merge import merge
 from vesselrl.inference.predictor import Predictor
@@ -21,7 +23,9 @@ from vesselrl.models.checkpoint import DETAIL_HEAD, PRETRAINED_HEAD, load_detail
 from vesselrl.models.lora import LORA_PRESETS, attach_lora, load_adapter
 from vesselrl.models.sa2va import FEATURES, DetailHead, GreyUNet, upsample
 from vesselrl.scoring.overlap import dice
+from vesselrl.scoring.topology import topology
 from vesselrl.training.policy import MaskPolicy
+from vesselrl.training.supervised import SupervisedUpdate
 
 
 @pytest.fixture
@@ -90,6 +94,35 @@ def test_both_gradients_arrive_and_the_reference_keeps_its_own_head(policy: Mask
     for first, ref, moved in zip(start, reference, now, strict=True):
         assert torch.equal(first, ref)
         assert not torch.allclose(first, moved, atol=0.1)
+
+
+def test_deep_supervision_scores_both_masks_and_hides_those_of_the_decoder_from_every_other_image(
+    policy: MaskPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps by hand: BCE and soft Dice of head and decoder, whose logits the head sees of one image."""
+    monkeypatch.setattr(sa2va, "upsample", lambda *given: [one - 9 for one in upsample(*given)])
+    rng, keys = np.random.default_rng(0), ["a", "b"]
+    images = list(rng.integers(0, 255, (2, 64, 64, 3), dtype=np.uint8))
+    truths = [rng.random((64, 64)) < 0.2 for _ in keys]
+    config = TrainConfig().with_(stage="sft", detail_head="pretrained", deep_supervision=0.25)
+    optimizer = torch.optim.AdamW(policy.trainable.values(), lr=1e-3)
+    update, head = SupervisedUpdate(policy, optimizer, config), policy.head
+    for shown in (1, 0):
+        with torch.no_grad():
+            policy.model.detail = None
+            coarse = policy.batch_logits(images, keys)
+            policy.model.detail = head
+            grey = [torch.from_numpy(image[..., 1]) for image in images]
+            fine = [head(grey[k], coarse[k] * (k == shown)) for k in (0, 1)]
+        pairs = [(fine[k], truths[k], 0.5) for k in (0, 1)] + [(coarse[k], truths[k], 0.125) for k in (0, 1)]
+        expected = 0.0
+        for logits, truth, weight in pairs:
+            p, t = torch.sigmoid(logits).double().numpy(), truth.astype(float)
+            cross = -np.mean(t * np.log(p) + (1 - t) * np.log1p(-p))
+            expected += weight * (cross + 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+        batch = TrainBatch(keys, images, truths, [topology(truth) for truth in truths], size=2)
+        assert update.step(batch)["train/loss"] == pytest.approx(expected, rel=1e-5)
+    assert update.state_dict()["num_steps"] == 2
 
 
 def test_a_matrix_that_has_learned_may_fall_silent_and_one_that_has_not_may_not(policy, caplog) -> None:

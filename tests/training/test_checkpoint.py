@@ -34,6 +34,7 @@ STAGES = {
     "stage": "sft+rl", "num_epochs": 3, "rl_epochs": 1, "batch_size": 1, "num_passes": 2, "val_freq": 3,
     "learning_rate": 1e-2, "rl_learning_rate": 5e-3, "lora_dropout": 0.1, "augment": "light",
     "curriculum": True, "objective": "constrained", "detail_head": "random",
+    "deep_supervision": 0.1,
 }  # fmt: skip
 CONSTRAINED = {"objective": "constrained", "num_epochs": 3, "val_freq": 1, "learning_rate": 1e-2}
 UNET = {"control": "unet", "num_epochs": 3, "num_passes": 1, "val_freq": 3, "learning_rate": 4e-3}

@@ -121,6 +121,9 @@ class OptimSettings:
     # Loss of the supervised steps: BCE + soft Dice; half of it and half of soft clDice; it on the worst logit
     # of a pixel's class in the 3 x 3 around (SCNP); or it plus skeleton recall.
     sft_loss: Literal["bce_dice", "bce_dice_cldice", "bce_dice_scnp", "bce_dice_skeleton_recall"] = "bce_dice"
+    # Weight of the loss of the mask decoder's own masks beside a detail head, in supervised steps; above 0
+    # the head is given none for every other image. 0: without the head they may be empty.
+    deep_supervision: float = 0.0
     # Train a control instead of the model, on the same images: a U-Net from scratch or from the detail head's
     # first weights, or the settings of a Frangi filter. It is supervised whatever the stage; adapters and PPO
     # are not used.

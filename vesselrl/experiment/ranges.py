@@ -34,7 +34,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_regions min_component_px sanity_overfit gpu seed split_seed", lambda v: v >= 0, "give at least 0"),
     ("clip target_kl temperature max_grad_norm", lambda v: v > 0, "give a value above 0"),
     ("kl_coef entropy_coef correlation_px structure_weight weight_decay cache_gb learning_rate "
-     "rl_learning_rate", lambda v: v >= 0, "give 0 or more"),
+     "rl_learning_rate deep_supervision", lambda v: v >= 0, "give 0 or more"),
     ("close_gaps", lambda v: 0 <= v < 1, "give 0, or a probability below 1"),
     ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
     ("tile_px", lambda v: v == 0 or v >= 32, "give 0 for none, or at least 32"),
@@ -72,4 +72,7 @@ def _contradictions(c: "TrainConfig") -> dict[str, bool]:
             is_control and two_stages,
         f"--sft_loss {optim.sft_loss} is for supervised steps, and there are none; add --stage sft, --stage "
         "sft+rl or --control unet, or leave it out.": optim.sft_loss != "bce_dice" and not supervised,
+        "--deep_supervision needs supervised steps and a detail head: add --stage sft or sft+rl, and "
+        "--detail_head pretrained.": optim.deep_supervision > 0 and (
+            not supervised or is_control or c.model.detail_head == "none"),
     }  # fmt: skip

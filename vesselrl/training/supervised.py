@@ -1,7 +1,8 @@
 """Supervised steps: the controls that reinforcement learning must beat, and the miniature's pre-training."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import Module, functional
 from torch.optim import Optimizer
 
 from vesselrl.data.dataset import TrainBatch
@@ -130,8 +131,9 @@ class SupervisedUpdate:
         self.optimizer = optimizer
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss = SFT_LOSSES[config.optim.sft_loss]
+        self.deep_supervision = config.optim.deep_supervision
         self.flips = flips
-        self.checked = False
+        self.checked, self.num_steps = False, 0
 
     def step(self, batch: TrainBatch) -> dict[str, float]:
         """One update on a batch, and its metrics; LearningError where the model does not move at first."""
@@ -141,27 +143,48 @@ class SupervisedUpdate:
             axes = drawn[batch.first :: batch.stride] or drawn[:1]
             parts = {name: getattr(batch, name) for name in ("images", "truths", "fovs")}
             batch = replace(batch, **{name: [*map(flip, part, axes)] for name, part in parts.items()})
-        logits = batch.inside(self.model.batch_logits(batch.images, batch.keys))
+        with self._decoder_logits(batch) as coarse:
+            logits = self.model.batch_logits(batch.images, batch.keys)
+        weighted = [(1.0, logits), *[(self.deep_supervision, coarse)] * bool(coarse)]
         losses = [
-            self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
-            for one, truth in zip(logits, batch.truths, strict=True)
+            weight * self.loss(one[None], torch.from_numpy(truth.astype(np.float32)).to(one.device)[None])
+            for weight, maps in weighted
+            for one, truth in zip(batch.inside(maps), batch.truths, strict=True)
         ]
-        loss = torch.cat(losses).mean() * batch.weight
+        loss = torch.cat(losses).sum() / len(logits) * batch.weight
         shared = self.model, self.optimizer, loss, self.max_grad_norm
         value, norm = take_step(*shared, is_first=not self.checked)
         if not self.checked:
             check_moved(self.model.distance())
             self.checked = True
+        self.num_steps += 1
         took = time.perf_counter() - started
         return {"train/loss": value, "train/grad_norm": norm, "time/step": took}
 
+    @contextmanager
+    def _decoder_logits(self, batch: TrainBatch) -> Iterator[list[Tensor]]:
+        """Collects the logits that a detail head is given; of every other image it gets 0 in their place.
+
+        They fit images that were trained on better than others, and the head would rely on them too much.
+        """
+        seen: list[Tensor] = []
+
+        def watch(_: Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            is_shown = (self.num_steps + batch.places[len(seen)]) % 2
+            seen.append(given[1])
+            return given[0], given[1] if is_shown else torch.zeros_like(given[1])
+
+        with self.model.head.register_forward_pre_hook(watch) if self.deep_supervision else nullcontext():
+            yield seen
+
     def state_dict(self) -> dict[str, Any]:
-        """State of the self-checks and of the flips."""
-        return {"checked": self.checked, "flips": self.flips and self.flips.bit_generator.state}
+        """State of the self-checks and of the flips, and the number of steps."""
+        flips = self.flips and self.flips.bit_generator.state
+        return {"checked": self.checked, "flips": flips, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the self-checks and the flips."""
-        self.checked = state["checked"]
+        """Restores what `state_dict` gave."""
+        self.checked, self.num_steps = state["checked"], state.get("num_steps", 0)
         if self.flips:
             self.flips.bit_generator.state = state["flips"]
 
