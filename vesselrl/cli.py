@@ -198,6 +198,7 @@ def run_merge(rest: list[str]) -> int:
     if (alike := done["dice_without_head"]) is not None:
         masks = f"other code gives masks without it, which agree with these by a Dice of {alike:.2f} at worst"
         console.print(f"detail_head.safetensors beside it is used by vesselrl alone: {masks}.")
+        console.print("If those are needed, train with --deep_supervision 0.1.")
     return 0
 
 

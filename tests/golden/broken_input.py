@@ -285,6 +285,7 @@ SETTINGS = (
     "--use_wandb", "--num_samples 1", "--reward_type best", "--learning_rate -1", "--fold 6/5", "--fold 1",
     "--close_gaps 1", "--min_component_px -1", "--dice_floor 0.5", "--curriculum", "--stage sft+rl",
     "--rl_epochs 2", "--rl_learning_rate 1e-3", "--control unet --init_lora x", "--sft_loss bce_dice_cldice",
+    "--deep_supervision 0.1",
     "--control frangi --stage sft+rl --num_epochs 2", "--split_file x --fold 1/5", "--learning_rate 0",
     "--dice_weight 0 --recall_weight 0 --topology_weight 0 --length_weight 0", "--warmup_share 1", "--clip 0",
     "--patient_aliases nowhere.csv", "--init_lora data", "--split_file nowhere.json", "--num_epochs 0",

@@ -14,7 +14,7 @@ from typing import Any
 import vesselrl
 from tests.golden import workbench as bench
 from tests.golden.broken_input import FAULTS, LAYOUTS, MODELS, REWARDS, SETTINGS, write_root
-from tests.golden.workbench import DATA, RUNS, call, failure, files, pictures, read, run, sha
+from tests.golden.workbench import DATA, call, failure, files, pictures, read, run, sha
 
 VERBS = "train|evaluate|predict|merge|compare|doctor|pretrain|data check|data show|data draw|bench scoring|"
 VERBS += "bench caching|bench learning|train --preset quick|train --preset full|train --preset debug|"
@@ -44,7 +44,7 @@ def pseudonyms() -> dict:
     # The salt is the hash of the file names, so that keys are the same everywhere.
     found["mapping file"] = read("people/patients.mapping.json")
     found["mode"] = oct(Path("people/patients.mapping.json").stat().st_mode & 0o777)
-    folder = bench.train("aliases", f"{RUNS['people']} --patient_aliases aliases.csv")
+    folder = bench.run("aliases")
     found["with aliases"] = read(folder / "data_split.json")
     return found
 

@@ -42,6 +42,7 @@ RUNS = {
     "fold": f"{DATA} --control frangi --fold 2/5",
     "frame": "--data_root angiograms --control frangi --split_unit frame --near_duplicates allow",
     "people": "--data_root people --control frangi --near_duplicates allow",
+    "aliases": "--data_root people --control frangi --near_duplicates allow --patient_aliases aliases.csv",
     "start": f"{DATA} --init_lora RUN:sft --stage sft",
     "sanity": f"{DATA} --control frangi --sanity_overfit 2",
     "split file": f"{DATA} --control frangi --split_file RUN:fold/data_split.json",
