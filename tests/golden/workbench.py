@@ -104,7 +104,7 @@ def draw_nothing(self: Any, target: Any, **options: Any) -> None:
 def read(path: Path | str) -> Any:
     """A JSON file without what time and machine put into it."""
     values = json.loads(plain_text(Path(path).read_text(encoding="utf-8")))
-    dropped = ("provenance", "reward_time_share", "metric_spec", "about", "salt")
+    dropped = ("provenance", "reward_time_share", "metric_spec", "about", "salt", "args_sha256")
     return {k: v for k, v in values.items() if k not in dropped} if isinstance(values, dict) else values
 
 

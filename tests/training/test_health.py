@@ -255,7 +255,9 @@ def test_a_model_that_does_not_know_the_images_is_told_once_and_what_to_do(
         assert issue.advice.endswith(advice)
 
 
-@pytest.mark.parametrize(("dice", "codes"), [(0.85, ["head_alone"]), (0.854, ["head_alone"]), (0.856, [])])
+@pytest.mark.parametrize(
+    ("dice", "codes"), [*((one, ["head_alone"]) for one in (0.85, 0.854, math.nan)), (0.856, [])]
+)
 def test_a_head_that_does_the_work_alone_is_told(dice: float, codes: list[str]) -> None:
     toy = Toy()
     toy.health.after_validation(0, START)

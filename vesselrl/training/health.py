@@ -147,8 +147,7 @@ def _flat(h: History) -> float:
 
 def _unknown(h: History) -> float:
     """How far the Dice before training is below that of images that a model knows."""
-    is_first = h.fit and len(h.validations) == 1
-    return KNOWN_DICE - h.validations[0]["dice"] if is_first else -math.inf
+    return KNOWN_DICE - h.validations[0]["dice"] if h.fit and len(h.validations) == 1 else -math.inf
 
 
 def _traded(h: History, name: str) -> float:
@@ -225,7 +224,8 @@ RULES = (
          "{fit[foreground]:.1%}; its Dice there is {fit[dice]:.3f}, that of a Frangi filter "
          "{fit[frangi_dark]:.3f} for dark vessels and {fit[frangi_bright]:.3f} for bright ones.",
          "{fit[teaching]}"),
-    Rule("head_alone", "", lambda h: h.fit.get("head_alone", -math.inf) - h.validations[-1]["dice"], -0.005,
+    Rule("head_alone", "",
+         lambda h: h.fit.get("head_alone", -math.inf) - np.nan_to_num(h.validations[-1]["dice"]), -0.005,
          None, "The detail head has a validation Dice of {fit[head_alone]:.3f} without the mask decoder's "
          "logits, {now[dice]:.3f} with them: it does the work alone.",
          "Compare with --control unet_pretrained, which is this head without Sa2VA."),
