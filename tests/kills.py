@@ -152,16 +152,11 @@ def kill_once(
 
 def run_kills(names: Sequence[str], num_kills: int, seed: int, scratch: Path) -> int:
     """Makes at least `num_kills` kills, in turn over the settings; returns the number of other ends."""
-    from vesselrl.models.miniature import random_sa2va, write_miniature
-    from vesselrl.synthetic.dataset import SMALL, builtin_data
-
     rng, wrong, done = random.Random(seed), 0, 0
-    write_miniature(scratch / "model", random_sa2va())
-    shared = {"model_path": str(scratch / "model"), "data_root": str(builtin_data(scratch, SMALL))}
     whole = {}
     for name in names:
         output = scratch / f"whole {len(whole)}"
-        settings = RUNS[name] | shared | {"output_dir": str(output)}
+        settings = RUNS[name] | {"output_dir": str(output)}
         code, operations, seconds = run_process(settings, None, output.with_suffix(".log"))
         if code:
             raise SystemExit(f"{name}: the uninterrupted run ended with {code}, see {output}.log")
@@ -172,7 +167,7 @@ def run_kills(names: Sequence[str], num_kills: int, seed: int, scratch: Path) ->
         name = names[number % len(names)]
         expected, size = whole[name]
         output = scratch / f"run {number}"
-        outcome = kill_once(RUNS[name] | shared, expected, output, rng, size)
+        outcome = kill_once(RUNS[name], expected, output, rng, size)
         done += outcome.num_kills
         wrong += bool(outcome.differences)
         note = " (the first left nothing to resume)" if outcome.before_anything else ""
