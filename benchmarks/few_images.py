@@ -33,6 +33,7 @@ def few_images(
     suite: Literal["coronary80", "chase_db1"] = "coronary80",
     num_images: int = 10,
     draws: int = 10,
+    first_seed: int = SEED,
     passes: int = 720,
     val_freq: int = 120,
     workers: int = 2,
@@ -46,9 +47,10 @@ def few_images(
     Args:
         suite: real images, see docs/benchmarks.md.
         num_images: training images of a draw.
-        draws: each with a training seed of its own, from 42 on.
+        draws: each with a training seed of its own.
+        first_seed: of the first draw; the others have the next numbers.
         passes: images that a training sees, each as often as it is passed over.
-        val_freq: steps of one image from one validation to the next.
+        val_freq: images from one validation to the next; an epoch has as many passes as fit.
         workers: trainings at a time, one thread each.
         output_dir: where the trainings are kept.
         data_root: data set of the suite; none: ../shared/data/SUITE.
@@ -56,15 +58,16 @@ def few_images(
     folder, root = Path(output_dir) / f"{suite}_{num_images}", Path(data_root or f"../shared/data/{suite}")
     check_writable(folder)
     full = prepare_split(SUITES[suite], root, folder / "data_split.json")
-    epochs = passes // (num_images * TABLE["common"]["num_passes"])
+    num_passes = max(1, min(val_freq, passes) // num_images)
     common = TABLE["common"] | {
         "data_root": str(root),
         "split_seed": SEED,
-        "num_epochs": epochs,
+        "num_epochs": passes // (num_images * num_passes),
+        "num_passes": num_passes,
         "val_freq": val_freq,
     }
     splits, jobs = {}, {}
-    for seed in range(SEED, SEED + draws):
+    for seed in range(first_seed, first_seed + draws):
         split_file = folder / f"data_split_{seed}.json"
         splits[seed] = replace(full, train=tuple(random.Random(seed).sample(full.train, num_images)))
         write_split(split_file, splits[seed])

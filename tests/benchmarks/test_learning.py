@@ -253,7 +253,7 @@ def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
         words = dict(zip(arguments[1::2], arguments[2::2], strict=True))
         method, _, seed = log_file.parent.name.rpartition("_seed")
         split = read_split(words["--split_file"], find_samples(published))
-        assert (words["--num_epochs"], words["--seed"]) == ("3", seed)
+        assert [words[f"--{name}"] for name in ("num_epochs", "num_passes", "seed")] == ["3", "2", seed]
         seen[method, seed] = [one.key for one in split.train], [one.key for one in split.test]
         (run := log_file.parent / "run").mkdir()
         (run / "training_info.json").write_text("{}")
@@ -267,9 +267,10 @@ def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
     monkeypatch.setattr(trainings, "run_command", train)
     monkeypatch.setattr(scores, "load_predictor", load_predictor)
     options = {"suite": "synthetic", "num_images": 2, "draws": 2, "passes": 12, "workers": 1}
+    options |= {"val_freq": 4, "first_seed": 43}
     options |= {"output_dir": str(tmp_path), "data_root": str(published)}
     assert few_images(**options) == 0
-    draws = [{tuple(map(tuple, seen[name, seed])) for name in widths} for seed in ("42", "43")]
+    draws = [{tuple(map(tuple, seen[name, seed])) for name in widths} for seed in ("43", "44")]
     assert [len(draw) for draw in draws] == [1, 1]
     assert draws[0] != draws[1]
     assert {len(train) for draw in draws for train, _ in draw} == {2}
