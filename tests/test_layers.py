@@ -35,7 +35,7 @@ NEVER = {"torchvision", "timm", "pickle", "dill", "joblib", "benchmarks"}
 LEAVES = ("evaluation.compare",)
 VAGUE_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}
 # Of the whole product; the house as first built had 60, 12,000 and 9,500.
-MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 17_006, 15_525
+MAX_MODULES, MAX_PACKAGE_LINES, MAX_TEST_LINES = 72, 17_018, 15_540
 MAX_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 60, 8
 
 

@@ -65,12 +65,19 @@ class Monitor:
             self.board = SummaryWriter(str(self._folder), purge_step=purge_step)
         names, settings = config.run.trackers, hide_paths(config.to_dict())
         self._trackers = [start_tracker(n, run.path.name, settings) for n in names if processes.is_main()]
-        columns = (*progress.Progress.get_default_columns()[:2], progress.MofNCompleteColumn(),
+        columns = (*progress.Progress.get_default_columns()[:2], progress.TextColumn("{task.fields[count]}"),
                    progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
         hidden = {"console": console or Console(quiet=True), "disable": console is None}
         self._progress = progress.Progress(*columns, **hidden)
-        self._training = self._progress.add_task("training", total=total_steps)
         self._total, self._pace = total_steps, Pace()
+        epochs = range(1, config.optim.num_epochs + 1)
+        passes = sum(config.passes_of_epoch(epoch, len(epochs)) for epoch in epochs)
+        num_rl = [config.stage_of_epoch(epoch, len(epochs)) for epoch in epochs].count("rl")
+        # PPO's steps come last; each passes over its images once to sample, and then as often as told.
+        self._num_sft = total_steps - total_steps * num_rl // passes
+        self._more_passes = config.ppo.num_passes
+        work = self._work(total_steps)
+        self._training = self._progress.add_task("training", total=work, count=f"0/{total_steps}")
 
     def __enter__(self) -> "Monitor":
         self._progress.start()
@@ -110,11 +117,16 @@ class Monitor:
         self._reward_s += metrics.get("time/reward", 0.0)
         self._step_s += metrics.get("time/step", 0.0)
         self.log(step, metrics)
-        self._progress.update(self._training, completed=step)
+        done, work = self._work(step), self._work(self._total)
+        self._progress.update(self._training, completed=done, count=f"{step}/{self._total}")
         shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-        left, is_due = self._pace.left(step, self._total), self._pace.is_due()
+        left, is_due = self._pace.left(done, work), self._pace.is_due()
         if step % self.log_freq == 0 or is_due:
             logger.info("step %d of %d%s: %s", step, self._total, left, ", ".join(shown) or "taken back")
+
+    def _work(self, step: int) -> int:
+        """What the steps so far cost, in supervised steps."""
+        return step + self._more_passes * max(0, step - self._num_sft)
 
     def log_validation(self, step: int, scores: Mapping[str, float]) -> None:
         """Stores the mean scores of a validation."""
@@ -139,10 +151,10 @@ class Monitor:
         """A callback (done, total) that shows a second bar for the length of an evaluation, or logs."""
         if self._progress.disable:
             return log_progress(label)
-        task = self._progress.add_task(label, total=None)
+        task = self._progress.add_task(label, total=None, count="")
 
         def show(done: int, total: int) -> None:
-            self._progress.update(task, completed=done, total=total)
+            self._progress.update(task, completed=done, total=total, count=f"{done}/{total}")
             if done == total:
                 self._progress.remove_task(task)
 
