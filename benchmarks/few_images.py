@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -87,12 +88,12 @@ def few_images(
         for name, found in tests.items():
             found.append(scorer.scores(name, "test", "test", name, FIXED_POST))
     title = f"{num_images} training images of {SUITES[suite].title}: {draws} draws, {passes} image passes"
-    write_text(folder / "report.md", report(title, tests))
+    write_text(folder / "report.md", report(title, tests, splits))
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0
 
 
-def report(title: str, tests: dict[str, list[Evaluation]]) -> str:
+def report(title: str, tests: dict[str, list[Evaluation]], seeds: Iterable[int]) -> str:
     """Scores of all methods, and what METHOD has more than each control, in Markdown; by draw the tests."""
     together = {name: pooled(drawn) for name, drawn in tests.items()}
     rows = [(METHODS[name].label, *scores(one, SHOWN)) for name, one in together.items()]
@@ -107,6 +108,8 @@ def report(title: str, tests: dict[str, list[Evaluation]]) -> str:
     columns = ["", *map(metric_name, COMPARED), "β0 error in %", "draws of higher Dice"]
     parts = [f"# {title}", READING, table(["", *map(metric_name, SHOWN)], rows)]
     parts += [f"## {METHODS[METHOD].label} minus", table(columns, minus)]
+    drawn = ((METHODS[k].label, *(f"{one.headline['dice']:.4f}" for one in tests[k])) for k in tests)
+    parts += ["## Dice of each draw, by its seed", table(["", *map(str, seeds)], [*drawn])]
     return "\n\n".join(parts) + "\n"
 
 
