@@ -120,7 +120,7 @@ def test_the_package_keeps_its_layers_and_the_house_stays_small() -> None:
     assert len(modules) <= MAX_MODULES
     assert num_lines(PACKAGE.rglob("*.py")) <= MAX_PACKAGE_LINES
     assert num_lines(ROOT.glob("tests/**/*.py")) <= MAX_TEST_LINES
-    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 1_860
+    assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 1_862
     longest = max(ROOT.glob("tests/**/*.py"), key=lambda path: num_lines([path]))
     assert num_lines([longest]) <= MAX_LINES, longest
 
