@@ -108,12 +108,12 @@ def read(path: Path | str) -> Any:
     return {k: v for k, v in values.items() if k not in dropped} if isinstance(values, dict) else values
 
 
-def metrics(folder: Path) -> dict[str, list]:
-    """The columns of metrics.jsonl without times; a column holds the lines that have its name."""
-    columns: dict[str, list] = {}
+def metrics(folder: Path) -> dict[str, dict]:
+    """The columns of metrics.jsonl without times, by step."""
+    columns: dict[str, dict] = {}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        for name in (one for one in line if not one.startswith("time/")):
-            columns.setdefault(name, []).append(line[name])
+        for name in (one for one in line if one != "step" and not one.startswith("time/")):
+            columns.setdefault(name, {})[line["step"]] = line[name]
     return columns
 
 
@@ -149,9 +149,9 @@ def weights(folder: Path) -> str:
     return sha(*(part for name, one, values in tensors for part in (name, one.dtype, values)))
 
 
-def pictures(folder: Path, *endings: str) -> dict[str, str]:
-    """Hashes of the pixels of all PNG files of a folder, and of those with other endings."""
-    return {name: sha(pixels(folder / name)) for name in files(folder) if name.endswith((".png", *endings))}
+def pictures(folder: Path, ending: str = ".png") -> dict[str, str]:
+    """Hashes of the pixels of all pictures of a folder."""
+    return {name: sha(pixels(folder / name)) for name in files(folder) if name.endswith(ending)}
 
 
 def files(folder: Path) -> list[str]:
