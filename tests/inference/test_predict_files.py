@@ -157,7 +157,7 @@ def test_the_fingerprint_tells_models_prompts_and_settings_apart(
 ) -> None:
     weight = predictor.model.lm.get_input_embeddings().weight.detach()
     prints = [predictor.fingerprint()]
-    others = ({"prompt": "Where?"}, {"post": PostProcessing(0.4)})
+    others = ({"prompt": "Where?"}, {"post": PostProcessing(0.4)}, {"flips": True})
     parts = predictor.model, predictor.processor
     prints += [Predictor(*parts, **other).fingerprint() for other in others]
     prints.append(Predictor.from_pretrained(lively_checkpoint, adapter, "cpu").fingerprint())
@@ -166,7 +166,7 @@ def test_the_fingerprint_tells_models_prompts_and_settings_apart(
         weight[:2] = changed
         prints.append(predictor.fingerprint())
         weight[:2] = saved
-    assert len({*prints}) == 6
+    assert len({*prints}) == 7
     assert predictor.fingerprint() == prints[0]
 
 

@@ -1,6 +1,7 @@
 """Images in, masks out: thresholds, batches, several [SEG], adapters."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,10 @@ def test_sizes_types_and_probabilities(predictor: Predictor, images: list[np.nda
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_an_output_that_is_no_number_is_no_empty_mask(predictor: Predictor, images, value: float) -> None:
-    broken = Predictor(ShiftedModel(predictor.model, value), predictor.processor)
-    with pytest.raises(NotFiniteError, match="The model gives no numbers for 4096 of 4096 pixels"):
-        broken.predict(images[0])
+    for flips in (False, True):
+        broken = Predictor(ShiftedModel(predictor.model, value), predictor.processor, flips=flips)
+        with pytest.raises(NotFiniteError, match="The model gives no numbers for 4096 of 4096 pixels"):
+            broken.predict(images[0])
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.71])
@@ -84,6 +86,27 @@ def test_a_batch_gives_what_single_images_give(predictor: Predictor, images: lis
         found = rf"Image 1 is {bad.dtype} \({bad.shape[0]}, .*uint8 RGB \(H, W, 3\)"
         with pytest.raises(ValueError, match=found):
             predictor.predict_batch([images[0], bad])
+
+
+def test_flips_are_turned_back_and_averaged(predictor: Predictor) -> None:
+    seen = []
+
+    def left_blind(inputs: Sa2VAInputs, given: list[np.ndarray]) -> list[torch.Tensor]:
+        seen.extend(given)
+        seeing = [torch.full((len(one) - 1, len(one[0]) - 1), 30.0) for one in given]
+        return [torch.nn.functional.pad(logits, (1, 0, 1, 0), value=-30.0) for logits in seeing]
+
+    large = np.random.default_rng(1).integers(0, 256, (9, 40, 3), np.uint8)
+    image = large[:5, :7].copy()
+    single = replace(predictor, post=PostProcessing(0.4), forward=left_blind, tile_px=32)
+    result, tiled = replace(single, flips=True).predict_batch([image, large])
+    expected = np.outer([0.5, 1, 1, 1, 0.5], [0.5, 1, 1, 1, 1, 1, 0.5])
+    np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
+    assert np.array_equal(result.mask, expected > 0.4)
+    turns = (np.array, np.fliplr, np.flipud, lambda one: np.rot90(one, 2))
+    assert np.array_equal([one for one in seen if one.shape == image.shape], [turn(image) for turn in turns])
+    back = [turn(single.predict(turn(large)).probabilities) for turn in turns]
+    np.testing.assert_allclose(tiled.probabilities, np.mean(back, 0), atol=1e-6)
 
 
 def test_files_pillow_images_and_arrays_of_any_kind_are_one_image(predictor, tmp_path: Path) -> None:

@@ -32,9 +32,6 @@ from vesselrl.scoring.scores import evaluation_scores
 logger = logging.getLogger(__name__)
 
 MASK_SUFFIXES = ("_mask.png", ".png", ".tif", ".tiff")
-# As seen, mirrored left to right, upside down, and both.
-FLIPS = tuple((slice(None, None, y), slice(None, None, x)) for y in (None, -1) for x in (None, -1))
-
 # Image uint8 (H, W, 3) -> object with `.mask`, bool (H, W), or None = failed.
 Predict = Callable[[np.ndarray], Any]
 Pairs = Iterable[tuple[np.ndarray | None, np.ndarray]]  # predicted (None = failed) and true masks
@@ -201,22 +198,6 @@ def evaluate_variants(
     stored = {"calibration": calibrated, "caveats": dict(caveats or {})}
     spec = describe_reward(reward)
     return {name: summarise(table, METRIC_SPEC, spec, **stored) for name, table in rows.items()}
-
-
-def with_flips(predict: Predict, threshold: float = 0.5) -> Predict:
-    """Makes masks of the mean probability of an image and its three mirror images; None if one of them is."""
-
-    def predict_four(image: np.ndarray) -> SimpleNamespace | None:
-        total = np.zeros(image.shape[:2], np.float32)
-        for flip in FLIPS:
-            prediction = predict(np.ascontiguousarray(image[flip]))
-            if prediction is None:
-                return None
-            total += prediction.probabilities[flip]
-        mean = total / np.float32(len(FLIPS))
-        return SimpleNamespace(mask=mean > np.float32(threshold), probabilities=mean)
-
-    return predict_four
 
 
 def second_observer(samples: Sequence[Sample], folder: Path | str) -> list[Sample]:

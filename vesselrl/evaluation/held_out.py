@@ -141,12 +141,11 @@ def with_measurements(
 
 
 def make_predictor(options: Evaluate, settings: Mapping[str, Any], lora_weights: str | None) -> Predict:
-    """Loads a model as a function of an image, with flips if the options ask for them."""
-    given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16}
+    """Loads a model as a function of an image."""
+    given = {"post": PostProcessing(options.threshold), "use_bf16": options.use_bf16, "flips": options.flips}
     given["prompt"] = options.prompt or settings.get("prompt") or DEFAULT_PROMPT
     given["tile_px"] = tile_px_of(settings, options.tile_px)
-    predict = Predictor.from_pretrained(options.base_model, lora_weights, **given).predict
-    return evaluate.with_flips(predict, options.threshold) if options.flips else predict
+    return Predictor.from_pretrained(options.base_model, lora_weights, **given).predict
 
 
 def result_place(options: Evaluate, lora_weights: str | None, run: Path | None) -> tuple[Path, str]:

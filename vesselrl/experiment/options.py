@@ -53,6 +53,8 @@ class Masks:
     # Side in px of the tiles of larger images; 0: none; left out: as the run was trained, or, without a run,
     # the model's square for images more than twice as large.
     tile_px: int | None = None
+    # Mean of the probabilities over the image and its three mirror images, in four times the time.
+    flips: bool = False
     # Side of a pixel in mm: lengths and widths of the vessels are then listed in mm, too.
     pixel_mm: float | None = None
 
@@ -79,8 +81,6 @@ class Evaluate(Reading, Masks):
     # Also score there with threshold, smallest component and closing of gaps that together have the highest
     # reward on the validation patients.
     tune_post: bool = False
-    # Mean of the probabilities over the image and its three mirror images; results in files of their own.
-    flips: bool = False
     # Language of the report; none: the run's own, or English.
     lang: Literal["en", "zh"] | None = None
     # Folder with a second observer's masks of the same images: the row "human agreement".

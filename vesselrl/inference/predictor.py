@@ -32,6 +32,8 @@ from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing, post
 KINDS = ("mask", "probability", "overlay")
 STAMP = "vesselrl"  # the text in every result that says from which image and by which settings it is
 ImageLike = str | Path | Image.Image | np.ndarray
+# As seen, mirrored left to right, upside down, and both.
+FLIPS = tuple((slice(None, None, y), slice(None, None, x)) for y in (None, -1) for x in (None, -1))
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -103,6 +105,7 @@ class Predictor:
     # In place of the model's own, from inputs and images (H, W, 3) to logits (H, W).
     forward: Callable[[Sa2VAInputs, list[np.ndarray]], list[torch.Tensor]] | None = None
     tile_px: int | None = None  # side of the tiles of large images, see `tiling`
+    flips: bool = False  # the mean probability of an image and its three mirror images
 
     @classmethod
     def from_pretrained(
@@ -118,7 +121,7 @@ class Predictor:
         Without `base_model` it is that of the adapter's run, or the embedded miniature; `lora_weights` is an
         adapter, also of a hub, or a run folder, which means its best_lora. Without `device` a GPU is taken
         when there is one. With `use_bf16` vision tower and language model are in bfloat16, SAM2 stays in
-        float32. `kwargs` are prompt, post and tile_px.
+        float32. `kwargs` are prompt, post, tile_px and flips.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype, settings = torch.bfloat16 if use_bf16 else torch.float32, adapter_settings(lora_weights)
@@ -136,17 +139,30 @@ class Predictor:
     def predict_batch(self, images: Sequence[ImageLike]) -> list[Prediction]:
         """Segments several images, whose sizes may differ: those that are not cut in one pass."""
         images = [as_rgb(image, f"Image {number}") for number, image in enumerate(images)]
-        cut = [self.tiling.cuts(*image.shape[:2]) for image in images]
-        whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
-        logits = iter(self._logits(whole) if whole else ())
-        pairs = zip(images, cut, strict=True)
-        found = [self._tiled(image) if is_cut else next(logits) for image, is_cut in pairs]
+        found = self._flipped(images) if self.flips else self._sized(images)
         return [Prediction.of_logits(one, self.post, image) for one, image in zip(found, images, strict=True)]
 
     @property
     def tiling(self) -> Tiling:
         """Tiles of `tile_px` (0: none), or (None) of SAM2's square for images more than twice as large."""
         return Tiling.of_model(self.tile_px, self.processor.config.sam2.image_size)
+
+    def _flipped(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Logits of the mean probability of each image and its three mirror images."""
+        means = [np.zeros(image.shape[:2], np.float32) for image in images]
+        for flip in FLIPS:
+            found = self._sized([np.ascontiguousarray(image[flip]) for image in images])
+            for mean, logits in zip(means, found, strict=True):
+                mean += expit(logits[flip]) / np.float32(len(FLIPS))
+        return [*map(_finite_logit, means)]
+
+    def _sized(self, images: list[np.ndarray]) -> list[np.ndarray]:
+        """Logits of images of any size."""
+        cut = [self.tiling.cuts(*image.shape[:2]) for image in images]
+        whole = [image for image, is_cut in zip(images, cut, strict=True) if not is_cut]
+        logits = iter(self._logits(whole) if whole else ())
+        pairs = zip(images, cut, strict=True)
+        return [self._tiled(image) if is_cut else next(logits) for image, is_cut in pairs]
 
     def _logits(self, images: list[np.ndarray]) -> list[np.ndarray]:
         inputs = self.processor(images, self.prompt, device=self.model.device)
@@ -158,9 +174,7 @@ class Predictor:
 
     def _tiled(self, image: np.ndarray) -> np.ndarray:
         """Logits of an image from tiles, one after the other, whose probabilities are blended."""
-        blended = self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0]))
-        limits = np.finfo(np.float32)
-        return logit(blended.clip(limits.tiny, 1 - limits.epsneg))
+        return _finite_logit(self.tiling.blend(image, lambda tile: expit(self._logits([tile])[0])))
 
     def fingerprint(self) -> str:
         """Hash of all that a mask depends on beside its image: model, tokenizer, prompt and settings."""
@@ -171,8 +185,13 @@ class Predictor:
             totals = [int(part.sum(dtype=torch.int64)) for part in (bits, bits[::13])]
             sums.append((name, str(tensor.dtype), tuple(tensor.shape), totals))
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str()
-        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post, self.tiling)
+        about = (sums, str(self.model.config), tokenizer, self.prompt, self.post, self.tiling, self.flips)
         return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def _finite_logit(probabilities: np.ndarray) -> np.ndarray:
+    limits = np.finfo(np.float32)
+    return logit(probabilities.clip(limits.tiny, 1 - limits.epsneg))
 
 
 def check_finite(logits: np.ndarray) -> None:
@@ -188,8 +207,9 @@ def load_predictor(args: Masks, adapter: str | None) -> Predictor:
     settings = adapter_settings(adapter)
     prompt = args.prompt or settings.get("prompt", DEFAULT_PROMPT)
     post = post_processing(settings, args.threshold, args.min_component_px, args.close_gaps)
-    made = {"prompt": prompt, "post": post, "tile_px": tile_px_of(settings, args.tile_px)}
-    return Predictor.from_pretrained(args.base_model, adapter, use_bf16=args.use_bf16, **made)
+    made = {"prompt": prompt, "post": post, "use_bf16": args.use_bf16, "flips": args.flips}
+    made["tile_px"] = tile_px_of(settings, args.tile_px)
+    return Predictor.from_pretrained(args.base_model, adapter, **made)
 
 
 def picture_path(result: str | Path, kind: str) -> Path:
