@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,8 @@ from benchmarks.trainings import (
 )
 from vesselrl.data.splits import write_split
 from vesselrl.evaluation.results import Evaluation
-from vesselrl.evaluation.words import metric_name
+from vesselrl.evaluation.statistics import bootstrap_interval
+from vesselrl.evaluation.words import metric_name, with_interval
 from vesselrl.experiment.run_folder import check_writable, write_text
 
 METHOD, CONTROLS = "sft_detail", ("unet_pretrained", "unet")
@@ -93,22 +94,21 @@ def few_images(
     return 0
 
 
-def report(title: str, tests: dict[str, list[Evaluation]], seeds: Iterable[int]) -> str:
-    """Scores of all methods, and what METHOD has more than each control, in Markdown; by draw the tests."""
+def report(title: str, tests: dict[str, list[Evaluation]], seeds: Collection[int]) -> str:
+    """Scores of all methods, what METHOD has more than each control, and the Dice of each draw."""
     together = {name: pooled(drawn) for name, drawn in tests.items()}
     rows = [(METHODS[name].label, *scores(one, SHOWN)) for name, one in together.items()]
-    minus = []
+    dice, minus = {name: [one.headline["dice"] for one in drawn] for name, drawn in tests.items()}, []
     for name in CONTROLS:
-        pairs = zip(tests[name], tests[METHOD], strict=True)
-        num_better = sum(compare(*pair)["dice"]["difference"] > 0 for pair in pairs)
-        found = compare(together[name], together[METHOD])
-        minus.append(
-            (METHODS[name].label, *map(difference, found.values()), f"{num_better} of {len(tests[name])}")
-        )
-    columns = ["", *map(metric_name, COMPARED), "β0 error in %", "draws of higher Dice"]
+        gaps = [one - other for one, other in zip(dice[METHOD], dice[name], strict=True)]
+        found = bootstrap_interval(gaps, [*map(str, seeds)])
+        drawn = with_interval("dice", found.mean, found.low, found.high, sign=True)
+        line = map(difference, compare(together[name], together[METHOD]).values())
+        minus.append((METHODS[name].label, *line, f"{drawn}, {sum(gap > 0 for gap in gaps)} of {len(gaps)}"))
+    columns = ["", *map(metric_name, COMPARED), "β0 error in %", "Dice over draws, higher in"]
     parts = [f"# {title}", READING, table(["", *map(metric_name, SHOWN)], rows)]
     parts += [f"## {METHODS[METHOD].label} minus", table(columns, minus)]
-    drawn = ((METHODS[k].label, *(f"{one.headline['dice']:.4f}" for one in tests[k])) for k in tests)
+    drawn = ((METHODS[name].label, *(f"{one:.4f}" for one in values)) for name, values in dice.items())
     parts += ["## Dice of each draw, by its seed", table(["", *map(str, seeds)], [*drawn])]
     return "\n\n".join(parts) + "\n"
 

@@ -266,18 +266,18 @@ def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
 
     monkeypatch.setattr(trainings, "run_command", train)
     monkeypatch.setattr(scores, "load_predictor", load_predictor)
-    options = {"suite": "synthetic", "num_images": 2, "draws": 2, "passes": 12, "workers": 1}
-    options |= {"val_freq": 4, "first_seed": 43}
-    options |= {"output_dir": str(tmp_path), "data_root": str(published)}
+    options = {"suite": "synthetic", "num_images": 2, "draws": 3, "passes": 12, "workers": 1}
+    options |= {"val_freq": 4, "first_seed": 43, "output_dir": str(tmp_path), "data_root": str(published)}
     assert few_images(**options) == 0
-    draws = [{tuple(map(tuple, seen[name, seed])) for name in widths} for seed in ("43", "44")]
-    assert [len(draw) for draw in draws] == [1, 1]
-    assert draws[0] != draws[1]
+    draws = [{tuple(map(tuple, seen[name, seed])) for name in widths} for seed in ("43", "44", "45")]
+    assert [len(draw) for draw in draws] == [1, 1, 1] != [len(draws[0] | draws[1])] * 3
     assert {len(train) for draw in draws for train, _ in draw} == {2}
     half = np.mean([2 * mask / (mask + 1) for mask in halves(published)])
     lines = capsys.readouterr().out.splitlines()
-    columns = next(line for line in lines if line.startswith("| C10") and "2 of 2" in line).split("|")
+    columns = next(line for line in lines if line.startswith("| C10") and "3 of 3" in line).split("|")
     assert float(columns[2].split()[0]) == pytest.approx(1 - half, abs=6e-4)
+    over_draws = [float(word.strip("(),")) for word in columns[-2].split()[:4] if word != "to"]
+    assert over_draws == pytest.approx([1 - half] * 3, abs=6e-4)  # the draws do not differ
     first = [line.split("|")[2].split()[0] for line in lines if line.startswith("| C5")]
     assert first == ["0.000", "+1.000", "0.0000"]
     seen.clear()
