@@ -144,7 +144,7 @@ def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiogram
     )  # fmt: skip
     monkeypatch.setattr(
         Predictor, "from_pretrained",
-        lambda *args, **options: asked.append(options["prompt"]) or load(*args, **options),
+        lambda *args, **one: asked.append((one["prompt"], one["flips"])) or load(*args, **one),
     )  # fmt: skip
 
     def pixels(**options):
@@ -162,9 +162,9 @@ def test_masks_reward_and_prompt_are_those_of_the_run_or_as_asked(run, angiogram
     assert pixels(threshold=0.2) == {220}
     settings_of(run, close_gaps=0.2)
     assert pixels() == {predicted_pixels()} == {220}
-    assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0")} == {200}
+    assert pixels(close_gaps=0.0) == {predicted_pixels("--close_gaps", "0", "--flips")} == {200}
     assert pixels(close_gaps=0.35, min_component_px=150) == {0}  # 100 px on either side
-    assert {*asked} == {"Find the tree."}
+    assert asked == [("Find the tree.", flips) for flips in (False, False, False, False, True, False)]
     settings_of(run, min_component_px=10**6)
     best = evaluated(run).tuning.curve.best
     assert (best.recall, best.threshold) == (0, 0.5)  # of masks as they are used
