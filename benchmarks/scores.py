@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.trainings import FIXED_POST, METHODS, last_run
-from vesselrl.data.samples import load_image, load_mask
+from vesselrl.data.samples import load_fov, load_image, load_mask
 from vesselrl.data.splits import Split
 from vesselrl.evaluation import tuning
 from vesselrl.evaluation.evaluate import describe_reward, score_rows
@@ -106,7 +106,8 @@ class Scorer:
             logger.info("%s: predicting %d %s images", self.place(source).name, len(samples), subset)
             predict = load_predictor(last_run(self.place(source)))
             for sample, path in zip(samples, paths, strict=True):
-                values = predict(load_image(sample)).probabilities.astype(np.float16)
+                inside = 1 if (fov := load_fov(sample)) is None else fov
+                values = (predict(load_image(sample)).probabilities * inside).astype(np.float16)
                 with atomic_write(path) as partial, partial.open("wb") as file:
                     np.save(file, values, allow_pickle=False)
         return [
@@ -117,9 +118,8 @@ class Scorer:
 
 def load_predictor(run: Path | None) -> Callable[[np.ndarray], Any]:
     """The best model of a finished run, adapter or control, as a function of an image; else the base."""
-    if run is not None and (control := load_control(run)):
-        return control.predict
-    return Predictor.from_pretrained(run_settings(run).get("model_path"), run).predict
+    control = run and load_control(run)
+    return (control or Predictor.from_pretrained(run_settings(run).get("model_path"), run)).predict
 
 
 def patient_mean(evaluation: Evaluation, metric: str) -> float:

@@ -20,6 +20,7 @@ from benchmarks.few_images import few_images
 from benchmarks.learning import COMPARED, compare, decide, judge, learning, pooled
 from benchmarks.scores import MethodResult
 from benchmarks.trainings import FIXED_POST, METHODS, SUITES, Suite
+from tests.data.test_formats import write_image, write_mask
 from vesselrl.data.samples import find_samples
 from vesselrl.data.splits import read_split
 from vesselrl.errors import RunError
@@ -37,17 +38,16 @@ NOISE |= {"sft_detail": 3.6, "sft_rl_detail": 0.7}
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> Path:
-    """8 train_* and 6 test_* images of drawn crosses, dark on bright, with their masks."""
+    """8 train_* and 6 test_* images of drawn crosses, dark on bright; their right end is out of view."""
     root, rng = tmp_path_factory.mktemp("published"), np.random.default_rng(0)
-    for folder in ("images", "masks"):
-        (root / folder).mkdir()
     for number, half in enumerate(["train"] * 8 + ["test"] * 6, start=1):
-        mask = np.zeros((48, 48), bool)
+        mask, name = np.zeros((48, 48), bool), f"{half}_{number:03d}.png"
         row, column = rng.integers(8, 36, 2)
         mask[row : row + 3, 3:45] = mask[4:44, column : column + 3] = True
         grey = np.where(mask, 70, 160) + rng.integers(-20, 20, mask.shape)
-        for folder, pixels in (("images", grey.astype(np.uint8)), ("masks", mask)):
-            Image.fromarray(pixels).save(root / folder / f"{half}_{number:03d}.png")
+        write_image(root / "images" / name, grey.astype(np.uint8))
+        write_mask(root / "masks" / name, mask)
+        write_mask(root / "fov" / name, np.zeros((48, 1)) + np.arange(48) < 44)
     return root
 
 
@@ -260,8 +260,7 @@ def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
         return 0
 
     def load_predictor(run: Path) -> Callable:
-        width = widths[run.parent.name.rpartition("_seed")[0]]
-        kept = np.arange(48) >= 48 - width
+        kept = np.arange(48) >= 48 - widths[run.parent.name.rpartition("_seed")[0]]
         return lambda image: SimpleNamespace(probabilities=np.float32((image[:, :, 0] < 115) & kept))
 
     monkeypatch.setattr(trainings, "run_command", train)
@@ -280,12 +279,14 @@ def test_few_images_are_drawn_alike_for_all_methods_and_differences_are_by_hand(
     assert [*map(float, re.findall(r"[+-][\d.]+", columns[-2]))] == pytest.approx([1 - half] * 3, abs=6e-4)
     first = [line.split("|")[2].split()[0] for line in lines if line.startswith("| C5")]
     assert first == ["0.000", "+1.000", "0.0000"]
+    assert any(line.startswith("| C11") and "6.150" in line for line in lines)  # the highest reward
+    assert not any(np.load(path)[:, 44:].any() for path in tmp_path.rglob("*.npy"))  # for thresholds
     seen.clear()
     assert few_images(**options) == 0
     assert not seen
 
 
 def halves(root: Path) -> list[float]:
-    """The share of each true test mask that lies in the right half of the image."""
+    """The share of each true test mask in view that lies in the right half of the image."""
     masks = [np.asarray(Image.open(path)) for path in sorted((root / "masks").glob("test_*.png"))]
-    return [mask[:, 24:].sum() / mask.sum() for mask in masks]
+    return [mask[:, 24:44].sum() / mask[:, :44].sum() for mask in masks]

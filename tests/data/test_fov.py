@@ -14,8 +14,8 @@ from vesselrl.data.augment import Augmentation
 from vesselrl.data.check import check_data
 from vesselrl.data.dataset import BatchSource, VesselDataset
 from vesselrl.data.repair import repair_data
-from vesselrl.data.samples import find_samples, load_fov, load_mask
-from vesselrl.evaluation.evaluate import evaluate_variants, predict_each
+from vesselrl.data.samples import find_samples, load_fov, load_image, load_mask
+from vesselrl.evaluation.evaluate import evaluate_masks, evaluate_variants, predict_each
 from vesselrl.experiment.config import PRESETS
 from vesselrl.scoring.postprocessing import THRESHOLD_ONLY
 from vesselrl.scoring.rewards import MultiObjectiveReward, SimpleDiceReward
@@ -107,12 +107,11 @@ def test_scores_are_those_of_an_image_cut_to_its_field_of_view(tmp_path: Path) -
         samples = find_samples(root)
         predicted = predict_each(predict, samples)
         result = evaluate_variants(samples, predicted, THRESHOLD_ONLY, {}, SimpleDiceReward())[""]
-        (row,) = result.rows
-        found.append((result.calibration, row | dict.fromkeys(("foreground", "truth_hash"))))
-    ((prediction, _),) = predict_each(predict, find_samples(tmp_path / "a"))
-    assert not prediction.mask[~inside].any()
-    assert not prediction.probabilities[~inside].any()  # for thresholds and post-processing
-    assert str(found[0]) == str(found[1])  # nan is no number that equals itself
+        pairs = [(predict(load_image(sample)).mask, load_mask(sample)) for sample in samples]
+        rows = (*result.rows, *evaluate_masks(samples, pairs, SimpleDiceReward()).rows)
+        found += [(result.calibration, row | dict.fromkeys(("foreground", "truth_hash"))) for row in rows]
+    assert not next(predict_each(predict, find_samples(tmp_path / "a")))[0].probabilities[~inside].any()
+    assert len({*map(str, found)}) == 1  # nan is no number that equals itself
 
 
 @pytest.mark.parametrize("learner", ["rl", *SFT_LOSSES])

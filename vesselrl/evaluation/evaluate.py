@@ -89,11 +89,10 @@ def predict_each(
 
 
 def _inside(prediction: Any, fov: np.ndarray | None) -> Any:
-    """A prediction without what lies outside of the field of view."""
-    if prediction is None or fov is None:
+    """A prediction whose probabilities, if it has any, are 0 outside of the field of view."""
+    if fov is None or not hasattr(prediction, "probabilities"):
         return prediction
-    parts = {name: getattr(prediction, name, None) for name in ("mask", "probabilities")}
-    return SimpleNamespace(**{name: part * fov for name, part in parts.items() if part is not None})
+    return SimpleNamespace(mask=prediction.mask, probabilities=prediction.probabilities * fov)
 
 
 def _load_checked(sample: Sample, load: Load) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +132,7 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
     """Scores one row per sample; a failed prediction (None) counts as an empty mask."""
     rows = []
     for sample, (mask, truth) in zip(samples, pairs, strict=True):
-        pred = np.zeros(truth.shape, bool) if mask is None else _fitting_mask(mask, truth, sample.key)
+        pred = np.zeros(truth.shape, bool) if mask is None else _fitting_mask(mask, truth, sample)
         row = {"key": sample.key, "patient": sample.patient, "sequence": sample.sequence}
         truth_hash = hashlib.sha256(f"{truth.shape}".encode() + np.packbits(truth).tobytes()).hexdigest()
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
@@ -149,12 +148,13 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
     return rows
 
 
-def _fitting_mask(mask: Any, truth: np.ndarray, key: str) -> np.ndarray:
-    mask = as_mask(mask, name=f"{key}: predicted mask")
+def _fitting_mask(mask: Any, truth: np.ndarray, sample: Sample) -> np.ndarray:
+    """A predicted mask of the right size, without what lies outside of the field of view."""
+    mask = as_mask(mask, name=f"{sample.key}: predicted mask")
     if mask.shape != truth.shape:
         sizes = f"the predicted mask is {mask.shape}, the image {truth.shape}"
-        raise ValueError(f"{key}: {sizes}. Return masks at the size of the original image.")
-    return mask
+        raise ValueError(f"{sample.key}: {sizes}. Return masks at the size of the original image.")
+    return mask if (fov := load_fov(sample)) is None else mask & fov
 
 
 def describe_reward(reward: Any) -> dict[str, Any] | None:
@@ -185,7 +185,7 @@ def evaluate_variants(
         if prediction is None:
             failed.append(sample.key)
         else:
-            mask, probabilities = _fitting_mask(prediction.mask, truth, sample.key), prediction.probabilities
+            mask, probabilities = _fitting_mask(prediction.mask, truth, sample), prediction.probabilities
             inside = ... if (fov := load_fov(sample)) is None else fov
             counted = counted + count_pixels(probabilities[inside], truth[inside])
             masks[""] = post.postprocess_for(probabilities)(mask)
