@@ -1,6 +1,7 @@
 """The house rules: direction of imports, what may be imported where, size of files and functions."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -121,6 +122,8 @@ def test_the_package_keeps_its_layers_and_the_house_stays_small() -> None:
     assert num_lines(PACKAGE.rglob("*.py")) <= MAX_PACKAGE_LINES
     assert num_lines(ROOT.glob("tests/**/*.py")) <= MAX_TEST_LINES
     assert num_lines(ROOT.glob("benchmarks/**/*.py")) <= 1_862
+    for entry in json.loads((ROOT / "tests" / "breaks.json").read_text(encoding="utf-8")):
+        assert (ROOT / entry["file"]).read_text(encoding="utf-8").count(entry["old"]) == 1, entry["name"]
     longest = max(ROOT.glob("tests/**/*.py"), key=lambda path: num_lines([path]))
     assert num_lines([longest]) <= MAX_LINES, longest
 

@@ -43,9 +43,8 @@ def test_fields_of_view_lie_beside_images_and_labels(tmp_path: Path, image, labe
     assert sample.mask_path == tmp_path / label
     np.testing.assert_array_equal(load_fov(sample), HALF)
     np.testing.assert_array_equal(load_mask(sample), HALF & (np.arange(16) % 3 == 0))
-    repair_data(tmp_path, tmp_path.with_name(f"{tmp_path.name} copy"))
-    (again,) = find_samples(tmp_path.with_name(f"{tmp_path.name} copy"))
-    np.testing.assert_array_equal(load_fov(again), HALF)
+    repair_data(tmp_path, copy := tmp_path.with_name(f"{tmp_path.name} copy"))
+    np.testing.assert_array_equal(load_fov(*find_samples(copy)), HALF)
 
 
 def test_a_folder_mask_alone_holds_labels_and_a_small_field_of_view_is_refused(tmp_path: Path) -> None:
@@ -67,8 +66,7 @@ def test_a_folder_mask_alone_holds_labels_and_a_small_field_of_view_is_refused(t
 def disc_data(root: Path) -> VesselDataset:
     """A bright disc on black, with a vessel across that the label follows beyond it."""
     disc = np.hypot(*(np.mgrid[:64, :64] - 31.5)) < 28
-    line = np.zeros((64, 64), bool)
-    line[28:34] = True
+    line = np.abs(np.mgrid[:64, :64][0] - 30.5) < 3
     write_image(root / "images/1.png", np.where(disc, np.where(line, 150, 220), 0).astype(np.uint8))
     write_mask(root / "masks/1.png", line)
     write_mask(root / "fov/1.png", disc)
@@ -90,8 +88,7 @@ def test_scores_are_those_of_an_image_cut_to_its_field_of_view(tmp_path: Path) -
     """A rectangular field of view is a crop; the prediction is wild outside of it."""
     rng, inside = np.random.default_rng(3), np.zeros((40, 48), bool)
     inside[8:32, 4:44] = True
-    image = rng.integers(0, 255, (40, 48), np.uint8)
-    truth = rng.random((40, 48)) < 0.4
+    image, truth = rng.integers(0, 255, (40, 48), np.uint8), rng.random((40, 48)) < 0.4
     write_image(tmp_path / "a/images/1.png", image)
     write_mask(tmp_path / "a/masks/1.png", truth)
     write_mask(tmp_path / "a/fov/1.png", inside)
