@@ -28,7 +28,7 @@ CONTESTS = (
         ("sft", "sft_tuned", "sft_cldice", "sft_scnp", "sft_skeleton_recall", "sft_post"),
         ("base_tuned", "sft_tuned"),
     ),
-    (("sft_rl_detail", "sft_rl_detail_post"), ("sft_detail", "sft_detail_post"), ("sft_detail_post",)),
+    (("sft_rl_detail", "sft_rl_detail_post"), [n for n in METHODS if "sft_detail" in n], ["sft_detail_post"]),
 )
 RL = tuple(name for methods, _, _ in CONTESTS for name in methods)
 DICE_MARGIN, BETA0_GAIN = 0.005, 20  # the second in percent

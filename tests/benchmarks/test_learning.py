@@ -33,7 +33,7 @@ from vesselrl.training.checkpoint import STATE_FILE
 # Strength of the noise through which a method sees; RL is made the best, so that a hypothesis can hold.
 NOISE = {"base": 3.6, "sft": 3.6, "sft_cldice": 3.7, "unet": 4.0, "frangi": 5.0, "rl": 0.7, "sft_rl": 0.8}
 NOISE |= {"sft_scnp": 3.8, "sft_skeleton_recall": 3.9, "unet_pretrained": 3.7}
-NOISE |= {"sft_detail": 3.6, "sft_rl_detail": 0.7}
+NOISE |= {"sft_detail": 3.6, "sft_detail_scnp": 3.8, "sft_detail_skeleton_recall": 3.9, "sft_rl_detail": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_choices_depend_on_validation_truths_alone(done, published, tmp_path: Pa
         Image.fromarray(np.asarray(Image.open(path)) & (np.arange(48) % 4 == 0)[:, None]).save(path)
     learning(seeds=1, output_dir=str(tmp_path / "output"), data_root=str(changed))
     one, other = choices(done.folder), choices(tmp_path / "output" / "synthetic")
-    assert len(other) == 19 + 2 * 4 + 2  # every method, and C1, C3 or C12 at the recall of RL methods
+    assert len(other) == 21 + 2 * 4 + 2  # every method, and C1, C3 or C12 at the recall of RL methods
     assert other.items() <= one.items()
 
 
