@@ -129,7 +129,7 @@ def test_what_is_wrong_is_an_error_that_names_the_image_and_no_failed_prediction
             evaluate(function, samples, load=load)
         predicted = evaluation.predict_each(function, samples, load)
         with pytest.raises(error, match=message):
-            evaluation.evaluate_variants(samples, predicted, PostProcessing(), {})
+            evaluation.evaluate_variants(samples, predicted, {})
 
 
 SHAPE = (21, 13)
@@ -148,8 +148,8 @@ def brightness(image, post=None):
 
 def test_one_pass_gives_what_several_evaluations_give(caplog):
     post, higher, reward = PostProcessing(0.5, 3), PostProcessing(0.6), MultiObjectiveReward()
-    predicted = evaluation.predict_each(brightness, NOISY, load)
-    done = evaluation.evaluate_variants(NOISY, predicted, post, {"higher": higher}, reward)
+    predicted = evaluation.predict_each(brightness, NOISY, load, post=post)
+    done = evaluation.evaluate_variants(NOISY, predicted, {"higher": higher}, reward)
     for variant, used in (("", post), ("higher", higher)):
         direct = evaluate(lambda image, used=used: brightness(image, used), NOISY, reward, load=load)
         assert (str(done[variant].rows), done[variant].summary["n_failed"]) == (str(direct.rows), 1)

@@ -25,7 +25,7 @@ from vesselrl.evaluation.tuning import calibration, count_pixels
 from vesselrl.experiment.config import RANDOM_MODEL
 from vesselrl.experiment.progress import Progress
 from vesselrl.scoring.overlap import METRIC_SPEC, as_mask, counts, overlap_scores
-from vesselrl.scoring.postprocessing import PostProcessing
+from vesselrl.scoring.postprocessing import THRESHOLD_ONLY, PostProcessing
 from vesselrl.scoring.rewards import Reward, score_or_skip
 from vesselrl.scoring.scores import evaluation_scores
 
@@ -49,11 +49,9 @@ def evaluate(
     samples: Sequence[Sample],
     reward: Reward | None = None,
     *,
-    load: Load = load_pixels,
     caveats: Mapping[Caveat, str] | None = None,
-    progress: Progress | None = None,
     gather: Gather = list,
-    batch_size: int | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
@@ -61,7 +59,7 @@ def evaluate(
     of a sample; `progress` takes (done, total); `gather` adds the rows that other processes have scored. With
     a `batch_size` `predict` takes a list of so many images, and returns as many predictions.
     """
-    predicted = predict_each(predict, samples, load, progress, batch_size)
+    predicted = predict_each(predict, samples, **options)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
     return evaluate_masks(samples, pairs, reward, caveats, gather)
 
@@ -72,8 +70,12 @@ def predict_each(
     load: Load = load_pixels,
     progress: Progress | None = None,
     batch_size: int | None = None,
+    post: PostProcessing = THRESHOLD_ONLY,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields prediction (None: not finite) and true mask of every sample, then tells `progress`."""
+    """Yields prediction (None: not finite) and true mask of every sample, then tells `progress`.
+
+    The prediction is cut to the field of view, and its mask post-processed there.
+    """
     check_unique([sample.key for sample in samples])
     predict_batch = predict if batch_size else lambda images: [predict(image) for image in images]
     step, done = batch_size or 1, 0
@@ -82,17 +84,21 @@ def predict_each(
         images, truths = zip(*(_load_checked(sample, load) for sample in batch), strict=True)
         predictions = _or_failed(predict_batch, batch, [*images])
         for sample, prediction, truth in zip(batch, predictions, truths, strict=True):
-            yield _inside(prediction, load_fov(sample)), truth
+            yield _finished(prediction, load_fov(sample), post), truth
             done += 1
             if progress is not None:
                 progress(done, len(samples))
 
 
-def _inside(prediction: Any, fov: np.ndarray | None) -> Any:
-    """A prediction whose probabilities, if it has any, are 0 outside of the field of view."""
-    if fov is None or not hasattr(prediction, "probabilities"):
+def _finished(prediction: Any, fov: np.ndarray | None, post: PostProcessing) -> Any:
+    if prediction is None or (fov is None and not post.changes_masks):
         return prediction
-    return SimpleNamespace(mask=prediction.mask, probabilities=prediction.probabilities * fov)
+    parts = {name: getattr(prediction, name, None) for name in ("mask", "probabilities")}
+    inside = True if fov is None else fov
+    found = SimpleNamespace(**{name: part * inside for name, part in parts.items() if part is not None})
+    if post.changes_masks:
+        found.mask = post.postprocess_for(found.probabilities)(found.mask)
+    return found
 
 
 def _load_checked(sample: Sample, load: Load) -> tuple[np.ndarray, np.ndarray]:
@@ -172,12 +178,11 @@ def describe_reward(reward: Any) -> dict[str, Any] | None:
 def evaluate_variants(
     samples: Sequence[Sample],
     predicted: Iterable[tuple[Any, np.ndarray]],
-    post: PostProcessing,
     variants: Mapping[str, PostProcessing],
     reward: Reward | None = None,
     caveats: Mapping[Caveat, str] | None = None,
 ) -> dict[str, Evaluation]:
-    """Scores what `predict_each` yields: its masks with `post` (""), those of `variants` by probability."""
+    """Scores what `predict_each` yields: its masks (""), those of `variants` by probability."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("", *variants)}
     counted, failed = 0, []
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
@@ -188,7 +193,7 @@ def evaluate_variants(
             mask, probabilities = _fitting_mask(prediction.mask, truth, sample), prediction.probabilities
             inside = ... if (fov := load_fov(sample)) is None else fov
             counted = counted + count_pixels(probabilities[inside], truth[inside])
-            masks[""] = post.postprocess_for(probabilities)(mask)
+            masks[""] = mask
             masks |= {name: other.mask(probabilities) for name, other in variants.items()}
         for name, mask in masks.items():
             rows[name] += score_rows([sample], [(mask, truth)], reward)

@@ -87,8 +87,8 @@ def evaluate_held_out(
     tuning = tune(images, post, asked) if validation else None
     choices = tuning.choices if tuning else {}
     measured: list[dict] = []
-    predicted = with_measurements(samples, predict_all(samples), post, options.pixel_mm, measured)
-    done = evaluate.evaluate_variants(samples, predicted, post, choices, reward, caveats)
+    predicted = with_measurements(samples, predict_all(samples, post=post), options.pixel_mm, measured)
+    done = evaluate.evaluate_variants(samples, predicted, choices, reward, caveats)
 
     written: dict[str, tuple[Evaluation, Path]] = {}
     for ending, scored in done.items():
@@ -127,13 +127,13 @@ def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation
 
 
 def with_measurements(
-    samples: Sequence[Sample], predicted: Iterable, post: PostProcessing, pixel_mm: float | None, rows: list
+    samples: Sequence[Sample], predicted: Iterable, pixel_mm: float | None, rows: list
 ) -> Iterator[tuple]:
     """The predictions; adds a row of measurements of the true and of the predicted mask for each."""
     for sample, (prediction, truth) in zip(samples, predicted, strict=True):
         masks = {"true": truth}
         if prediction is not None:
-            masks["predicted"] = post.postprocess_for(prediction.probabilities)(prediction.mask)
+            masks["predicted"] = prediction.mask
         for whose, mask in masks.items():
             row = {"key": sample.key, "mask": whose, "foreground": round(float(mask.mean()), 6)}
             rows.append(row | measurement_row(vessel_measurements(mask), pixel_mm))

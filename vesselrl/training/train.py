@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from vesselrl.data.dataset import BatchSource, TrainBatch, VesselDataset
 from vesselrl.data.samples import Sample
 from vesselrl.errors import NotFiniteError, Stopped
 from vesselrl.evaluation import results
-from vesselrl.evaluation.evaluate import evaluate
+from vesselrl.evaluation.evaluate import evaluate, predict_each
 from vesselrl.evaluation.figures import Case, choose_cases, curves_figure, save_png, write_cases
 from vesselrl.evaluation.report import write_run_report
 from vesselrl.evaluation.results import Evaluation
@@ -24,7 +23,6 @@ from vesselrl.experiment.config import TrainConfig
 from vesselrl.experiment.options import hide_paths
 from vesselrl.experiment.run_folder import RunFolder, provenance
 from vesselrl.experiment.stop import finish_first
-from vesselrl.inference.predictor import Prediction
 from vesselrl.scoring.overlap import METRIC_SPEC
 from vesselrl.scoring.postprocessing import post_processing
 from vesselrl.scoring.rewards import Reward, source_hash
@@ -204,17 +202,11 @@ def evaluate_subset(t: Training, subset: str, label: str, values: Any = None) ->
     """Scores the model on the `val` or `test` images, as it is or with other values."""
     caveats, samples = getattr(t.data, f"{subset}_caveats"), processes.share(getattr(t.data, subset))
     shared = {"load": t.load, "progress": t.monitor.bar(label), "gather": processes.gather}
-    shared |= {"batch_size": t.model.images_per_pass}
+    shared |= {"batch_size": t.model.images_per_pass, "post": t.post}
     with with_values(t.model, t.model.values() if values is None else values):
-        scored = evaluate(partial(predict, t), samples, t.reward, caveats=caveats, **shared)
+        scored = evaluate(t.model.predict_batch, samples, t.reward, caveats=caveats, **shared)
     t.run.check_there()
     return scored
-
-
-def predict(t: Training, images: list[np.ndarray]) -> list[Prediction]:
-    """Segments images, with the run's post-processing."""
-    predictions = t.model.predict_batch(images)
-    return [one._replace(mask=t.post.postprocess_for(one.probabilities)(one.mask)) for one in predictions]
 
 
 def keep_best(t: Training, step: int, result: Evaluation) -> None:
@@ -359,12 +351,12 @@ def draw(t: Training) -> None:
     save_png(curves_figure(t.run.metrics_file), t.run.path / "curves.png")
     cases, samples = [], {sample.key: sample for sample in t.data.val}
     for key, rank in choose_cases(t.best.rows).items():
-        (image, truth), masks = t.load(samples[key]), []
+        sample, masks = samples[key], []
         for values in (t.model.base, t.best_values):
-            masks.append(None)  # a prediction that fails, as the log has told
-            with with_values(t.model, values), suppress(NotFiniteError):
-                masks[-1] = predict(t, [image])[0].mask
-        cases.append(Case(key, image, truth, *masks, rank))
+            with with_values(t.model, values):
+                ((one, truth),) = predict_each(t.model.predict_batch, [sample], t.load, None, 1, t.post)
+            masks.append(one and one.mask)  # None: a prediction that failed
+        cases.append(Case(key, t.load(sample)[0], truth, *masks, rank))
     write_cases(t.run.path, cases)
 
 
