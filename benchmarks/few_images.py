@@ -19,14 +19,13 @@ from benchmarks.trainings import (
     check_settings,
     plain_settings,
     prepare_split,
-    read_json,
     train_waiting,
 )
 from vesselrl.data.splits import write_split
 from vesselrl.evaluation.results import Evaluation
 from vesselrl.evaluation.statistics import bootstrap_interval
 from vesselrl.evaluation.words import metric_name, with_interval
-from vesselrl.experiment.run_folder import check_writable, write_text
+from vesselrl.experiment.run_folder import check_writable, read_json, write_text
 
 METHOD, CONTROLS = "sft_detail", ("unet_pretrained", "unet")
 
@@ -88,7 +87,8 @@ def few_images(
         scorer = Scorer(split, folder, seed)
         for name, found in tests.items():
             found.append(scorer.scores(name, "test", "test", name, FIXED_POST))
-    title = f"{num_images} training images of {SUITES[suite].title}: {draws} draws, {passes} image passes"
+    made = num_images * num_passes * common["num_epochs"]
+    title = f"{num_images} training images of {SUITES[suite].title}: {draws} draws, {made} image passes"
     write_text(folder / "report.md", report(title, tests, splits))
     print((folder / "report.md").read_text(encoding="utf-8"))
     return 0

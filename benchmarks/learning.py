@@ -232,7 +232,8 @@ def write_report(folder: Path, about: str, results: Results, verdicts: Verdicts,
         named = zip(map(metric_name, LEDGER), scores(evaluation, LEDGER), strict=True)
         words = [words for (_, method, _), (_, words) in verdicts.items() if method == name]
         texts[name] = " ".join([f"{labels[name]}: {', '.join(map(' '.join, named))}.", *words])
-    rows = [(f"controls C0 to C12 {about}; test patients", " ".join(texts[name] for name in controls))]
+    names = ", ".join(labels[name].partition(" ")[0] for name in controls)
+    rows = [(f"controls {names} {about}; test patients", " ".join(texts[name] for name in controls))]
     rows += [(f"{labels[name]} against its controls {about}", texts[name]) for name in methods]
     ledger = [{"id": "R???", "what": what} | shared | {"result": result} for what, result in rows]
     write_text(folder / "ledger_rows.csv", csv_text(ledger))

@@ -100,7 +100,7 @@ class Scorer:
 
     def images(self, source: str, subset: str) -> list[tuning.PredictedImage]:
         """Probabilities, truth and patient of the images of one subset; each is predicted once and kept."""
-        folder, samples = self.place(source) / "probabilities", self.samples[subset]
+        folder, samples = self.place(source) / "probabilities_in_view", self.samples[subset]
         paths = [folder / f"{subset}_{sample.key}.npy" for sample in samples]
         if not all(path.is_file() for path in paths):
             logger.info("%s: predicting %d %s images", self.place(source).name, len(samples), subset)

@@ -18,7 +18,7 @@ from vesselrl.data.samples import Sample, find_samples
 from vesselrl.data.splits import SUBSETS, Split, read_split, split_by_patient, take, write_split
 from vesselrl.errors import DataError, RefusedError, Stopped
 from vesselrl.experiment.config import TrainConfig
-from vesselrl.experiment.run_folder import CONFIG_FILE, write_json
+from vesselrl.experiment.run_folder import CONFIG_FILE, read_json, write_json
 from vesselrl.scoring.postprocessing import PostProcessing
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,6 @@ def published_split(suite: Suite, samples: Sequence[Sample]) -> Split:
 def last_run(folder: Path, file: str = INFO_FILE) -> Path | None:
     """The last run folder inside a method's folder that has this file, by default that of a finished run."""
     return max((path.parent for path in folder.glob(f"*/{file}")), default=None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def plain_settings(options: dict[str, Any]) -> dict[str, Any]:

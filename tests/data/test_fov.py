@@ -47,6 +47,12 @@ def test_fields_of_view_lie_beside_images_and_labels(tmp_path: Path, image, labe
     np.testing.assert_array_equal(load_fov(*find_samples(copy)), HALF)
 
 
+def test_a_field_of_view_lies_also_beside_the_images_that_are_given(tmp_path: Path) -> None:
+    for folder in ("images", "1st_manual", "mask"):
+        write_mask(tmp_path / "training" / folder / "1.png", HALF)
+    assert find_samples(tmp_path, image_dir="training/images", mask_dir="training/1st_manual")[0].fov_path
+
+
 def test_a_folder_mask_alone_holds_labels_and_a_small_field_of_view_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "a/images/1.png")
     write_mask(tmp_path / "a/mask/1.png")

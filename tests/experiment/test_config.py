@@ -34,7 +34,7 @@ RANGES = [
     ("clip temperature max_grad_norm", 1e-9, 0, "give a value above 0"),
     ("kl_coef entropy_coef correlation_px structure_weight weight_decay learning_rate cache_gb", 0, -1e-9,
      "give 0 or more"),
-    ("warmup_share close_gaps", 0, -0.1, "give"),
+    ("warmup_share close_gaps lora_dropout", 0, -0.1, "give"),
     ("dice_floor", 0, -0.1, "give a Dice from 0 to 1"),
 ]  # fmt: skip
 

@@ -19,11 +19,6 @@ def plain_topology(mask):
     framed = np.pad(skeleton, 1)
     around = np.stack([np.roll(framed, (-row, -column), (0, 1)) for row, column in CIRCLE])[:, 1:-1, 1:-1]
     crossings = (np.roll(around, -1, axis=0) & ~around).sum(axis=0)
-    north_west, north_east, *south = framed[:-1, :-1], framed[:-1, 1:], framed[1:, :-1], framed[1:, 1:]
-    south_west, south_east = south
-    falling = north_west & south_east & ~north_east & ~south_west
-    rising = north_east & south_west & ~north_west & ~south_east
-    side_steps = (framed[1:] & framed[:-1]).sum() + (framed[:, 1:] & framed[:, :-1]).sum()
     num_components = label(mask, connectivity=2).max()
     return {
         "skeleton": skeleton.tobytes(),
@@ -32,7 +27,6 @@ def plain_topology(mask):
         "num_loops": num_components - euler_number(mask, connectivity=2),
         "num_ends": (skeleton & (around.sum(axis=0) == 1)).sum(),
         "num_junctions": label(skeleton & (crossings >= 3), connectivity=2).max(),
-        "path_length_px": side_steps + 2**0.5 * (falling | rising).sum(),
         "thinning": "guo_hall",
     }
 

@@ -266,7 +266,7 @@ def _check_whole(
         kinds.append(("missing_image" if are_pairs and not has_image else "extra_mask", path))
     for code, shown in ((code, listing.folder.shown(path)) for code, path in kinds):
         findings.add(code, shown, shown)
-    if any(result.sample.fov_path for result in usable):
+    if listing.folder.fov_folder or any(result.sample.fov_path for result in usable):
         for result in (result for result in usable if result.sample.fov_path is None):
             findings.add("no_fov", result.sample.record, result.file)
     first: dict[str, str] = {}

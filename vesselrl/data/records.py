@@ -127,8 +127,10 @@ class DataFolder:
             self.endings = (mask_suffix.removesuffix(ending) if ending in IMAGE_SUFFIXES else mask_suffix,)
         images = self._given("image_dir", image_dir) or pairing.find_folder(path, pairing.IMAGE_FOLDERS)
         self.pair_folder = self._given("mask_dir", mask_dir) or pairing.find_labels(path, images)
-        self.fov_folder = pairing.find_fov(path, self.pair_folder)
         self.image_folder = images or pairing.find_images(path, self.pair_folder)
+        beside = path if self.image_folder == path else self.image_folder.parent
+        places = (pairing.find_fov(folder, self.pair_folder) for folder in (path, beside))
+        self.fov_folder = next(filter(None, places), None)
         # Beside JSON a folder counts only if it can hold nothing but labels.
         is_usual = self.pair_folder and folder_key(self.pair_folder.name) in pairing.LABEL_FOLDERS
         self.label_folder = self.pair_folder if mask_dir or is_usual else None
@@ -164,10 +166,11 @@ class DataFolder:
     def _by_last_part(self) -> dict[str, list[tuple[str, Path]]]:
         """Names and files of all images by the folded last part of their paths."""
         is_there, found = self.image_folder.is_dir(), defaultdict(list)
+        no_images = {*pairing.PAIR_FOLDERS, *pairing.FOV_FOLDERS}
         base, files = (self.image_folder, self.images) if is_there else (self.path, list_images(self.path))
         for file in files:
             path = file.relative_to(base)
-            if is_there or not {*map(folder_key, path.parts[:-1])} & {*pairing.PAIR_FOLDERS}:
+            if is_there or not {*map(folder_key, path.parts[:-1])} & no_images:
                 found[fold(file.name)].append((path.as_posix(), file))
         return found
 

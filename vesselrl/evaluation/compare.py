@@ -170,8 +170,9 @@ def _rank_metric(runs: Sequence[Run], rank_by: str | None) -> str:
     if missing := ", ".join(run.name for run in runs if rank_by not in run.after.metrics):
         known = ", ".join(runs[0].after.metrics)
         raise CompareError(f"Cannot rank by {rank_by!r}: {missing} has no such score. Choose of: {known}.")
-    if rank_by == "reward" and not _one_reward(runs):
-        raise CompareError("Cannot rank by reward: the runs were scored by different rewards. Rank by dice.")
+    if rank_by in results.UNBOUNDED and not _one_reward(runs):
+        other = f"Cannot rank by {rank_by}: the runs were scored by different rewards."
+        raise CompareError(f"{other} Rank by dice.")
     return rank_by
 
 

@@ -118,8 +118,10 @@ def base_beside(options: Evaluate, lora_weights: str | None, adapted: Evaluation
     """Paired differences to the base model, where the adapter's run has its scores of the same masks."""
     run = find_run(lora_weights)
     file = run and run / f"{options.split}_before.json"
-    post = options.threshold, options.min_component_px, options.close_gaps
-    if options.flips or post != (0.5, None, None) or not file or not file.is_file():
+    asked = options.threshold, options.min_component_px, options.close_gaps, options.prompt, options.tile_px
+    is_base = options.base_model in (None, adapter_settings(lora_weights).get("model_path"))
+    is_as_trained = is_base and not options.flips and asked == (0.5, None, None, None, None)
+    if not is_as_trained or not file or not file.is_file():
         return []
     base = read_evaluation(file)
     mismatch = results.set_mismatch(base, adapted, "base", "adapter")

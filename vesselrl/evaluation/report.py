@@ -274,7 +274,7 @@ def _side_by_side(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     for metric in dict.fromkeys(name for one in columns for name in one.metrics):
         cells: list[Cell | str] = []
         for label, one in evaluations.items():
-            same_reward = metric != "reward" or one.reward_spec == columns[0].reward_spec
+            same_reward = metric not in results.UNBOUNDED or one.reward_spec == columns[0].reward_spec
             is_shown = metric in one.metrics and same_reward
             cells.append(_score(one, metric) if is_shown else "-")
             missing = one.summary["metrics"][metric]["n_undefined"] if is_shown else 0

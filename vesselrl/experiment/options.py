@@ -202,7 +202,7 @@ class DataShow(Reading):
     # Images on it.
     num_images: int = 12
     # Random changes of the images and their masks, as in training.
-    augment: Literal["none", "light", "strong"] = "none"
+    augment: Literal["none", "flips", "light", "strong"] = "none"
     # Of the augmentation.
     seed: int = 42
     # Decides which patients are the training side.

@@ -39,6 +39,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("warmup_share", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
     ("tile_px", lambda v: v == 0 or v >= 32, "give 0 for none, or at least 32"),
     ("fold", is_fold, "give a share such as 1/5, up to 5/5"),
+    ("lora_dropout", lambda v: 0 <= v <= 0.99, "give a share from 0 to 0.99"),
+    ("lora_alpha", lambda v: v <= 10_000, "give at most 10000"),
+    ("lora_rank", lambda v: v <= 2**16, "give at most 65536"),
     ("dice_floor", lambda v: 0 <= v <= 1, "give a Dice from 0 to 1"),
 )  # fmt: skip
 

@@ -18,13 +18,9 @@ NEIGHBOURS = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1,
 # ---- Tables by neighbourhood code, 0 to 255: bits[code, k] is neighbour k ----
 
 BITS = (np.arange(256)[:, None] >> np.arange(8)) & 1
-ORTHOGONAL, DIAGONAL = BITS[:, 0::2], BITS[:, 1::2]
 ENDS = BITS.sum(axis=1) == 1
 # Crossing number (steps from background to foreground once around the pixel) of 3 or more: branches meet.
 JUNCTIONS = (np.roll(BITS, -1, axis=1) > BITS).sum(axis=1) >= 3
-# Neighbours across a side, and across a corner that cannot be reached by two side steps.
-SIDE_STEPS = ORTHOGONAL.sum(axis=1)
-DIAGONAL_STEPS = (DIAGONAL & ~(ORTHOGONAL | np.roll(ORTHOGONAL, -1, axis=1))).sum(axis=1)
 
 
 def thinning_table() -> np.ndarray:
@@ -137,7 +133,7 @@ def thin(pixels, codes, steps):
 
 @_compiled
 def measure(frame, num_pixels, shape):
-    """Skeleton, (its pixels, side steps, diagonal steps), components, loops, ends, junctions of one mask."""
+    """Skeleton, its pixels, components, loops, ends, junctions of one mask."""
     row = shape[1] + 2
     steps = NEIGHBOURS[:, 0] * row + NEIGHBOURS[:, 1]
     pixels = foreground_positions(frame, num_pixels)
@@ -151,8 +147,7 @@ def measure(frame, num_pixels, shape):
     branching = centreline[JUNCTIONS[codes]]
     branching_codes = neighbourhood_codes(branching, steps, frame.size)
     num_junctions, _ = components_and_loops(branching, branching_codes, steps)
-    lengths = centreline.size, SIDE_STEPS[codes].sum() // 2, DIAGONAL_STEPS[codes].sum() // 2
-    return skeleton, lengths, num_components, num_loops, ENDS[codes].sum(), num_junctions
+    return skeleton, centreline.size, num_components, num_loops, ENDS[codes].sum(), num_junctions
 
 
 @_compiled

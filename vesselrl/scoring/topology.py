@@ -1,6 +1,5 @@
 """The shape of a mask in a few numbers, as defined in `METRIC_SPEC`."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,6 @@ class Topology:
     num_loops: int  # holes of background, 4-connected, that the foreground encloses (Betti number 1)
     num_ends: int  # skeleton pixels with exactly one 8-neighbour
     num_junctions: int  # clusters of skeleton pixels where three or more branches meet
-    path_length_px: float = math.nan  # from pixel centre to pixel centre, a diagonal step counts sqrt(2)
     thinning: str = "guo_hall"  # algorithm; "zhang" from `prototype_topology`
 
 
@@ -29,9 +27,7 @@ def topology(mask: Any) -> Topology:
     from vesselrl.scoring import kernels  # numba takes 0.3 s to import
 
     mask = as_mask(mask)
-    skeleton, lengths, *numbers = kernels.measure(kernels.framed(mask), np.count_nonzero(mask), mask.shape)
-    length_px, num_side_steps, num_diagonal_steps = lengths
-    return Topology(skeleton, length_px, *numbers, num_side_steps + math.sqrt(2) * num_diagonal_steps)
+    return Topology(*kernels.measure(kernels.framed(mask), np.count_nonzero(mask), mask.shape))
 
 
 def prototype_topology(mask: Any) -> Topology:
@@ -50,7 +46,6 @@ def prototype_topology(mask: Any) -> Topology:
         length_px=int(pixels.sum()),
         num_ends=int(np.count_nonzero(skeleton & (num_neighbours == 1))),
         num_junctions=int(np.count_nonzero(skeleton & (num_neighbours >= 3))),
-        path_length_px=math.nan,
         thinning="zhang",
     )
 

@@ -204,8 +204,8 @@ def open_run(config: TrainConfig, resume_from: Path | None) -> Iterator[RunFolde
     """The run's folder, a new one or that to go on in, locked; processes but the main one get a scratch."""
     if not processes.is_main():
         with TemporaryDirectory() as scratch, processes.peers("by peer"):
-            if resume_from is not None:
-                shutil.copy(RunFolder(resume_from).metrics_file, scratch)
+            if resume_from is not None and (metrics := RunFolder(resume_from).metrics_file).exists():
+                shutil.copy(metrics, scratch)
             yield RunFolder(Path(scratch))
         return
     if resume_from is None:

@@ -190,7 +190,7 @@ def validate(t: Training, is_last: bool = False, stage: str = "") -> None:
         t.latest, t.validated, t.before = latest, t.step, t.before or before
         means = t.latest.headline
         t.monitor.log_validation(t.step, means)
-        if t.best is None or means["reward"] > t.best.headline["reward"]:
+        if t.best is None or means["reward"] > np.nan_to_num(t.best.headline["reward"], nan=-np.inf):
             keep_best(t, t.step, t.latest)
         name, scored = ("val_latest", t.latest) if t.step else ("val_before", t.before)
         results.write_evaluation(t.run.path, name, scored, {"step": t.step})
