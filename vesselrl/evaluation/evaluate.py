@@ -55,9 +55,8 @@ def evaluate(
 ) -> Evaluation:
     """Predicts and scores one image after the other; a crash is an error, not a failed prediction.
 
-    A reward gives the column `reward`, a user's own function `custom_score`. `load` makes image and true mask
-    of a sample; `progress` takes (done, total); `gather` adds the rows that other processes have scored. With
-    a `batch_size` `predict` takes a list of so many images, and returns as many predictions.
+    A reward gives the column `reward`, a user's own function `custom_score`. `gather` adds the rows that
+    other processes have scored. The options are those of `predict_each`.
     """
     predicted = predict_each(predict, samples, **options)
     pairs = ((None if prediction is None else prediction.mask, truth) for prediction, truth in predicted)
@@ -74,7 +73,9 @@ def predict_each(
 ) -> Iterator[tuple[Any, np.ndarray]]:
     """Yields prediction (None: not finite) and true mask of every sample, then tells `progress`.
 
-    The prediction is cut to the field of view, and its mask post-processed there.
+    The prediction is cut to the field of view, and its mask post-processed there. `load` makes image and true
+    mask of a sample; `progress` takes (done, total). With a `batch_size` `predict` takes a list of so many
+    images, and returns as many predictions.
     """
     check_unique([sample.key for sample in samples])
     predict_batch = predict if batch_size else lambda images: [predict(image) for image in images]
@@ -138,12 +139,13 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
     """Scores one row per sample; a failed prediction (None) counts as an empty mask."""
     rows = []
     for sample, (mask, truth) in zip(samples, pairs, strict=True):
-        pred = np.zeros(truth.shape, bool) if mask is None else _fitting_mask(mask, truth, sample)
+        fov = load_fov(sample)
+        pred = np.zeros(truth.shape, bool) if mask is None else _fitting_mask(mask, truth, sample.key, fov)
         row = {"key": sample.key, "patient": sample.patient, "sequence": sample.sequence}
         truth_hash = hashlib.sha256(f"{truth.shape}".encode() + np.packbits(truth).tobytes()).hexdigest()
         row |= {"failed": mask is None, "truth_hash": truth_hash[:16]}
         row |= {name: float(value) for name, value in evaluation_scores(pred, truth).items()}
-        if (fov := load_fov(sample)) is not None:  # specificity counts what is inside alone
+        if fov is not None:  # specificity counts what is inside alone
             row |= overlap_scores(counts(pred[fov][None], truth[fov][None]))
         if reward is not None:
             value, terms = score_or_skip(reward, pred, truth)
@@ -154,13 +156,13 @@ def score_rows(samples: Sequence[Sample], pairs: Pairs, reward: Reward | None = 
     return rows
 
 
-def _fitting_mask(mask: Any, truth: np.ndarray, sample: Sample) -> np.ndarray:
+def _fitting_mask(mask: Any, truth: np.ndarray, key: str, fov: np.ndarray | None) -> np.ndarray:
     """A predicted mask of the right size, without what lies outside of the field of view."""
-    mask = as_mask(mask, name=f"{sample.key}: predicted mask")
+    mask = as_mask(mask, name=f"{key}: predicted mask")
     if mask.shape != truth.shape:
         sizes = f"the predicted mask is {mask.shape}, the image {truth.shape}"
-        raise ValueError(f"{sample.key}: {sizes}. Return masks at the size of the original image.")
-    return mask if (fov := load_fov(sample)) is None else mask & fov
+        raise ValueError(f"{key}: {sizes}. Return masks at the size of the original image.")
+    return mask if fov is None else mask & fov
 
 
 def describe_reward(reward: Any) -> dict[str, Any] | None:
@@ -190,10 +192,10 @@ def evaluate_variants(
         if prediction is None:
             failed.append(sample.key)
         else:
-            mask, probabilities = _fitting_mask(prediction.mask, truth, sample), prediction.probabilities
-            inside = ... if (fov := load_fov(sample)) is None else fov
+            fov, probabilities = load_fov(sample), prediction.probabilities
+            masks[""] = _fitting_mask(prediction.mask, truth, sample.key, fov)
+            inside = ... if fov is None else fov
             counted = counted + count_pixels(probabilities[inside], truth[inside])
-            masks[""] = mask
             masks |= {name: other.mask(probabilities) for name, other in variants.items()}
         for name, mask in masks.items():
             rows[name] += score_rows([sample], [(mask, truth)], reward)

@@ -349,15 +349,14 @@ def score_test(t: Training) -> dict[str, Evaluation]:
 def draw(t: Training) -> None:
     """Curves, and image | truth | before | after for the best, median and worst validation images."""
     save_png(curves_figure(t.run.metrics_file), t.run.path / "curves.png")
-    cases, samples = [], {sample.key: sample for sample in t.data.val}
-    for key, rank in choose_cases(t.best.rows).items():
-        sample, masks = samples[key], []
-        for values in (t.model.base, t.best_values):
-            with with_values(t.model, values):
-                ((one, truth),) = predict_each(t.model.predict_batch, [sample], t.load, None, 1, t.post)
-            masks.append(one and one.mask)  # None: a prediction that failed
-        cases.append(Case(key, t.load(sample)[0], truth, *masks, rank))
-    write_cases(t.run.path, cases)
+    ranks, masks = choose_cases(t.best.rows), []
+    samples = [next(sample for sample in t.data.val if sample.key == key) for key in ranks]
+    for values in (t.model.base, t.best_values):
+        with with_values(t.model, values):
+            predicted = predict_each(t.model.predict_batch, samples, t.load, None, 1, t.post)
+            masks.append([one and one.mask for one, _ in predicted])  # None: a prediction that failed
+    shown = zip(samples, *masks, ranks.values(), strict=True)
+    write_cases(t.run.path, [Case(one.key, *t.load(one), *rest) for one, *rest in shown])
 
 
 def write_results(t: Training, tested: Mapping[str, Evaluation], calls: list[dict]) -> TrainResult:
