@@ -59,13 +59,13 @@ def places() -> dict[str, tuple[int, object, str]]:
     from vesselrl.data import check
     from vesselrl.inference import merge, predictor
     from vesselrl.synthetic import dataset
-    from vesselrl.training import checkpoint, ppo, setup, supervised, train
+    from vesselrl.training import checkpoint, policy, ppo, setup, supervised, train
 
     return {
         "set-up": (1, setup, "make_model"),
         "step": (3, supervised.SupervisedUpdate, "step"),  # before a validation
         "rl step": (2, ppo.PPOUpdate, "step"),
-        "validation": (5, train, "predict"),  # two images each time, after steps 0, 3, 4, 6, 8
+        "validation": (5, policy.MaskPolicy, "predict_batch"),  # two images each, after steps 0, 3, 4, 6, 8
         "save": (4, checkpoint, "save_file"),  # first with config.json, then after steps 0, 3, 4
         "test": (1, train, "score_test"),
         "report": (1, train, "write_run_report"),
